@@ -1,0 +1,114 @@
+// Vectors of the instruction set that this file is being compiled for, and aligned workspace.
+// Included by kernels only: everything stands in the namespace of the instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/dtype.h"
+#include "core/platform.h"
+
+#if !defined(TORCH_SPE_ISA)
+#error "TORCH_SPE_ISA must name the instruction set this file is compiled for"
+#endif
+
+namespace torch_spe::cpu::TORCH_SPE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(T));
+
+template <class T>
+TORCH_SPE_INLINE Vec<T> load_vec(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <class T>
+TORCH_SPE_INLINE void store_vec(T* p, Vec<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = value;
+}
+
+template <class T>
+TORCH_SPE_INLINE T sum_lanes(Vec<T> value) {
+  T sum = 0;
+  for (std::int64_t i = 0; i < kLanes<T>; ++i) sum += value[i];
+  return sum;
+}
+
+TORCH_SPE_INLINE std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+TORCH_SPE_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+TORCH_SPE_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// Calls `function` with a value of the storage type.
+template <class Function>
+TORCH_SPE_INLINE void visit_storage(core::DType dtype, const Function& function) {
+  switch (dtype) {
+    case core::DType::kFloat32:
+      return function(float{});
+    case core::DType::kFloat64:
+      return function(double{});
+    case core::DType::kFloat16:
+      return function(core::Half{});
+    case core::DType::kBFloat16:
+      return function(core::BFloat16{});
+  }
+}
+
+// A row of `n` numbers with a stride, converted to the type of computation.
+template <class Storage, class T>
+TORCH_SPE_INLINE void load_row(const Storage* in, std::int64_t stride, std::int64_t n, T* out) {
+  if (stride == 1) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = core::load(in[i]);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = core::load(in[i * stride]);
+  }
+}
+template <class T, class Storage>
+TORCH_SPE_INLINE void store_row(const T* in, std::int64_t stride, std::int64_t n, Storage* out) {
+  if (stride == 1) {
+    for (std::int64_t i = 0; i < n; ++i) core::store(in[i], out + i);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) core::store(in[i], out + i * stride);
+  }
+}
+
+// Scratch memory of one thread, aligned to a cache line. With TORCH_SPE_POISON in the environment
+// it starts out as NaN, so that a read before the first write shows.
+template <class T>
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t size) {
+    const std::size_t bytes = static_cast<std::size_t>(round_up(max_of(size, 1) * sizeof(T), 64));
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    // Thrown exceptions cannot leave a parallel region; there is nothing to be done without scratch
+    // memory.
+    if (data_ == nullptr) std::abort();
+    if (std::getenv("TORCH_SPE_POISON") != nullptr) std::memset(data_, 0xff, bytes);
+  }
+  ~Workspace() { std::free(data_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  T* get() const { return data_; }
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace torch_spe::cpu::TORCH_SPE_ISA

@@ -1,0 +1,488 @@
+#include "sine_filter.h"
+
+#include "blas.h"
+#include "core/phase.h"
+#include "simd.h"
+
+namespace torch_spe::cpu::TORCH_SPE_ISA {
+namespace {
+
+constexpr std::int64_t kTile = 64;                   // positions
+constexpr std::int64_t kCodeTileBytes = 256 * 1024;  // a tile of codes stays in the level 2 cache
+
+std::int64_t num_rows(const SineFilterParams& p) {
+  return 2 * p.num_sines + (p.has_constant ? 1 : 0);
+}
+
+// The basis of the features [d0, d0 + count) at the positions [n0, n0 + size): basis[d][j][t], rows
+// of kTile.
+//
+// At consecutive positions the phase of a tile is the exact phase of its first position turned by t
+// steps; the turns of 0 .. kTile - 1 steps are computed once for a head, exactly too, so that every
+// value is one complex product away from exact phases, wherever the tile lies.
+template <class T>
+class Basis {
+ public:
+  explicit Basis(const SineFilterParams& p)
+      : p_(p), steps_(p.positions == nullptr ? p.in_features * p.num_sines * 2 * kTile : 0) {}
+
+  void set_head(std::int64_t head) {
+    if (head == head_) return;
+    head_ = head;
+    if (p_.positions != nullptr) return;
+    for (std::int64_t dk = 0; dk < p_.in_features * p_.num_sines; ++dk) {
+      const double freq = freqs()[dk];
+      T* cos_row = steps_ + dk * 2 * kTile;
+      T* sin_row = cos_row + kTile;
+      for (std::int64_t t = 0; t < kTile; ++t) {
+        core::cos_sin_cycles(core::reduce_cycles(freq, static_cast<double>(t)), cos_row + t,
+                             sin_row + t);
+      }
+    }
+  }
+
+  void fill(std::int64_t n0, std::int64_t size, std::int64_t d0, std::int64_t count,
+            T* basis) const {
+    const std::int64_t rows = num_rows(p_);
+    for (std::int64_t d = 0; d < count; ++d) {
+      for (std::int64_t k = 0; k < p_.num_sines; ++k) {
+        T* cos_row = basis + (d * rows + 2 * k) * kTile;
+        fill_sine(n0, size, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
+      }
+      if (p_.has_constant) {
+        T* row = basis + (d * rows + rows - 1) * kTile;
+        for (std::int64_t t = 0; t < kTile; ++t) row[t] = 1;
+      }
+    }
+  }
+
+ private:
+  const double* freqs() const { return p_.freqs + head_ * p_.in_features * p_.num_sines * p_.ndim; }
+
+  void fill_sine(std::int64_t n0, std::int64_t size, std::int64_t dk, T* cos_row,
+                 T* sin_row) const {
+    if (p_.positions == nullptr) {
+      T c, s;
+      core::cos_sin_cycles(core::reduce_cycles(freqs()[dk], p_.start + static_cast<double>(n0)), &c,
+                           &s);
+      const T* cos_step = steps_ + dk * 2 * kTile;
+      const T* sin_step = cos_step + kTile;
+      for (std::int64_t t = 0; t < kTile; ++t) {
+        cos_row[t] = c * cos_step[t] - s * sin_step[t];
+        sin_row[t] = s * cos_step[t] + c * sin_step[t];
+      }
+    } else if (p_.ndim == 1) {
+      const double freq = freqs()[dk];
+      const double* positions = p_.positions + n0;
+      for (std::int64_t t = 0; t < size; ++t) {
+        core::cos_sin_cycles(core::reduce_cycles(freq, positions[t]), cos_row + t, sin_row + t);
+      }
+    } else {
+      const double* freq = freqs() + dk * p_.ndim;
+      const double* position = p_.positions + n0 * p_.ndim;
+      for (std::int64_t t = 0; t < size; ++t, position += p_.ndim) {
+        double cycles = 0;
+        for (std::int64_t i = 0; i < p_.ndim; ++i)
+          cycles += core::reduce_cycles(freq[i], position[i]);
+        core::cos_sin_cycles(core::wrap_cycles(cycles), cos_row + t, sin_row + t);
+      }
+    }
+  }
+
+  const SineFilterParams& p_;
+  Workspace<T> steps_;  // [D, K, 2, kTile]
+  std::int64_t head_ = -1;
+};
+
+// Features whose codes at kTile positions fit the cache.
+template <class T>
+std::int64_t group_size(const SineFilterParams& p) {
+  const std::int64_t width = round_up(p.num_realizations, kLanes<T>);
+  const std::int64_t bytes = kTile * width * static_cast<std::int64_t>(sizeof(T));
+  return max_of(1, min_of(p.in_features, kCodeTileBytes / bytes));
+}
+
+// The codes of one feature, code[t, r] = sum_j basis[j, t] weight[j, r], and zero for r in [R,
+// width).
+template <class T>
+void code_tile(std::int64_t size, std::int64_t real, std::int64_t width, std::int64_t rows,
+               const T* basis, const T* weight, T* code, std::int64_t ldc) {
+  gemm(Op::kTransposed, Op::kPlain, size, real, rows, basis, kTile, weight, real, T(0), code, ldc);
+  if (real == width) return;
+  for (std::int64_t t = 0; t < size; ++t) {
+    for (std::int64_t r = real; r < width; ++r) code[t * ldc + r] = 0;
+  }
+}
+
+// y[b, r] += sum_d x[b, d] code[d, r] for kRows rows b and kVecs vectors of r.
+template <int kRows, int kVecs, class T>
+TORCH_SPE_INLINE void contract_block(std::int64_t count, const T* x, std::int64_t ldx,
+                                     const T* code, std::int64_t ldc, T* y, std::int64_t ldy) {
+  Vec<T> acc[kRows][kVecs];
+  for (int b = 0; b < kRows; ++b) {
+    for (int v = 0; v < kVecs; ++v) acc[b][v] = load_vec(y + b * ldy + v * kLanes<T>);
+  }
+  for (std::int64_t d = 0; d < count; ++d) {
+    Vec<T> c[kVecs];
+    for (int v = 0; v < kVecs; ++v) c[v] = load_vec(code + d * ldc + v * kLanes<T>);
+    for (int b = 0; b < kRows; ++b) {
+      const T scale = x[b * ldx + d];
+      for (int v = 0; v < kVecs; ++v) acc[b][v] += scale * c[v];
+    }
+  }
+  for (int b = 0; b < kRows; ++b) {
+    for (int v = 0; v < kVecs; ++v) store_vec(y + b * ldy + v * kLanes<T>, acc[b][v]);
+  }
+}
+
+template <int kRows, class T>
+TORCH_SPE_INLINE void contract_rows(std::int64_t count, std::int64_t width, const T* x,
+                                    std::int64_t ldx, const T* code, std::int64_t ldc, T* y,
+                                    std::int64_t ldy) {
+  std::int64_t r = 0;
+  for (; r + 4 * kLanes<T> <= width; r += 4 * kLanes<T>)
+    contract_block<kRows, 4>(count, x, ldx, code + r, ldc, y + r, ldy);
+  for (; r < width; r += kLanes<T>)
+    contract_block<kRows, 1>(count, x, ldx, code + r, ldc, y + r, ldy);
+}
+
+// y[b, r] += sum_d x[b, d] code[d, r]; width is a multiple of the lanes.
+template <class T>
+void contract(std::int64_t batch, std::int64_t count, std::int64_t width, const T* x, const T* code,
+              T* y) {
+  std::int64_t b = 0;
+  for (; b + 4 <= batch; b += 4)
+    contract_rows<4>(count, width, x + b * count, count, code, width, y + b * width, width);
+  for (; b < batch; ++b)
+    contract_rows<1>(count, width, x + b * count, count, code, width, y + b * width, width);
+}
+
+template <class Storage>
+void forward(const SineFilterParams& p) {
+  using T = core::accumulate_t<Storage>;
+  const std::int64_t rows = num_rows(p);
+  const std::int64_t width = round_up(p.num_realizations, kLanes<T>);
+  const std::int64_t group = group_size<T>(p);
+  const std::int64_t tiles = (p.length + kTile - 1) / kTile;
+  const Storage* x = static_cast<const Storage*>(p.x);
+  const T* weight = static_cast<const T*>(p.weight);
+  Storage* out = static_cast<Storage*>(p.out);
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Basis<T> basis_of(p);
+    Workspace<T> basis(group * rows * kTile);      // [d, j, t]
+    Workspace<T> code(kTile * group * width);      // [t, d, r]
+    Workspace<T> x_tile(kTile * p.batch * group);  // [t, b, d]
+    Workspace<T> y_tile(kTile * p.batch * width);  // [t, b, r]
+#pragma omp for schedule(static)
+    for (std::int64_t task = 0; task < p.num_heads * tiles; ++task) {
+      const std::int64_t head = task / tiles;
+      const std::int64_t n0 = task % tiles * kTile;
+      const std::int64_t size = min_of(kTile, p.length - n0);
+      basis_of.set_head(head);
+      for (std::int64_t i = 0; i < size * p.batch * width; ++i) y_tile[i] = 0;
+      for (std::int64_t d0 = 0; d0 < p.in_features; d0 += group) {
+        const std::int64_t count = min_of(group, p.in_features - d0);
+        basis_of.fill(n0, size, d0, count, basis);
+        for (std::int64_t d = 0; d < count; ++d) {
+          code_tile(size, p.num_realizations, width, rows, basis + d * rows * kTile,
+                    weight + (head * p.in_features + d0 + d) * rows * p.num_realizations,
+                    code + d * width, count * width);
+        }
+        for (std::int64_t t = 0; t < size; ++t) {
+          T* x_rows = x_tile + t * p.batch * count;
+          for (std::int64_t b = 0; b < p.batch; ++b) {
+            load_row(x + b * p.x_strides[0] + (n0 + t) * p.x_strides[1] + head * p.x_strides[2] +
+                         d0 * p.x_strides[3],
+                     p.x_strides[3], count, x_rows + b * count);
+          }
+          contract(p.batch, count, width, x_rows, code + t * count * width,
+                   y_tile + t * p.batch * width);
+        }
+      }
+      for (std::int64_t b = 0; b < p.batch; ++b) {
+        for (std::int64_t t = 0; t < size; ++t) {
+          store_row(y_tile + (t * p.batch + b) * width, 1, p.num_realizations,
+                    out + ((b * p.length + n0 + t) * p.num_heads + head) * p.num_realizations);
+        }
+      }
+    }
+  }
+}
+
+// out[b, d] = sum_r g[b, r] code[d, r] for kRows rows b and kCols columns d; width is a multiple of
+// the lanes.
+template <int kRows, int kCols, class T>
+TORCH_SPE_INLINE void dot_block(std::int64_t width, const T* g, const T* code, T* out,
+                                std::int64_t ldo) {
+  Vec<T> acc[kRows][kCols] = {};
+  for (std::int64_t r = 0; r < width; r += kLanes<T>) {
+    Vec<T> c[kCols];
+    for (int d = 0; d < kCols; ++d) c[d] = load_vec(code + d * width + r);
+    for (int b = 0; b < kRows; ++b) {
+      const Vec<T> row = load_vec(g + b * width + r);
+      for (int d = 0; d < kCols; ++d) acc[b][d] += row * c[d];
+    }
+  }
+  for (int b = 0; b < kRows; ++b) {
+    for (int d = 0; d < kCols; ++d) out[b * ldo + d] = sum_lanes<T>(acc[b][d]);
+  }
+}
+
+template <int kRows, class T>
+TORCH_SPE_INLINE void dot_rows(std::int64_t count, std::int64_t width, const T* g, const T* code,
+                               T* out) {
+  std::int64_t d = 0;
+  for (; d + 4 <= count; d += 4) dot_block<kRows, 4>(width, g, code + d * width, out + d, count);
+  for (; d < count; ++d) dot_block<kRows, 1>(width, g, code + d * width, out + d, count);
+}
+
+// out[b, d] = sum_r g[b, r] code[d, r]; what lies beyond R in a row must be zero in both.
+template <class T>
+void dot(std::int64_t batch, std::int64_t count, std::int64_t width, const T* g, const T* code,
+         T* out) {
+  std::int64_t b = 0;
+  for (; b + 4 <= batch; b += 4) dot_rows<4>(count, width, g + b * width, code, out + b * count);
+  for (; b < batch; ++b) dot_rows<1>(count, width, g + b * width, code, out + b * count);
+}
+
+// Gradients for one head and a group of features, over all positions. Features share nothing but
+// grad_positions, for which every task has a part of its own, so nothing is added up between
+// threads and no result depends on their order.
+//
+// With one batch row, U = W g^T gives dx_d = sum_j basis_dj U_dj and the gradient of the basis, x_d
+// U_dj. With more, the gradient of the code, sum_b x[b] g[b], is made once for the batch and goes
+// through basis and W.
+template <class Storage>
+class Backward {
+  using T = core::accumulate_t<Storage>;
+
+ public:
+  Backward(const SineFilterBackwardParams& p, std::int64_t group)
+      : p_(p),
+        rows_(num_rows(p)),
+        width_(round_up(p.num_realizations, kLanes<T>)),
+        basis_of_(p),
+        basis_(group * rows_ * kTile),
+        grad_basis_(group * rows_ * kTile),
+        x_(kTile * p.batch * group),
+        grad_x_(kTile * p.batch * group),
+        g_(kTile * p.batch * width_),
+        code_(p.batch == 1 ? 0 : kTile * group * width_),
+        grad_code_(p.batch == 1 ? 0 : kTile * width_) {}
+
+  void run(std::int64_t head, std::int64_t d0, std::int64_t count, double* grad_positions) {
+    head_ = head;
+    d0_ = d0;
+    count_ = count;
+    grad_positions_ = grad_positions;
+    const std::int64_t offset = (head * p_.in_features + d0) * rows_ * p_.num_realizations;
+    weight_ = static_cast<const T*>(p_.weight) + offset;
+    grad_weight_ = p_.grad_weight == nullptr ? nullptr : static_cast<T*>(p_.grad_weight) + offset;
+    basis_of_.set_head(head);
+    for (n0_ = 0; n0_ < p_.length; n0_ += kTile) {
+      size_ = min_of(kTile, p_.length - n0_);
+      basis_of_.fill(n0_, size_, d0_, count_, basis_);
+      load_tile();
+      if (p_.batch == 1) {
+        tile_of_one_row();
+      } else {
+        tile_of_many_rows();
+      }
+      if (p_.grad_x != nullptr) store_grad_x();
+    }
+  }
+
+ private:
+  bool wants_phases() const { return p_.grad_freqs != nullptr || grad_positions_ != nullptr; }
+
+  // x as [t, b, d] and the gradient as [t, b, r], zero beyond R.
+  void load_tile() {
+    const auto& xs = p_.x_strides;
+    const auto& gs = p_.grad_out_strides;
+    const Storage* x =
+        static_cast<const Storage*>(p_.x) + n0_ * xs[1] + head_ * xs[2] + d0_ * xs[3];
+    const Storage* g = static_cast<const Storage*>(p_.grad_out) + n0_ * gs[1] + head_ * gs[2];
+    for (std::int64_t t = 0; t < size_; ++t) {
+      for (std::int64_t b = 0; b < p_.batch; ++b) {
+        const std::int64_t row = t * p_.batch + b;
+        load_row(x + b * xs[0] + t * xs[1], xs[3], count_, x_ + row * count_);
+        T* g_row = g_ + row * width_;
+        load_row(g + b * gs[0] + t * gs[1], gs[3], p_.num_realizations, g_row);
+        for (std::int64_t r = p_.num_realizations; r < width_; ++r) g_row[r] = 0;
+      }
+    }
+  }
+
+  void store_grad_x() {
+    Storage* grad_x = static_cast<Storage*>(p_.grad_x);
+    for (std::int64_t t = 0; t < size_; ++t) {
+      for (std::int64_t b = 0; b < p_.batch; ++b) {
+        store_row(
+            grad_x_ + (t * p_.batch + b) * count_, 1, count_,
+            grad_x + ((b * p_.length + n0_ + t) * p_.num_heads + head_) * p_.in_features + d0_);
+      }
+    }
+  }
+
+  void tile_of_one_row() {
+    const std::int64_t real = p_.num_realizations;
+    T column[kTile];
+    if (p_.grad_x != nullptr || wants_phases()) {
+      gemm(Op::kPlain, Op::kTransposed, count_ * rows_, size_, real, weight_, real, g_, width_,
+           T(0), grad_basis_, kTile);
+      for (std::int64_t d = 0; d < count_; ++d) {
+        T sum[kTile];
+        for (std::int64_t t = 0; t < size_; ++t) {
+          column[t] = x_[t * count_ + d];
+          sum[t] = 0;
+        }
+        for (std::int64_t j = d * rows_; j < (d + 1) * rows_; ++j) {
+          const T* basis = basis_ + j * kTile;
+          T* u = grad_basis_ + j * kTile;
+          for (std::int64_t t = 0; t < size_; ++t) {
+            sum[t] += basis[t] * u[t];
+            u[t] *= column[t];
+          }
+        }
+        for (std::int64_t t = 0; t < size_; ++t) grad_x_[t * count_ + d] = sum[t];
+      }
+      if (wants_phases()) add_phase_gradients();
+    }
+    if (grad_weight_ != nullptr) {
+      for (std::int64_t d = 0; d < count_; ++d) {
+        for (std::int64_t t = 0; t < size_; ++t) column[t] = x_[t * count_ + d];
+        for (std::int64_t j = d * rows_; j < (d + 1) * rows_; ++j) {
+          for (std::int64_t t = 0; t < size_; ++t) basis_[j * kTile + t] *= column[t];
+        }
+      }
+      gemm(Op::kPlain, Op::kPlain, count_ * rows_, real, size_, basis_, kTile, g_, width_, T(1),
+           grad_weight_, real);
+    }
+  }
+
+  void tile_of_many_rows() {
+    const std::int64_t real = p_.num_realizations, batch = p_.batch;
+    if (p_.grad_x != nullptr) {
+      for (std::int64_t d = 0; d < count_; ++d) {
+        code_tile(size_, real, width_, rows_, basis_ + d * rows_ * kTile,
+                  weight_ + d * rows_ * real, code_ + d * width_, count_ * width_);
+      }
+      for (std::int64_t t = 0; t < size_; ++t) {
+        dot<T>(batch, count_, width_, g_ + t * batch * width_, code_ + t * count_ * width_,
+               grad_x_ + t * batch * count_);
+      }
+    }
+    if (grad_weight_ == nullptr && !wants_phases()) return;
+    for (std::int64_t d = 0; d < count_; ++d) {
+      for (std::int64_t t = 0; t < size_; ++t) {
+        for (std::int64_t r = 0; r < width_; r += kLanes<T>) {
+          Vec<T> sum = {};
+          for (std::int64_t b = 0; b < batch; ++b) {
+            sum += x_[(t * batch + b) * count_ + d] * load_vec(g_ + (t * batch + b) * width_ + r);
+          }
+          store_vec(grad_code_ + t * width_ + r, sum);
+        }
+      }
+      const T* basis = basis_ + d * rows_ * kTile;
+      if (grad_weight_ != nullptr) {
+        gemm(Op::kPlain, Op::kPlain, rows_, real, size_, basis, kTile, grad_code_, width_, T(1),
+             grad_weight_ + d * rows_ * real, real);
+      }
+      if (wants_phases()) {
+        gemm(Op::kPlain, Op::kTransposed, rows_, size_, real, weight_ + d * rows_ * real, real,
+             grad_code_, width_, T(0), grad_basis_ + d * rows_ * kTile, kTile);
+      }
+    }
+    if (wants_phases()) add_phase_gradients();
+  }
+
+  // The phase of sine k, in cycles, is freq . position: its derivative is 2 pi (cos . dB_sin - sin
+  // . dB_cos). Sums over positions are kept in double: the terms grow with the position.
+  void add_phase_gradients() {
+    for (std::int64_t d = 0; d < count_; ++d) {
+      for (std::int64_t k = 0; k < p_.num_sines; ++k) {
+        const T* cos_row = basis_ + (d * rows_ + 2 * k) * kTile;
+        const T* sin_row = cos_row + kTile;
+        const T* grad_cos = grad_basis_ + (d * rows_ + 2 * k) * kTile;
+        const T* grad_sin = grad_cos + kTile;
+        double grad_phase[kTile];
+        for (std::int64_t t = 0; t < size_; ++t) {
+          grad_phase[t] = core::kTwoPi * (cos_row[t] * grad_sin[t] - sin_row[t] * grad_cos[t]);
+        }
+        const std::int64_t dk = ((head_ * p_.in_features + d0_ + d) * p_.num_sines + k) * p_.ndim;
+        for (std::int64_t i = 0; i < p_.ndim; ++i) {
+          if (p_.grad_freqs != nullptr) {
+            double sum = 0;
+            for (std::int64_t t = 0; t < size_; ++t) {
+              const double position = p_.positions == nullptr
+                                          ? p_.start + static_cast<double>(n0_ + t)
+                                          : p_.positions[(n0_ + t) * p_.ndim + i];
+              sum += grad_phase[t] * position;
+            }
+            p_.grad_freqs[dk + i] += sum;
+          }
+          if (grad_positions_ != nullptr) {
+            for (std::int64_t t = 0; t < size_; ++t) {
+              grad_positions_[(n0_ + t) * p_.ndim + i] += grad_phase[t] * p_.freqs[dk + i];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  const SineFilterBackwardParams& p_;
+  const std::int64_t rows_, width_;
+  Basis<T> basis_of_;
+  Workspace<T> basis_, grad_basis_;  // [d, j, t]
+  Workspace<T> x_, grad_x_;          // [t, b, d]
+  Workspace<T> g_;                   // [t, b, r]
+  Workspace<T> code_;                // [t, d, r]
+  Workspace<T> grad_code_;           // [t, r], of one feature
+  // The task and the tile at hand.
+  std::int64_t head_, d0_, count_, n0_, size_;
+  const T* weight_;
+  T* grad_weight_;
+  double* grad_positions_;
+};
+
+template <class Storage>
+void backward(const SineFilterBackwardParams& p) {
+  // Small enough groups that a single head keeps several threads busy.
+  const std::int64_t group = max_of(
+      1, min_of(group_size<core::accumulate_t<Storage>>(p), p.num_heads * p.in_features / 16));
+  const std::int64_t groups = (p.in_features + group - 1) / group;
+  const std::int64_t tasks = p.num_heads * groups;
+  const std::int64_t positions = p.grad_positions == nullptr ? 0 : p.length * p.ndim;
+  Workspace<double> partial(tasks * positions);
+  for (std::int64_t i = 0; i < tasks * positions; ++i) partial[i] = 0;
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Backward<Storage> worker(p, group);
+#pragma omp for schedule(static)
+    for (std::int64_t task = 0; task < tasks; ++task) {
+      const std::int64_t d0 = task % groups * group;
+      worker.run(task / groups, d0, min_of(group, p.in_features - d0),
+                 positions > 0 ? partial + task * positions : nullptr);
+    }
+  }
+  for (std::int64_t task = 0; task < tasks; ++task) {
+    for (std::int64_t i = 0; i < positions; ++i)
+      p.grad_positions[i] += partial[task * positions + i];
+  }
+}
+
+}  // namespace
+
+void sine_filter_forward(const SineFilterParams& p) {
+  visit_storage(p.dtype, [&](auto storage) { forward<decltype(storage)>(p); });
+}
+
+void sine_filter_backward(const SineFilterBackwardParams& p) {
+  visit_storage(p.dtype, [&](auto storage) { backward<decltype(storage)>(p); });
+}
+
+}  // namespace torch_spe::cpu::TORCH_SPE_ISA

@@ -1,0 +1,40 @@
+// Public C++ functions of torch_spe. All are differentiable and dispatch on the device of their
+// arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace torch_spe {
+
+// Encodes x with sine codes: xhat[b,n,h,r] = sum_d x[b,n,h,d] Xbar[n,h,d,r], where
+//   Xbar[n,h,d,r] = constant[h,d,r] + sum_k cos(2 pi f n) weight[h,d,2k,r] + sin(2 pi f n)
+//   weight[h,d,2k+1,r]
+// with f = freqs[h,d,k] in cycles per position. Xbar is never stored.
+//
+// The result is [B, N, H, R], of x's type. Positions are start, start + 1, ... or those given, int
+// or float; they are differentiable when they are float. Throws c10::Error (ValueError, TypeError
+// in Python) naming the argument.
+at::Tensor sine_filter(
+    const at::Tensor& x,                                        // [B, N, H, D]
+    const at::Tensor& freqs,                                    // [H, D, K] or [H, D, K, ndim]
+    const at::Tensor& weight,                                   // [H, D, 2K, R]
+    const std::optional<at::Tensor>& constant = std::nullopt,   // [H, D, R]
+    const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
+    double start = 0);
+
+// How this library was built, and what it uses on this machine.
+struct BuildInfo {
+  std::string version;   // of torch_spe
+  std::string torch;     // version of the torch that it was built for
+  std::string compiler;  // e.g. "GNU 12.2.0"
+  std::string cuda;      // version of the CUDA toolkit, empty for a CPU build
+  std::vector<std::string> cuda_architectures;  // e.g. {"8.0", "9.0", "9.0+PTX"}
+  std::string instruction_set;                  // in use here: "baseline", "avx2" or "avx512"
+};
+BuildInfo build_info();
+
+}  // namespace torch_spe

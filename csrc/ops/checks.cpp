@@ -1,0 +1,73 @@
+#include "checks.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+namespace torch_spe::ops {
+
+void check_data(const char* op, const char* name, const at::Tensor& tensor, int64_t dim,
+                const char* layout) {
+  TORCH_CHECK_VALUE(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimensions ", layout,
+                    ", got shape ", tensor.sym_sizes());
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, op,
+      ": ", name, " must be float32, float64, float16 or bfloat16, got ", type);
+}
+
+void check_same_device(const char* op, const char* name, const at::Tensor& tensor,
+                       const at::Tensor& reference, const char* reference_name) {
+  TORCH_CHECK_VALUE(tensor.device() == reference.device(), op, ": ", name,
+                    " must be on the device of ", reference_name, ", ", reference.device(),
+                    ", got ", tensor.device());
+}
+
+void check_size(const char* op, const char* name, const at::Tensor& tensor, int64_t dim,
+                const c10::SymInt& expected, const char* meaning) {
+  TORCH_CHECK_VALUE(tensor.sym_size(dim).sym_eq(expected).expect_true(__FILE__, __LINE__), op, ": ",
+                    name, " must have size ", expected, " (", meaning, ") in dimension ", dim,
+                    ", got shape ", tensor.sym_sizes());
+}
+
+void check_finite(const char* op, const char* name, const at::Tensor& tensor) {
+  if (!tensor.device().is_cpu() || !tensor.is_floating_point() || tensor.numel() == 0) return;
+  const at::Tensor finite = at::isfinite(tensor.detach());
+  if (finite.all().item<bool>()) return;
+  const at::Tensor index = at::nonzero(finite.logical_not())[0];
+  at::Tensor value = tensor.detach();
+  for (int64_t i = 0; i < index.size(0); ++i) value = value.select(0, index[i].item<int64_t>());
+  TORCH_CHECK_VALUE(false, op, ": ", name, " must be finite, got ", value.item<double>(),
+                    " at index ", at::IntArrayRef(index.const_data_ptr<int64_t>(), index.size(0)));
+}
+
+core::DType to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return core::DType::kFloat32;
+    case at::kDouble:
+      return core::DType::kFloat64;
+    case at::kHalf:
+      return core::DType::kFloat16;
+    case at::kBFloat16:
+      return core::DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "torch_spe: expected float32, float64, float16 or bfloat16, got ",
+                       type);
+  }
+}
+
+at::ScalarType accumulate_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+at::Tensor once_differentiable(const char* op, const at::Tensor& output) {
+  if (!output.defined()) return output;
+  auto error = std::make_shared<torch::autograd::DelayedError>(
+      std::string(op) +
+          ": second derivatives are not implemented; use torch_spe.reference for a differentiable "
+          "backward",
+      1);
+  return (*error)({output.detach().requires_grad_()})[0];
+}
+
+}  // namespace torch_spe::ops

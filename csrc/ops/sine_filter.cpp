@@ -1,0 +1,303 @@
+// The operator torch_spe::sine_filter: checks, allocation, dispatch and autograd.
+#include "cpu/sine_filter.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+
+#include "checks.h"
+#include "torch_spe/torch_spe.h"
+
+namespace torch_spe {
+namespace ops {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+constexpr const char* kOp = "sine_filter";
+
+// Parameters have the type of x, or float32 beside a half-precision x.
+void check_parameter_type(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), kOp, ": ",
+                   name, " must be ", x.scalar_type(), " like x or ",
+                   accumulate_type(x.scalar_type()), ", got ", type);
+}
+
+void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+           const OptionalTensor& constant, const OptionalTensor& positions, double start) {
+  check_data(kOp, "x", x, 4, "[B, N, H, D]");
+  TORCH_CHECK_VALUE(
+      freqs.dim() == 3 || freqs.dim() == 4, kOp,
+      ": freqs must have 3 dimensions [H, D, K] or 4 dimensions [H, D, K, ndim], got shape ",
+      freqs.sym_sizes());
+  check_data(kOp, "freqs", freqs, freqs.dim(), "[H, D, K] or [H, D, K, ndim]");
+  check_data(kOp, "weight", weight, 4, "[H, D, 2K, R]");
+  check_same_device(kOp, "freqs", freqs, x, "x");
+  check_same_device(kOp, "weight", weight, x, "x");
+  check_parameter_type("weight", weight, x);
+  const auto heads = x.sym_size(2), features = x.sym_size(3), sines = freqs.sym_size(2);
+  check_size(kOp, "freqs", freqs, 0, heads, "H of x");
+  check_size(kOp, "freqs", freqs, 1, features, "D of x");
+  TORCH_CHECK_VALUE(sines > 0, kOp, ": freqs must have at least one sine (K >= 1), got shape ",
+                    freqs.sym_sizes());
+  check_size(kOp, "weight", weight, 0, heads, "H of x");
+  check_size(kOp, "weight", weight, 1, features, "D of x");
+  check_size(kOp, "weight", weight, 2, sines * 2, "2K, K of freqs");
+  TORCH_CHECK_VALUE(weight.sym_size(3) > 0, kOp,
+                    ": weight must have at least one realization (R >= 1), got shape ",
+                    weight.sym_sizes());
+  if (constant.has_value()) {
+    check_data(kOp, "constant", *constant, 3, "[H, D, R]");
+    check_same_device(kOp, "constant", *constant, x, "x");
+    check_parameter_type("constant", *constant, x);
+    check_size(kOp, "constant", *constant, 0, heads, "H of x");
+    check_size(kOp, "constant", *constant, 1, features, "D of x");
+    check_size(kOp, "constant", *constant, 2, weight.sym_size(3), "R of weight");
+  }
+  const c10::SymInt ndim = freqs.dim() == 4 ? freqs.sym_size(3) : c10::SymInt(1);
+  TORCH_CHECK_VALUE(ndim > 0, kOp,
+                    ": freqs must have at least one dimension of positions, got shape ",
+                    freqs.sym_sizes());
+  if (positions.has_value()) {
+    check_same_device(kOp, "positions", *positions, x, "x");
+    TORCH_CHECK_VALUE(positions->dim() == 1 || positions->dim() == 2, kOp,
+                      ": positions must have shape [N] or [N, ndim], got shape ",
+                      positions->sym_sizes());
+    TORCH_CHECK_TYPE(
+        positions->scalar_type() == at::kDouble || positions->scalar_type() == at::kFloat ||
+            positions->scalar_type() == at::kLong || positions->scalar_type() == at::kInt,
+        kOp, ": positions must be float64, float32, int64 or int32, got ",
+        positions->scalar_type());
+    check_size(kOp, "positions", *positions, 0, x.sym_size(1), "N of x");
+    const c10::SymInt given = positions->dim() == 2 ? positions->sym_size(1) : c10::SymInt(1);
+    TORCH_CHECK_VALUE(
+        given.sym_eq(ndim).expect_true(__FILE__, __LINE__), kOp, ": positions must have ", ndim,
+        " coordinates each (the last dimension of freqs), got shape ", positions->sym_sizes());
+    TORCH_CHECK_VALUE(start == 0, kOp, ": start must be 0 when positions are given, got ", start);
+  } else {
+    TORCH_CHECK_VALUE(ndim == 1, kOp, ": positions must be given when freqs has ", ndim,
+                      " dimensions of positions");
+  }
+  TORCH_CHECK_VALUE(std::isfinite(start), kOp, ": start must be finite, got ", start);
+}
+
+// The tensors that the kernels read, with the constant as a last row of the weight.
+struct Inputs {
+  at::Tensor x, freqs, weight, positions;
+
+  Inputs(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+         const OptionalTensor& constant, const OptionalTensor& positions)
+      : x(x), freqs(freqs.to(at::kDouble).contiguous()) {
+    const auto type = accumulate_type(x.scalar_type());
+    this->weight = weight.to(type);
+    if (constant.has_value())
+      this->weight = at::cat({this->weight, constant->to(type).unsqueeze(2)}, 2);
+    this->weight = this->weight.contiguous();
+    if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
+  }
+
+  void fill(cpu::SineFilterParams& p, const OptionalTensor& constant, double start) const {
+    p.dtype = to_dtype(x.scalar_type());
+    p.batch = x.size(0);
+    p.length = x.size(1);
+    p.num_heads = x.size(2);
+    p.in_features = x.size(3);
+    p.num_sines = freqs.size(2);
+    p.num_realizations = weight.size(3);
+    p.ndim = freqs.dim() == 4 ? freqs.size(3) : 1;
+    p.has_constant = constant.has_value();
+    p.num_threads = at::get_num_threads();
+    p.x = x.const_data_ptr();
+    std::copy_n(x.strides().data(), 4, p.x_strides);
+    p.freqs = freqs.const_data_ptr<double>();
+    p.weight = weight.const_data_ptr();
+    p.positions = positions.defined() ? positions.const_data_ptr<double>() : nullptr;
+    p.start = start;
+  }
+};
+
+at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                       const OptionalTensor& constant, const OptionalTensor& positions,
+                       double start) {
+  check(x, freqs, weight, constant, positions, start);
+  check_finite(kOp, "freqs", freqs);
+  check_finite(kOp, "weight", weight);
+  if (constant.has_value()) check_finite(kOp, "constant", *constant);
+  if (positions.has_value()) check_finite(kOp, "positions", *positions);
+  const Inputs inputs(x, freqs, weight, constant, positions);
+  at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), weight.size(3)}, x.options());
+  if (out.numel() == 0) return out;
+  cpu::SineFilterParams params;
+  inputs.fill(params, constant, start);
+  params.out = out.mutable_data_ptr();
+  cpu::sine_filter_forward(params);
+  return out;
+}
+
+at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                        const OptionalTensor& constant, const OptionalTensor& positions,
+                        double start) {
+  check(x, freqs, weight, constant, positions, start);
+  return at::empty_symint({x.sym_size(0), x.sym_size(1), x.sym_size(2), weight.sym_size(3)},
+                          x.options());
+}
+
+Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                       const at::Tensor& weight, const OptionalTensor& constant,
+                       const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
+  check(x, freqs, weight, constant, positions, start);
+  check_data(kOp, "grad_out", grad_out, 4, "[B, N, H, R]");
+  const Inputs inputs(x, freqs, weight, constant, positions);
+  const bool want_weight = mask[2] || (mask[3] && constant.has_value());
+  const bool want_positions = mask[4] && positions.has_value();
+  at::Tensor grad_x = mask[0] ? at::empty(x.sizes(), x.options()) : at::Tensor();
+  at::Tensor grad_freqs = mask[1] ? at::zeros_like(inputs.freqs) : at::Tensor();
+  at::Tensor grad_weight = want_weight ? at::zeros_like(inputs.weight) : at::Tensor();
+  at::Tensor grad_positions = want_positions ? at::zeros_like(inputs.positions) : at::Tensor();
+  if (x.numel() > 0) {
+    cpu::SineFilterBackwardParams params;
+    inputs.fill(params, constant, start);
+    params.out = nullptr;
+    params.grad_out = grad_out.const_data_ptr();
+    std::copy_n(grad_out.strides().data(), 4, params.grad_out_strides);
+    params.grad_x = mask[0] ? grad_x.mutable_data_ptr() : nullptr;
+    params.grad_freqs = mask[1] ? grad_freqs.mutable_data_ptr<double>() : nullptr;
+    params.grad_weight = want_weight ? grad_weight.mutable_data_ptr() : nullptr;
+    params.grad_positions = want_positions ? grad_positions.mutable_data_ptr<double>() : nullptr;
+    cpu::sine_filter_backward(params);
+  }
+  at::Tensor grad_constant;
+  if (want_weight) {
+    const int64_t rows = weight.size(2);
+    if (mask[3] && constant.has_value())
+      grad_constant = grad_weight.select(2, rows).to(constant->scalar_type(), false, true);
+    grad_weight = mask[2] ? grad_weight.narrow(2, 0, rows).to(weight.scalar_type()).contiguous()
+                          : at::Tensor();
+  }
+  if (mask[1]) grad_freqs = grad_freqs.to(freqs.scalar_type());
+  if (want_positions) grad_positions = grad_positions.to(positions->scalar_type());
+  return {grad_x, grad_freqs, grad_weight, grad_constant, grad_positions};
+}
+
+Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                        const at::Tensor& weight, const OptionalTensor& constant,
+                        const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
+  check(x, freqs, weight, constant, positions, start);
+  const auto like = [](bool wanted, const at::Tensor& t) {
+    return wanted ? at::empty_symint(t.sym_sizes(), t.options()) : at::Tensor();
+  };
+  return {like(mask[0], x), like(mask[1], freqs), like(mask[2], weight),
+          constant.has_value() ? like(mask[3], *constant) : at::Tensor(),
+          positions.has_value() ? like(mask[4], *positions) : at::Tensor()};
+}
+
+auto backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torch_spe::sine_filter_backward", "")
+          .typed<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                           const at::Tensor&, const OptionalTensor&, const OptionalTensor&, double,
+                           std::array<bool, 5>)>();
+  return op;
+}
+
+Gradients backward_autograd(const at::Tensor& grad_out, const at::Tensor& x,
+                            const at::Tensor& freqs, const at::Tensor& weight,
+                            const OptionalTensor& constant, const OptionalTensor& positions,
+                            double start, std::array<bool, 5> mask) {
+  Gradients grads;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    grads = backward_op().call(grad_out, x, freqs, weight, constant, positions, start, mask);
+  }
+  if (!at::GradMode::is_enabled()) return grads;
+  return std::apply(
+      [](const auto&... grad) { return Gradients(once_differentiable(kOp, grad)...); }, grads);
+}
+
+struct SineFilter : torch::autograd::Function<SineFilter> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            const at::Tensor& freqs, const at::Tensor& weight,
+                            const OptionalTensor& constant, const OptionalTensor& positions,
+                            double start) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(
+        {x, freqs, weight, constant.value_or(at::Tensor()), positions.value_or(at::Tensor())});
+    ctx->saved_data["start"] = start;
+    return sine_filter(x, freqs, weight, constant, positions, start);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [](const at::Tensor& t) {
+      return t.defined() ? OptionalTensor(t) : std::nullopt;
+    };
+    // Edges are numbered over the tensors that were given.
+    size_t edge = 0;
+    std::array<bool, 5> mask{};
+    for (size_t i = 0; i < 5; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    auto [x, freqs, weight, constant, positions] =
+        backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
+                           optional(saved[4]), ctx->saved_data["start"].toDouble(), mask);
+    return {x, freqs, weight, constant, positions, at::Tensor()};
+  }
+};
+
+at::Tensor forward_autograd(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                            const OptionalTensor& constant, const OptionalTensor& positions,
+                            double start) {
+  return SineFilter::apply(x, freqs, weight, constant, positions, start);
+}
+
+template <c10::DeviceType device>
+at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                            const OptionalTensor& constant, const OptionalTensor& positions,
+                            double start) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(
+      device == c10::kCPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA));
+  // Only the data is cast: the parameters' precision is kept, they are converted on load.
+  return sine_filter(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
+                     freqs, weight, constant, positions, start);
+}
+
+TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
+  m.impl("sine_filter", forward_cpu);
+  m.impl("sine_filter_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
+  m.impl("sine_filter", forward_meta);
+  m.impl("sine_filter_backward", backward_meta);
+}
+TORCH_LIBRARY_IMPL(torch_spe, Autograd, m) {
+  m.impl("sine_filter", forward_autograd);
+  m.impl("sine_filter_backward", backward_autograd);
+}
+TORCH_LIBRARY_IMPL(torch_spe, AutocastCPU, m) {
+  m.impl("sine_filter", forward_autocast<c10::kCPU>);
+}
+TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
+  m.impl("sine_filter", forward_autocast<c10::kCUDA>);
+}
+
+}  // namespace
+}  // namespace ops
+
+at::Tensor sine_filter(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& constant,
+                       const std::optional<at::Tensor>& positions, double start) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_spe::sine_filter", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&,
+                                               const at::Tensor&, const std::optional<at::Tensor>&,
+                                               const std::optional<at::Tensor>&, double)>();
+  return op.call(x, freqs, weight, constant, positions, start);
+}
+
+}  // namespace torch_spe

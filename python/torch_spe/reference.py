@@ -1,0 +1,98 @@
+"""The equations in plain PyTorch: the specification that the fast operators are tested against.
+
+Nothing here is meant to be fast. Everything is differentiable as often as wanted, and computes in the type of its inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sine_basis(
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
+    positions: Tensor,  # [N] or [N, ndim]
+) -> Tensor:  # [N, H, D, 2K]
+    """cos(2 pi f n) in the even columns, sin(2 pi f n) in the odd ones."""
+    if freqs.dim() == 3:
+        freqs = freqs.unsqueeze(-1)
+    if positions.dim() == 1:
+        positions = positions.unsqueeze(-1)
+    cycles = torch.einsum("ni,hdki->nhdk", positions.double(), freqs.double())
+    phases = 2 * math.pi * (cycles - cycles.detach().round())
+    return torch.stack((phases.cos(), phases.sin()), dim=-1).flatten(-2)
+
+
+def sine_filter(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
+    weight: Tensor,  # [H, D, 2K, R]
+    constant: Tensor | None = None,  # [H, D, R]
+    positions: Tensor | None = None,  # [N] or [N, ndim]
+    start: float = 0.0,
+) -> Tensor:  # [B, N, H, R]
+    """`torch_spe.functional.sine_filter`, with the codes `[N, H, D, R]` stored."""
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float64) + start
+    code = torch.einsum("nhdj,hdjr->nhdr", sine_basis(freqs, positions).to(weight.dtype), weight)
+    if constant is not None:
+        code = code + constant
+    return torch.einsum("bnhd,nhdr->bnhr", x, code.to(x.dtype))
+
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "elu": lambda x: torch.where(x >= 0, x + 1, torch.exp(x.clamp(max=0))),
+    "relu": torch.relu,
+}
+
+
+def linear_attention(
+    q: Tensor,  # [B, N, H, R]
+    k: Tensor,  # [B, M, H, R]
+    v: Tensor,  # [B, M, H, E]
+    feature_map: str = "elu",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,  # [B, M], True where a key is padding
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    initial_state: tuple[Tensor, Tensor] | None = None,  # S [B, H, R, E], z [B, H, R]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # out [B, N, H, E], final state
+    """`torch_spe.functional.linear_attention` through the N x M matrix of weights.
+
+    The states have a batch row for every packed sequence when `cu_seqlens` is given.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        outs, states = [], []
+        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            piece = slice(begin, end)
+            out, state = linear_attention(
+                q[:, piece], k[:, piece], v[:, piece], feature_map, causal, normalize, eps,
+                None if key_padding_mask is None else key_padding_mask[:, piece], None,
+                None if initial_state is None else tuple(s[i : i + 1] for s in initial_state),
+            )  # fmt: skip
+            outs.append(out)
+            states.append(state)
+        return torch.cat(outs, dim=1), tuple(torch.cat(s) for s in zip(*states, strict=True))
+    phi = FEATURE_MAPS[feature_map]
+    q, k = phi(q), phi(k)
+    if key_padding_mask is not None:
+        k = k.masked_fill(key_padding_mask[:, :, None, None], 0)
+        v = v.masked_fill(key_padding_mask[:, :, None, None], 0)
+    weights = torch.einsum("bnhr,bmhr->bhnm", q, k)
+    if causal:
+        weights = weights.tril()
+    out = torch.einsum("bhnm,bmhe->bnhe", weights, v)
+    denominator = weights.sum(-1).transpose(1, 2)  # [B, N, H]
+    state = torch.einsum("bmhr,bmhe->bhre", k, v), k.sum(1)
+    if initial_state is not None:
+        out = out + torch.einsum("bnhr,bhre->bnhe", q, initial_state[0].to(q.dtype))
+        denominator = denominator + torch.einsum("bnhr,bhr->bnh", q, initial_state[1].to(q.dtype))
+        state = tuple(new + old for new, old in zip(state, initial_state, strict=True))
+    if normalize:
+        out = out / (denominator + eps).unsqueeze(-1)
+    return out, state
