@@ -161,7 +161,8 @@ def main() -> None:
     machine = measure.machine(args.device)
     print(
         f"{machine.name}, {machine.threads} threads, {os.cpu_count()} cores: "
-        f"matrix product {machine.gflops:.0f} GFLOP/s, copy {machine.gbytes:.0f} GB/s; torch {torch.__version__}, {args.dtype}, "
+        f"matrix product {machine.gflops:.0f} GFLOP/s, copy {machine.gbytes:.0f} GB/s; "
+        f"torch {torch.__version__}, {args.dtype}, "
         f"{torch_spe.build_info()['instruction_set']}, {datetime.date.today()}"
     )
     rows = []
