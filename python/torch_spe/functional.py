@@ -114,7 +114,7 @@ def linear_attention(
         >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
         >>> linear_attention(q, k, v, causal=True).shape
         torch.Size([2, 100, 4, 16])
-        >>> first, second = ([x[:, piece] for x in (q, k, v)] for piece in (slice(60), slice(60, None)))
+        >>> first, second = [x[:, :60] for x in (q, k, v)], [x[:, 60:] for x in (q, k, v)]
         >>> head, state = linear_attention(*first, causal=True, return_state=True)
         >>> tail = linear_attention(*second, causal=True, initial_state=state)
         >>> whole = linear_attention(q, k, v, causal=True)
