@@ -10,8 +10,9 @@ namespace {
 constexpr std::int64_t kTile = 64;                   // positions
 constexpr std::int64_t kCodeTileBytes = 256 * 1024;  // a tile of codes stays in the level 2 cache
 
+// Rows J of the basis of a feature: cos and sin of each sine, then 1 if there is a constant.
 std::int64_t num_rows(const SineFilterParams& p) {
-  return 2 * p.num_sines + (p.has_constant ? 1 : 0);
+  return 2 * p.num_sines + (p.constant != nullptr ? 1 : 0);
 }
 
 // The basis of the features [d0, d0 + count) at the positions [n0, n0 + size): basis[d][j][t], rows
@@ -62,7 +63,7 @@ class Basis {
           at_positions(n0, size, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
         }
       }
-      if (p_.has_constant) {
+      if (p_.constant != nullptr) {
         T* row = basis + (d * rows + rows - 1) * kTile;
         for (std::int64_t t = 0; t < kTile; ++t) row[t] = 1;
       }
@@ -121,6 +122,24 @@ std::int64_t group_size(const SineFilterParams& p) {
   return max_of(1, min_of(p.in_features, kCodeTileBytes / bytes));
 }
 
+// The weights of the features [d0, d0 + count) of a head as [d, j, r], the constant as their last
+// row.
+template <class T>
+void load_weights(const SineFilterParams& p, std::int64_t head, std::int64_t d0, std::int64_t count,
+                  T* weights) {
+  const std::int64_t real = p.num_realizations, sine_rows = 2 * p.num_sines * real;
+  const std::int64_t first = head * p.in_features + d0;
+  const T* weight = static_cast<const T*>(p.weight) + first * sine_rows;
+  const T* constant = static_cast<const T*>(p.constant);
+  for (std::int64_t d = 0; d < count; ++d) {
+    std::memcpy(weights, weight + d * sine_rows, sine_rows * sizeof(T));
+    weights += sine_rows;
+    if (constant == nullptr) continue;
+    std::memcpy(weights, constant + (first + d) * real, real * sizeof(T));
+    weights += real;
+  }
+}
+
 // The codes of one feature, code[t, r] = sum_j basis[j, t] weight[j, r], and zero for r in [R,
 // width).
 template <class T>
@@ -167,13 +186,13 @@ TORCH_SPE_INLINE void contract_rows(std::int64_t count, std::int64_t width, cons
 
 // y[b, r] += sum_d x[b, d] code[d, r]; width is a multiple of the lanes.
 template <class T>
-void contract(std::int64_t batch, std::int64_t count, std::int64_t width, const T* x, const T* code,
-              T* y) {
+void contract(std::int64_t batch, std::int64_t count, std::int64_t width, const T* x,
+              std::int64_t ldx, const T* code, T* y) {
   std::int64_t b = 0;
   for (; b + 4 <= batch; b += 4)
-    contract_rows<4>(count, width, x + b * count, count, code, width, y + b * width, width);
+    contract_rows<4>(count, width, x + b * ldx, ldx, code, width, y + b * width, width);
   for (; b < batch; ++b)
-    contract_rows<1>(count, width, x + b * count, count, code, width, y + b * width, width);
+    contract_rows<1>(count, width, x + b * ldx, ldx, code, width, y + b * width, width);
 }
 
 // x at a tile of positions, for one head and a group of features, as [t, b, d].
@@ -209,15 +228,16 @@ void forward(const SineFilterParams& p) {
   const std::int64_t width = round_up(p.num_realizations, kLanes<T>);
   const std::int64_t group = group_size<T>(p);
   const std::int64_t tiles = (p.length + kTile - 1) / kTile;
-  const T* weight = static_cast<const T*>(p.weight);
   Storage* out = static_cast<Storage*>(p.out);
 
 #pragma omp parallel num_threads(p.num_threads)
   {
     Basis<T> basis_of(p);
+    Workspace<T> weights(p.in_features * rows * p.num_realizations);  // [d, j, r], of a head
+    std::int64_t weights_head = -1;
     Workspace<T> basis(group * rows * kTile);                 // [d, j, t]
     Workspace<T> code(kTile * code_stride<T>(group, width));  // [t, d, r]
-    Workspace<T> x_tile(kTile * p.batch * group);             // [t, b, d]
+    Workspace<T> x_tile(kTile * p.batch * p.in_features);     // [t, b, d]
     Workspace<T> y_tile(kTile * p.batch * width);             // [t, b, r]
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < p.num_heads * tiles; ++task) {
@@ -225,20 +245,21 @@ void forward(const SineFilterParams& p) {
       const std::int64_t n0 = task % tiles * kTile;
       const std::int64_t size = min_of(kTile, p.length - n0);
       basis_of.set_head(head);
+      if (head != weights_head) load_weights(p, head, 0, p.in_features, weights.get());
+      weights_head = head;
+      load_x<Storage>(p, head, n0, size, 0, p.in_features, x_tile.get());
       for (std::int64_t i = 0; i < size * p.batch * width; ++i) y_tile[i] = 0;
       for (std::int64_t d0 = 0; d0 < p.in_features; d0 += group) {
         const std::int64_t count = min_of(group, p.in_features - d0);
         const std::int64_t stride = code_stride<T>(count, width);
         basis_of.fill(n0, size, d0, count, basis);
-        const T* weight_group = weight + (head * p.in_features + d0) * rows * p.num_realizations;
-        load_x<Storage>(p, head, n0, size, d0, count, x_tile.get());
         for (std::int64_t d = 0; d < count; ++d) {
           code_tile(size, p.num_realizations, width, rows, basis + d * rows * kTile,
-                    weight_group + d * rows * p.num_realizations, code + d * width, stride);
+                    weights + (d0 + d) * rows * p.num_realizations, code + d * width, stride);
         }
         for (std::int64_t t = 0; t < size; ++t) {
-          contract(p.batch, count, width, x_tile + t * p.batch * count, code + t * stride,
-                   y_tile + t * p.batch * width);
+          contract(p.batch, count, width, x_tile + t * p.batch * p.in_features + d0, p.in_features,
+                   code + t * stride, y_tile + t * p.batch * width);
         }
       }
       for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -251,30 +272,37 @@ void forward(const SineFilterParams& p) {
   }
 }
 
-// out[b, d] = sum_r g[b, r] code[d, r] for kRows rows b and kCols columns d; width is a multiple of
-// the lanes.
+// out[b, d] = sum_r g[b, r] code[d, r] for kRows rows b and kCols features d, at most 16 in all;
+// width is a multiple of the lanes.
 template <int kRows, int kCols, class T>
 TORCH_SPE_INLINE void dot_block(std::int64_t width, const T* g, const T* code, T* out,
                                 std::int64_t ldo) {
-  Vec<T> acc[kRows][kCols] = {};
+  Vec<T> acc[16] = {};
   for (std::int64_t r = 0; r < width; r += kLanes<T>) {
     Vec<T> c[kCols];
     for (int d = 0; d < kCols; ++d) c[d] = load_vec(code + d * width + r);
     for (int b = 0; b < kRows; ++b) {
       const Vec<T> row = load_vec(g + b * width + r);
-      for (int d = 0; d < kCols; ++d) acc[b][d] += row * c[d];
+      for (int d = 0; d < kCols; ++d) acc[b * kCols + d] += row * c[d];
     }
   }
+  T sums[16];
+  for (int i = 0; i < kRows * kCols; i += static_cast<int>(kLanes<T>)) {
+    store_vec(sums + i, sum_rows<T>(acc + i));
+  }
   for (int b = 0; b < kRows; ++b) {
-    for (int d = 0; d < kCols; ++d) out[b * ldo + d] = sum_lanes<T>(acc[b][d]);
+    for (int d = 0; d < kCols; ++d) out[b * ldo + d] = sums[b * kCols + d];
   }
 }
 
 template <int kRows, class T>
 TORCH_SPE_INLINE void dot_rows(std::int64_t count, std::int64_t width, const T* g, const T* code,
                                T* out) {
+  constexpr int kCols = 16 / kRows < 8 ? 16 / kRows : 8;
   std::int64_t d = 0;
-  for (; d + 4 <= count; d += 4) dot_block<kRows, 4>(width, g, code + d * width, out + d, count);
+  for (; d + kCols <= count; d += kCols) {
+    dot_block<kRows, kCols>(width, g, code + d * width, out + d, count);
+  }
   for (; d < count; ++d) dot_block<kRows, 1>(width, g, code + d * width, out + d, count);
 }
 
@@ -284,6 +312,7 @@ void dot(std::int64_t batch, std::int64_t count, std::int64_t width, const T* g,
          T* out) {
   std::int64_t b = 0;
   for (; b + 4 <= batch; b += 4) dot_rows<4>(count, width, g + b * width, code, out + b * count);
+  for (; b + 2 <= batch; b += 2) dot_rows<2>(count, width, g + b * width, code, out + b * count);
   for (; b < batch; ++b) dot_rows<1>(count, width, g + b * width, code, out + b * count);
 }
 
@@ -340,6 +369,8 @@ class Backward {
         rows_(num_rows(p)),
         width_(round_up(p.num_realizations, kLanes<T>)),
         basis_of_(p),
+        weights_(group * rows_ * p.num_realizations),
+        grad_weights_(group * rows_ * p.num_realizations),
         basis_(group * rows_ * kTile),
         grad_basis_(group * rows_ * kTile),
         x_(kTile * p.batch * group),
@@ -353,9 +384,9 @@ class Backward {
     d0_ = d0;
     count_ = count;
     grad_positions_ = grad_positions;
-    const std::int64_t offset = (head * p_.in_features + d0) * rows_ * p_.num_realizations;
-    weight_ = static_cast<const T*>(p_.weight) + offset;
-    grad_weight_ = p_.grad_weight == nullptr ? nullptr : static_cast<T*>(p_.grad_weight) + offset;
+    load_weights(p_, head, d0, count, weights_.get());
+    const std::int64_t size = count * rows_ * p_.num_realizations;
+    for (std::int64_t i = 0; i < size; ++i) grad_weights_[i] = 0;
     basis_of_.set_head(head);
     for (n0_ = 0; n0_ < p_.length; n0_ += kTile) {
       size_ = min_of(kTile, p_.length - n0_);
@@ -369,6 +400,7 @@ class Backward {
       }
       if (p_.grad_x != nullptr) store_grad_x();
     }
+    store_grad_weights();
   }
 
  private:
@@ -388,6 +420,24 @@ class Backward {
     }
   }
 
+  bool wants_weights() const { return p_.grad_weight != nullptr || p_.grad_constant != nullptr; }
+
+  void store_grad_weights() {
+    const std::int64_t real = p_.num_realizations, sine_rows = 2 * p_.num_sines * real;
+    const std::int64_t first = head_ * p_.in_features + d0_;
+    for (std::int64_t d = 0; d < count_; ++d) {
+      const T* grad = grad_weights_ + d * rows_ * real;
+      if (p_.grad_weight != nullptr) {
+        std::memcpy(static_cast<T*>(p_.grad_weight) + (first + d) * sine_rows, grad,
+                    sine_rows * sizeof(T));
+      }
+      if (p_.grad_constant != nullptr) {
+        std::memcpy(static_cast<T*>(p_.grad_constant) + (first + d) * real, grad + sine_rows,
+                    real * sizeof(T));
+      }
+    }
+  }
+
   void store_grad_x() {
     Storage* grad_x = static_cast<Storage*>(p_.grad_x);
     for (std::int64_t t = 0; t < size_; ++t) {
@@ -403,7 +453,7 @@ class Backward {
     const std::int64_t real = p_.num_realizations;
     T column[kTile];
     if (p_.grad_x != nullptr || wants_phases()) {
-      gemm(Op::kPlain, Op::kTransposed, count_ * rows_, size_, real, weight_, real, g_, width_,
+      gemm(Op::kPlain, Op::kTransposed, count_ * rows_, size_, real, weights_, real, g_, width_,
            T(0), grad_basis_, kTile);
       for (std::int64_t d = 0; d < count_; ++d) {
         T sum[kTile];
@@ -423,10 +473,10 @@ class Backward {
       }
       if (wants_phases()) add_phase_gradients();
     }
-    if (grad_weight_ != nullptr) {
+    if (wants_weights()) {
       scale_basis(x_.get(), size_, count_, rows_, basis_.get());
       gemm(Op::kPlain, Op::kPlain, count_ * rows_, real, size_, basis_, kTile, g_, width_, T(1),
-           grad_weight_, real);
+           grad_weights_, real);
     }
   }
 
@@ -436,14 +486,14 @@ class Backward {
     if (p_.grad_x != nullptr) {
       for (std::int64_t d = 0; d < count_; ++d) {
         code_tile(size_, real, width_, rows_, basis_ + d * rows_ * kTile,
-                  weight_ + d * rows_ * real, code_ + d * width_, stride);
+                  weights_ + d * rows_ * real, code_ + d * width_, stride);
       }
       for (std::int64_t t = 0; t < size_; ++t) {
         dot<T>(batch, count_, width_, g_ + t * batch * width_, code_ + t * stride,
                grad_x_ + t * batch * count_);
       }
     }
-    if (grad_weight_ == nullptr && !wants_phases()) return;
+    if (!wants_weights() && !wants_phases()) return;
     // The codes have been used: their tile now takes their gradient.
     for (std::int64_t t = 0; t < size_; ++t) {
       outer(batch, count_, width_, x_ + t * batch * count_, g_ + t * batch * width_,
@@ -451,12 +501,12 @@ class Backward {
     }
     for (std::int64_t d = 0; d < count_; ++d) {
       const T* grad_code = code_ + d * width_;
-      if (grad_weight_ != nullptr) {
+      if (wants_weights()) {
         gemm(Op::kPlain, Op::kPlain, rows_, real, size_, basis_ + d * rows_ * kTile, kTile,
-             grad_code, stride, T(1), grad_weight_ + d * rows_ * real, real);
+             grad_code, stride, T(1), grad_weights_ + d * rows_ * real, real);
       }
       if (wants_phases()) {
-        gemm(Op::kPlain, Op::kTransposed, rows_, size_, real, weight_ + d * rows_ * real, real,
+        gemm(Op::kPlain, Op::kTransposed, rows_, size_, real, weights_ + d * rows_ * real, real,
              grad_code, stride, T(0), grad_basis_ + d * rows_ * kTile, kTile);
       }
     }
@@ -515,15 +565,14 @@ class Backward {
   const SineFilterBackwardParams& p_;
   const std::int64_t rows_, width_;
   Basis<T> basis_of_;
-  Workspace<T> basis_, grad_basis_;  // [d, j, t]
-  Workspace<T> x_, grad_x_;          // [t, b, d]
-  Workspace<T> g_;                   // [t, b, r]
-  Workspace<T> code_;                // [t, d, r]
-  Workspace<double> positions_;      // [ndim, t]
+  Workspace<T> weights_, grad_weights_;  // [d, j, r]
+  Workspace<T> basis_, grad_basis_;      // [d, j, t]
+  Workspace<T> x_, grad_x_;              // [t, b, d]
+  Workspace<T> g_;                       // [t, b, r]
+  Workspace<T> code_;                    // [t, d, r]
+  Workspace<double> positions_;          // [ndim, t]
   // The task and the tile at hand.
   std::int64_t head_, d0_, count_, n0_, size_;
-  const T* weight_;
-  T* grad_weight_;
   double* grad_positions_;
 };
 
