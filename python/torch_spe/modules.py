@@ -496,7 +496,7 @@ class SineSPE(SPE):
         self.offsets.normal_()
         if self.init == "published":
             self.gains.normal_()
-            self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
+            self.gains.div_(self.gains.norm(dim=-1, keepdim=True).sqrt() / 2)
         else:
             self.gains.fill_(math.log(math.expm1(math.sqrt(2))))
 
