@@ -207,7 +207,7 @@ def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
     assert "not found" not in run("ldd", library)
     output = run(build / "train")
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
-    assert losses[-1] < 0.1 * losses[0], output
+    assert losses[-1] < 0.2, output  # predicting zero gives 0.95
     assert f"built with torch {torch.__version__.split('+')[0]}" in output
 
 
