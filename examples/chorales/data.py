@@ -1,9 +1,9 @@
 """Four-part Bach chorales as token sequences: parsing, tokens, split and windows.
 
-The scores come with the music21 package. A piece becomes ``[soprano, alto, tenor, bass]`` of
-the first sixteenth, then of the second, and so on: the same voice is four tokens back, the last
-beat sixteen, the last bar of 4/4 sixty-four. A token says which pitch sounds and whether it was
-struck at this sixteenth or is held.
+The scores come with the music21 package. A piece becomes ``[soprano, alto, tenor, bass]`` of the
+first sixteenth, then of the second, and so on: the same voice is four tokens back, the last beat
+sixteen, the last bar of 4/4 sixty-four. A token says that the voice strikes a pitch, holds what it
+struck before, or rests (Hadjeres et al. 2017, "DeepBach", section 2.1).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tqdm import tqdm
 VOICES = 4
 BEAT = 4  # sixteenths
 LOWEST, HIGHEST = 36, 81  # the compass of the chorales, as MIDI pitches
-REST = 0
-VOCABULARY = 1 + 2 * (HIGHEST - LOWEST + 1)
+REST, HOLD, FIRST_PITCH = 0, 1, 2
+VOCABULARY = FIRST_PITCH + HIGHEST - LOWEST + 1
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
@@ -47,9 +47,8 @@ def encode(voices: list[list[tuple]]) -> np.ndarray:  # [sixteenths * VOICES]
             if not LOWEST <= pitch <= HIGHEST:
                 raise ValueError(f"pitch must be within {LOWEST}..{HIGHEST}, got {pitch}")
             first, last = math.ceil(onset), math.ceil(end)
-            held = 1 + 2 * (pitch - LOWEST)
-            column[first:last] = held
-            column[first : min(first + 1, last)] = held + 1
+            column[first:last] = HOLD
+            column[first : min(first + 1, last)] = FIRST_PITCH + pitch - LOWEST
     return grid.reshape(-1)
 
 
@@ -59,13 +58,10 @@ def decode(tokens: np.ndarray) -> list[list[tuple]]:
     for column in np.asarray(tokens).reshape(-1, VOICES).T:
         notes = []
         for time, token in enumerate(column.tolist()):
-            if token == REST:
-                continue
-            pitch, struck = LOWEST + (token - 1) // 2, (token - 1) % 2
-            if not struck and notes and notes[-1][1:] == (time, pitch):
-                notes[-1] = (notes[-1][0], time + 1, pitch)
-            else:
-                notes.append((time, time + 1, pitch))
+            if token >= FIRST_PITCH:
+                notes.append((time, time + 1, LOWEST + token - FIRST_PITCH))
+            elif token == HOLD and notes and notes[-1][1] == time:
+                notes[-1] = (notes[-1][0], time + 1, notes[-1][2])
         voices.append(notes)
     return voices
 
@@ -150,7 +146,11 @@ def families(pieces: list[np.ndarray], beats: int = 6, shared: float = 0.2) -> n
     """
     passages = []
     for tokens in pieces:
-        pitches = (tokens.reshape(-1, VOICES)[::BEAT].astype(int) - 1) // 2
+        pitches = np.full((len(tokens) // VOICES, VOICES), -1)
+        for column, voice in zip(pitches.T, decode(tokens), strict=True):
+            for onset, end, pitch in voice:
+                column[onset:end] = pitch
+        pitches = pitches[::BEAT]
         cuts = [pitches[i : i + beats] for i in range(len(pitches) - beats + 1)]
         passages.append({(c - c[0, 0]).tobytes() for c in cuts if (c >= 0).all()})
 

@@ -37,10 +37,9 @@ def test_tokens_go_back_to_notes():
     assert tokens.shape == (12 * 4,)
     assert data.decode(tokens) == VOICES
     first, second = tokens[:4], tokens[4:8]
-    # The soprano is struck, then held; the bass strikes a new note.
-    assert first[0] - 1 == second[0]
-    assert first[3] == 2
-    assert second[3] == 2 + 2 * 12
+    # Three voices hold; the bass strikes a new note.
+    assert first.tolist() == [data.FIRST_PITCH + p - data.LOWEST for p in (72, 67, 60, 36)]
+    assert second.tolist() == [data.HOLD] * 3 + [data.FIRST_PITCH + 12]
     assert tokens[4 * 4 + 1] == data.REST
 
 
