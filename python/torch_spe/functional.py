@@ -1,7 +1,8 @@
 """The operators of torch_spe as functions.
 
-Every function takes and returns ordinary tensors, is differentiable once, deterministic, and works under
-``torch.compile``, autocast and on any strides. The plain equations stand in `torch_spe.reference`.
+Every function takes and returns ordinary tensors, is differentiable once, deterministic, and works
+under ``torch.compile``, autocast and on any strides. The plain equations stand in
+`torch_spe.reference`.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ def sine_filter(
 
     Args:
         x: queries or keys, ``[B, N, H, D]``; float32, float64, float16 or bfloat16.
-        freqs: frequencies in cycles per position, ``[H, D, K]``, or ``[H, D, K, ndim]`` for positions
-            with several coordinates (the phase is their dot product).
-        weight: coefficients of cos (even) and sin (odd rows), ``[H, D, 2K, R]``; of the type of ``x``, or
-            float32 beside a half-precision ``x``.
+        freqs: frequencies in cycles per position, ``[H, D, K]``, or ``[H, D, K, ndim]`` for
+            positions with several coordinates (the phase is their dot product).
+        weight: coefficients of cos (even) and sin (odd rows), ``[H, D, 2K, R]``; of the type of
+            ``x``, or float32 beside a half-precision ``x``.
         constant: a code that does not depend on the position, ``[H, D, R]``, added when given.
-        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases are
-            exact wherever the positions lie. Differentiable when of a float type.
+        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
+            are exact wherever the positions lie. Differentiable when of a float type.
         start: first of the default positions.
 
     Returns:
-        The encoded ``x``, ``[B, N, H, R]``, of the type of ``x``. Sums are taken in float32, or float64.
+        The encoded ``x``, ``[B, N, H, R]``, of the type of ``x``. Sums are taken in float32, or
+        float64.
 
     Raises:
         ValueError: a shape, device or value does not fit; the message names the argument.
@@ -83,24 +85,26 @@ def linear_attention(
         q: queries, ``[B, N, H, R]``; float32, float64, float16 or bfloat16.
         k: keys, ``[B, M, H, R]``, of the type of ``q``.
         v: values, ``[B, M, H, E]``, of the type of ``q``.
-        feature_map: phi: ``"identity"``, ``"elu"`` (elu(x) + 1) or ``"relu"``. For another one, apply it
-            before and take ``"identity"``.
-        causal: a query sees the keys up to its own position. Then ``M`` must be ``N``: the keys before
-            the first query, if there are any, belong in ``initial_state``.
+        feature_map: phi: ``"identity"``, ``"elu"`` (elu(x) + 1) or ``"relu"``. For another one,
+            apply it before and take ``"identity"``.
+        causal: a query sees the keys up to its own position. Then ``M`` must be ``N``: the keys
+            before the first query, if there are any, belong in ``initial_state``.
         normalize: divide by the sum of the weights; without, the numerator alone.
-        eps: added to the sum of the weights, at least 0. With 0, a query without any weight gives NaN.
-        key_padding_mask: bool, ``[B, M]``, true for keys to leave out. Queries that are left with none
-            give 0.
+        eps: added to the sum of the weights, at least 0. With 0, a query without any weight gives
+            NaN.
+        key_padding_mask: bool, ``[B, M]``, true for keys to leave out. Queries that are left with
+            none give 0.
         cu_seqlens: int32 or int64, ``[S + 1]``: bounds of S independent sequences packed in one row
             (``B = 1`` and ``M = N``); starts with 0, never decreases, ends with ``N``.
-        initial_state: ``(S, z)`` of the keys before, ``[B, H, R, E]`` and ``[B, H, R]`` (a row for each
-            packed sequence with ``cu_seqlens``), float32 or float64. Differentiable.
-        return_state: also return the state after the last key, for the next call's ``initial_state``.
+        initial_state: ``(S, z)`` of the keys before, ``[B, H, R, E]`` and ``[B, H, R]`` (a row for
+            each packed sequence with ``cu_seqlens``), float32 or float64. Differentiable.
+        return_state: also return the state after the last key, for the next call's
+            ``initial_state``.
 
     Returns:
         The output ``[B, N, H, E]``, of the type of ``q``; with ``return_state`` a pair of it and
-        ``(S, z)``, ``S = sum_m phi(k_m) v_m^T`` and ``z = sum_m phi(k_m)``, in float32, or float64 for
-        float64. Sums are taken in the type of the state.
+        ``(S, z)``, ``S = sum_m phi(k_m) v_m^T`` and ``z = sum_m phi(k_m)``, in float32, or float64
+        for float64. Sums are taken in the type of the state.
 
     Raises:
         ValueError: a shape, device or value does not fit; the message names the argument.
@@ -110,9 +114,11 @@ def linear_attention(
         >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
         >>> linear_attention(q, k, v, causal=True).shape
         torch.Size([2, 100, 4, 16])
-        >>> head, state = linear_attention(q[:, :60], k[:, :60], v[:, :60], causal=True, return_state=True)
-        >>> tail = linear_attention(q[:, 60:], k[:, 60:], v[:, 60:], causal=True, initial_state=state)
-        >>> torch.allclose(torch.cat((head, tail), 1), linear_attention(q, k, v, causal=True), atol=1e-5)
+        >>> first, second = [x[:, :60] for x in (q, k, v)], [x[:, 60:] for x in (q, k, v)]
+        >>> head, state = linear_attention(*first, causal=True, return_state=True)
+        >>> tail = linear_attention(*second, causal=True, initial_state=state)
+        >>> whole = linear_attention(q, k, v, causal=True)
+        >>> torch.allclose(torch.cat((head, tail), dim=1), whole, atol=1e-5)
         True
     """
     s, z = (None, None) if initial_state is None else initial_state
