@@ -69,7 +69,7 @@ def measure_direction(
     for _ in range(max(3, min(30, int(seconds / sum(single.values()))))):
         for name, call in calls.items():
             repeats = max(1, min(10, int(0.05 / single[name])))
-            samples[name] += measure.times(call, device, repeats)
+            samples[name] += measure.times(call, device, repeats, warm_up=repeats > 1)
     return {
         name: (statistics.median(samples[name]), measure.peak_memory(call, device))
         for name, call in calls.items()

@@ -45,9 +45,12 @@ def machine(device: str) -> Machine:
     )
 
 
-def times(function: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """Seconds of each call, after one that does not count."""
-    function()
+def times(
+    function: Callable[[], object], device: str, repeats: int, warm_up: bool = True
+) -> list[float]:
+    """Seconds of each call, after one that does not count unless all is warm."""
+    if warm_up:
+        function()
     result = []
     for _ in range(repeats):
         synchronize(device)
