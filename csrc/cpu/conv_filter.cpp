@@ -12,10 +12,10 @@ template <class T>
 constexpr std::int64_t kWidth = kVecs * kLanes<T>;
 // Positions whose dense codes are made together: with kVecs vectors each, they fill the registers.
 constexpr int kDenseRows = kVectorBytes == 64 ? 7 : 3;
-constexpr int kPhaseRows = 4;
+constexpr int kPhaseRows = kVectorBytes == 64 ? 4 : 2;
 // Taps of dense and of polyphase noise whose gradients are made together.
 constexpr int kDenseTaps = kVectorBytes == 64 ? 16 : 8;
-constexpr int kPhaseTaps = 4;
+constexpr int kPhaseTaps = 2;
 // Zeros on either side of a row of the kernel, so that vectors and blocks may reach over its ends.
 constexpr std::int64_t kPad = 16;
 static_assert(kPad >= kLanes<float> && kPad >= kDenseRows);
@@ -200,120 +200,117 @@ class Window {
   Workspace<float> line_;
 };
 
-// Codes of kRows consecutive positions and kVecs vectors of realizations from dense noise:
+// Codes of kRows consecutive positions and kCols vectors of realizations from dense noise:
 // acc[t] = init + sum_o sum_j kernel_o[j - t] z[offset_o + j], a product with a Toeplitz matrix
 // that is read from the kernel's rows [o, kPad zeros, taps, kPad zeros].
+template <class T>
 struct DenseTaps {
+  static constexpr int kRows = kDenseRows;
+  const T* kernel;
+  const T* init;                // [width]
   std::int64_t taps;            // of the last dimension
   std::int64_t rows;            // of the kernel
   std::int64_t kernel_ld;       // between them
   const std::int64_t* offsets;  // [rows], of their noise
-};
 
-template <int kRows, int kCols, class T>
-TORCH_SPE_INLINE void dense_block(const DenseTaps& dense, const T* kernel, const T* init,
-                                  const T* z, std::int64_t width, Vec<T> (&acc)[kRows][kCols]) {
-  for (int t = 0; t < kRows; ++t) {
-    for (int v = 0; v < kCols; ++v) acc[t][v] = load_vec(init + v * kLanes<T>);
-  }
-  for (std::int64_t o = 0; o < dense.rows; ++o) {
-    const T* k = kernel + o * dense.kernel_ld + kPad;
-    const T* row = z + dense.offsets[o];
-    for (std::int64_t j = 0; j < dense.taps + kRows - 1; ++j, row += width) {
-      Vec<T> c[kCols];
-      for (int v = 0; v < kCols; ++v) c[v] = load_vec(row + v * kLanes<T>);
-      for (int t = 0; t < kRows; ++t) {
-        const T tap = k[j - t];
-        for (int v = 0; v < kCols; ++v) acc[t][v] += tap * c[v];
+  template <int kRows, int kCols>
+  TORCH_SPE_INLINE void block(const T* z, std::int64_t width, std::int64_t column,
+                              Vec<T> (&acc)[kRows][kCols]) const {
+    for (int t = 0; t < kRows; ++t) {
+      for (int v = 0; v < kCols; ++v) acc[t][v] = load_vec(init + column + v * kLanes<T>);
+    }
+    for (std::int64_t o = 0; o < rows; ++o) {
+      const T* k = kernel + o * kernel_ld + kPad;
+      const T* row = z + offsets[o] + column;
+      for (const T* end = k + taps + kRows - 1; k < end; ++k, row += width) {
+        Vec<T> c[kCols];
+        for (int v = 0; v < kCols; ++v) c[v] = load_vec(row + v * kLanes<T>);
+        for (int t = 0; t < kRows; ++t) {
+          const T tap = k[-t];
+          for (int v = 0; v < kCols; ++v) acc[t][v] += tap * c[v];
+        }
       }
     }
   }
-}
+};
+
+// The same from polyphase noise: a sum over slots of taps * z[row + offset]. A slot has taps of its
+// own for every realization, and their vectors stand where `index` says.
+template <class T>
+struct PhaseTaps {
+  static constexpr int kRows = kPhaseRows;
+  const T* taps;
+  const T* init;                // [width]
+  std::int64_t slots;           //
+  const std::int64_t* index;    // [slots, kVecs]
+  const std::int64_t* offsets;  // [slots]
+
+  template <int kRows, int kCols>
+  TORCH_SPE_INLINE void block(const T* z, std::int64_t width, std::int64_t column,
+                              Vec<T> (&acc)[kRows][kCols]) const {
+    for (int t = 0; t < kRows; ++t) {
+      for (int v = 0; v < kCols; ++v) acc[t][v] = load_vec(init + column + v * kLanes<T>);
+    }
+    const std::int64_t* from = index + column / kLanes<T>;
+    for (std::int64_t i = 0; i < slots; ++i, from += kVecs) {
+      const T* row = z + offsets[i] + column;
+      for (int v = 0; v < kCols; ++v) {
+        const Vec<T> tap = load_vec(taps + from[v]);
+        for (int t = 0; t < kRows; ++t) {
+          acc[t][v] += tap * load_vec(row + t * width + v * kLanes<T>);
+        }
+      }
+    }
+  }
+};
 
 // The codes of `count` consecutive rows, given to `consume(row, valid, column, codes)` in blocks of
 // which the first `valid` rows count.
-template <int kCols, class T, class Consumer>
-TORCH_SPE_INLINE void dense_columns(const DenseTaps& dense, const T* kernel, const T* init,
-                                    const T* z, std::int64_t width, std::int64_t column,
-                                    std::int64_t row, std::int64_t count, const Consumer& consume) {
-  std::int64_t t = 0;
-  while (t < count) {
+template <int kCols, class T, class Taps, class Consumer>
+TORCH_SPE_INLINE void make_columns(Taps taps, const T* z, std::int64_t width, std::int64_t column,
+                                   std::int64_t row, std::int64_t count, Consumer consume) {
+  for (std::int64_t t = 0; t < count; t += Taps::kRows) {
     if (count - t > 1) {
-      Vec<T> acc[kDenseRows][kCols];
-      dense_block(dense, kernel, init + column, z + t * width + column, width, acc);
-      consume(row + t, min_of(kDenseRows, count - t), column, acc);
-      t += kDenseRows;
+      Vec<T> acc[Taps::kRows][kCols];
+      taps.block(z + t * width, width, column, acc);
+      consume(row + t, min_of(Taps::kRows, count - t), column, acc);
     } else {
       Vec<T> acc[1][kCols];
-      dense_block(dense, kernel, init + column, z + t * width + column, width, acc);
+      taps.block(z + t * width, width, column, acc);
       consume(row + t, 1, column, acc);
-      t += 1;
     }
   }
 }
 
-template <class T, class Consumer>
-void dense_codes(const DenseTaps& dense, const T* kernel, const T* init, const T* z,
-                 std::int64_t width, std::int64_t row, std::int64_t count,
-                 const Consumer& consume) {
-  std::int64_t column = 0;
+template <class T, class Taps, class Consumer>
+void make_codes(Taps taps, const T* z, std::int64_t width, std::int64_t row, std::int64_t count,
+                Consumer consume) {
   if (width == kWidth<T>) {
-    dense_columns<kVecs>(dense, kernel, init, z, width, column, row, count, consume);
-    return;
-  }
-  for (; column < width; column += kLanes<T>) {
-    dense_columns<1>(dense, kernel, init, z, width, column, row, count, consume);
-  }
-}
-
-// The taps of polyphase noise for one feature, one class of positions and the realizations of one
-// vector: a code is the sum over slots of taps * z[row + offset].
-template <class T>
-struct Slots {
-  std::int64_t count;
-  const T* taps;                // [count, lanes]
-  const std::int64_t* offsets;  // [count]
-};
-
-template <int kRows, class T>
-TORCH_SPE_INLINE void phase_block(const Slots<T>& slots, const T* init, const T* z,
-                                  std::int64_t width, Vec<T> (&acc)[kRows][1]) {
-  for (int t = 0; t < kRows; ++t) acc[t][0] = load_vec(init);
-  for (std::int64_t i = 0; i < slots.count; ++i) {
-    const Vec<T> tap = load_vec(slots.taps + i * kLanes<T>);
-    const T* row = z + slots.offsets[i];
-    for (int t = 0; t < kRows; ++t) acc[t][0] += tap * load_vec(row + t * width);
+    make_columns<kVecs>(taps, z, width, 0, row, count, consume);
+  } else {
+    for (std::int64_t column = 0; column < width; column += kLanes<T>) {
+      make_columns<1>(taps, z, width, column, row, count, consume);
+    }
   }
 }
 
-template <class T, class Consumer>
-void phase_codes(const Slots<T>& slots, const T* init, const T* z, std::int64_t width,
-                 std::int64_t column, std::int64_t row, std::int64_t count,
-                 const Consumer& consume) {
-  std::int64_t t = 0;
-  for (; t + kPhaseRows <= count; t += kPhaseRows) {
-    Vec<T> acc[kPhaseRows][1];
-    phase_block(slots, init + column, z + t * width + column, width, acc);
-    consume(row + t, kPhaseRows, column, acc);
-  }
-  for (; t < count; ++t) {
-    Vec<T> acc[1][1];
-    phase_block(slots, init + column, z + t * width + column, width, acc);
-    consume(row + t, 1, column, acc);
-  }
-}
-
-// sums[i] = sum over the rows of one vector of g * z at kTaps offsets: consecutive rows from
-// `offsets[0]` on, or those given.
-template <int kTaps, bool kConsecutive, class T>
+// sums[i][v] += sum over rows of g * z at kTaps offsets: consecutive rows from the first offset on,
+// or those given.
+template <int kTaps, int kCols, bool kConsecutive, class T>
 TORCH_SPE_INLINE void correlate(const T* g, const T* z, const std::int64_t* offsets,
-                                std::int64_t width, std::int64_t count, Vec<T> (&sums)[kTaps]) {
-  const T* rows[kConsecutive ? 1 : kTaps];
-  for (int i = 0; i < (kConsecutive ? 1 : kTaps); ++i) rows[i] = z + offsets[i];
-  for (std::int64_t t = 0; t < count; ++t) {
-    const Vec<T> grad = load_vec(g + t * width);
-    for (int i = 0; i < kTaps; ++i) {
-      sums[i] += grad * load_vec(kConsecutive ? rows[0] + (t + i) * width : rows[i] + t * width);
+                                std::int64_t width, std::int64_t count,
+                                Vec<T> (&sums)[kTaps][kCols]) {
+  const T* rows[kTaps];
+  for (int i = 0; i < kTaps; ++i) {
+    rows[i] = z + (kConsecutive ? offsets[0] + i * width : offsets[i]);
+  }
+  for (std::int64_t t = 0; t < count * width; t += width) {
+    for (int v = 0; v < kCols; ++v) {
+      const Vec<T> grad = load_vec(g + t + v * kLanes<T>);
+      for (int i = 0; i < kTaps; ++i) {
+        const T* row = kConsecutive ? rows[0] + i * width : rows[i];
+        sums[i][v] += grad * load_vec(row + t + v * kLanes<T>);
+      }
     }
   }
 }
@@ -333,14 +330,15 @@ class Codes {
         kernels_(p.in_features * kernel_rows_ * kernel_ld_),
         constants_(p.in_features * kWidth<T>),
         shifts_(p.in_features * 3),
+        phases_(p.in_features * 3),
         windows_(plan.group * Window<T>::size(plan)),
         dense_offsets_(kernel_rows_),
-        taps_(dense_ ? 0 : kVecs * max_slots_ * kLanes<T>),
-        offsets_(dense_ ? 0 : kVecs * max_slots_),
-        lags_(dense_ ? 0 : kVecs * max_slots_ * 3),
+        taps_(dense_ || contiguous() ? 0 : max_slots_ * kWidth<T>),
+        index_(dense_ ? 0 : max_slots_ * kVecs),
+        offsets_(dense_ ? 0 : max_slots_),
+        lags_(dense_ ? 0 : max_slots_ * 3),
         classes_(kWidth<T> * 3) {}
 
-  bool dense() const { return dense_; }
   std::int64_t kernel_rows() const { return kernel_rows_; }
   std::int64_t kernel_ld() const { return kernel_ld_; }
   std::int64_t kernel_size() const { return kernel_rows_ * kernel_ld_; }
@@ -403,8 +401,13 @@ class Codes {
   void set_noise(const Box& box, std::int64_t d0, std::int64_t count) {
     box_ = box;
     d0_ = d0;
+    const NoiseParams& g = p_.generated;
     for (std::int64_t d = d0; d < d0 + count; ++d) {
       window_.fill(box, head_, d, shifts_ + d * 3, first_, width_, noise(d));
+      for (int i = 0; i < 3; ++i) {
+        phases_[d * 3 + i] =
+            core::floor_modulo(g.start[i] + box.begin[i] + shifts_[d * 3 + i], g.stride[i]);
+      }
     }
   }
 
@@ -412,16 +415,14 @@ class Codes {
   void set_feature(std::int64_t d, const PhaseClass& positions) {
     d_ = d;
     class_ = positions;
-    const NoiseParams& g = p_.generated;
     std::int64_t phase[3];
     for (int i = 0; i < 3; ++i) {
-      const std::int64_t origin = g.start[i] + box_.begin[i] + shifts_[d * 3 + i];
-      const std::int64_t from = origin + positions.residue[i];
-      phase[i] = core::floor_modulo(from, g.stride[i]);
-      period_[i] = core::floor_divide(from, g.stride[i]) - core::floor_divide(origin, g.stride[i]);
+      const std::int64_t stride = p_.generated.stride[i];
+      phase[i] = phases_[d * 3 + i] + positions.residue[i];  // less than twice the stride
+      period_[i] = phase[i] >= stride ? 1 : 0;
+      phase[i] -= period_[i] * stride;
     }
-    if (dense_) return;
-    for (std::int64_t v = 0; v * kLanes<T> < width_; ++v) set_slots(v, phase);
+    if (!dense_) set_slots(phase);
   }
 
   // Calls function(row, z, count) for runs of rows of the class along the last dimension, with the
@@ -440,16 +441,16 @@ class Codes {
 
   // Gives the codes of the class to consume(row, valid, column, codes).
   template <class Consumer>
-  TORCH_SPE_INLINE void make(const Consumer& consume) const {
+  TORCH_SPE_INLINE void make(Consumer consume) const {
     const T* init = constants_ + d_ * kWidth<T>;
+    const DenseTaps<T> dense{kernel(),     init,       p_.kernel_size[2],
+                             kernel_rows_, kernel_ld_, dense_offsets_};
+    const PhaseTaps<T> phase{contiguous() ? kernel() : taps_.get(), init, slots_, index_, offsets_};
     for_each_run([&](std::int64_t row, const T* z, std::int64_t count) {
       if (dense_) {
-        dense_codes(dense_taps(), kernels_ + d_ * kernel_size(), init, z, width_, row, count,
-                    consume);
-        return;
-      }
-      for (std::int64_t v = 0; v * kLanes<T> < width_; ++v) {
-        phase_codes(slots(v), init, z, width_, v * kLanes<T>, row, count, consume);
+        make_codes(dense, z, width_, row, count, consume);
+      } else {
+        make_codes(phase, z, width_, row, count, consume);
       }
     });
   }
@@ -457,23 +458,22 @@ class Codes {
   // Adds the gradient of the kernel, laid out as its copy and not yet times the square root of the
   // strides, given that of the codes, [rows, width].
   void add_kernel_gradient(const T* grad_code, T* grad_kernel) const {
-    for (std::int64_t v = 0; v * kLanes<T> < width_; ++v) {
-      if (dense_) {
-        for (std::int64_t o = 0; o < kernel_rows_; ++o) {
-          T* row = grad_kernel + o * kernel_ld_ + kPad;
-          std::int64_t tap = 0;
-          for (; tap + kDenseTaps <= p_.kernel_size[2]; tap += kDenseTaps) {
-            add_dense_taps<kDenseTaps>(grad_code, v, o, tap, row);
-          }
-          for (; tap < p_.kernel_size[2]; ++tap) add_dense_taps<1>(grad_code, v, o, tap, row);
+    if (!dense_) {
+      std::int64_t slot = 0;
+      for (; slot + kPhaseTaps <= slots_; slot += kPhaseTaps) {
+        add_slots<kPhaseTaps>(grad_code, slot, grad_kernel);
+      }
+      for (; slot < slots_; ++slot) add_slots<1>(grad_code, slot, grad_kernel);
+      return;
+    }
+    for (std::int64_t column = 0; column < width_; column += kLanes<T>) {
+      for (std::int64_t o = 0; o < kernel_rows_; ++o) {
+        T* row = grad_kernel + o * kernel_ld_ + kPad;
+        std::int64_t tap = 0;
+        for (; tap + kDenseTaps <= p_.kernel_size[2]; tap += kDenseTaps) {
+          add_dense_taps<kDenseTaps>(grad_code, column, o, tap, row);
         }
-      } else {
-        const std::int64_t count = slots(v).count;
-        std::int64_t slot = 0;
-        for (; slot + kPhaseTaps <= count; slot += kPhaseTaps) {
-          add_slots<kPhaseTaps>(grad_code, v, slot, grad_kernel);
-        }
-        for (; slot < count; ++slot) add_slots<1>(grad_code, v, slot, grad_kernel);
+        for (; tap < p_.kernel_size[2]; ++tap) add_dense_taps<1>(grad_code, column, o, tap, row);
       }
     }
   }
@@ -489,12 +489,7 @@ class Codes {
   }
 
   T* noise(std::int64_t d) const { return windows_ + (d - d0_) * Window<T>::size(plan_); }
-  DenseTaps dense_taps() const {
-    return {p_.kernel_size[2], kernel_rows_, kernel_ld_, dense_offsets_};
-  }
-  Slots<T> slots(std::int64_t v) const {
-    return {slot_count_[v], taps_ + v * max_slots_ * kLanes<T>, offsets_ + v * max_slots_};
-  }
+  const T* kernel() const { return kernels_ + d_ * kernel_size(); }
 
   // Where the tap of a class stands in the padded kernel, if it reaches there with `lanes` more.
   bool tap_index(const std::int64_t lag[3], const std::int64_t classes[3], std::int64_t lanes,
@@ -511,72 +506,89 @@ class Codes {
   // Whether the classes of the realizations of a vector are consecutive.
   bool contiguous() const { return p_.generated.stride[2] % kLanes<T> == 0; }
 
-  // The slots of a vector of realizations that have a tap in the kernel. In slot e of a dimension
-  // class c has the tap c - phase + e s, on the noise of e periods after the row's.
-  void set_slots(std::int64_t v, const std::int64_t phase[3]) {
+  // The slots in which any realization has a tap in the kernel. In slot e of a dimension class c
+  // has the tap c - phase + e s, on the noise of e periods after the row's.
+  void set_slots(const std::int64_t phase[3]) {
     const std::int64_t (&s)[3] = p_.generated.stride;
     const std::int64_t (&size)[3] = p_.kernel_size;
-    const T* kernel = kernels_ + d_ * kernel_size();
-    const std::int64_t* classes = classes_ + v * kLanes<T> * 3;
-    std::int64_t count = 0;
+    slots_ = 0;
     for (std::int64_t e0 = 0; e0 * s[0] < size[0] + phase[0]; ++e0) {
       for (std::int64_t e1 = 0; e1 * s[1] < size[1] + phase[1]; ++e1) {
         for (std::int64_t e2 = 0; e2 * s[2] < size[2] + phase[2]; ++e2) {
           const std::int64_t lag[3] = {e0 * s[0] - phase[0], e1 * s[1] - phase[1],
                                        e2 * s[2] - phase[2]};
-          T* taps = taps_ + (v * max_slots_ + count) * kLanes<T>;
-          std::int64_t index;
-          bool any = false;
-          if (contiguous()) {
-            any = tap_index(lag, classes, kLanes<T>, &index);
-            if (any) store_vec(taps, load_vec(kernel + index));
-          } else {
-            for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
-              any |= tap_index(lag, classes + lane * 3, 1, &index);
-              taps[lane] = kernel[index];
-            }
-          }
-          if (!any) continue;
-          for (int i = 0; i < 3; ++i) lags_[(v * max_slots_ + count) * 3 + i] = lag[i];
-          offsets_[v * max_slots_ + count] =
-              ((e0 * plan_.periods[1] + e1) * plan_.periods[2] + e2) * width_;
-          ++count;
+          if (!set_taps(lag)) continue;
+          for (int i = 0; i < 3; ++i) lags_[slots_ * 3 + i] = lag[i];
+          offsets_[slots_] = ((e0 * plan_.periods[1] + e1) * plan_.periods[2] + e2) * width_;
+          ++slots_;
         }
       }
     }
-    slot_count_[v] = count;
   }
 
-  template <int kTaps>
-  void add_dense_taps(const T* grad_code, std::int64_t v, std::int64_t row, std::int64_t tap,
-                      T* grad_kernel) const {
-    Vec<T> sums[kTaps] = {};
-    const std::int64_t offset = dense_offsets_[row] + tap * width_ + v * kLanes<T>;
-    for_each_run([&](std::int64_t first, const T* z, std::int64_t count) {
-      correlate<kTaps, true>(grad_code + first * width_ + v * kLanes<T>, z, &offset, width_, count,
-                             sums);
-    });
-    for (int i = 0; i < kTaps; ++i) grad_kernel[tap + i] += sum_lanes<T>(sums[i]);
-  }
-
-  template <int kTaps>
-  void add_slots(const T* grad_code, std::int64_t v, std::int64_t slot, T* grad_kernel) const {
-    Vec<T> sums[kTaps] = {};
-    const std::int64_t* offsets = offsets_ + v * max_slots_ + slot;
-    for_each_run([&](std::int64_t first, const T* z, std::int64_t count) {
-      correlate<kTaps, false>(grad_code + first * width_ + v * kLanes<T>, z + v * kLanes<T>,
-                              offsets, width_, count, sums);
-    });
-    const std::int64_t* classes = classes_ + v * kLanes<T> * 3;
-    for (int i = 0; i < kTaps; ++i) {
-      const std::int64_t* lag = lags_ + (v * max_slots_ + slot + i) * 3;
-      std::int64_t index;
+  // The taps of a slot; false if none lies in the kernel.
+  bool set_taps(const std::int64_t lag[3]) {
+    bool any = false;
+    for (std::int64_t r = 0; r < width_; r += kLanes<T>) {
+      std::int64_t* index = index_ + slots_ * kVecs + r / kLanes<T>;
       if (contiguous()) {
-        tap_index(lag, classes, kLanes<T>, &index);
-        store_vec(grad_kernel + index, load_vec(grad_kernel + index) + sums[i]);
-      } else {
-        for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
-          if (tap_index(lag, classes + lane * 3, 1, &index)) grad_kernel[index] += sums[i][lane];
+        any |= tap_index(lag, classes_ + r * 3, kLanes<T>, index);
+        continue;
+      }
+      *index = slots_ * kWidth<T> + r;
+      for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        std::int64_t from;
+        any |= tap_index(lag, classes_ + (r + lane) * 3, 1, &from);
+        taps_[*index + lane] = kernel()[from];
+      }
+    }
+    return any;
+  }
+
+  template <int kTaps>
+  void add_dense_taps(const T* grad_code, std::int64_t column, std::int64_t row, std::int64_t tap,
+                      T* grad_kernel) const {
+    Vec<T> sums[kTaps][1] = {};
+    const std::int64_t offset = dense_offsets_[row] + tap * width_ + column;
+    for_each_run([&](std::int64_t first, const T* z, std::int64_t count) {
+      correlate<kTaps, 1, true>(grad_code + first * width_ + column, z, &offset, width_, count,
+                                sums);
+    });
+    for (int i = 0; i < kTaps; ++i) grad_kernel[tap + i] += sum_lanes<T>(sums[i][0]);
+  }
+
+  template <int kTaps>
+  void add_slots(const T* grad_code, std::int64_t slot, T* grad_kernel) const {
+    if (width_ == kWidth<T>) {
+      add_slot_columns<kTaps, kVecs>(grad_code, 0, slot, grad_kernel);
+    } else {
+      for (std::int64_t column = 0; column < width_; column += kLanes<T>) {
+        add_slot_columns<kTaps, 1>(grad_code, column, slot, grad_kernel);
+      }
+    }
+  }
+
+  template <int kTaps, int kCols>
+  void add_slot_columns(const T* grad_code, std::int64_t column, std::int64_t slot,
+                        T* grad_kernel) const {
+    Vec<T> sums[kTaps][kCols] = {};
+    for_each_run([&](std::int64_t first, const T* z, std::int64_t count) {
+      correlate<kTaps, kCols, false>(grad_code + first * width_ + column, z + column,
+                                     offsets_ + slot, width_, count, sums);
+    });
+    for (int i = 0; i < kTaps; ++i) {
+      const std::int64_t* lag = lags_ + (slot + i) * 3;
+      for (int v = 0; v < kCols; ++v) {
+        const std::int64_t* classes = classes_ + (column + v * kLanes<T>)*3;
+        std::int64_t index;
+        if (contiguous()) {
+          if (!tap_index(lag, classes, kLanes<T>, &index)) continue;
+          store_vec(grad_kernel + index, load_vec(grad_kernel + index) + sums[i][v]);
+        } else {
+          for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
+            if (!tap_index(lag, classes + lane * 3, 1, &index)) continue;
+            grad_kernel[index] += sums[i][v][lane];
+          }
         }
       }
     }
@@ -590,13 +602,15 @@ class Codes {
   Workspace<T> kernels_;            // [D, P0 P1, kPad + P2 + kPad]
   Workspace<T> constants_;          // [D, kWidth]
   Workspace<std::int64_t> shifts_;  // [D, 3]
+  Workspace<std::int64_t> phases_;  // [D, 3], of the box's first position
   Workspace<T> windows_;            // [group, periods, width]
   Workspace<std::int64_t> dense_offsets_;
-  Workspace<T> taps_;                // [kVecs, slots, lanes]
-  Workspace<std::int64_t> offsets_;  // [kVecs, slots]
-  Workspace<std::int64_t> lags_;     // [kVecs, slots, 3]
-  Workspace<std::int64_t> classes_;  // [width, 3]
-  std::int64_t slot_count_[kVecs];
+  Workspace<T> taps_;                // [slots, kWidth], unless they stand in the kernel so
+  Workspace<std::int64_t> index_;    // [slots, kVecs]
+  Workspace<std::int64_t> offsets_;  // [slots]
+  Workspace<std::int64_t> lags_;     // [slots, 3]
+  Workspace<std::int64_t> classes_;  // [kWidth, 3]
+  std::int64_t slots_ = 0;
   // What is at hand.
   std::int64_t head_ = -1, first_ = -1, width_ = 0, d0_ = 0, d_ = 0;
   Box box_;
@@ -649,6 +663,73 @@ void store_tile(const ConvFilterParams& p, const Box& box, const T* tile, std::i
                });
 }
 
+// y += x codes, for one feature. The consumers hold all that they need, by value: vectors stored
+// may alias anything that is read through a pointer.
+template <class T>
+struct AddEncoded {
+  const T* x;  // [rows, B, D], from the feature on
+  T* y;        // [rows, B, width]
+  std::int64_t batch, features, width;
+
+  template <int kRows, int kCols>
+  TORCH_SPE_INLINE void operator()(std::int64_t row, std::int64_t valid, std::int64_t column,
+                                   const Vec<T> (&codes)[kRows][kCols]) const {
+    const T* from = x + row * batch * features;
+    T* to = y + row * batch * width + column;
+    for (int t = 0; t < kRows; ++t) {
+      if (t >= valid) break;
+      for (std::int64_t b = 0; b < batch; ++b, from += features, to += width) {
+        for (int v = 0; v < kCols; ++v) {
+          store_vec(to + v * kLanes<T>, load_vec(to + v * kLanes<T>) + *from * codes[t][v]);
+        }
+      }
+    }
+  }
+};
+
+// partial[row, b] += codes * grad_out, of which the sum over the lanes is the gradient of x, for
+// one feature. The first column starts the sums.
+template <class T>
+struct AddGradX {
+  const T* g;  // [rows, B, width]
+  T* partial;  // [rows, B, lanes]
+  std::int64_t batch, width;
+
+  template <int kRows, int kCols>
+  TORCH_SPE_INLINE void operator()(std::int64_t row, std::int64_t valid, std::int64_t column,
+                                   const Vec<T> (&codes)[kRows][kCols]) const {
+    const T* from = g + row * batch * width + column;
+    T* to = partial + row * batch * kLanes<T>;
+    for (int t = 0; t < kRows; ++t) {
+      if (t >= valid) break;
+      for (std::int64_t b = 0; b < batch; ++b, from += width, to += kLanes<T>) {
+        Vec<T> sum = column == 0 ? Vec<T>{} : load_vec(to);
+        for (int v = 0; v < kCols; ++v) sum += load_vec(from + v * kLanes<T>) * codes[t][v];
+        store_vec(to, sum);
+      }
+    }
+  }
+};
+
+// Stores values of the first `count` columns in rows of a tensor.
+template <class T, class Storage>
+struct StoreRows {
+  Storage* out;
+  std::int64_t ld, count;
+
+  template <int kRows, int kCols>
+  TORCH_SPE_INLINE void operator()(std::int64_t row, std::int64_t valid, std::int64_t column,
+                                   const Vec<T> (&values)[kRows][kCols]) const {
+    for (int t = 0; t < kRows; ++t) {
+      if (t >= valid) break;
+      T buffer[kCols * kLanes<T>];
+      for (int v = 0; v < kCols; ++v) store_vec(buffer + v * kLanes<T>, values[t][v]);
+      store_row(buffer, 1, min_of(kCols * kLanes<T>, count - column),
+                out + (row + t) * ld + column);
+    }
+  }
+};
+
 // out = sum_d x_d codes_d
 template <class Storage>
 class Forward {
@@ -664,7 +745,8 @@ class Forward {
 
   void run(std::int64_t head, std::int64_t first, std::int64_t chunk) {
     const Box box = plan_.chunk(p_, chunk);
-    const std::int64_t width = block_width<T>(p_.num_realizations, first), features = p_.in_features;
+    const std::int64_t width = block_width<T>(p_.num_realizations, first),
+                       features = p_.in_features;
     load_tile(p_, box, static_cast<const Storage*>(p_.x), p_.x_strides, head, 0, features, features,
               x_.get());
     for (std::int64_t i = 0; i < box.rows() * p_.batch * width; ++i) y_[i] = 0;
@@ -676,8 +758,7 @@ class Forward {
       for_each_class(box, p_.generated.stride, [&](const PhaseClass& positions) {
         for (std::int64_t d = d0; d < d1; ++d) {
           codes_.set_feature(d, positions);
-          codes_.make([&](std::int64_t row, std::int64_t valid, std::int64_t column,
-                          const auto& codes) { add(d, width, row, valid, column, codes); });
+          codes_.make(AddEncoded<T>{x_ + d, y_, p_.batch, features, width});
         }
       });
     }
@@ -686,22 +767,6 @@ class Forward {
   }
 
  private:
-  template <int kRows, int kCols>
-  TORCH_SPE_INLINE void add(std::int64_t d, std::int64_t width, std::int64_t row,
-                            std::int64_t valid, std::int64_t column,
-                            const Vec<T> (&codes)[kRows][kCols]) {
-    for (int t = 0; t < kRows; ++t) {
-      if (t >= valid) break;
-      for (std::int64_t b = 0; b < p_.batch; ++b) {
-        const T x = x_[((row + t) * p_.batch + b) * p_.in_features + d];
-        T* y = y_ + ((row + t) * p_.batch + b) * width + column;
-        for (int v = 0; v < kCols; ++v) {
-          store_vec(y + v * kLanes<T>, load_vec(y + v * kLanes<T>) + x * codes[t][v]);
-        }
-      }
-    }
-  }
-
   const ConvFilterParams& p_;
   const Plan& plan_;
   Codes<T> codes_;
@@ -746,6 +811,7 @@ class Backward {
         grad_x_(plan.chunk(p, 0).rows() * p.batch * plan.group),
         g_(plan.chunk(p, 0).rows() * p.batch * kWidth<T>),
         grad_code_(plan.chunk(p, 0).rows() * kWidth<T>),
+        partial_((plan.chunk(p, 0).rows() * p.batch + kLanes<T>)*kLanes<T>),
         grad_kernel_(plan.group * codes_.kernel_size()) {
     for (int i = 0; i < 3; ++i) {
       noise_size_[i] = p.size[i] + p.kernel_size[i] - 1;
@@ -785,8 +851,8 @@ class Backward {
       for (std::int64_t d = 0; d < count_; ++d) {
         codes_.set_feature(d0_ + d, positions);
         if (p_.grad_x != nullptr) {
-          codes_.make([&](std::int64_t row, std::int64_t valid, std::int64_t column,
-                          const auto& codes) { add_grad_x(d, row, valid, column, codes); });
+          codes_.make(AddGradX<T>{g_, partial_, p_.batch, width_});
+          add_grad_x(d, positions);
         }
         if (p_.grad_kernel == nullptr && p_.grad_constant == nullptr && p_.grad_noise == nullptr) {
           continue;
@@ -801,31 +867,40 @@ class Backward {
     });
   }
 
-  template <int kRows, int kCols>
-  TORCH_SPE_INLINE void add_grad_x(std::int64_t d, std::int64_t row, std::int64_t valid,
-                                   std::int64_t column, const Vec<T> (&codes)[kRows][kCols]) {
-    for (int t = 0; t < kRows; ++t) {
-      if (t >= valid) break;
-      for (std::int64_t b = 0; b < p_.batch; ++b) {
-        const T* g = g_ + ((row + t) * p_.batch + b) * width_ + column;
-        Vec<T> sum = load_vec(g) * codes[t][0];
-        for (int v = 1; v < kCols; ++v) sum += load_vec(g + v * kLanes<T>) * codes[t][v];
-        grad_x_[((row + t) * p_.batch + b) * count_ + d] += sum_lanes<T>(sum);
+  void add_grad_x(std::int64_t d, const PhaseClass& positions) {
+    const std::int64_t begin = positions.row * p_.batch, stride = count_;
+    const std::int64_t end = begin + positions.rows() * p_.batch;
+    const T* partial = partial_;
+    T* grad_x = grad_x_ + d;
+    for (std::int64_t i = begin; i < end; i += kLanes<T>) {
+      Vec<T> rows[kLanes<T>];
+      for (std::int64_t j = 0; j < kLanes<T>; ++j)
+        rows[j] = load_vec(partial + (i + j) * kLanes<T>);
+      T sums[kLanes<T>];
+      store_vec(sums, sum_rows<T>(rows));
+      for (std::int64_t j = 0; j < min_of(kLanes<T>, end - i); ++j) {
+        grad_x[(i + j) * stride] += sums[j];
       }
     }
   }
 
   // grad_code[row, r] = sum_b x[row, b] g[row, b, r]
   void make_grad_code(std::int64_t d, const PhaseClass& positions) {
-    for (std::int64_t row = positions.row; row < positions.row + positions.rows(); ++row) {
-      for (std::int64_t r = 0; r < width_; r += kLanes<T>) {
+    const std::int64_t batch = p_.batch, stride = count_, width = width_;
+    const T* x = x_ + positions.row * batch * stride + d;
+    const T* g = g_ + positions.row * batch * width;
+    T* out = grad_code_ + positions.row * width;
+    for (std::int64_t row = 0; row < positions.rows(); ++row) {
+      for (std::int64_t r = 0; r < width; r += kLanes<T>) {
         Vec<T> sum = {};
-        for (std::int64_t b = 0; b < p_.batch; ++b) {
-          sum += x_[(row * p_.batch + b) * count_ + d] *
-                 load_vec(g_ + (row * p_.batch + b) * width_ + r);
+        for (std::int64_t b = 0; b < batch; ++b) {
+          sum += x[b * stride] * load_vec(g + b * width + r);
         }
-        store_vec(grad_code_ + row * width_ + r, sum);
+        store_vec(out + r, sum);
       }
+      x += batch * stride;
+      g += batch * width;
+      out += width;
     }
   }
 
@@ -878,29 +953,15 @@ class Backward {
                                noise_size_[2] * p_.num_realizations +
                            first_;
       const T zeros[kWidth<T>] = {};
-      const DenseTaps taps{p_.kernel_size[2], rows, ld, offsets};
+      const DenseTaps<T> taps{flipped, zeros, p_.kernel_size[2], rows, ld, offsets};
       for (std::int64_t i0 = 0; i0 < noise_size_[0]; ++i0) {
         for (std::int64_t i1 = 0; i1 < noise_size_[1]; ++i1) {
           const T* line = padded + (i0 * padded_size_[1] + i1) * padded_size_[2] * width_;
-          dense_codes(taps, flipped.get(), zeros, line, width_,
-                      (i0 * noise_size_[1] + i1) * noise_size_[2], noise_size_[2],
-                      [&](std::int64_t row, std::int64_t valid, std::int64_t column,
-                          const auto& values) { store_rows(row, valid, column, values, grad); });
+          make_codes(taps, line, width_, (i0 * noise_size_[1] + i1) * noise_size_[2],
+ noise_size_[2], StoreRows<T, NoiseStorage>{grad, p_.num_realizations, p_.num_realizations - first_});
         }
       }
     });
-  }
-
-  template <int kRows, int kCols, class NoiseStorage>
-  TORCH_SPE_INLINE void store_rows(std::int64_t row, std::int64_t valid, std::int64_t column,
-                                   const Vec<T> (&values)[kRows][kCols], NoiseStorage* grad) const {
-    const std::int64_t count = min_of(kCols * kLanes<T>, p_.num_realizations - first_ - column);
-    for (int t = 0; t < kRows; ++t) {
-      if (t >= valid) break;
-      T buffer[kCols * kLanes<T>];
-      for (int v = 0; v < kCols; ++v) store_vec(buffer + v * kLanes<T>, values[t][v]);
-      store_row(buffer, 1, count, grad + (row + t) * p_.num_realizations + column);
-    }
   }
 
   void store_grad_kernel() {
@@ -920,6 +981,7 @@ class Backward {
   Workspace<T> x_, grad_x_;   // [rows, B, count]
   Workspace<T> g_;            // [rows, B, width]
   Workspace<T> grad_code_;    // [rows, width], of one feature
+  Workspace<T> partial_;      // [rows, B, lanes], of one feature
   Workspace<T> grad_kernel_;  // [count, P0 P1, kPad + P2 + kPad]
   std::int64_t noise_size_[3], padded_size_[3];
   // The task and the tile at hand.
@@ -975,7 +1037,7 @@ void materialize(const ConvNoiseParams& p) {
             head,    feature, {core::floor_divide(j0, s[0]), core::floor_divide(j1, s[1]), period},
             periods, first,   width};
         if (g.kind == core::NoiseKind::kRademacher) {
-          fill_signs<float>(what, line);
+          fill_signs(what, line.get());
         } else {
           fill_normals(what, line);
         }

@@ -102,11 +102,15 @@ struct NoiseLine {
   std::int64_t period[3];  // of the first row
   std::int64_t count;      // rows
   std::int64_t first;      // realization, a multiple of width
-  std::int64_t width;  // realizations, a multiple of 4, at most 128
+  std::int64_t width;      // realizations, a multiple of 4, at most 128
 };
 
-// Numbers that fill_noise may write beyond the end of the line.
+// Numbers that fill_normals may write beyond the end of the line.
 constexpr std::int64_t kNoiseSlack = 4 * kLanes<float>;
+
+TORCH_SPE_INLINE std::uint64_t position_of_row(const NoiseLine& line, std::int64_t row) {
+  return core::noise_position(line.ndim, line.period[0], line.period[1], line.period[2] + row);
+}
 
 // out[i * width + r], Gaussian. Calls of Philox are numbered along the line, kLanes of them at a
 // time, and sorted into the lanes so that a transposition within 128 bits puts the normals in
@@ -117,20 +121,25 @@ TORCH_SPE_INLINE void fill_normals(const NoiseLine& line, float* out) {
   const std::int64_t per_row = line.width / 4;
   const std::uint32_t block =
       core::noise_block(static_cast<std::uint32_t>(line.kind), line.ndim, line.first / 4);
+  const Word source = Word{} + core::noise_source(line.head, line.feature);
   std::uint32_t low[kCalls], high[kCalls], blocks[kCalls];
   for (std::int64_t call = 0; call < line.count * per_row; call += kCalls) {
-    for (std::int64_t lane = 0; lane < kCalls; ++lane) {
-      const std::int64_t index = call + lane % 4 * kGroups + lane / 4;
-      const std::uint64_t position = core::noise_position(line.ndim, line.period[0], line.period[1],
-                                                          line.period[2] + index / per_row);
-      low[lane] = static_cast<std::uint32_t>(position);
-      high[lane] = static_cast<std::uint32_t>(position >> 32);
-      blocks[lane] = block + static_cast<std::uint32_t>(index % per_row);
+    core::Words<VectorNumbers> counter;
+    if (per_row == kCalls && call > 0) {  // a row at a time: only the position changes
+      const std::uint64_t position = position_of_row(line, call / kCalls);
+      counter = {{Word{} + static_cast<std::uint32_t>(position),
+                  Word{} + static_cast<std::uint32_t>(position >> 32), source, load_vec(blocks)}};
+    } else {
+      for (std::int64_t lane = 0; lane < kCalls; ++lane) {
+        const std::int64_t index = call + lane % 4 * kGroups + lane / 4;
+        const std::uint64_t position = position_of_row(line, index / per_row);
+        low[lane] = static_cast<std::uint32_t>(position);
+        high[lane] = static_cast<std::uint32_t>(position >> 32);
+        blocks[lane] = block + static_cast<std::uint32_t>(index % per_row);
+      }
+      counter = {{load_vec(low), load_vec(high), source, load_vec(blocks)}};
     }
-    const core::Words<VectorNumbers> words = core::philox<VectorNumbers>(
-        {{load_vec(low), load_vec(high), Word{} + core::noise_source(line.head, line.feature),
-          load_vec(blocks)}},
-        line.seed);
+    const core::Words<VectorNumbers> words = core::philox<VectorNumbers>(counter, line.seed);
     Vec<float> z0, z1, z2, z3, a, b, c, d;
     core::normal_pair<VectorNumbers>(words.word[0], words.word[1], &z0, &z1);
     core::normal_pair<VectorNumbers>(words.word[2], words.word[3], &z2, &z3);
@@ -146,35 +155,46 @@ TORCH_SPE_INLINE void fill_normals(const NoiseLine& line, float* out) {
   }
 }
 
-// out[i * width + r], signs. A call of Philox for each row, kLanes rows at a time.
-template <class T>
-TORCH_SPE_INLINE void fill_signs(const NoiseLine& line, T* out) {
+// out[i * width + r], signs. A call of Philox for each row, kLanes rows at a time; then a bit for
+// each lane of a vector.
+template <class T, class Bits>
+TORCH_SPE_INLINE void fill_signs_as(const NoiseLine& line, T* out) {
   using Word = Vec<std::uint32_t>;
   constexpr std::int64_t kCalls = kLanes<float>;
+  constexpr Bits kSign = Bits{1} << (8 * sizeof(T) - 1);
   const std::uint32_t block =
       core::noise_block(static_cast<std::uint32_t>(line.kind), line.ndim, line.first / 128);
-  const std::int64_t first = line.first % 128;
+  const Word source = Word{} + core::noise_source(line.head, line.feature);
+  Bits lane_bits[kLanes<T>];
+  for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) lane_bits[lane] = Bits{1} << lane;
+  const Vec<Bits> lanes = load_vec(lane_bits);
   for (std::int64_t row = 0; row < line.count; row += kCalls) {
     std::uint32_t low[kCalls], high[kCalls];
-    for (std::int64_t lane = 0; lane < kCalls; ++lane) {
-      const std::uint64_t position = core::noise_position(line.ndim, line.period[0], line.period[1],
-                                                          line.period[2] + row + lane);
-      low[lane] = static_cast<std::uint32_t>(position);
-      high[lane] = static_cast<std::uint32_t>(position >> 32);
+    for (std::int64_t i = 0; i < kCalls; ++i) {
+      const std::uint64_t position = position_of_row(line, row + i);
+      low[i] = static_cast<std::uint32_t>(position);
+      high[i] = static_cast<std::uint32_t>(position >> 32);
     }
     const core::Words<VectorNumbers> words = core::philox<VectorNumbers>(
-        {{load_vec(low), load_vec(high), Word{} + core::noise_source(line.head, line.feature),
-          Word{} + block}},
-        line.seed);
-    const std::int64_t rows = min_of(kCalls, line.count - row);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      for (std::int64_t r = 0; r < line.width; ++r) {
-        const std::int64_t bit = first + r;
-        out[(row + i) * line.width + r] =
-            (words.word[bit / 32][i] >> (bit % 32) & 1u) != 0 ? T(-1) : T(1);
+        {{load_vec(low), load_vec(high), source, Word{} + block}}, line.seed);
+    std::uint32_t word[4][kCalls];
+    for (int i = 0; i < 4; ++i) store_vec(word[i], words.word[i]);
+    for (std::int64_t i = 0; i < min_of(kCalls, line.count - row); ++i) {
+      for (std::int64_t r = 0; r < line.width; r += kLanes<T>) {
+        const std::int64_t bit = line.first % 128 + r;
+        const Bits bits = word[bit / 32][i] >> (bit % 32);
+        const Vec<Bits> negative = (Vec<Bits>)(((Vec<Bits>{} + bits) & lanes) != 0);
+        store_vec(out + (row + i) * line.width + r,
+                  (Vec<T>)((Vec<Bits>)(Vec<T>{} + T(1)) | (negative & kSign)));
       }
     }
   }
+}
+TORCH_SPE_INLINE void fill_signs(const NoiseLine& line, float* out) {
+  fill_signs_as<float, std::uint32_t>(line, out);
+}
+TORCH_SPE_INLINE void fill_signs(const NoiseLine& line, double* out) {
+  fill_signs_as<double, std::uint64_t>(line, out);
 }
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA
