@@ -55,6 +55,14 @@ def check_not_nan(owner: str, **parameters: Tensor) -> None:
             raise ValueError(f"{owner}: the parameter {name} must not be NaN, got NaN at {index}")
 
 
+def check_seed(owner: str, seed: int) -> None:
+    """Raise unless `seed` is an integer of 64 bits."""
+    if not isinstance(seed, int):
+        raise TypeError(f"{owner}: seed must be an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{owner}: seed must lie in [-2^63, 2^63), got {seed}")
+
+
 def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: str) -> None:
     """Raise unless `noise` is floating point and fits `shape`, where None is any size."""
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
@@ -83,6 +91,7 @@ def draw_normal(
         return torch.randn(*shape, generator=generator, dtype=dtype, device=like.device)
     if generator is not None:
         raise ValueError(f"{owner}: give generator or seed, not both")
+    check_seed(owner, seed)
     return seeded_normal(shape, seed, stream, dtype=dtype, device=like.device)
 
 
@@ -161,14 +170,12 @@ class Code:
         if x.dim() != len(self.size) + 3:
             raise ValueError(
                 f"{owner}: {argument} must have {len(self.size) + 3} dimensions {layout} for a "
-                "code of size "
-                f"{self.size}, got shape {tuple(x.shape)}"
+                f"code of size {self.size}, got shape {tuple(x.shape)}"
             )
         if tuple(x.shape[-2:]) != self.code_shape:
             raise ValueError(
                 f"{owner}: {argument} must end in (num_heads, in_features) = {self.code_shape} "
-                "like the code, "
-                f"got shape {tuple(x.shape)}"
+                f"like the code, got shape {tuple(x.shape)}"
             )
         size = tuple(x.shape[1:-2])
         if any(length > limit for length, limit in zip(size, self.size, strict=True)):
@@ -239,8 +246,8 @@ class SineCode(Code):
         if code_type(x) != weight.dtype:
             raise TypeError(
                 f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
-                "with a code of "
-                f"{weight.dtype}; move the SPE module or the input to the other's type"
+                f"with a code of {weight.dtype}; move the SPE module or the input to the other's "
+                "type"
             )
         if gate is not None:
             coded, constant = _gate_scales(gate)
@@ -295,7 +302,7 @@ def _check_positions(
     positions: Tensor | None,
 ) -> tuple[float, ...]:
     """Return one first position for each dimension, after checks of start and positions."""
-    starts = (start,) * ndim if isinstance(start, (int, float)) else tuple(start)
+    starts = tuple(start) if isinstance(start, Sequence) else (start,) * ndim
     if len(starts) != ndim:
         raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
     if positions is None:
@@ -370,12 +377,11 @@ class SPE(nn.Module):
 
     def _lags(self, max_lag: int | Sequence[int]) -> tuple[int, ...]:
         """Return one largest lag for each dimension."""
-        lags = (max_lag,) * self.ndim if isinstance(max_lag, int) else tuple(max_lag)
+        lags = tuple(max_lag) if isinstance(max_lag, Sequence) else (max_lag,) * self.ndim
         if len(lags) != self.ndim or any(not isinstance(lag, int) or lag < 0 for lag in lags):
             raise ValueError(
                 f"{type(self).__name__}: max_lag must be an integer >= 0 or {self.ndim} of them "
-                "(ndim), got "
-                f"{max_lag!r}"
+                f"(ndim), got {max_lag!r}"
             )
         return lags
 
@@ -412,7 +418,7 @@ class SineSPE(SPE):
         P_d(m - n) = \sum_{k=1}^{K} \frac{\lambda_{dk}^2}{2K} \cos(2 \pi f_{dk} (m - n) +
         \theta_{dk})
 
-    (Liutkus et al. 2021, section 3.1), with m the position of a query and n that of a key,
+    (the sineSPE of Liutkus et al. 2021), with m the position of a query and n that of a key,
     :math:`\lambda` = softplus(gains), :math:`\theta` = offsets, in radians, and f = sigmoid(freqs)
     / 2, in cycles per position. With ndim > 1 the phase is the sum over the dimensions; the first
     frequency lies in [0, 1/2] as above, the others, sigmoid(freqs) - 1/2, in [-1/2, 1/2]: without
@@ -487,7 +493,7 @@ class SineSPE(SPE):
         self.offsets.normal_()
         if self.init == "published":
             self.gains.normal_()
-            self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
+            self.gains.div_(self.gains.norm(dim=-1, keepdim=True).sqrt() / 2)
         else:
             self.gains.fill_(math.log(math.expm1(math.sqrt(2))))
 
@@ -615,9 +621,8 @@ class SPEFilter(nn.Module):
         \hat q_{bmhr} = \sum_d q_{bmhd} \Big( \sqrt{1 - g_{hd}}\, \bar Q_{mhdr}
         + \sqrt{g_{hd}}\, \epsilon_{hdr} / (R D)^{1/4} \Big)
 
-    and the same for keys, with the same noise :math:`\epsilon` (Liutkus et al. 2021, equations 11
-    and 12, and the gate of section 3.3): the position kernel becomes :math:`(1 - g_d) P_d + g_d`, g
-    = sigmoid(gate).
+    and the same for keys, with the same noise :math:`\epsilon` (the gated SPE of Liutkus et al.
+    2021): the position kernel becomes :math:`(1 - g_d) P_d + g_d`, g = sigmoid(gate).
 
     Args:
         gated: whether there is a gate.
@@ -764,7 +769,7 @@ class LinearAttention(nn.Module):
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}{\sum_m \phi(q_n) \cdot \phi(k_m) +
         \epsilon}
 
-    (Katharopoulos et al. 2020, equation 4), m <= n when causal.
+    (Katharopoulos et al. 2020, equations 5 and 9), m <= n when causal.
 
     Args:
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"``, or a callable, ``[B, N, H,
