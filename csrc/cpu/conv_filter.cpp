@@ -294,23 +294,40 @@ void make_codes(Taps taps, const T* z, std::int64_t width, std::int64_t row, std
   }
 }
 
-// sums[i][v] += sum over rows of g * z at kTaps offsets: consecutive rows from the first offset on,
-// or those given.
-template <int kTaps, int kCols, bool kConsecutive, class T>
-TORCH_SPE_INLINE void correlate(const T* g, const T* z, const std::int64_t* offsets,
-                                std::int64_t width, std::int64_t count,
-                                Vec<T> (&sums)[kTaps][kCols]) {
-  const T* rows[kTaps];
-  for (int i = 0; i < kTaps; ++i) {
-    rows[i] = z + (kConsecutive ? offsets[0] + i * width : offsets[i]);
+// sums[i] += sum over kRows consecutive rows of g * z[row + i], one vector wide.
+template <int kTaps, int kRows, class T>
+TORCH_SPE_INLINE void correlate_rows(const T* g, const T* z, std::int64_t width,
+                                     Vec<T> (&sums)[kTaps]) {
+  Vec<T> grad[kRows];
+  for (int t = 0; t < kRows; ++t) grad[t] = load_vec(g + t * width);
+#pragma GCC unroll 32
+  for (int j = 0; j < kTaps + kRows - 1; ++j, z += width) {
+    const Vec<T> noise = load_vec(z);
+    for (int t = 0; t < kRows; ++t) {
+      if (j >= t && j - t < kTaps) sums[j - t] += grad[t] * noise;
+    }
   }
+}
+template <int kTaps, class T>
+TORCH_SPE_INLINE void correlate_dense(const T* g, const T* z, std::int64_t width,
+                                      std::int64_t count, Vec<T> (&sums)[kTaps]) {
+  std::int64_t t = 0;
+  for (; t + 4 <= count; t += 4)
+    correlate_rows<kTaps, 4>(g + t * width, z + t * width, width, sums);
+  for (; t < count; ++t) correlate_rows<kTaps, 1>(g + t * width, z + t * width, width, sums);
+}
+
+// sums[i][v] += sum over rows of g * z[row + offsets[i]].
+template <int kTaps, int kCols, class T>
+TORCH_SPE_INLINE void correlate_slots(const T* g, const T* z, const std::int64_t* offsets,
+                                      std::int64_t width, std::int64_t count,
+                                      Vec<T> (&sums)[kTaps][kCols]) {
+  const T* rows[kTaps];
+  for (int i = 0; i < kTaps; ++i) rows[i] = z + offsets[i];
   for (std::int64_t t = 0; t < count * width; t += width) {
     for (int v = 0; v < kCols; ++v) {
       const Vec<T> grad = load_vec(g + t + v * kLanes<T>);
-      for (int i = 0; i < kTaps; ++i) {
-        const T* row = kConsecutive ? rows[0] + i * width : rows[i];
-        sums[i][v] += grad * load_vec(row + t + v * kLanes<T>);
-      }
+      for (int i = 0; i < kTaps; ++i) sums[i][v] += grad * load_vec(rows[i] + t + v * kLanes<T>);
     }
   }
 }
@@ -492,8 +509,8 @@ class Codes {
   const T* kernel() const { return kernels_ + d_ * kernel_size(); }
 
   // Where the tap of a class stands in the padded kernel, if it reaches there with `lanes` more.
-  bool tap_index(const std::int64_t lag[3], const std::int64_t classes[3], std::int64_t lanes,
-                 std::int64_t* index) const {
+  TORCH_SPE_INLINE bool tap_index(const std::int64_t lag[3], const std::int64_t classes[3],
+                                  std::int64_t lanes, std::int64_t* index) const {
     const std::int64_t p0 = classes[0] + lag[0], p1 = classes[1] + lag[1], p2 = classes[2] + lag[2];
     const std::int64_t (&size)[3] = p_.kernel_size;
     *index = 0;
@@ -529,32 +546,33 @@ class Codes {
   // The taps of a slot; false if none lies in the kernel.
   bool set_taps(const std::int64_t lag[3]) {
     bool any = false;
-    for (std::int64_t r = 0; r < width_; r += kLanes<T>) {
-      std::int64_t* index = index_ + slots_ * kVecs + r / kLanes<T>;
+    std::int64_t index[kVecs] = {};
+    for (int v = 0; v * kLanes<T> < width_; ++v) {
+      const std::int64_t* classes = classes_ + v * kLanes<T> * 3;
       if (contiguous()) {
-        any |= tap_index(lag, classes_ + r * 3, kLanes<T>, index);
+        any |= tap_index(lag, classes, kLanes<T>, &index[v]);
         continue;
       }
-      *index = slots_ * kWidth<T> + r;
+      index[v] = slots_ * kWidth<T> + v * kLanes<T>;
       for (std::int64_t lane = 0; lane < kLanes<T>; ++lane) {
         std::int64_t from;
-        any |= tap_index(lag, classes_ + (r + lane) * 3, 1, &from);
-        taps_[*index + lane] = kernel()[from];
+        any |= tap_index(lag, classes + lane * 3, 1, &from);
+        taps_[index[v] + lane] = kernel()[from];
       }
     }
+    for (int v = 0; v < kVecs; ++v) index_[slots_ * kVecs + v] = index[v];
     return any;
   }
 
   template <int kTaps>
   void add_dense_taps(const T* grad_code, std::int64_t column, std::int64_t row, std::int64_t tap,
                       T* grad_kernel) const {
-    Vec<T> sums[kTaps][1] = {};
+    Vec<T> sums[kTaps] = {};
     const std::int64_t offset = dense_offsets_[row] + tap * width_ + column;
     for_each_run([&](std::int64_t first, const T* z, std::int64_t count) {
-      correlate<kTaps, 1, true>(grad_code + first * width_ + column, z, &offset, width_, count,
-                                sums);
+      correlate_dense(grad_code + first * width_ + column, z + offset, width_, count, sums);
     });
-    for (int i = 0; i < kTaps; ++i) grad_kernel[tap + i] += sum_lanes<T>(sums[i][0]);
+    for (int i = 0; i < kTaps; ++i) grad_kernel[tap + i] += sum_lanes<T>(sums[i]);
   }
 
   template <int kTaps>
@@ -573,8 +591,8 @@ class Codes {
                         T* grad_kernel) const {
     Vec<T> sums[kTaps][kCols] = {};
     for_each_run([&](std::int64_t first, const T* z, std::int64_t count) {
-      correlate<kTaps, kCols, false>(grad_code + first * width_ + column, z + column,
-                                     offsets_ + slot, width_, count, sums);
+      correlate_slots(grad_code + first * width_ + column, z + column, offsets_ + slot, width_,
+                      count, sums);
     });
     for (int i = 0; i < kTaps; ++i) {
       const std::int64_t* lag = lags_ + (slot + i) * 3;
@@ -629,13 +647,14 @@ TORCH_SPE_INLINE std::int64_t offset_of(const std::int64_t* strides, std::int64_
   return i0 * strides[1] + i1 * strides[2] + i2 * strides[3];
 }
 
-// Tile [rows, B, count] of a tensor [B, *size, H, columns] from column `first` on, zero between
-// `count` and `width`.
+// Tile [rows, B, width] of the columns [first, first + count) of a tensor [B, *size, H, columns],
+// zero from `count` on.
 template <class Storage, class T>
-void load_tile(const ConvFilterParams& p, const Box& box, const Storage* data,
+void load_tile(const ConvFilterParams& p, const Box& box, const void* tensor,
                const std::int64_t* strides, std::int64_t head, std::int64_t first,
                std::int64_t count, std::int64_t width, T* tile) {
-  const Storage* from = data + head * strides[4] + first * strides[5];
+  const Storage* from =
+      static_cast<const Storage*>(tensor) + head * strides[4] + first * strides[5];
   for_each_row(box, p.generated.stride,
                [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
                  for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -647,38 +666,85 @@ void load_tile(const ConvFilterParams& p, const Box& box, const Storage* data,
                });
 }
 
-// And back, into a contiguous tensor.
-template <class T, class Storage>
-void store_tile(const ConvFilterParams& p, const Box& box, const T* tile, std::int64_t head,
-                std::int64_t first, std::int64_t count, std::int64_t width, std::int64_t columns,
-                Storage* data) {
+// The same as [count, ld], where a column's numbers stand together, row by row.
+template <class Storage, class T>
+void load_columns(const ConvFilterParams& p, const Box& box, const void* tensor,
+                  const std::int64_t* strides, std::int64_t head, std::int64_t first,
+                  std::int64_t count, std::int64_t ld, T* tile) {
+  const Storage* from =
+      static_cast<const Storage*>(tensor) + head * strides[4] + first * strides[5];
   for_each_row(box, p.generated.stride,
                [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
-                 const std::int64_t n = (i0 * p.size[1] + i1) * p.size[2] + i2;
-                 const std::int64_t length = p.size[0] * p.size[1] * p.size[2];
                  for (std::int64_t b = 0; b < p.batch; ++b) {
-                   store_row(tile + (row * p.batch + b) * width, 1, count,
-                             data + ((b * length + n) * p.num_heads + head) * columns + first);
+                   const Storage* token = from + b * strides[0] + offset_of(strides, i0, i1, i2);
+                   T* to = tile + row * p.batch + b;
+                   for (std::int64_t i = 0; i < count; ++i) {
+                     to[i * ld] = core::load(token[i * strides[5]]);
+                   }
                  }
                });
+}
+
+// Where the columns [first, first + count) of a token stand in a contiguous [B, *size, H, columns].
+template <class Storage>
+Storage* token_of(const ConvFilterParams& p, void* tensor, std::int64_t b, std::int64_t i0,
+                  std::int64_t i1, std::int64_t i2, std::int64_t head, std::int64_t columns) {
+  const std::int64_t n = ((b * p.size[0] + i0) * p.size[1] + i1) * p.size[2] + i2;
+  return static_cast<Storage*>(tensor) + (n * p.num_heads + head) * columns;
+}
+
+template <class Storage, class T>
+void store_tile(const ConvFilterParams& p, const Box& box, const T* tile, std::int64_t head,
+                std::int64_t first, std::int64_t count, std::int64_t width, std::int64_t columns,
+                void* tensor) {
+  for_each_row(box, p.generated.stride,
+               [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
+                 for (std::int64_t b = 0; b < p.batch; ++b) {
+                   store_row(tile + (row * p.batch + b) * width, 1, count,
+                             token_of<Storage>(p, tensor, b, i0, i1, i2, head, columns) + first);
+                 }
+               });
+}
+
+template <class Storage, class T>
+void store_columns(const ConvFilterParams& p, const Box& box, const T* tile, std::int64_t head,
+                   std::int64_t first, std::int64_t count, std::int64_t ld, std::int64_t columns,
+                   void* tensor) {
+  for_each_row(box, p.generated.stride,
+               [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
+                 for (std::int64_t b = 0; b < p.batch; ++b) {
+                   Storage* token =
+                       token_of<Storage>(p, tensor, b, i0, i1, i2, head, columns) + first;
+                   for (std::int64_t i = 0; i < count; ++i) {
+                     core::store(tile[i * ld + row * p.batch + b], token + i);
+                   }
+                 }
+               });
+}
+
+// Distance of columns: off the powers of two, which would meet in the same sets of the cache, and
+// with room for a vector beyond the last row.
+template <class T>
+std::int64_t column_distance(const ConvFilterParams& p, const Plan& plan) {
+  return round_up(plan.chunk(p, 0).rows() * p.batch, kLanes<T>) + kLanes<T>;
 }
 
 // y += x codes, for one feature. The consumers hold all that they need, by value: vectors stored
 // may alias anything that is read through a pointer.
 template <class T>
 struct AddEncoded {
-  const T* x;  // [rows, B, D], from the feature on
+  const T* x;  // [rows, B]
   T* y;        // [rows, B, width]
-  std::int64_t batch, features, width;
+  std::int64_t batch, width;
 
   template <int kRows, int kCols>
   TORCH_SPE_INLINE void operator()(std::int64_t row, std::int64_t valid, std::int64_t column,
                                    const Vec<T> (&codes)[kRows][kCols]) const {
-    const T* from = x + row * batch * features;
+    const T* from = x + row * batch;
     T* to = y + row * batch * width + column;
     for (int t = 0; t < kRows; ++t) {
       if (t >= valid) break;
-      for (std::int64_t b = 0; b < batch; ++b, from += features, to += width) {
+      for (std::int64_t b = 0; b < batch; ++b, ++from, to += width) {
         for (int v = 0; v < kCols; ++v) {
           store_vec(to + v * kLanes<T>, load_vec(to + v * kLanes<T>) + *from * codes[t][v]);
         }
@@ -739,16 +805,16 @@ class Forward {
   Forward(const ConvFilterParams& p, const Plan& plan)
       : p_(p),
         plan_(plan),
+        ld_(column_distance<T>(p, plan)),
         codes_(p, plan),
-        x_(plan.chunk(p, 0).rows() * p.batch * p.in_features),
+        x_(p.in_features * ld_),
         y_(plan.chunk(p, 0).rows() * p.batch * kWidth<T>) {}
 
   void run(std::int64_t head, std::int64_t first, std::int64_t chunk) {
     const Box box = plan_.chunk(p_, chunk);
     const std::int64_t width = block_width<T>(p_.num_realizations, first),
                        features = p_.in_features;
-    load_tile(p_, box, static_cast<const Storage*>(p_.x), p_.x_strides, head, 0, features, features,
-              x_.get());
+    load_columns<Storage>(p_, box, p_.x, p_.x_strides, head, 0, features, ld_, x_.get());
     for (std::int64_t i = 0; i < box.rows() * p_.batch * width; ++i) y_[i] = 0;
     codes_.set_head(head);
     codes_.set_realizations(first, width);
@@ -758,19 +824,20 @@ class Forward {
       for_each_class(box, p_.generated.stride, [&](const PhaseClass& positions) {
         for (std::int64_t d = d0; d < d1; ++d) {
           codes_.set_feature(d, positions);
-          codes_.make(AddEncoded<T>{x_ + d, y_, p_.batch, features, width});
+          codes_.make(AddEncoded<T>{x_ + d * ld_, y_, p_.batch, width});
         }
       });
     }
-    store_tile(p_, box, y_.get(), head, first, min_of(width, p_.num_realizations - first), width,
-               p_.num_realizations, static_cast<Storage*>(p_.out));
+    store_tile<Storage>(p_, box, y_.get(), head, first, min_of(width, p_.num_realizations - first),
+                        width, p_.num_realizations, p_.out);
   }
 
  private:
   const ConvFilterParams& p_;
   const Plan& plan_;
+  const std::int64_t ld_;
   Codes<T> codes_;
-  Workspace<T> x_;  // [rows, B, D]
+  Workspace<T> x_;  // [D, rows, B], ld_ apart
   Workspace<T> y_;  // [rows, B, width]
 };
 
@@ -806,9 +873,10 @@ class Backward {
   Backward(const ConvFilterBackwardParams& p, const Plan& plan)
       : p_(p),
         plan_(plan),
+        ld_(column_distance<T>(p, plan)),
         codes_(p, plan),
-        x_(plan.chunk(p, 0).rows() * p.batch * plan.group),
-        grad_x_(plan.chunk(p, 0).rows() * p.batch * plan.group),
+        x_(plan.group * ld_),
+        grad_x_(plan.group * ld_),
         g_(plan.chunk(p, 0).rows() * p.batch * kWidth<T>),
         grad_code_(plan.chunk(p, 0).rows() * kWidth<T>),
         partial_((plan.chunk(p, 0).rows() * p.batch + kLanes<T>)*kLanes<T>),
@@ -827,13 +895,12 @@ class Backward {
     for (std::int64_t i = 0; i < count * codes_.kernel_size(); ++i) grad_kernel_[i] = 0;
     for (std::int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       box_ = plan_.chunk(p_, chunk);
-      load_tile(p_, box_, static_cast<const Storage*>(p_.x), p_.x_strides, head, d0, count, count,
-                x_.get());
-      for (std::int64_t i = 0; i < box_.rows() * p_.batch * count; ++i) grad_x_[i] = 0;
+      load_columns<Storage>(p_, box_, p_.x, p_.x_strides, head, d0, count, ld_, x_.get());
+      for (std::int64_t i = 0; i < count * ld_; ++i) grad_x_[i] = 0;
       for (std::int64_t block = 0; block < plan_.blocks; ++block) run_block(block * kWidth<T>);
       if (p_.grad_x != nullptr) {
-        store_tile(p_, box_, grad_x_.get(), head, d0, count, count, p_.in_features,
-                   static_cast<Storage*>(p_.grad_x));
+        store_columns<Storage>(p_, box_, grad_x_.get(), head, d0, count, ld_, p_.in_features,
+                               p_.grad_x);
       }
     }
     if (p_.grad_kernel != nullptr) store_grad_kernel();
@@ -843,8 +910,8 @@ class Backward {
   void run_block(std::int64_t first) {
     first_ = first;
     width_ = block_width<T>(p_.num_realizations, first);
-    load_tile(p_, box_, static_cast<const Storage*>(p_.grad_out), p_.grad_out_strides, head_, first,
-              min_of(width_, p_.num_realizations - first), width_, g_.get());
+    load_tile<Storage>(p_, box_, p_.grad_out, p_.grad_out_strides, head_, first,
+                       min_of(width_, p_.num_realizations - first), width_, g_.get());
     codes_.set_realizations(first, width_);
     codes_.set_noise(box_, d0_, count_);
     for_each_class(box_, p_.generated.stride, [&](const PhaseClass& positions) {
@@ -868,37 +935,39 @@ class Backward {
   }
 
   void add_grad_x(std::int64_t d, const PhaseClass& positions) {
-    const std::int64_t begin = positions.row * p_.batch, stride = count_;
+    const std::int64_t begin = positions.row * p_.batch;
     const std::int64_t end = begin + positions.rows() * p_.batch;
     const T* partial = partial_;
-    T* grad_x = grad_x_ + d;
+    T* grad_x = grad_x_ + d * ld_;
     for (std::int64_t i = begin; i < end; i += kLanes<T>) {
       Vec<T> rows[kLanes<T>];
-      for (std::int64_t j = 0; j < kLanes<T>; ++j)
+      for (std::int64_t j = 0; j < kLanes<T>; ++j) {
         rows[j] = load_vec(partial + (i + j) * kLanes<T>);
-      T sums[kLanes<T>];
-      store_vec(sums, sum_rows<T>(rows));
-      for (std::int64_t j = 0; j < min_of(kLanes<T>, end - i); ++j) {
-        grad_x[(i + j) * stride] += sums[j];
+      }
+      const Vec<T> sums = load_vec(grad_x + i) + sum_rows<T>(rows);
+      if (i + kLanes<T> <= end) {
+        store_vec(grad_x + i, sums);
+      } else {
+        for (std::int64_t j = 0; j < end - i; ++j) grad_x[i + j] = sums[j];
       }
     }
   }
 
   // grad_code[row, r] = sum_b x[row, b] g[row, b, r]
   void make_grad_code(std::int64_t d, const PhaseClass& positions) {
-    const std::int64_t batch = p_.batch, stride = count_, width = width_;
-    const T* x = x_ + positions.row * batch * stride + d;
+    const std::int64_t batch = p_.batch, width = width_;
+    const T* x = x_ + d * ld_ + positions.row * batch;
     const T* g = g_ + positions.row * batch * width;
     T* out = grad_code_ + positions.row * width;
     for (std::int64_t row = 0; row < positions.rows(); ++row) {
       for (std::int64_t r = 0; r < width; r += kLanes<T>) {
         Vec<T> sum = {};
         for (std::int64_t b = 0; b < batch; ++b) {
-          sum += x[b * stride] * load_vec(g + b * width + r);
+          sum += x[b] * load_vec(g + b * width + r);
         }
         store_vec(out + r, sum);
       }
-      x += batch * stride;
+      x += batch;
       g += batch * width;
       out += width;
     }
@@ -946,7 +1015,7 @@ class Backward {
                      padded[to * width_ + r] = grad_code_[row * width_ + r];
                    }
                  });
-    visit_storage(p_.noise_dtype, [&](auto storage) {
+    const auto store = [&](auto storage) {
       using NoiseStorage = decltype(storage);
       NoiseStorage* grad = static_cast<NoiseStorage*>(p_.grad_noise) +
                            (head_ * p_.in_features + d0_ + d) * noise_size_[0] * noise_size_[1] *
@@ -957,11 +1026,18 @@ class Backward {
       for (std::int64_t i0 = 0; i0 < noise_size_[0]; ++i0) {
         for (std::int64_t i1 = 0; i1 < noise_size_[1]; ++i1) {
           const T* line = padded + (i0 * padded_size_[1] + i1) * padded_size_[2] * width_;
-          make_codes(taps, line, width_, (i0 * noise_size_[1] + i1) * noise_size_[2],
- noise_size_[2], StoreRows<T, NoiseStorage>{grad, p_.num_realizations, p_.num_realizations - first_});
+          make_codes(
+              taps, line, width_, (i0 * noise_size_[1] + i1) * noise_size_[2], noise_size_[2],
+              StoreRows<T, NoiseStorage>{grad, p_.num_realizations, p_.num_realizations - first_});
         }
       }
-    });
+    };
+    // Of the type of x, or of the one that it is computed in.
+    if (p_.noise_dtype == p_.dtype) {
+      store(Storage{});
+    } else {
+      store(T{});
+    }
   }
 
   void store_grad_kernel() {
@@ -977,8 +1053,9 @@ class Backward {
 
   const ConvFilterBackwardParams& p_;
   const Plan& plan_;
+  const std::int64_t ld_;
   Codes<T> codes_;
-  Workspace<T> x_, grad_x_;   // [rows, B, count]
+  Workspace<T> x_, grad_x_;   // [count, rows, B], ld_ apart
   Workspace<T> g_;            // [rows, B, width]
   Workspace<T> grad_code_;    // [rows, width], of one feature
   Workspace<T> partial_;      // [rows, B, lanes], of one feature

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe import functional
+from torch_spe.conv import ConvSPE
 from torch_spe.modules import (
     INITS,
     SPE,
@@ -144,6 +145,16 @@ def _sine(num_heads, in_features, num_realizations, init, factory, *, num_sines=
     )
 
 
+def _conv(
+    num_heads, in_features, num_realizations, init, factory, *, kernel_size=64, ndim=1,
+    noise="gaussian", noise_stride=1,
+):  # fmt: skip
+    return ConvSPE(
+        ndim, num_heads, in_features, num_realizations, kernel_size, noise=noise,
+        noise_stride=noise_stride, init="delta" if init == "spread" else init, **factory,
+    )  # fmt: skip
+
+
 def _rotary(
     num_heads, in_features, num_realizations, init, factory, *, frequencies="fixed", base=1e4
 ):
@@ -152,7 +163,11 @@ def _rotary(
 
 # The names that `position` takes. A function makes the module; its keywords are the options of that
 # name.
-POSITIONS: dict[str, Callable[..., nn.Module]] = {"sine": _sine, "rotary": _rotary}
+POSITIONS: dict[str, Callable[..., nn.Module]] = {
+    "sine": _sine,
+    "conv": _conv,
+    "rotary": _rotary,
+}
 DEFAULT_REALIZATIONS = 64
 # Float masks block with -inf or with a number whose exponential is 0 in every type.
 _BLOCKED = -1e4
@@ -247,16 +262,16 @@ class SPEMultiheadAttention(nn.Module):
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters.
-        position: ``"sine"`` (`SineSPE`), ``"rotary"`` (`RotaryPositions`), None, or a module of
-            such a class.
+        position: ``"sine"`` (`SineSPE`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`),
+            None, or a module of such a class.
         encode: ``"features"`` or ``"inputs"``, see above; rotary positions as well are applied
             after or before the feature map.
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"`` or a callable on ``[B, N, H,
             D]``. With ``encode="features"`` it must keep D features, or have an attribute
             ``num_features`` that says how many it makes.
         output_norm: ``"rms"`` or None; default ``"rms"`` with ``encode="features"``, else None.
-        init: of ``position="sine"`` and of the gate: ``"spread"`` or ``"published"``, see
-            `SineSPE`.
+        init: of the position module and of the gate: ``"spread"`` or ``"published"``, see
+            `SineSPE`; of ``position="conv"`` ``"spread"`` means ``"delta"``.
         num_realizations: R; default that of the module given as position, or 64.
         eval_realizations: R in eval mode; default the same. More of them, less noise, no other
             difference.
@@ -266,6 +281,7 @@ class SPEMultiheadAttention(nn.Module):
         seed: of the fixed noise.
         eps: added to the denominator; under the root of the output norm.
         options: of the named position: ``num_sines=4``, ``ndim=1`` for ``"sine"``;
+            ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``, ``noise_stride=1`` for ``"conv"``;
             ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``.
 
     Raises:
