@@ -423,6 +423,7 @@ class SPEMultiheadAttention(nn.Module):
         *,
         start: float | Sequence[float] = 0,
         positions: Tensor | None = None,  # [N] or [N, ndim]
+        grid: Sequence[int] | None = None,
     ) -> tuple[Tensor, None]:  # [N, B, embed_dim]
         """Attend.
 
@@ -446,6 +447,8 @@ class SPEMultiheadAttention(nn.Module):
             start: first position, for a piece of a longer sequence.
             positions: ``[N]`` or ``[N, ndim]``, integer or real, of queries and keys alike, instead
                 of consecutive ones.
+            grid: sizes (height and width, say) whose product is N and M: the positions of a
+                flattened input lie on this grid, row by row. For a position module of ndim > 1.
 
         Returns:
             The output, of the layout of `query`, and None in the place of the weights.
@@ -469,6 +472,9 @@ class SPEMultiheadAttention(nn.Module):
 
         q, k, v = self._project(query, key, value)
         v = v.flatten(1, -3)
+        if grid is not None:
+            grid = self._grid(grid, length, key_length, layout)
+            q, k = q.unflatten(1, grid), k.unflatten(1, grid)
         if self.encode == "features":
             q_features, k_features = (apply_feature_map(self.feature_map, x) for x in (q, k))
             qhat, khat = self._apply_position(q_features, k_features, start, positions)
@@ -614,6 +620,23 @@ class SPEMultiheadAttention(nn.Module):
                 f"{owner}: key_padding_mask must be bool or floating point, got {mask.dtype}"
             )
         return mask.unsqueeze(0) if layout == "unbatched" else mask
+
+    def _grid(
+        self, grid: Sequence[int], length: int, key_length: int, layout: str
+    ) -> tuple[int, ...]:
+        """Return the sizes of the grid, after a check that they fit flattened inputs."""
+        owner, grid = "SPEMultiheadAttention", tuple(grid)
+        ndim = getattr(self.position, "ndim", 1)
+        if layout == "grid":
+            raise ValueError(f"{owner}: grid must be None when the input is a grid, got {grid}")
+        if len(grid) != ndim:
+            raise ValueError(f"{owner}: grid must have {ndim} sizes (ndim), got {grid}")
+        if length != key_length or math.prod(grid) != length:
+            raise ValueError(
+                f"{owner}: grid must have the product {length}, the length of query, and that of "
+                f"key, {key_length}; got {grid}"
+            )
+        return grid
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -789,13 +812,14 @@ class SPETransformerEncoderLayer(nn.Module):
         *,
         start: float | Sequence[float] = 0,
         positions: Tensor | None = None,
+        grid: Sequence[int] | None = None,
     ) -> Tensor:  # [N, B, d_model]
         """Pass the input through the layer; see `SPEMultiheadAttention.forward`."""
 
         def attend(x: Tensor) -> Tensor:
             x, _ = self.self_attn(
                 x, x, x, key_padding_mask=src_key_padding_mask, attn_mask=src_mask,
-                is_causal=is_causal, start=start, positions=positions,
+                is_causal=is_causal, start=start, positions=positions, grid=grid,
             )  # fmt: skip
             return self.dropout1(x)
 

@@ -21,10 +21,10 @@ from torch_spe.modules import (
     check_noise,
     check_not_nan,
     check_positive,
+    check_seed,
     code_type,
     draw_normal,
 )
-
 from torch_spe.noise import seed_tensor
 
 __all__ = ["ConvCode", "ConvSPE"]
@@ -137,7 +137,7 @@ class ConvCode(Code):
 
 def _starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
     """Return one first position for each dimension, after a check that they are whole."""
-    starts = (start,) * ndim if isinstance(start, (int, float, torch.SymInt)) else tuple(start)
+    starts = tuple(start) if isinstance(start, Sequence) else (start,) * ndim
     if len(starts) != ndim or any(isinstance(n, float) and n != int(n) for n in starts):
         raise ValueError(
             f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
@@ -168,12 +168,12 @@ class ConvSPE(SPE):
         kernel_size: taps P of the kernels, one number for every dimension, or one each.
         noise: ``"gaussian"``, or ``"rademacher"``: random signs, the same template with a lower
             variance, and quicker.
-        noise_stride: s of polyphase noise, one number for every dimension, or one each: a code costs
-            P / s products in every dimension instead of P, with practically the same error. R
+        noise_stride: s of polyphase noise, one number for every dimension, or one each: a code
+            costs P / s products in every dimension instead of P, with practically the same error. R
             should be a multiple of the strides' product.
-        init: ``"published"``: both kernels uniform in [0, sqrt(2 / P)]. ``"delta"``: the query's so,
-            the key's one tap of 1 at a random place, so that a feature begins with a window of lags
-            of its own.
+        init: ``"published"``: both kernels uniform in [0, sqrt(2 / P)]. ``"delta"``: so the
+            query's, and the key's one tap of 1 at a random place, so that every feature begins with
+            a window of lags of its own.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -298,6 +298,7 @@ class ConvSPE(SPE):
         elif generator is not None:
             raise ValueError("ConvSPE: give generator or seed, not both")
         else:
+            check_seed("ConvSPE", seed)
             seed = seed_tensor("ConvSPE", seed, device)
         scale = (real * self.in_features) ** -0.25
         return ConvCode(
@@ -316,7 +317,9 @@ class ConvSPE(SPE):
             for i, (taps, length) in enumerate(zip(self.kernel_size, needed, strict=True)):
                 noise = noise.narrow(2 + i, taps, length)
             return noise
-        check_noise("ConvSPE", noise, (*self.code_shape, *needed, None), "[H, D, *(size + P - 1), R]")
+        check_noise(
+            "ConvSPE", noise, (*self.code_shape, *needed, None), "[H, D, *(size + P - 1), R]"
+        )
         return noise
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
@@ -365,9 +368,11 @@ class ConvSPE(SPE):
 
 def _sizes(name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Return one number for each dimension."""
-    sizes = (value,) * ndim if isinstance(value, int) else tuple(value)
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
     if len(sizes) != ndim:
-        raise ValueError(f"ConvSPE: {name} must be a number or {ndim} of them (ndim), got {value!r}")
+        raise ValueError(
+            f"ConvSPE: {name} must be a number or {ndim} of them (ndim), got {value!r}"
+        )
     for size in sizes:
         check_positive("ConvSPE", **{name: size})
     return sizes

@@ -108,7 +108,7 @@ def test_recorded_gradient_of_the_gate():
     # The gate gets a part of its gradient from each side.
     data = golden("conv1d_gated")
     _, _, heads, features = data["q"].shape
-    real, scale = data["qhat"].shape[-1], (data["qhat"].shape[-1] * data["q"].shape[-1]) ** -0.25
+    scale = (data["qhat"].shape[-1] * features) ** -0.25
     param = data["param_gate"].requires_grad_()
     noise = data["noise"].unflatten(1, (heads, features)).movedim(0, -1)
     for side, weight in (("q", "conv_k.weight"), ("k", "conv_q.weight")):
@@ -246,7 +246,9 @@ def four_arguments(batch=2, size=(70,), taps=(9,)):
     return [x, kernel, constant, randn(2, 3, *noise_size(x, kernel), 7, seed=4)]
 
 
-@pytest.mark.parametrize(("size", "taps"), [((70,), (9,)), ((7, 8), (3, 2)), ((3, 4, 5), (2, 1, 3))])
+@pytest.mark.parametrize(
+    ("size", "taps"), [((70,), (9,)), ((7, 8), (3, 2)), ((3, 4, 5), (2, 1, 3))]
+)
 def test_any_strides(size, taps):
     def transposed(t):
         return t.transpose(0, -1).contiguous().transpose(0, -1)
@@ -270,9 +272,7 @@ def test_expanded_inputs_and_gradients():
     grad_out = randn(1, 70, 1, 1, seed=5).expand(4, 70, 2, 7)
     transposed = randn(7, 2, 70, 4, seed=6).permute(3, 2, 1, 0)
     for grad in (grad_out, transposed):
-        arguments = [
-            t.detach().requires_grad_() for t in (expanded, kernel, constant, shared)
-        ]
+        arguments = [t.detach().requires_grad_() for t in (expanded, kernel, constant, shared)]
         ours = outputs_and_gradients(with_noise, arguments, grad)
         truth = outputs_and_gradients(
             lambda x, kernel, constant, noise: reference.conv_filter(x, kernel, noise, constant),
@@ -633,12 +633,16 @@ def test_every_number_stands_where_the_documentation_says(start):
     rest = ((rest ^ 2**31) - 2**31 >> 9) * 2 + 1
     turn = (angle >> numpy.uint64(30)).astype(numpy.float64) / 4 + rest * 2.0**-26
     phase = 2 * numpy.pi * turn
-    expected = numpy.sqrt(-2 * numpy.log(u)) * numpy.where(r % 2, numpy.sin(phase), numpy.cos(phase))
+    expected = numpy.sqrt(-2 * numpy.log(u)) * numpy.where(
+        r % 2, numpy.sin(phase), numpy.cos(phase)
+    )
     normals = functional.conv_noise(seed, heads, features, length, real, **options)
     assert numpy.abs(normals.numpy() - expected).max() < 2e-6
 
 
-@pytest.mark.parametrize(("stride", "start"), [((4,), (-9,)), ((2, 3), (-3, 4)), ((2, 1, 2), (0, 1, -5))])
+@pytest.mark.parametrize(
+    ("stride", "start"), [((4,), (-9,)), ((2, 3), (-3, 4)), ((2, 1, 2), (0, 1, -5))]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_polyphase_noise_is_sparse_noise(stride, start, kind):
     heads, features, real, seed, ndim = 2, 3, 26, 77, len(stride)
@@ -733,13 +737,13 @@ def test_normals_are_normal():
     assert 4.5 < noise.abs().max() < 6.7
 
 
-@pytest.mark.parametrize("other", [{"seed": 8}, {"seed": 7 + 2**32}, {"start": 2**32}, {"start": -(2**32)}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 8}, {"seed": 7 + 2**32}, {"start": 2**32}, {"start": -(2**32)}]
+)
 def test_no_repeats_across_words_of_the_counter(other):
     base = {"seed": 7, "start": 0}
     first, second = (
-        functional.conv_noise(
-            o["seed"], 2, 8, 256, 64, noise_kind="rademacher", start=o["start"]
-        )
+        functional.conv_noise(o["seed"], 2, 8, 256, 64, noise_kind="rademacher", start=o["start"])
         for o in (base, {**base, **other})
     )
     assert abs((first * second).mean()) < 5 / first.numel() ** 0.5
@@ -760,8 +764,9 @@ def logits(kind, stride, real, trials, kernels, features=8, length=48):
     # sum_p query[p] key[p + m - n], since position m + p is n + p'.
     products = torch.stack(
         [
-            (query[..., max(0, -t) : taps - max(0, t)] * key[..., max(0, t) : taps - max(0, -t)])
-            .sum(-1)
+            (
+                query[..., max(0, -t) : taps - max(0, t)] * key[..., max(0, t) : taps - max(0, -t)]
+            ).sum(-1)
             for t in range(-taps + 1, taps)
         ],
         dim=-1,
