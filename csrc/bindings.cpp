@@ -21,4 +21,8 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("weight"), pybind11::arg("constant") = pybind11::none(),
         pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("phasor_filter", &torch_spe::phasor_filter, pybind11::arg("x"), pybind11::arg("freqs"),
+        pybind11::arg("coefficients"), pybind11::arg("constant") = pybind11::none(),
+        pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
+        pybind11::call_guard<pybind11::gil_scoped_release>());
 }

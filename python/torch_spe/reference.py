@@ -42,6 +42,26 @@ def sine_filter(
     return torch.einsum("bnhd,nhdr->bnhr", x, code.to(x.dtype))
 
 
+def phasor_filter(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D, R/2] or [H, D, R/2, ndim]
+    coefficients: Tensor,  # [H, D, R/2, 2]
+    constant: Tensor | None = None,  # [H, D, R]
+    positions: Tensor | None = None,  # [N] or [N, ndim]
+    start: float = 0.0,
+) -> Tensor:  # [B, N, H, R]
+    """`torch_spe.functional.phasor_filter`, with the codes `[N, H, D, R]` stored."""
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float64) + start
+    basis = sine_basis(freqs, positions).to(coefficients.dtype).unflatten(-1, (-1, 2))
+    cos, sin = basis.unbind(-1)  # [N, H, D, R/2]
+    re, im = coefficients.unbind(-1)  # [H, D, R/2]
+    code = torch.stack((re * cos - im * sin, im * cos + re * sin), dim=-1).flatten(-2)
+    if constant is not None:
+        code = code + constant
+    return torch.einsum("bnhd,nhdr->bnhr", x, code.to(x.dtype))
+
+
 FEATURE_MAPS = {
     "identity": lambda x: x,
     "elu": lambda x: torch.where(x >= 0, x + 1, torch.exp(x.clamp(max=0))),

@@ -26,6 +26,20 @@ at::Tensor sine_filter(
     const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
     double start = 0);
 
+// Encodes x with one sinusoid for each feature and pair of realizations: with c =
+// coefficients[h,d,i,0] + i coefficients[h,d,i,1] and f = freqs[h,d,i] in cycles per position,
+//   xhat[b,n,h,2i] + i xhat[b,n,h,2i+1]
+//     = sum_d x[b,n,h,d] (c e^(2 pi i f n) + constant[h,d,2i] + i constant[h,d,2i+1]).
+//
+// Result, positions and errors are those of sine_filter.
+at::Tensor phasor_filter(
+    const at::Tensor& x,                                        // [B, N, H, D]
+    const at::Tensor& freqs,                                    // [H, D, R/2] or [H, D, R/2, ndim]
+    const at::Tensor& coefficients,                             // [H, D, R/2, 2]
+    const std::optional<at::Tensor>& constant = std::nullopt,   // [H, D, R]
+    const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
+    double start = 0);
+
 // How this library was built, and what it uses on this machine.
 struct BuildInfo {
   std::string version;   // of torch_spe
