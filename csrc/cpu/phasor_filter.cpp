@@ -1,75 +1,81 @@
 #include "phasor_filter.h"
 
-#include "blas.h"
 #include "phasors.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 namespace {
 
-// Rows of the batch that are handled together, and share the phasors.
-constexpr std::int64_t kRows = 16;
-// Features, or pairs, whose phasors turn side by side in registers: enough to hide the latency of a
-// turn.
-constexpr int kFeatureGroup = kVectorBytes == 64 ? 4 : 2;
-constexpr int kPairGroup = kVectorBytes == 64 ? 2 : 1;
+// Rows of the batch that share phasors: few enough that a tile stays in the level 1 cache, more
+// where the exact phases of given positions cost more than that.
+std::int64_t num_shared_rows(const PhasorFilterParams& p) {
+  return min_of(p.batch, p.positions == nullptr ? 4 : 16);
+}
 
-// Forward: the lanes of a vector are pairs, so that an output is a sum over features in one lane,
-// and the features of x are read as scalars.
-template <class Storage>
-class Forward {
-  using T = core::accumulate_t<Storage>;
+// Positions [n, n + size) and rows of the batch [b, b + rows) of a head.
+struct Tile {
+  std::int64_t n, size, b, rows;
+};
 
+// The tiles of the positions [n0, n1): all rows of the batch, then the next chunk.
+class Tiles {
  public:
-  explicit Forward(const PhasorFilterParams& p)
-      : p_(p),
-        consecutive_(p.positions == nullptr),
-        features_(round_up(p.in_features, kFeatureGroup)),
-        width_(round_up(p.num_pairs, kLanes<T>)),
-        freqs_(p.ndim * features_ * width_),
-        coefficients_(2 * features_ * width_),
-        constant_(p.constant == nullptr ? 0 : 2 * features_ * width_),
-        table_(consecutive_ ? features_ : 0, width_),
-        phasors_(consecutive_ ? 0 : kChunk * kFeatureGroup * 2 * kLanes<T>),
-        x_(kChunk * min_of(p.batch, kRows) * features_),
-        y_(kChunk * min_of(p.batch, kRows) * 2 * width_) {}
+  Tiles(const PhasorFilterParams& p, std::int64_t n0, std::int64_t n1)
+      : batch_(p.batch), shared_rows_(num_shared_rows(p)), n1_(n1), tile_(at(n0, 0)) {}
 
-  // The positions [n0, n1) of a head, of which n0 starts a segment.
-  void run(std::int64_t head, std::int64_t n0, std::int64_t n1) {
-    set_head(head);
-    for (std::int64_t n = n0; n < n1; n += kChunk) {
-      const std::int64_t size = min_of(kChunk, n1 - n);
-      if (consecutive_) {
-        if (n == n0) {
-          table_.start(p_.start + static_cast<double>(n));
-        } else {
-          table_.advance_chunk();
-        }
-      }
-      for (std::int64_t b = 0; b < p_.batch; b += kRows) {
-        const std::int64_t rows = min_of(kRows, p_.batch - b);
-        load_x(n, size, b, rows);
-        clear_y(size * rows);
-        for (std::int64_t v = 0; v < width_; v += kLanes<T>) {
-          for (std::int64_t d = 0; d < features_; d += kFeatureGroup) {
-            if (consecutive_) {
-              accumulate<true>(size, rows, d, v);
-            } else {
-              fill_phasors(n, size, d, v);
-              accumulate<false>(size, rows, d, v);
-            }
-          }
-        }
-        store_y(n, size, b, rows);
-      }
-    }
+  bool done() const { return tile_.size <= 0; }
+  const Tile& operator*() const { return tile_; }
+  Tile next() const {
+    const std::int64_t b = tile_.b + tile_.rows;
+    return b < batch_ ? at(tile_.n, b) : at(tile_.n + kChunk, 0);
   }
+  void advance() { tile_ = next(); }
 
  private:
-  // Copies the head's parameters with pairs along the lanes: freqs [ndim, D, R/2], coefficients and
+  Tile at(std::int64_t n, std::int64_t b) const {
+    return {n, min_of(kChunk, n1_ - n), b, min_of(shared_rows_, batch_ - b)};
+  }
+
+  const std::int64_t batch_, shared_rows_, n1_;
+  Tile tile_;
+};
+
+// Calls function(t, b) for one of `steps` equal parts of a tile.
+template <class Function>
+TORCH_SPE_INLINE void for_part(const Tile& tile, std::int64_t step, std::int64_t steps,
+                               const Function& function) {
+  const std::int64_t count = max_of(tile.size, 0) * tile.rows;
+  for (std::int64_t k = step * count / steps; k < (step + 1) * count / steps; ++k)
+    function(k / tile.rows, k % tile.rows);
+}
+
+// Features that are summed up in registers.
+constexpr int kGroup = 2;
+
+// What a tile of positions and batch rows goes through, by parts that are compiled once for a type
+// of computation. The lanes of a vector are pairs, so that an output is a sum over features in one
+// lane, and the features of x are read as scalars.
+template <class T>
+class ForwardTile {
+  static constexpr std::int64_t kWidth = kLanes<T>;
+
+ public:
+  explicit ForwardTile(const PhasorFilterParams& p)
+      : p_(p),
+        consecutive_(p.positions == nullptr),
+        features_(round_up(p.in_features, kGroup)),
+        width_(round_up(p.num_pairs, kWidth)),
+        freqs_(p.ndim * features_ * width_),
+        coefficients_(2 * features_ * width_),
+        constant_(2 * features_ * width_),
+        table_(consecutive_ ? features_ : 0, width_),
+        phasors_(consecutive_ ? 0 : kChunk * kGroup * 2 * kWidth),
+        x_stride_(odd_lines<T>(features_)),
+        x_(kChunk * num_shared_rows(p) * x_stride_),
+        y_(kChunk * num_shared_rows(p) * 2 * width_) {}
+
+  // Copies a head's parameters with pairs along the lanes: freqs [ndim, D, R/2], coefficients and
   // constant [D, 2, R/2], zero where features and pairs are filled up.
   void set_head(std::int64_t head) {
-    if (head == head_) return;
-    head_ = head;
     const double* freqs = p_.freqs + head * p_.in_features * p_.num_pairs * p_.ndim;
     const std::int64_t offset = head * p_.in_features * p_.num_pairs * 2;
     const T* coefficients = static_cast<const T*>(p_.coefficients) + offset;
@@ -84,118 +90,195 @@ class Forward {
         for (std::int64_t part = 0; part < 2; ++part) {
           const std::int64_t to = (2 * d + part) * width_ + i;
           coefficients_[to] = inside ? coefficients[2 * from + part] : 0;
-          if (constant != nullptr) constant_[to] = inside ? constant[2 * from + part] : 0;
+          constant_[to] = inside && constant != nullptr ? constant[2 * from + part] : 0;
         }
       }
     }
-    if (consecutive_) table_.set_frequencies(freqs_);
+    if (consecutive_) table_.set(freqs_, coefficients_);
   }
 
-  // x as [t, b, d], zero beyond D.
-  void load_x(std::int64_t n, std::int64_t size, std::int64_t b0, std::int64_t rows) {
-    const auto& strides = p_.x_strides;
-    const Storage* x =
-        static_cast<const Storage*>(p_.x) + b0 * strides[0] + n * strides[1] + head_ * strides[2];
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t b = 0; b < rows; ++b) {
-        T* row = x_ + (t * rows + b) * features_;
-        load_row(x + b * strides[0] + t * strides[1], strides[3], p_.in_features, row);
-        for (std::int64_t d = p_.in_features; d < features_; ++d) row[d] = 0;
-      }
-    }
-  }
-
-  // y, [t, b, 2, R/2], begins as the constant's part.
-  void clear_y(std::int64_t count) {
-    if (p_.constant == nullptr) {
-      for (std::int64_t i = 0; i < count * 2 * width_; ++i) y_[i] = 0;
+  // Goes on to the chunk at n, which starts a segment or follows the last chunk.
+  void set_chunk(std::int64_t n, std::int64_t size, bool starts_segment) {
+    n_ = n;
+    size_ = size;
+    if (!consecutive_) return;
+    if (starts_segment) {
+      table_.start(p_.start + static_cast<double>(n));
     } else {
-      gemm(Op::kPlain, Op::kPlain, count, 2 * width_, features_, x_, features_, constant_,
-           2 * width_, T(0), y_, 2 * width_);
+      table_.advance_chunk();
     }
   }
 
-  void store_y(std::int64_t n, std::int64_t size, std::int64_t b0, std::int64_t rows) {
-    Storage* out = static_cast<Storage*>(p_.out);
-    for (std::int64_t b = 0; b < rows; ++b) {
-      for (std::int64_t t = 0; t < size; ++t) {
-        const T* re = y_ + (t * rows + b) * 2 * width_;
-        const T* im = re + width_;
-        Storage* pair =
-            out + (((b0 + b) * p_.length + n + t) * p_.num_heads + head_) * 2 * p_.num_pairs;
-        for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
-          core::store(re[i], pair + 2 * i);
-          core::store(im[i], pair + 2 * i + 1);
+  void set_rows(std::int64_t rows) { rows_ = rows; }
+
+  T* x(std::int64_t t, std::int64_t b) const {  // [t, b, D]
+    return x_ + (t * rows_ + b) * x_stride_;
+  }
+  const T* y(std::int64_t i, std::int64_t t,
+             std::int64_t b) const {  // [R/2 / lanes, t, b, 2, lanes]
+    return y_ + ((i / kWidth * kChunk + t) * rows_ + b) * 2 * kWidth;
+  }
+
+  // Makes y from x. Meanwhile other(step, steps) is called for steps 0 .. steps - 1.
+  template <class Other>
+  void compute(const Other& other) {
+    clear_missing_x();
+    for (std::int64_t k = 0; k < kChunk * rows_ * 2 * width_; ++k) y_[k] = 0;
+    const std::int64_t steps = features_ / kGroup * (width_ / kWidth);
+    std::int64_t step = 0;
+    for (std::int64_t i = 0; i < width_; i += kWidth) {
+      for (std::int64_t d = 0; d < features_; d += kGroup) {
+        other(step++, steps);
+        if (!consecutive_) {
+          fill_phasors(d, i);
+          accumulate<false, true, false>(d, i);
+        } else if (p_.constant == nullptr) {
+          rows_ == 1 ? accumulate<true, false, true>(d, i) : accumulate<true, false, false>(d, i);
+        } else {
+          rows_ == 1 ? accumulate<true, true, true>(d, i) : accumulate<true, true, false>(d, i);
         }
+      }
+    }
+  }
+
+ private:
+  // Beyond the last feature, and beyond the last position: what is made there is not stored, but it
+  // must be made from something.
+  void clear_missing_x() {
+    for (std::int64_t t = 0; t < round_up(size_, kTrio); ++t) {
+      for (std::int64_t b = 0; b < rows_; ++b) {
+        T* row = x(t, b);
+        for (std::int64_t d = t < size_ ? p_.in_features : 0; d < features_; ++d) row[d] = 0;
       }
     }
   }
 
   // The exact phasors of a group of features at given positions: [t, d, 2, lanes].
-  void fill_phasors(std::int64_t n, std::int64_t size, std::int64_t d, std::int64_t v) {
-    constexpr std::int64_t lanes = kLanes<T>;
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t g = 0; g < kFeatureGroup; ++g) {
-        T* out = phasors_ + (t * kFeatureGroup + g) * 2 * lanes;
-        exact_phasors(p_.ndim, freqs_ + (d + g) * width_ + v, features_ * width_, lanes,
-                      p_.positions + (n + t) * p_.ndim, out, out + lanes);
+  void fill_phasors(std::int64_t d, std::int64_t i) {
+    for (std::int64_t t = 0; t < round_up(size_, kTrio); ++t) {
+      const double* position = p_.positions + min_of(n_ + t, p_.length - 1) * p_.ndim;
+      for (std::int64_t g = 0; g < kGroup; ++g) {
+        T* out = phasors_ + (t * kGroup + g) * 2 * kWidth;
+        exact_phasors(p_.ndim, freqs_ + (d + g) * width_ + i, features_ * width_, kWidth, position,
+                      out, out + kWidth);
       }
     }
   }
 
-  // y += x z for the features [d, d + kFeatureGroup) and a vector of pairs at v.
-  template <bool kConsecutive>
-  void accumulate(std::int64_t size, std::int64_t rows, std::int64_t d, std::int64_t v) {
-    constexpr int kCount = kFeatureGroup;
-    Rotation<kCount, T> z;
-    Vec<T> cr[kCount], ci[kCount];
-    for (int g = 0; g < kCount; ++g) {
-      cr[g] = load_vec(coefficients_ + 2 * (d + g) * width_ + v);
-      ci[g] = load_vec(coefficients_ + (2 * (d + g) + 1) * width_ + v);
+  // y += x (c e + constant) for the features [d, d + kGroup) and the pairs [i, i + lanes).
+  template <bool kConsecutive, bool kConstant, bool kOneRow>
+  void accumulate(std::int64_t d, std::int64_t i) {
+    const std::int64_t rows = kOneRow ? 1 : rows_;
+    Complex<T> coefficient[kGroup], constant[kGroup];
+    TrioOfPhasors<T> trio[kGroup];
+    for (int g = 0; g < kGroup; ++g) {
+      const std::int64_t at = 2 * (d + g) * width_ + i;
+      coefficient[g] = load_complex<T>(coefficients_ + at, coefficients_ + at + width_);
+      constant[g] = load_complex<T>(constant_ + at, constant_ + at + width_);
+      if constexpr (kConsecutive) trio[g].start(table_, d + g, i);
     }
-    const auto scale = [&](int g, const T* re, const T* im) {
-      const Vec<T> r = load_vec(re), i = load_vec(im);
-      z.re[g] = r * cr[g] - i * ci[g];
-      z.im[g] = i * cr[g] + r * ci[g];
-    };
-    if constexpr (kConsecutive) {
-      for (int g = 0; g < kCount; ++g) {
-        scale(g, table_.phasors(d + g) + v, table_.phasors(d + g) + width_ + v);
-        z.c[g] = load_vec(table_.steps(d + g) + v);
-        z.s[g] = load_vec(table_.steps(d + g) + width_ + v);
-      }
-    }
-    for (std::int64_t t = 0; t < size; ++t) {
-      if constexpr (!kConsecutive) {
-        for (int g = 0; g < kCount; ++g) {
-          const T* phasor = phasors_ + (t * kCount + g) * 2 * kLanes<T>;
-          scale(g, phasor, phasor + kLanes<T>);
+    const T* x_row = x_ + d;
+    T* y_row = y_ + i / kWidth * kChunk * rows * 2 * kWidth;
+    for (std::int64_t t = 0; t < size_; t += kTrio) {
+      Complex<T> code[kGroup][kTrio];
+      for (int g = 0; g < kGroup; ++g) {
+        if constexpr (kConsecutive) {
+          trio[g].next(code[g]);
+        } else {
+          for (int j = 0; j < kTrio; ++j) {
+            const T* phasor = phasors_ + ((t + j) * kGroup + g) * 2 * kWidth;
+            code[g][j] = multiply(load_complex<T>(phasor, phasor + kWidth), coefficient[g]);
+          }
+        }
+        if constexpr (kConstant) {
+          for (int j = 0; j < kTrio; ++j) {
+            code[g][j].re += constant[g].re;
+            code[g][j].im += constant[g].im;
+          }
         }
       }
-      for (std::int64_t b = 0; b < rows; ++b) {
-        const T* x = x_ + (t * rows + b) * features_ + d;
-        T* y = y_ + (t * rows + b) * 2 * width_ + v;
-        Vec<T> re = load_vec(y), im = load_vec(y + width_);
-        for (int g = 0; g < kCount; ++g) {
-          re += x[g] * z.re[g];
-          im += x[g] * z.im[g];
+      for (int j = 0; j < kTrio; ++j) {
+        for (std::int64_t b = 0; b < rows; ++b, x_row += x_stride_, y_row += 2 * kWidth) {
+          Vec<T> re = load_vec(y_row), im = load_vec(y_row + kWidth);
+          for (int g = 0; g < kGroup; ++g) {
+            re += x_row[g] * code[g][j].re;
+            im += x_row[g] * code[g][j].im;
+          }
+          store_vec(y_row, re);
+          store_vec(y_row + kWidth, im);
         }
-        store_vec(y, re);
-        store_vec(y + width_, im);
       }
-      if constexpr (kConsecutive) z.next();
     }
   }
 
   const PhasorFilterParams& p_;
   const bool consecutive_;
   const std::int64_t features_, width_;  // D and R/2, filled up
-  std::int64_t head_ = -1;
   Workspace<double> freqs_;
   Workspace<T> coefficients_, constant_;
   PhasorTable<T> table_;
   Workspace<T> phasors_;
+  const std::int64_t x_stride_;
   Workspace<T> x_, y_;
+  std::int64_t n_, size_, rows_;  // of the tile at hand
+};
+
+template <class Storage>
+class Forward {
+  using T = core::accumulate_t<Storage>;
+
+ public:
+  explicit Forward(const PhasorFilterParams& p) : p_(p), tile_(p) {}
+
+  // The positions [n0, n1) of a head, a segment.
+  void run(std::int64_t head, std::int64_t n0, std::int64_t n1) {
+    if (head != head_) tile_.set_head(head);
+    head_ = head;
+    for (Tiles tiles(p_, n0, n1); !tiles.done(); tiles.advance()) {
+      const Tile tile = *tiles, next = tiles.next();
+      if (tile.b == 0) tile_.set_chunk(tile.n, tile.size, tile.n == n0);
+      tile_.set_rows(tile.rows);
+      for (std::int64_t t = 0; t < tile.size; ++t) {
+        for (std::int64_t b = 0; b < tile.rows; ++b)
+          load_row(x(tile, t, b), p_.x_strides[3], p_.in_features, tile_.x(t, b));
+      }
+      tile_.compute([&](std::int64_t step, std::int64_t steps) {
+        for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
+          prefetch_row(x(next, t, b), p_.x_strides[3], p_.in_features);
+        });
+      });
+      store_y(tile);
+    }
+  }
+
+ private:
+  const Storage* x(const Tile& tile, std::int64_t t, std::int64_t b) const {
+    return static_cast<const Storage*>(p_.x) + (tile.b + b) * p_.x_strides[0] +
+           (tile.n + t) * p_.x_strides[1] + head_ * p_.x_strides[2];
+  }
+
+  void store_y(const Tile& tile) const {
+    for (std::int64_t b = 0; b < tile.rows; ++b) {
+      for (std::int64_t t = 0; t < tile.size; ++t) {
+        Storage* out =
+            static_cast<Storage*>(p_.out) +
+            (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + head_) * 2 * p_.num_pairs;
+        for (std::int64_t i = 0; i < p_.num_pairs; i += kLanes<T>) {
+          const T* re = tile_.y(i, t, b);
+          const T* im = re + kLanes<T>;
+          const std::int64_t count = min_of(kLanes<T>, p_.num_pairs - i);
+          for (std::int64_t l = 0; l < count; ++l) {
+            core::store(re[l], out + 2 * (i + l));
+            core::store(im[l], out + 2 * (i + l) + 1);
+          }
+        }
+      }
+    }
+  }
+
+  const PhasorFilterParams& p_;
+  ForwardTile<T> tile_;
+  std::int64_t head_ = -1;
 };
 
 template <class Storage>
@@ -212,244 +295,257 @@ void forward(const PhasorFilterParams& p) {
   }
 }
 
-// How the backward pass is divided: into heads, vectors of features, and, when these are few, parts
-// of the sequence. It depends on sizes alone, so that results do not depend on the threads.
-template <class T>
+// How the backward pass is divided: into heads, and parts of the sequence for which the gradients
+// of the parameters are summed up apart. It depends on sizes alone, so that results do not depend
+// on the threads.
 struct Division {
-  std::int64_t vectors;  // of features, in a head
-  std::int64_t parts;    // of the sequence
-  std::int64_t length;   // of a part
+  std::int64_t length;  // of a part
+  std::int64_t parts;
 
-  explicit Division(const PhasorFilterParams& p)
-      : vectors((p.in_features + kLanes<T> - 1) / kLanes<T>) {
-    constexpr std::int64_t kEnoughTasks = 16;
-    const std::int64_t wanted = max_of(1, kEnoughTasks / (p.num_heads * vectors));
+  explicit Division(const PhasorFilterParams& p) {
+    constexpr std::int64_t kEnoughTasks = 32;
+    const std::int64_t wanted = max_of(1, kEnoughTasks / p.num_heads);
     length = round_up((p.length + wanted - 1) / wanted, kSegment);
     parts = (p.length + length - 1) / length;
   }
 };
 
-// Sums over positions for one pair and a vector of features: the gradient of the coefficient (real,
-// imaginary), of the constant (the same), and of the frequency for each dimension of the positions.
+// Sums over positions for a pair and a feature: the gradient of the coefficient (real, imaginary),
+// of the constant (the same), and of the frequency for each coordinate of the positions.
 std::int64_t num_sums(const PhasorFilterParams& p) { return 4 + p.ndim; }
 
-// Backward: the lanes of a vector are features, so that the gradient of x is a sum over pairs in
-// one lane, the gradients of the parameters are sums over positions in one lane, and the output's
-// gradient is read as scalars.
+template <class T>
+std::int64_t filled_features(const PhasorFilterParams& p) {
+  return round_up(p.in_features, kLanes<T>);
+}
+
+// The gradient of a coefficient c is a sum over positions divided by conj(c), which spares carrying
+// both e and c e. Coefficients smaller than this count as this: small enough to vanish beside
+// anything, large enough to be squared.
+template <class T>
+constexpr T kTinyCoefficient = sizeof(T) == 4 ? T(1e-18) : T(1e-150);
+
+// The same for the backward pass. The lanes of a vector are features, so that the gradient of x is
+// a sum over pairs in one lane, the gradients of the parameters are sums over positions in one
+// lane, and the output's gradient is read as scalars.
 //
-// With u = g conj(e), e = e^(2 pi i f n) and g = g_2i + i g_2i+1, and c the coefficient,
-//   dx = Re(conj(c) u), summed over pairs; dc = x u; dphase = Im(conj(c) x u),
-// the last two summed over positions. For consecutive positions, df needs the sum of x u and that
-// of t x u in a chunk.
-template <class Storage>
-class Backward {
-  using T = core::accumulate_t<Storage>;
+// With the code z = c e, e = e^(2 pi i f n), and g = g_2i + i g_2i+1,
+//   dx[b] = Re(conj(g[b]) (z + constant)), summed over pairs;
+//   G = sum_b x[b] g[b], w = G conj(z): dconstant = G, dc = w / conj(c), dphase = Im(w),
+// the last three summed over positions. For consecutive positions, df needs the sums of w and of
+// t w in a chunk.
+template <class T>
+class BackwardTile {
   static constexpr std::int64_t kWidth = kLanes<T>;
 
  public:
-  explicit Backward(const PhasorFilterBackwardParams& p)
+  explicit BackwardTile(const PhasorFilterBackwardParams& p)
       : p_(p),
         consecutive_(p.positions == nullptr),
-        pairs_(round_up(p.num_pairs, kPairGroup)),
-        freqs_(p.ndim * pairs_ * kWidth),
-        coefficients_(2 * pairs_ * kWidth),
-        constant_(p.constant == nullptr ? 0 : 2 * pairs_ * kWidth),
-        table_(consecutive_ ? pairs_ : 0, kWidth),
-        phasors_(consecutive_ ? 0 : kChunk * kPairGroup * 2 * kWidth),
-        grad_phase_(consecutive_ ? 0 : kChunk * kPairGroup * kWidth),
-        x_(kChunk * min_of(p.batch, kRows) * kWidth),
-        grad_x_(kChunk * min_of(p.batch, kRows) * kWidth),
-        g_(kChunk * min_of(p.batch, kRows) * 2 * pairs_) {}
+        width_(filled_features<T>(p)),
+        freqs_(p.ndim * p.num_pairs * width_),
+        coefficients_(2 * p.num_pairs * width_),
+        constant_(2 * p.num_pairs * width_),
+        table_(consecutive_ ? p.num_pairs : 0, width_),
+        phasors_(consecutive_ ? 0 : kChunk * 2 * kWidth),
+        grad_phase_(consecutive_ ? 0 : kChunk * kWidth),
+        x_(kChunk * num_shared_rows(p) * width_),
+        grad_x_(kChunk * num_shared_rows(p) * width_),
+        g_stride_(odd_lines<T>(2 * p.num_pairs)),
+        g_(kChunk * num_shared_rows(p) * g_stride_) {}
 
-  // Adds to sums [pairs, num_sums, lanes] and grad_positions [N, ndim] (or null) over the positions
-  // [n0, n1), of which n0 starts a segment, and writes the gradient of x there.
-  void run(std::int64_t head, std::int64_t d0, std::int64_t n0, std::int64_t n1, double* sums,
-           double* grad_positions) {
-    sums_ = sums;
-    grad_positions_ = grad_positions;
-    set_features(head, d0);
-    for (std::int64_t n = n0; n < n1; n += kChunk) {
-      const std::int64_t size = min_of(kChunk, n1 - n);
-      if (consecutive_) {
-        if ((n - n0) % kSegment == 0) {
-          table_.start(p_.start + static_cast<double>(n));
-        } else {
-          table_.advance_chunk();
+  // Copies a head's parameters with features along the lanes: freqs [ndim, R/2, D], coefficients
+  // and constant [R/2, 2, D], zero where features are filled up.
+  void set_head(std::int64_t head) {
+    const std::int64_t first = head * p_.in_features * p_.num_pairs;
+    const T* coefficients = static_cast<const T*>(p_.coefficients);
+    const T* constant = static_cast<const T*>(p_.constant);
+    for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+      for (std::int64_t d = 0; d < width_; ++d) {
+        const bool inside = d < p_.in_features;
+        const std::int64_t from = first + d * p_.num_pairs + i;
+        for (std::int64_t a = 0; a < p_.ndim; ++a)
+          freqs_[(a * p_.num_pairs + i) * width_ + d] = inside ? p_.freqs[from * p_.ndim + a] : 0;
+        T* c = coefficients_ + 2 * i * width_ + d;
+        T* k = constant_ + 2 * i * width_ + d;
+        for (std::int64_t part = 0; part < 2; ++part) {
+          c[part * width_] = inside ? coefficients[2 * from + part] : 0;
+          k[part * width_] = inside && constant != nullptr ? constant[2 * from + part] : 0;
+        }
+        if (__builtin_fabs(c[0]) + __builtin_fabs(c[width_]) < kTinyCoefficient<T>) {
+          c[0] = kTinyCoefficient<T>;
+          c[width_] = 0;
         }
       }
-      for (std::int64_t b = 0; b < p_.batch; b += kRows) {
-        const std::int64_t rows = min_of(kRows, p_.batch - b);
-        load_tile(n, size, b, rows);
-        for (std::int64_t i = 0; i < pairs_; i += kPairGroup) {
-          if (!consecutive_) fill_phasors(n, size, i);
-          if (p_.constant == nullptr) {
-            consecutive_ ? pair_group<true, false>(n, size, rows, i)
-                         : pair_group<false, false>(n, size, rows, i);
-          } else {
-            consecutive_ ? pair_group<true, true>(n, size, rows, i)
-                         : pair_group<false, true>(n, size, rows, i);
-          }
-          if (!consecutive_) add_phase_gradients(n, size, i);
+    }
+    if (consecutive_) table_.set(freqs_, coefficients_);
+  }
+
+  // Where sums [R/2, num_sums, D filled up] and grad_positions [N, ndim] (or null) are added up.
+  void set_sums(double* sums, double* grad_positions) {
+    sums_ = sums;
+    grad_positions_ = grad_positions;
+  }
+
+  void set_chunk(std::int64_t n, std::int64_t size, bool starts_segment) {
+    n_ = n;
+    size_ = size;
+    if (!consecutive_) return;
+    if (starts_segment) {
+      table_.start(p_.start + static_cast<double>(n));
+    } else {
+      table_.advance_chunk();
+    }
+  }
+
+  void set_rows(std::int64_t rows) { rows_ = rows; }
+
+  T* x(std::int64_t d, std::int64_t t, std::int64_t b) const { return x_ + offset(d, t, b); }
+  const T* grad_x(std::int64_t d, std::int64_t t, std::int64_t b) const {
+    return grad_x_ + offset(d, t, b);
+  }
+  T* g(std::int64_t t, std::int64_t b) const {  // [t, b, R]
+    return g_ + (t * rows_ + b) * g_stride_;
+  }
+
+  // Makes grad_x and adds to the sums. Meanwhile other(step, steps) is called for steps 0 .. steps
+  // - 1.
+  template <class Other>
+  void compute(const Other& other) {
+    clear_missing();
+    for (std::int64_t k = 0; k < kChunk * rows_ * width_; ++k) grad_x_[k] = 0;
+    const std::int64_t steps = width_ / kWidth * p_.num_pairs;
+    std::int64_t step = 0;
+    for (std::int64_t d = 0; d < width_; d += kWidth) {
+      for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+        other(step++, steps);
+        if (!consecutive_) {
+          fill_phasors(i, d);
+          add_pair<false, true, false>(i, d);
+          add_phase_gradients(i, d);
+        } else if (p_.constant == nullptr) {
+          rows_ == 1 ? add_pair<true, false, true>(i, d) : add_pair<true, false, false>(i, d);
+        } else {
+          rows_ == 1 ? add_pair<true, true, true>(i, d) : add_pair<true, true, false>(i, d);
         }
-        if (p_.grad_x != nullptr) store_grad_x(n, size, b, rows);
+      }
+    }
+  }
+
+  void finish_sums() {
+    for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+      double* re = sums(i, 0);
+      double* im = sums(i, 1);
+      for (std::int64_t d = 0; d < width_; ++d) {
+        // w / conj(c) = w c / |c|^2
+        const double cr = coefficients_[2 * i * width_ + d];
+        const double ci = coefficients_[(2 * i + 1) * width_ + d];
+        const double square = cr * cr + ci * ci;
+        const double wr = re[d], wi = im[d];
+        re[d] = (wr * cr - wi * ci) / square;
+        im[d] = (wi * cr + wr * ci) / square;
       }
     }
   }
 
  private:
-  // Copies the parameters of a vector of features with these along the lanes: freqs [ndim, R/2,
-  // lanes], coefficients and constant [R/2, 2, lanes], zero where features and pairs are filled up.
-  void set_features(std::int64_t head, std::int64_t d0) {
-    head_ = head;
-    d0_ = d0;
-    count_ = min_of(kWidth, p_.in_features - d0);
-    const std::int64_t first = (head * p_.in_features + d0) * p_.num_pairs;
-    const T* coefficients = static_cast<const T*>(p_.coefficients);
-    const T* constant = static_cast<const T*>(p_.constant);
-    for (std::int64_t i = 0; i < pairs_; ++i) {
-      for (std::int64_t d = 0; d < kWidth; ++d) {
-        const bool inside = d < count_ && i < p_.num_pairs;
-        const std::int64_t from = first + d * p_.num_pairs + i;
-        for (std::int64_t a = 0; a < p_.ndim; ++a)
-          freqs_[(a * pairs_ + i) * kWidth + d] = inside ? p_.freqs[from * p_.ndim + a] : 0;
-        for (std::int64_t part = 0; part < 2; ++part) {
-          const std::int64_t to = (2 * i + part) * kWidth + d;
-          coefficients_[to] = inside ? coefficients[2 * from + part] : 0;
-          if (constant != nullptr) constant_[to] = inside ? constant[2 * from + part] : 0;
-        }
-      }
-    }
-    if (consecutive_) table_.set_frequencies(freqs_);
+  std::int64_t offset(std::int64_t d, std::int64_t t, std::int64_t b) const {
+    // [D / lanes, t, b, lanes]
+    return ((d / kWidth * kChunk + t) * rows_ + b) * kWidth + d % kWidth;
+  }
+  double* sums(std::int64_t i, std::int64_t which) const {
+    return sums_ + (i * num_sums(p_) + which) * width_;
   }
 
-  // x as [t, b, d] and the gradient as [t, b, r], zero beyond D and R; the gradient of x is
-  // cleared.
-  void load_tile(std::int64_t n, std::int64_t size, std::int64_t b0, std::int64_t rows) {
-    const auto& xs = p_.x_strides;
-    const auto& gs = p_.grad_out_strides;
-    const Storage* x =
-        static_cast<const Storage*>(p_.x) + b0 * xs[0] + n * xs[1] + head_ * xs[2] + d0_ * xs[3];
-    const Storage* g =
-        static_cast<const Storage*>(p_.grad_out) + b0 * gs[0] + n * gs[1] + head_ * gs[2];
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t b = 0; b < rows; ++b) {
-        const std::int64_t row = t * rows + b;
-        T* x_row = x_ + row * kWidth;
-        load_row(x + b * xs[0] + t * xs[1], xs[3], count_, x_row);
-        for (std::int64_t d = count_; d < kWidth; ++d) x_row[d] = 0;
-        T* g_row = g_ + row * 2 * pairs_;
-        load_row(g + b * gs[0] + t * gs[1], gs[3], 2 * p_.num_pairs, g_row);
-        for (std::int64_t r = 2 * p_.num_pairs; r < 2 * pairs_; ++r) g_row[r] = 0;
+  // Beyond the last feature and the last position.
+  void clear_missing() {
+    for (std::int64_t d = p_.in_features; d < width_; ++d) {
+      for (std::int64_t t = 0; t < size_; ++t) {
+        for (std::int64_t b = 0; b < rows_; ++b) *x(d, t, b) = 0;
       }
     }
-    for (std::int64_t i = 0; i < size * rows * kWidth; ++i) grad_x_[i] = 0;
+    const std::int64_t missing = (round_up(size_, kTrio) - size_) * rows_;
+    for (std::int64_t d = 0; d < width_; d += kWidth) {
+      for (std::int64_t k = 0; k < missing * kWidth; ++k) x(d, size_, 0)[k] = 0;
+    }
+    for (std::int64_t k = 0; k < missing * g_stride_; ++k) g(size_, 0)[k] = 0;
   }
 
-  void store_grad_x(std::int64_t n, std::int64_t size, std::int64_t b0, std::int64_t rows) {
-    Storage* grad_x = static_cast<Storage*>(p_.grad_x);
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t b = 0; b < rows; ++b) {
-        store_row(grad_x_ + (t * rows + b) * kWidth, 1, count_,
-                  grad_x +
-                      (((b0 + b) * p_.length + n + t) * p_.num_heads + head_) * p_.in_features +
-                      d0_);
-      }
+  // The exact phasors of a pair at given positions: [t, 2, lanes].
+  void fill_phasors(std::int64_t i, std::int64_t d) {
+    for (std::int64_t t = 0; t < round_up(size_, kTrio); ++t) {
+      T* out = phasors_ + t * 2 * kWidth;
+      exact_phasors(p_.ndim, freqs_ + i * width_ + d, p_.num_pairs * width_, kWidth,
+                    p_.positions + min_of(n_ + t, p_.length - 1) * p_.ndim, out, out + kWidth);
     }
   }
 
-  // The exact phasors of a group of pairs at given positions: [t, i, 2, lanes].
-  void fill_phasors(std::int64_t n, std::int64_t size, std::int64_t i) {
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t g = 0; g < kPairGroup; ++g) {
-        T* out = phasors_ + (t * kPairGroup + g) * 2 * kWidth;
-        exact_phasors(p_.ndim, freqs_ + (i + g) * kWidth, pairs_ * kWidth, kWidth,
-                      p_.positions + (n + t) * p_.ndim, out, out + kWidth);
-      }
-    }
-  }
-
-  // Adds the part of the pairs [i, i + kPairGroup) to the gradient of x, and to the sums what the
-  // chunk contributes to them; leaves the gradients of the phases in grad_phase_ when positions are
-  // given.
-  template <bool kConsecutive, bool kConstant>
-  void pair_group(std::int64_t n, std::int64_t size, std::int64_t rows, std::int64_t i) {
-    constexpr int kCount = kPairGroup;
-    Rotation<kCount, T> e;
-    Vec<T> cr[kCount], ci[kCount], constant_re[kCount], constant_im[kCount];
-    Vec<T> sum_re[kCount] = {}, sum_im[kCount] = {};                // of x u
-    Vec<T> moment_re[kCount] = {}, moment_im[kCount] = {};          // of t x u
-    Vec<T> grad_const_re[kCount] = {}, grad_const_im[kCount] = {};  // of x g
-    for (int k = 0; k < kCount; ++k) {
-      cr[k] = load_vec(coefficients_ + 2 * (i + k) * kWidth);
-      ci[k] = load_vec(coefficients_ + (2 * (i + k) + 1) * kWidth);
-      if constexpr (kConstant) {
-        constant_re[k] = load_vec(constant_ + 2 * (i + k) * kWidth);
-        constant_im[k] = load_vec(constant_ + (2 * (i + k) + 1) * kWidth);
-      }
+  // Adds the part of a pair to the gradient of x, and to the sums what the tile contributes to
+  // them; leaves the gradients of the phases in grad_phase_ when positions are given.
+  template <bool kConsecutive, bool kConstant, bool kOneRow>
+  void add_pair(std::int64_t i, std::int64_t d) {
+    const std::int64_t rows = kOneRow ? 1 : rows_;
+    const auto at = [&](const T* planes) {
+      return load_complex<T>(planes + 2 * i * width_ + d, planes + (2 * i + 1) * width_ + d);
+    };
+    const Complex<T> coefficient = at(coefficients_), constant = at(constant_);
+    TrioOfPhasors<T> trio;
+    if constexpr (kConsecutive) trio.start(table_, i, d);
+    Complex<T> sum = {}, sum_of_products = {};  // of w and of G
+    Vec<T> moment = {};                         // of t Im(w)
+    const T* x_row = x(d, 0, 0);
+    T* grad_x_row = grad_x_ + offset(d, 0, 0);
+    const T* g_row = g_ + 2 * i;
+    for (std::int64_t t = 0; t < size_; t += kTrio) {
+      Complex<T> z[kTrio];
       if constexpr (kConsecutive) {
-        e.re[k] = load_vec(table_.phasors(i + k));
-        e.im[k] = load_vec(table_.phasors(i + k) + kWidth);
-        e.c[k] = load_vec(table_.steps(i + k));
-        e.s[k] = load_vec(table_.steps(i + k) + kWidth);
-      }
-    }
-    for (std::int64_t t = 0; t < size; ++t) {
-      Vec<T> grad_phase[kCount] = {};
-      if constexpr (!kConsecutive) {
-        for (int k = 0; k < kCount; ++k) {
-          e.re[k] = load_vec(phasors_ + (t * kCount + k) * 2 * kWidth);
-          e.im[k] = load_vec(phasors_ + ((t * kCount + k) * 2 + 1) * kWidth);
-        }
-      }
-      for (std::int64_t b = 0; b < rows; ++b) {
-        const std::int64_t row = t * rows + b;
-        const T* g = g_ + row * 2 * pairs_ + 2 * i;
-        const Vec<T> x = load_vec(x_ + row * kWidth);
-        const Vec<T> tx = static_cast<T>(t) * x;
-        Vec<T> grad_x = load_vec(grad_x_ + row * kWidth);
-        for (int k = 0; k < kCount; ++k) {
-          const T gr = g[2 * k], gi = g[2 * k + 1];
-          const Vec<T> ur = gr * e.re[k] + gi * e.im[k];
-          const Vec<T> ui = gi * e.re[k] - gr * e.im[k];
-          grad_x += cr[k] * ur + ci[k] * ui;
-          sum_re[k] += x * ur;
-          sum_im[k] += x * ui;
-          if constexpr (kConsecutive) {
-            moment_re[k] += tx * ur;
-            moment_im[k] += tx * ui;
-          } else {
-            grad_phase[k] += x * (cr[k] * ui - ci[k] * ur);
-          }
-          if constexpr (kConstant) {
-            grad_x += constant_re[k] * gr + constant_im[k] * gi;
-            grad_const_re[k] += x * gr;
-            grad_const_im[k] += x * gi;
-          }
-        }
-        store_vec(grad_x_ + row * kWidth, grad_x);
-      }
-      if constexpr (kConsecutive) {
-        e.next();
+        trio.next(z);
       } else {
-        for (int k = 0; k < kCount; ++k)
-          store_vec(grad_phase_ + (t * kCount + k) * kWidth, grad_phase[k]);
+        for (int j = 0; j < kTrio; ++j) {
+          const T* phasor = phasors_ + (t + j) * 2 * kWidth;
+          z[j] = multiply(load_complex<T>(phasor, phasor + kWidth), coefficient);
+        }
+      }
+      for (int j = 0; j < kTrio; ++j) {
+        Complex<T> code = z[j];
+        if constexpr (kConstant) {
+          code.re += constant.re;
+          code.im += constant.im;
+        }
+        Complex<T> product = {};  // G
+        for (std::int64_t b = 0; b < rows;
+             ++b, x_row += kWidth, grad_x_row += kWidth, g_row += g_stride_) {
+          const T re = g_row[0], im = g_row[1];
+          const Vec<T> row = load_vec(x_row);
+          product.re += row * re;
+          product.im += row * im;
+          store_vec(grad_x_row, load_vec(grad_x_row) + code.re * re + code.im * im);
+        }
+        const Vec<T> re = product.re * z[j].re + product.im * z[j].im;
+        const Vec<T> im = product.im * z[j].re - product.re * z[j].im;
+        sum.re += re;
+        sum.im += im;
+        if constexpr (kConsecutive) {
+          moment += static_cast<T>(t + j) * im;
+        } else {
+          store_vec(grad_phase_ + (t + j) * kWidth, im);
+        }
+        if constexpr (kConstant) {
+          sum_of_products.re += product.re;
+          sum_of_products.im += product.im;
+        }
       }
     }
-    for (int k = 0; k < kCount; ++k) {
-      double* sums = sums_ + (i + k) * num_sums(p_) * kWidth;
-      add(sum_re[k], sums);
-      add(sum_im[k], sums + kWidth);
-      if constexpr (kConstant) {
-        add(grad_const_re[k], sums + 2 * kWidth);
-        add(grad_const_im[k], sums + 3 * kWidth);
-      }
-      if constexpr (kConsecutive) {
-        // d phase / d f is 2 pi times the position.
-        const T position = static_cast<T>(p_.start + static_cast<double>(n));
-        add(static_cast<T>(core::kTwoPi) * (cr[k] * (position * sum_im[k] + moment_im[k]) -
-                                            ci[k] * (position * sum_re[k] + moment_re[k])),
-            sums + 4 * kWidth);
-      }
+    add(sum.re, sums(i, 0) + d);
+    add(sum.im, sums(i, 1) + d);
+    if constexpr (kConstant) {
+      add(sum_of_products.re, sums(i, 2) + d);
+      add(sum_of_products.im, sums(i, 3) + d);
+    }
+    if constexpr (kConsecutive) {
+      // The phase is 2 pi f n.
+      const T position = static_cast<T>(p_.start + static_cast<double>(n_));
+      add(static_cast<T>(core::kTwoPi) * (position * sum.im + moment), sums(i, 4) + d);
     }
   }
 
@@ -458,100 +554,160 @@ class Backward {
   }
 
   // For given positions: from the gradients of the phases those of frequencies and positions.
-  void add_phase_gradients(std::int64_t n, std::int64_t size, std::int64_t i) {
-    for (std::int64_t k = 0; k < kPairGroup; ++k) {
-      for (std::int64_t a = 0; a < p_.ndim; ++a) {
-        double* sums = sums_ + ((i + k) * num_sums(p_) + 4 + a) * kWidth;
-        const double* freqs = freqs_ + (a * pairs_ + i + k) * kWidth;
-        for (std::int64_t t = 0; t < size; ++t) {
-          const T* grad_phase = grad_phase_ + (t * kPairGroup + k) * kWidth;
-          const double position = core::kTwoPi * p_.positions[(n + t) * p_.ndim + a];
-          for (std::int64_t l = 0; l < kWidth; ++l) sums[l] += position * grad_phase[l];
-          if (grad_positions_ != nullptr) {
-            double sum = 0;
-            for (std::int64_t l = 0; l < kWidth; ++l) sum += freqs[l] * grad_phase[l];
-            grad_positions_[(n + t) * p_.ndim + a] += core::kTwoPi * sum;
-          }
-        }
+  void add_phase_gradients(std::int64_t i, std::int64_t d) {
+    for (std::int64_t a = 0; a < p_.ndim; ++a) {
+      double* grad_freqs = sums(i, 4 + a) + d;
+      const double* freqs = freqs_ + (a * p_.num_pairs + i) * width_ + d;
+      for (std::int64_t t = 0; t < size_; ++t) {
+        const T* grad_phase = grad_phase_ + t * kWidth;
+        const double position = core::kTwoPi * p_.positions[(n_ + t) * p_.ndim + a];
+        for (std::int64_t l = 0; l < kWidth; ++l) grad_freqs[l] += position * grad_phase[l];
+        if (grad_positions_ == nullptr) continue;
+        double sum = 0;
+        for (std::int64_t l = 0; l < kWidth; ++l) sum += freqs[l] * grad_phase[l];
+        grad_positions_[(n_ + t) * p_.ndim + a] += core::kTwoPi * sum;
       }
     }
   }
 
   const PhasorFilterBackwardParams& p_;
   const bool consecutive_;
-  const std::int64_t pairs_;  // R/2, filled up
+  const std::int64_t width_;  // D, filled up
   Workspace<double> freqs_;
   Workspace<T> coefficients_, constant_;
   PhasorTable<T> table_;
   Workspace<T> phasors_, grad_phase_;
-  Workspace<T> x_, grad_x_, g_;
-  // The task at hand.
-  std::int64_t head_, d0_, count_;
+  Workspace<T> x_, grad_x_;
+  const std::int64_t g_stride_;
+  Workspace<T> g_;
   double* sums_;
   double* grad_positions_;
+  std::int64_t n_, size_, rows_;  // of the tile at hand
 };
 
-// Writes the gradients of a vector of features from the sums of the parts.
-template <class T>
-void store_sums(const PhasorFilterBackwardParams& p, const Division<T>& division,
-                const double* sums, std::int64_t block_size, std::int64_t block) {
-  const std::int64_t d0 = block % division.vectors * kLanes<T>;
-  const std::int64_t count = min_of(kLanes<T>, p.in_features - d0);
-  const std::int64_t first = (block / division.vectors * p.in_features + d0) * p.num_pairs;
-  const auto total = [&](std::int64_t i, std::int64_t which, std::int64_t d) {
-    double sum = 0;
-    for (std::int64_t part = 0; part < division.parts; ++part) {
-      sum += sums[(part * p.num_heads * division.vectors + block) * block_size +
-                  (i * num_sums(p) + which) * kLanes<T> + d];
+template <class Storage>
+class Backward {
+  using T = core::accumulate_t<Storage>;
+
+ public:
+  explicit Backward(const PhasorFilterBackwardParams& p) : p_(p), tile_(p) {}
+
+  // The positions [n0, n1) of a head, of which n0 starts a segment.
+  void run(std::int64_t head, std::int64_t n0, std::int64_t n1, double* sums,
+           double* grad_positions) {
+    if (head != head_) tile_.set_head(head);
+    head_ = head;
+    tile_.set_sums(sums, grad_positions);
+    for (Tiles tiles(p_, n0, n1); !tiles.done(); tiles.advance()) {
+      const Tile tile = *tiles, next = tiles.next();
+      if (tile.b == 0) tile_.set_chunk(tile.n, tile.size, (tile.n - n0) % kSegment == 0);
+      tile_.set_rows(tile.rows);
+      load_tile(tile);
+      tile_.compute([&](std::int64_t step, std::int64_t steps) {
+        for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
+          prefetch_row(x(next, t, b), p_.x_strides[3], p_.in_features);
+          prefetch_row(g(next, t, b), p_.grad_out_strides[3], 2 * p_.num_pairs);
+        });
+      });
+      if (p_.grad_x != nullptr) store_grad_x(tile);
     }
-    return sum;
-  };
-  for (std::int64_t d = 0; d < count; ++d) {
+    tile_.finish_sums();
+  }
+
+ private:
+  const Storage* x(const Tile& tile, std::int64_t t, std::int64_t b) const {
+    return static_cast<const Storage*>(p_.x) + (tile.b + b) * p_.x_strides[0] +
+           (tile.n + t) * p_.x_strides[1] + head_ * p_.x_strides[2];
+  }
+  const Storage* g(const Tile& tile, std::int64_t t, std::int64_t b) const {
+    return static_cast<const Storage*>(p_.grad_out) + (tile.b + b) * p_.grad_out_strides[0] +
+           (tile.n + t) * p_.grad_out_strides[1] + head_ * p_.grad_out_strides[2];
+  }
+
+  void load_tile(const Tile& tile) const {
+    const std::int64_t stride = p_.x_strides[3];
+    for (std::int64_t t = 0; t < tile.size; ++t) {
+      for (std::int64_t b = 0; b < tile.rows; ++b) {
+        for (std::int64_t d = 0; d < p_.in_features; d += kLanes<T>) {
+          load_row(x(tile, t, b) + d * stride, stride, min_of(kLanes<T>, p_.in_features - d),
+                   tile_.x(d, t, b));
+        }
+        load_row(g(tile, t, b), p_.grad_out_strides[3], 2 * p_.num_pairs, tile_.g(t, b));
+      }
+    }
+  }
+
+  void store_grad_x(const Tile& tile) const {
+    for (std::int64_t t = 0; t < tile.size; ++t) {
+      for (std::int64_t b = 0; b < tile.rows; ++b) {
+        Storage* out =
+            static_cast<Storage*>(p_.grad_x) +
+            (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + head_) * p_.in_features;
+        for (std::int64_t d = 0; d < p_.in_features; d += kLanes<T>)
+          store_row(tile_.grad_x(d, t, b), 1, min_of(kLanes<T>, p_.in_features - d), out + d);
+      }
+    }
+  }
+
+  const PhasorFilterBackwardParams& p_;
+  BackwardTile<T> tile_;
+  std::int64_t head_ = -1;
+};
+
+// Writes the gradients of a head's parameters from the sums of the parts.
+void store_sums(const PhasorFilterBackwardParams& p, std::int64_t width, std::int64_t parts,
+                const double* sums, std::int64_t head_size, std::int64_t head) {
+  for (std::int64_t d = 0; d < p.in_features; ++d) {
     for (std::int64_t i = 0; i < p.num_pairs; ++i) {
-      const std::int64_t at = first + d * p.num_pairs + i;
-      for (std::int64_t part = 0; part < 2; ++part) {
-        if (p.grad_coefficients != nullptr) p.grad_coefficients[2 * at + part] = total(i, part, d);
-        if (p.grad_constant != nullptr) p.grad_constant[2 * at + part] = total(i, 2 + part, d);
+      const auto total = [&](std::int64_t which) {
+        double sum = 0;
+        for (std::int64_t part = 0; part < parts; ++part) {
+          sum += sums[(head * parts + part) * head_size + (i * num_sums(p) + which) * width + d];
+        }
+        return sum;
+      };
+      const std::int64_t at = (head * p.in_features + d) * p.num_pairs + i;
+      for (std::int64_t k = 0; k < 2; ++k) {
+        if (p.grad_coefficients != nullptr) p.grad_coefficients[2 * at + k] = total(k);
+        if (p.grad_constant != nullptr) p.grad_constant[2 * at + k] = total(2 + k);
       }
       for (std::int64_t a = 0; a < p.ndim && p.grad_freqs != nullptr; ++a)
-        p.grad_freqs[at * p.ndim + a] = total(i, 4 + a, d);
+        p.grad_freqs[at * p.ndim + a] = total(4 + a);
     }
   }
 }
 
 template <class Storage>
 void backward(const PhasorFilterBackwardParams& p) {
-  using T = core::accumulate_t<Storage>;
-  const Division<T> division(p);
-  const std::int64_t blocks = p.num_heads * division.vectors;
-  const std::int64_t block_size = round_up(p.num_pairs, kPairGroup) * num_sums(p) * kLanes<T>;
+  const Division division(p);
+  const std::int64_t width = filled_features<core::accumulate_t<Storage>>(p);
+  const std::int64_t head_size = p.num_pairs * num_sums(p) * width;
   const std::int64_t positions = p.grad_positions == nullptr ? 0 : p.length * p.ndim;
-  Workspace<double> sums(division.parts * blocks * block_size);
-  Workspace<double> grad_positions(blocks * positions);
-  for (std::int64_t i = 0; i < blocks * positions; ++i) grad_positions[i] = 0;
+  Workspace<double> sums(p.num_heads * division.parts * head_size);
+  Workspace<double> grad_positions(p.num_heads * positions);
+  for (std::int64_t k = 0; k < p.num_heads * positions; ++k) grad_positions[k] = 0;
 
 #pragma omp parallel num_threads(p.num_threads)
   {
     Backward<Storage> worker(p);
 #pragma omp for schedule(static)
-    for (std::int64_t task = 0; task < division.parts * blocks; ++task) {
-      const std::int64_t block = task % blocks;
-      const std::int64_t n0 = task / blocks * division.length;
-      double* task_sums = sums + task * block_size;
-      for (std::int64_t i = 0; i < block_size; ++i) task_sums[i] = 0;
-      worker.run(block / division.vectors, block % division.vectors * kLanes<T>, n0,
-                 min_of(n0 + division.length, p.length), task_sums,
-                 positions > 0 ? grad_positions + block * positions : nullptr);
+    for (std::int64_t task = 0; task < p.num_heads * division.parts; ++task) {
+      const std::int64_t head = task / division.parts;
+      const std::int64_t n0 = task % division.parts * division.length;
+      double* task_sums = sums + task * head_size;
+      for (std::int64_t k = 0; k < head_size; ++k) task_sums[k] = 0;
+      worker.run(head, n0, min_of(n0 + division.length, p.length), task_sums,
+                 positions > 0 ? grad_positions + head * positions : nullptr);
     }
 #pragma omp for schedule(static)
-    for (std::int64_t block = 0; block < blocks; ++block)
-      store_sums<T>(p, division, sums, block_size, block);
+    for (std::int64_t head = 0; head < p.num_heads; ++head)
+      store_sums(p, width, division.parts, sums, head_size, head);
   }
-  for (std::int64_t i = 0; i < positions; ++i) {
+  for (std::int64_t k = 0; k < positions; ++k) {
     double sum = 0;
-    for (std::int64_t block = 0; block < blocks; ++block)
-      sum += grad_positions[block * positions + i];
-    p.grad_positions[i] = sum;
+    for (std::int64_t head = 0; head < p.num_heads; ++head)
+      sum += grad_positions[head * positions + k];
+    p.grad_positions[k] = sum;
   }
 }
 
