@@ -11,43 +11,6 @@ std::int64_t num_shared_rows(const PhasorFilterParams& p) {
   return min_of(p.batch, p.positions == nullptr ? 4 : 16);
 }
 
-// Positions [n, n + size) and rows of the batch [b, b + rows) of a head.
-struct Tile {
-  std::int64_t n, size, b, rows;
-};
-
-// The tiles of the positions [n0, n1): all rows of the batch, then the next chunk.
-class Tiles {
- public:
-  Tiles(const PhasorFilterParams& p, std::int64_t n0, std::int64_t n1)
-      : batch_(p.batch), shared_rows_(num_shared_rows(p)), n1_(n1), tile_(at(n0, 0)) {}
-
-  bool done() const { return tile_.size <= 0; }
-  const Tile& operator*() const { return tile_; }
-  Tile next() const {
-    const std::int64_t b = tile_.b + tile_.rows;
-    return b < batch_ ? at(tile_.n, b) : at(tile_.n + kChunk, 0);
-  }
-  void advance() { tile_ = next(); }
-
- private:
-  Tile at(std::int64_t n, std::int64_t b) const {
-    return {n, min_of(kChunk, n1_ - n), b, min_of(shared_rows_, batch_ - b)};
-  }
-
-  const std::int64_t batch_, shared_rows_, n1_;
-  Tile tile_;
-};
-
-// Calls function(t, b) for one of `steps` equal parts of a tile.
-template <class Function>
-TORCH_SPE_INLINE void for_part(const Tile& tile, std::int64_t step, std::int64_t steps,
-                               const Function& function) {
-  const std::int64_t count = max_of(tile.size, 0) * tile.rows;
-  for (std::int64_t k = step * count / steps; k < (step + 1) * count / steps; ++k)
-    function(k / tile.rows, k % tile.rows);
-}
-
 // Features that are summed up in registers.
 constexpr int kGroup = 2;
 
@@ -234,7 +197,7 @@ class Forward {
   void run(std::int64_t head, std::int64_t n0, std::int64_t n1) {
     if (head != head_) tile_.set_head(head);
     head_ = head;
-    for (Tiles tiles(p_, n0, n1); !tiles.done(); tiles.advance()) {
+    for (Tiles tiles(p_.batch, num_shared_rows(p_), n0, n1); !tiles.done(); tiles.advance()) {
       const Tile tile = *tiles, next = tiles.next();
       if (tile.b == 0) tile_.set_chunk(tile.n, tile.size, tile.n == n0);
       tile_.set_rows(tile.rows);
@@ -294,21 +257,6 @@ void forward(const PhasorFilterParams& p) {
     }
   }
 }
-
-// How the backward pass is divided: into heads, and parts of the sequence for which the gradients
-// of the parameters are summed up apart. It depends on sizes alone, so that results do not depend
-// on the threads.
-struct Division {
-  std::int64_t length;  // of a part
-  std::int64_t parts;
-
-  explicit Division(const PhasorFilterParams& p) {
-    constexpr std::int64_t kEnoughTasks = 32;
-    const std::int64_t wanted = max_of(1, kEnoughTasks / p.num_heads);
-    length = round_up((p.length + wanted - 1) / wanted, kSegment);
-    parts = (p.length + length - 1) / length;
-  }
-};
 
 // Sums over positions for a pair and a feature: the gradient of the coefficient (real, imaginary),
 // of the constant (the same), and of the frequency for each coordinate of the positions.
@@ -422,7 +370,10 @@ class BackwardTile {
         if (!consecutive_) {
           fill_phasors(i, d);
           add_pair<false, true, false>(i, d);
-          add_phase_gradients(i, d);
+          add_phase_gradients<T>(p_.ndim, size_, grad_phase_, p_.positions + n_ * p_.ndim,
+                                 freqs_ + i * width_ + d, p_.num_pairs * width_, sums(i, 4) + d,
+                                 width_,
+                                 grad_positions_ ? grad_positions_ + n_ * p_.ndim : nullptr);
         } else if (p_.constant == nullptr) {
           rows_ == 1 ? add_pair<true, false, true>(i, d) : add_pair<true, false, false>(i, d);
         } else {
@@ -536,37 +487,16 @@ class BackwardTile {
         }
       }
     }
-    add(sum.re, sums(i, 0) + d);
-    add(sum.im, sums(i, 1) + d);
+    add_lanes<T>(sum.re, sums(i, 0) + d);
+    add_lanes<T>(sum.im, sums(i, 1) + d);
     if constexpr (kConstant) {
-      add(sum_of_products.re, sums(i, 2) + d);
-      add(sum_of_products.im, sums(i, 3) + d);
+      add_lanes<T>(sum_of_products.re, sums(i, 2) + d);
+      add_lanes<T>(sum_of_products.im, sums(i, 3) + d);
     }
     if constexpr (kConsecutive) {
       // The phase is 2 pi f n.
       const T position = static_cast<T>(p_.start + static_cast<double>(n_));
-      add(static_cast<T>(core::kTwoPi) * (position * sum.im + moment), sums(i, 4) + d);
-    }
-  }
-
-  static TORCH_SPE_INLINE void add(Vec<T> value, double* sum) {
-    for (std::int64_t l = 0; l < kWidth; ++l) sum[l] += value[l];
-  }
-
-  // For given positions: from the gradients of the phases those of frequencies and positions.
-  void add_phase_gradients(std::int64_t i, std::int64_t d) {
-    for (std::int64_t a = 0; a < p_.ndim; ++a) {
-      double* grad_freqs = sums(i, 4 + a) + d;
-      const double* freqs = freqs_ + (a * p_.num_pairs + i) * width_ + d;
-      for (std::int64_t t = 0; t < size_; ++t) {
-        const T* grad_phase = grad_phase_ + t * kWidth;
-        const double position = core::kTwoPi * p_.positions[(n_ + t) * p_.ndim + a];
-        for (std::int64_t l = 0; l < kWidth; ++l) grad_freqs[l] += position * grad_phase[l];
-        if (grad_positions_ == nullptr) continue;
-        double sum = 0;
-        for (std::int64_t l = 0; l < kWidth; ++l) sum += freqs[l] * grad_phase[l];
-        grad_positions_[(n_ + t) * p_.ndim + a] += core::kTwoPi * sum;
-      }
+      add_lanes<T>(static_cast<T>(core::kTwoPi) * (position * sum.im + moment), sums(i, 4) + d);
     }
   }
 
@@ -598,7 +528,7 @@ class Backward {
     if (head != head_) tile_.set_head(head);
     head_ = head;
     tile_.set_sums(sums, grad_positions);
-    for (Tiles tiles(p_, n0, n1); !tiles.done(); tiles.advance()) {
+    for (Tiles tiles(p_.batch, num_shared_rows(p_), n0, n1); !tiles.done(); tiles.advance()) {
       const Tile tile = *tiles, next = tiles.next();
       if (tile.b == 0) tile_.set_chunk(tile.n, tile.size, (tile.n - n0) % kSegment == 0);
       tile_.set_rows(tile.rows);
@@ -679,11 +609,12 @@ void store_sums(const PhasorFilterBackwardParams& p, std::int64_t width, std::in
 
 template <class Storage>
 void backward(const PhasorFilterBackwardParams& p) {
-  const Division division(p);
+  constexpr std::int64_t kEnoughTasks = 32;
+  const Parts parts(p.length, max_of(1, kEnoughTasks / p.num_heads));
   const std::int64_t width = filled_features<core::accumulate_t<Storage>>(p);
   const std::int64_t head_size = p.num_pairs * num_sums(p) * width;
   const std::int64_t positions = p.grad_positions == nullptr ? 0 : p.length * p.ndim;
-  Workspace<double> sums(p.num_heads * division.parts * head_size);
+  Workspace<double> sums(p.num_heads * parts.count * head_size);
   Workspace<double> grad_positions(p.num_heads * positions);
   for (std::int64_t k = 0; k < p.num_heads * positions; ++k) grad_positions[k] = 0;
 
@@ -691,17 +622,17 @@ void backward(const PhasorFilterBackwardParams& p) {
   {
     Backward<Storage> worker(p);
 #pragma omp for schedule(static)
-    for (std::int64_t task = 0; task < p.num_heads * division.parts; ++task) {
-      const std::int64_t head = task / division.parts;
-      const std::int64_t n0 = task % division.parts * division.length;
+    for (std::int64_t task = 0; task < p.num_heads * parts.count; ++task) {
+      const std::int64_t head = task / parts.count;
+      const std::int64_t n0 = task % parts.count * parts.length;
       double* task_sums = sums + task * head_size;
       for (std::int64_t k = 0; k < head_size; ++k) task_sums[k] = 0;
-      worker.run(head, n0, min_of(n0 + division.length, p.length), task_sums,
+      worker.run(head, n0, min_of(n0 + parts.length, p.length), task_sums,
                  positions > 0 ? grad_positions + head * positions : nullptr);
     }
 #pragma omp for schedule(static)
     for (std::int64_t head = 0; head < p.num_heads; ++head)
-      store_sums(p, width, division.parts, sums, head_size, head);
+      store_sums(p, width, parts.count, sums, head_size, head);
   }
   for (std::int64_t k = 0; k < positions; ++k) {
     double sum = 0;

@@ -140,4 +140,84 @@ struct TrioOfPhasors {
   }
 };
 
+// Positions [n, n + size) and rows of the batch [b, b + rows).
+struct Tile {
+  std::int64_t n, size, b, rows;
+};
+
+// The tiles of the positions [n0, n1): all rows of the batch, some at a time, then the next chunk.
+class Tiles {
+ public:
+  Tiles(std::int64_t batch, std::int64_t shared_rows, std::int64_t n0, std::int64_t n1)
+      : batch_(batch), shared_rows_(shared_rows), n1_(n1), tile_(at(n0, 0)) {}
+
+  bool done() const { return tile_.size <= 0; }
+  const Tile& operator*() const { return tile_; }
+  Tile next() const {
+    const std::int64_t b = tile_.b + tile_.rows;
+    return b < batch_ ? at(tile_.n, b) : at(tile_.n + kChunk, 0);
+  }
+  void advance() { tile_ = next(); }
+
+ private:
+  Tile at(std::int64_t n, std::int64_t b) const {
+    return {n, min_of(kChunk, n1_ - n), b, min_of(shared_rows_, batch_ - b)};
+  }
+
+  const std::int64_t batch_, shared_rows_, n1_;
+  Tile tile_;
+};
+
+// Calls function(t, b) for one of `steps` equal parts of a tile.
+template <class Function>
+TORCH_SPE_INLINE void for_part(const Tile& tile, std::int64_t step, std::int64_t steps,
+                               const Function& function) {
+  const std::int64_t count = max_of(tile.size, 0) * tile.rows;
+  for (std::int64_t k = step * count / steps; k < (step + 1) * count / steps; ++k)
+    function(k / tile.rows, k % tile.rows);
+}
+
+// The division of a sequence into parts for which the gradients of parameters are summed up apart,
+// in parallel; each part starts a segment. It depends on sizes alone, so that results do not depend
+// on the threads.
+struct Parts {
+  std::int64_t length;  // of a part
+  std::int64_t count;
+
+  Parts(std::int64_t sequence, std::int64_t most) {
+    length = round_up((sequence + most - 1) / most, kSegment);
+    count = (sequence + length - 1) / length;
+  }
+};
+
+// sum += value, lane by lane.
+template <class T>
+TORCH_SPE_INLINE void add_lanes(const Vec<T>& value, double* sum) {
+  for (std::int64_t l = 0; l < kLanes<T>; ++l) sum[l] += value[l];
+}
+
+// From the gradients of the phases (in radians) of a vector of sines at `size` given positions,
+// [size, lanes], those of the frequencies and of the positions, [size, ndim], unless null.
+// Coordinate a of the frequencies starts at freqs + a * stride, of their gradients at grad_freqs +
+// a
+// * grad_stride.
+template <class T>
+TORCH_SPE_INLINE void add_phase_gradients(std::int64_t ndim, std::int64_t size, const T* grad_phase,
+                                          const double* positions, const double* freqs,
+                                          std::int64_t stride, double* grad_freqs,
+                                          std::int64_t grad_stride, double* grad_positions) {
+  for (std::int64_t a = 0; a < ndim; ++a) {
+    for (std::int64_t t = 0; t < size; ++t) {
+      const T* row = grad_phase + t * kLanes<T>;
+      const double position = core::kTwoPi * positions[t * ndim + a];
+      double* sums = grad_freqs + a * grad_stride;
+      for (std::int64_t l = 0; l < kLanes<T>; ++l) sums[l] += position * row[l];
+      if (grad_positions == nullptr) continue;
+      double sum = 0;
+      for (std::int64_t l = 0; l < kLanes<T>; ++l) sum += freqs[a * stride + l] * row[l];
+      grad_positions[t * ndim + a] += core::kTwoPi * sum;
+    }
+  }
+}
+
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA

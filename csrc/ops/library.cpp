@@ -28,4 +28,11 @@ TORCH_LIBRARY(torch_spe, m) {
       "Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, float eps, "
       "Tensor? key_padding_mask, Tensor? cu_seqlens, Tensor? initial_s, Tensor? initial_z, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sine_features(Tensor x, Tensor freqs, Tensor amplitudes, Tensor? offsets=None, Tensor? "
+      "constant=None, Tensor? positions=None, float start=0.0) -> Tensor");
+  m.def(
+      "sine_features_backward(Tensor grad_out, Tensor x, Tensor freqs, Tensor amplitudes, Tensor? "
+      "offsets, Tensor? constant, Tensor? positions, float start, bool[6] output_mask) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
