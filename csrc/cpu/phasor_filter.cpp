@@ -11,8 +11,10 @@ std::int64_t num_shared_rows(const PhasorFilterParams& p) {
   return min_of(p.batch, p.positions == nullptr ? 4 : 16);
 }
 
-// Features that are summed up in registers.
-constexpr int kGroup = 2;
+// Features that are summed up in registers: as many as leave room for one row's three positions,
+// and for many rows more, as every row's sums are loaded and stored for a group.
+constexpr int group_size(bool one_row) { return one_row || kVectorBytes < 64 ? 2 : 4; }
+constexpr int kGroup = group_size(false);
 
 // What a tile of positions and batch rows goes through, by parts that are compiled once for a type
 // of computation. The lanes of a vector are pairs, so that an output is a sum over features in one
@@ -87,10 +89,11 @@ class ForwardTile {
   void compute(const Other& other) {
     clear_missing_x();
     for (std::int64_t k = 0; k < kChunk * rows_ * 2 * width_; ++k) y_[k] = 0;
-    const std::int64_t steps = features_ / kGroup * (width_ / kWidth);
+    const int group = group_size(rows_ == 1 && consecutive_);
+    const std::int64_t steps = features_ / group * (width_ / kWidth);
     std::int64_t step = 0;
     for (std::int64_t i = 0; i < width_; i += kWidth) {
-      for (std::int64_t d = 0; d < features_; d += kGroup) {
+      for (std::int64_t d = 0; d < features_; d += group) {
         other(step++, steps);
         if (!consecutive_) {
           fill_phasors(d, i);
@@ -128,13 +131,14 @@ class ForwardTile {
     }
   }
 
-  // y += x (c e + constant) for the features [d, d + kGroup) and the pairs [i, i + lanes).
+  // y += x (c e + constant) for a group of features from d on and the pairs [i, i + lanes).
   template <bool kConsecutive, bool kConstant, bool kOneRow>
   void accumulate(std::int64_t d, std::int64_t i) {
+    constexpr int kSize = group_size(kOneRow);
     const std::int64_t rows = kOneRow ? 1 : rows_;
-    Complex<T> coefficient[kGroup], constant[kGroup];
-    TrioOfPhasors<T> trio[kGroup];
-    for (int g = 0; g < kGroup; ++g) {
+    Complex<T> coefficient[kSize], constant[kSize];
+    TrioOfPhasors<T> trio[kSize];
+    for (int g = 0; g < kSize; ++g) {
       const std::int64_t at = 2 * (d + g) * width_ + i;
       coefficient[g] = load_complex<T>(coefficients_ + at, coefficients_ + at + width_);
       constant[g] = load_complex<T>(constant_ + at, constant_ + at + width_);
@@ -143,13 +147,13 @@ class ForwardTile {
     const T* x_row = x_ + d;
     T* y_row = y_ + i / kWidth * kChunk * rows * 2 * kWidth;
     for (std::int64_t t = 0; t < size_; t += kTrio) {
-      Complex<T> code[kGroup][kTrio];
-      for (int g = 0; g < kGroup; ++g) {
+      Complex<T> code[kSize][kTrio];
+      for (int g = 0; g < kSize; ++g) {
         if constexpr (kConsecutive) {
           trio[g].next(code[g]);
         } else {
           for (int j = 0; j < kTrio; ++j) {
-            const T* phasor = phasors_ + ((t + j) * kGroup + g) * 2 * kWidth;
+            const T* phasor = phasors_ + ((t + j) * kSize + g) * 2 * kWidth;
             code[g][j] = multiply(load_complex<T>(phasor, phasor + kWidth), coefficient[g]);
           }
         }
@@ -163,7 +167,7 @@ class ForwardTile {
       for (int j = 0; j < kTrio; ++j) {
         for (std::int64_t b = 0; b < rows; ++b, x_row += x_stride_, y_row += 2 * kWidth) {
           Vec<T> re = load_vec(y_row), im = load_vec(y_row + kWidth);
-          for (int g = 0; g < kGroup; ++g) {
+          for (int g = 0; g < kSize; ++g) {
             re += x_row[g] * code[g][j].re;
             im += x_row[g] * code[g][j].im;
           }
@@ -209,6 +213,9 @@ class Forward {
         for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
           prefetch_row(x(next, t, b), p_.x_strides[3], p_.in_features);
         });
+        for_part(tile, step, steps, [&](std::int64_t t, std::int64_t b) {
+          prefetch_row(out(tile, t, b), 1, 2 * p_.num_pairs);
+        });
       });
       store_y(tile);
     }
@@ -220,19 +227,22 @@ class Forward {
            (tile.n + t) * p_.x_strides[1] + head_ * p_.x_strides[2];
   }
 
+  Storage* out(const Tile& tile, std::int64_t t, std::int64_t b) const {
+    return static_cast<Storage*>(p_.out) +
+           (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + head_) * 2 * p_.num_pairs;
+  }
+
   void store_y(const Tile& tile) const {
     for (std::int64_t b = 0; b < tile.rows; ++b) {
       for (std::int64_t t = 0; t < tile.size; ++t) {
-        Storage* out =
-            static_cast<Storage*>(p_.out) +
-            (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + head_) * 2 * p_.num_pairs;
+        Storage* row = out(tile, t, b);
         for (std::int64_t i = 0; i < p_.num_pairs; i += kLanes<T>) {
           const T* re = tile_.y(i, t, b);
           const T* im = re + kLanes<T>;
           const std::int64_t count = min_of(kLanes<T>, p_.num_pairs - i);
           for (std::int64_t l = 0; l < count; ++l) {
-            core::store(re[l], out + 2 * (i + l));
-            core::store(im[l], out + 2 * (i + l) + 1);
+            core::store(re[l], row + 2 * (i + l));
+            core::store(im[l], row + 2 * (i + l) + 1);
           }
         }
       }

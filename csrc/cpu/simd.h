@@ -106,7 +106,7 @@ TORCH_SPE_INLINE void prefetch_row(const Storage* in, std::int64_t stride, std::
   if (stride != 1) return;
   const char* bytes = reinterpret_cast<const char*>(in);
   const std::int64_t size = n * static_cast<std::int64_t>(sizeof(Storage));
-  for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+  for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
 // Scratch memory of one thread, aligned to a cache line. With TORCH_SPE_POISON in the environment
