@@ -14,22 +14,14 @@ __all__ = ["PhaseNoise", "orthogonal_noise", "phase_noise", "seeded_normal", "se
 _MASK = 0xFFFFFFFF
 
 
-def _mix(word):
-    """Mix the bits of 32-bit words, kept in int64 (or in a Python int), where no product overflows.
+def _mix(words: Tensor) -> Tensor:
+    """Mix the bits of 32-bit words, which are kept in int64, where no product overflows.
 
     Constants: C. Wellons' and T. Ettinger's search for 32-bit mixers of least bias.
     """
-    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _MASK
-    word = ((word ^ (word >> 15)) * 0x735A2D97) & _MASK
-    return word ^ (word >> 15)
-
-
-def _key(*words: int) -> int:
-    key = 0
-    for word in words:
-        for part in (word & _MASK, (word >> 32) & _MASK):
-            key = _mix((key + part + 0x3C6EF372) & _MASK)
-    return key
+    words = ((words ^ (words >> 16)) * 0x21F0AAAD) & _MASK
+    words = ((words ^ (words >> 15)) * 0x735A2D97) & _MASK
+    return words ^ (words >> 15)
 
 
 def seeded_normal(
@@ -48,8 +40,8 @@ def seeded_normal(
 
     Args:
         shape: of the result; fewer than 2^32 numbers.
-        seed: any integer, of which 64 bits count.
-        stream: distinguishes independent sets of numbers of one seed.
+        seed: an integer of 64 bits, -2^63 to 2^63 - 1.
+        stream: 0, 1, ...: tells independent sets of numbers of one seed apart.
         dtype: floating type of the result.
         device: of the result.
 
@@ -59,16 +51,24 @@ def seeded_normal(
     """
     count = math.prod(shape)
     half = (count + 1) // 2
-    # In float64, so that the result rounds to the same number wherever it is computed.
-    first, second = (_uniform(half, _key(seed, stream, word), device) for word in (0, 1))
+    first, second = _uniform(half, range(1, 3), seed, stream, device).unbind()
     radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
     normal = torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
     return normal.to(dtype).reshape(shape)
 
 
-def _uniform(count: int, key: int, device: torch.device | str | None) -> Tensor:  # [count]
-    """Make numbers of (0, 1), exclusive, in float64."""
-    return (_mix(torch.arange(count, device=device) ^ key) + 0.5) * 2.0**-32
+def _uniform(
+    count: int, sets: range, seed: int, stream: int, device: torch.device | str | None
+) -> Tensor:  # [len(sets), count]
+    """Make numbers of (0, 1), exclusive, in float64: sets 1, 2, ... of a stream of a seed."""
+    # The keys are computed in tensors too, so that a compiled graph serves every seed.
+    seeds = torch.full((), seed, dtype=torch.int64, device=device)
+    key = _mix(((seeds & _MASK) + 0x3C6EF372 + stream) & _MASK)
+    key = _mix(key ^ ((seeds >> 32) & _MASK))
+    keys = _mix(key ^ torch.arange(sets.start, sets.stop, device=device))
+    words = _mix(_mix(torch.arange(count, device=device)) ^ keys[:, None])
+    # In float64, so that what is computed from them rounds to the same number everywhere.
+    return (words.double() + 0.5) * 2.0**-32
 
 
 def seeded_uniform(
@@ -82,7 +82,7 @@ def seeded_uniform(
 
     As `seeded_normal`, of which see the arguments; never 0 nor 1.
     """
-    return _uniform(math.prod(shape), _key(seed, stream, 2), device).reshape(shape)
+    return _uniform(math.prod(shape), range(3, 4), seed, stream, device).reshape(shape)
 
 
 class PhaseNoise(NamedTuple):

@@ -177,8 +177,8 @@ def test_import_under_another_torch_says_what_to_do(installed, tmp_path):
     assert output.splitlines()[-1] == (
         f"ImportError: torch_spe was built for torch 1.2.3, but torch {torch.__version__} is "
         "installed; rebuild it in its source tree with 'pip install --no-build-isolation --no-deps "
-        "--force-reinstall .' ('make build' in a clone), or install the other torch with "
-        "'pip install torch==1.2.3'"
+        "--no-cache-dir --force-reinstall .' ('make build' in a clone), or install the other torch "
+        "with 'pip install torch==1.2.3'"
     )
 
 
@@ -207,7 +207,7 @@ def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
     assert "not found" not in run("ldd", library)
     output = run(build / "train")
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
-    assert losses[-1] < 0.1 * losses[0], output
+    assert losses[-1] < 0.2, output  # predicting zero gives 0.95
     assert f"built with torch {torch.__version__.split('+')[0]}" in output
 
 
