@@ -7,18 +7,31 @@ from torch_spe.attention import (
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
 )
-from torch_spe.modules import SPE, Code, LinearAttention, SineCode, SineSPE, SPEFilter
+from torch_spe.modules import (
+    SPE,
+    Code,
+    ExactCode,
+    LinearAttention,
+    PhaseCode,
+    SineCode,
+    SineSPE,
+    SinusoidCode,
+    SPEFilter,
+)
 
 __all__ = [
     "SPE",
     "Code",
+    "ExactCode",
     "LinearAttention",
+    "PhaseCode",
     "RotaryPositions",
     "SPEFilter",
     "SPEMultiheadAttention",
     "SPETransformerEncoderLayer",
     "SineCode",
     "SineSPE",
+    "SinusoidCode",
     "build_info",
     "functional",
     "reference",

@@ -138,10 +138,14 @@ class RotaryPositions(nn.Module):
         )
 
 
-def _sine(num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1):
+def _sine(
+    num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1,
+    noise="gaussian", bandwidth=False,
+):  # fmt: skip
     return SineSPE(
-        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, **factory
-    )
+        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, noise=noise,
+        bandwidth=bandwidth, **factory,
+    )  # fmt: skip
 
 
 def _rotary(
@@ -263,7 +267,8 @@ class SPEMultiheadAttention(nn.Module):
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
         eps: added to the denominator; under the root of the output norm.
-        options: of the named position: ``num_sines=4``, ``ndim=1`` for ``"sine"``;
+        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="gaussian"``,
+            ``bandwidth=False`` for ``"sine"`` (see `SineSPE`);
             ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``.
 
     Raises:

@@ -91,7 +91,8 @@ class PhaseNoise(NamedTuple):
     Attributes:
         sine: which of the K sines it is, int64 ``[H, D, P]``.
         cycles: its phase in cycles, in (0, 1), ``[H, D, P]``.
-        deviate: a unit normal number, for a random frequency, ``[H, D, P]``.
+        deviate: a unit normal number for a random frequency, ``[H, D, P]``, or ``[H, D, P, ndim]``
+            for positions with several coordinates.
     """
 
     sine: Tensor
@@ -108,6 +109,7 @@ def phase_noise(
     *,
     seed: int | None = None,
     stream: int = 0,
+    ndim: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> PhaseNoise:
@@ -119,12 +121,12 @@ def phase_noise(
     :math:`\sum_k \lambda_k^2 / (2K) \cos(2 \pi f_k (m - n))` in expectation, as the dense Gaussian
     code of Liutkus et al. 2021, section 3.1. With frequencies :math:`f_k + \sigma_k \eta_i` for the
     ``deviate`` :math:`\eta`, each cosine is multiplied by :math:`\exp(-2 \pi^2 \sigma_k^2
-    (m - n)^2)`.
+    |m - n|^2)`.
 
     The draws are stratified, which leaves the expectations as they are: the sines of a feature
     fall on equally many pairs, up to one, in random order; and the deviates of a sine's m pairs
     are, in random order, one from each of the m parts of equal probability of the normal
-    distribution.
+    distribution (in every coordinate of the positions).
 
     Args:
         num_heads: heads H.
@@ -134,6 +136,7 @@ def phase_noise(
         generator: of the random numbers; default PyTorch's own.
         seed: makes the noise a function of this number instead, the same on every device.
         stream: distinguishes independent noises of one seed.
+        ndim: coordinates of a position, and of a deviate.
         dtype: of phases and deviates.
         device: of the result, and of the generator.
 
@@ -149,25 +152,33 @@ def phase_noise(
     if generator is not None and seed is not None:
         raise ValueError("phase_noise: give generator or seed, not both")
 
-    def uniform(part: int, size: int) -> Tensor:  # [H, D, size]
-        shape = (num_heads, in_features, size)
+    def uniform(part: int, *size: int) -> Tensor:  # [H, D, *size]
+        shape = (num_heads, in_features, *size)
         if seed is not None:
-            return seeded_uniform(shape, seed, 4 * stream + part, device=device)
+            return seeded_uniform(shape, seed, 5 * stream + part, device=device)
         return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
 
-    # Slot s = j K + c belongs to stratum j of the sine that the random order puts at c.
+    # Slot s = j K + c is the j-th of the sine that the random order puts at c. Its stratum is the
+    # rank of a random number among those of the sine's other slots; there is none beyond P.
+    rounds = -(-num_pairs // num_sines)
     slot = torch.arange(num_pairs, device=device)
-    column, stratum = slot % num_sines, slot // num_sines
-    strata = torch.div(num_pairs - column + num_sines - 1, num_sines, rounding_mode="floor")
+    column = slot % num_sines
     sine = uniform(0, num_sines).argsort(dim=-1)[..., column]
-    deviate = torch.special.ndtri((stratum + uniform(1, num_pairs)) / strata)
-    order = uniform(2, num_pairs).argsort(dim=-1)
+    keys = torch.nn.functional.pad(
+        uniform(1, ndim, num_pairs), (0, rounds * num_sines - num_pairs), value=2.0
+    )
+    ranks = keys.unflatten(-1, (rounds, num_sines)).argsort(dim=-2).argsort(dim=-2)
+    stratum = ranks.flatten(-2)[..., :num_pairs]  # [H, D, ndim, P]
+    strata = torch.div(num_pairs - column + num_sines - 1, num_sines, rounding_mode="floor")
     # A generator may return 0, of which the quantile is infinite.
-    limit = 10.0
+    quantile = ((stratum + uniform(2, ndim, num_pairs)) / strata).clamp(1e-15, 1 - 1e-15)
+    deviate = torch.special.ndtri(quantile)
+    order = uniform(3, num_pairs).argsort(dim=-1)
+    deviate = deviate.gather(-1, order.unsqueeze(-2).expand_as(deviate)).mT.to(dtype)
     return PhaseNoise(
         sine.gather(-1, order),
-        uniform(3, num_pairs).to(dtype),
-        deviate.clamp(-limit, limit).gather(-1, order).to(dtype),
+        uniform(4, num_pairs).to(dtype),
+        deviate.squeeze(-1) if ndim == 1 else deviate,
     )
 
 
