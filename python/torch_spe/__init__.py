@@ -7,6 +7,7 @@ from torch_spe.attention import (
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
 )
+from torch_spe.features import PositiveFeatures, SPESoftmaxFilter
 from torch_spe.modules import (
     SPE,
     Code,
@@ -18,6 +19,7 @@ from torch_spe.modules import (
     SinusoidCode,
     SPEFilter,
 )
+from torch_spe.optim import parameter_groups
 
 __all__ = [
     "SPE",
@@ -25,15 +27,18 @@ __all__ = [
     "ExactCode",
     "LinearAttention",
     "PhaseCode",
+    "PositiveFeatures",
     "RotaryPositions",
     "SPEFilter",
     "SPEMultiheadAttention",
+    "SPESoftmaxFilter",
     "SPETransformerEncoderLayer",
     "SineCode",
     "SineSPE",
     "SinusoidCode",
     "build_info",
     "functional",
+    "parameter_groups",
     "reference",
 ]
 

@@ -24,6 +24,7 @@ from torch_spe.modules import (
     check_not_nan,
     check_positive,
     check_seed,
+    draw_feature_map,
 )
 
 __all__ = ["RotaryPositions", "SPEMultiheadAttention", "SPETransformerEncoderLayer"]
@@ -458,12 +459,13 @@ class SPEMultiheadAttention(nn.Module):
         q, k, v = self._project(query, key, value)
         v = v.flatten(1, -3)
         if self.encode == "features":
-            q_features, k_features = (apply_feature_map(self.feature_map, x) for x in (q, k))
+            feature_map = draw_feature_map(self.feature_map)
+            q_features, k_features = (apply_feature_map(feature_map, x) for x in (q, k))
             qhat, khat = self._apply_position(q_features, k_features, start, positions)
             out = self._attend_features(q_features, k_features, qhat, khat, v, is_causal, mask)
         else:
             qhat, khat = self._apply_position(q, k, start, positions)
-            name = self.feature_map
+            name = draw_feature_map(self.feature_map)
             if callable(name):
                 qhat, khat, name = name(qhat), name(khat), "identity"
             out = functional.linear_attention(

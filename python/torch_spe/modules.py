@@ -309,6 +309,7 @@ class SineCode(SinusoidCode):
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+        variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
         gate_noise: ``[H, D, R]``, where it goes with the noise in the weights.
     """
 
@@ -318,6 +319,7 @@ class SineCode(SinusoidCode):
     size: tuple[int, ...]
     start: tuple[float, ...]
     positions: Tensor | None = None
+    variances: Tensor | None = None
     gate_noise: Tensor | None = None
 
     @property
@@ -368,6 +370,7 @@ class PhaseCode(SinusoidCode):
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+        variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
     """
 
     freqs: Tensor
@@ -376,6 +379,7 @@ class PhaseCode(SinusoidCode):
     size: tuple[int, ...]
     start: tuple[float, ...]
     positions: Tensor | None = None
+    variances: Tensor | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -802,6 +806,7 @@ class SineSPE(SPE):
             self._check_realizations(self._realizations(num_realizations, None))
             fields = self._exact_fields()
             return ExactCode(*fields, size, start, positions)
+        variances = self._amplitudes(code_type(self.gains)).square().sum(-1)
         if self.noise == "phase":
             if noise is None:
                 real = self._realizations(num_realizations, None)
@@ -816,9 +821,9 @@ class SineSPE(SPE):
                     "SineSPE: noise must be a PhaseNoise, and num_realizations left to it, with "
                     f"noise='phase', got {type(noise).__name__} and {num_realizations}"
                 )
-            return PhaseCode(*self._phase_fields(noise), size, start, positions)
+            return PhaseCode(*self._phase_fields(noise), size, start, positions, variances)
         fields = self._dense_fields(num_realizations, noise, generator, seed)
-        return SineCode(*fields[:3], size, start, positions, fields[3])
+        return SineCode(*fields[:3], size, start, positions, variances, fields[3])
 
     def _amplitudes(self, dtype: torch.dtype) -> Tensor:  # [H, D, K]
         """Return the amplitudes of the sines whose products have the kernel as their sum."""
@@ -1090,6 +1095,11 @@ def check_feature_map(owner: str, feature_map: FeatureMap) -> None:
         raise ValueError(f"{owner}: feature_map must be callable or {names}, got {feature_map!r}")
 
 
+def draw_feature_map(feature_map: FeatureMap) -> FeatureMap:
+    """Return the map of one call: a random one is drawn once, for queries and keys alike."""
+    return feature_map.draw() if hasattr(feature_map, "draw") else feature_map
+
+
 def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:
     """Compute phi(x), for a map given by name or as a callable."""
     return feature_map(x) if callable(feature_map) else reference.FEATURE_MAPS[feature_map](x)
@@ -1149,7 +1159,7 @@ class LinearAttention(nn.Module):
         Returns:
             ``[B, N, H, E]``.
         """
-        name = self.feature_map
+        name = draw_feature_map(self.feature_map)
         if callable(name):
             queries, keys, name = name(queries), name(keys), "identity"
         return functional.linear_attention(
