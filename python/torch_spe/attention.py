@@ -159,6 +159,8 @@ def _rotary(
 # name.
 POSITIONS: dict[str, Callable[..., nn.Module]] = {"sine": _sine, "rotary": _rotary}
 DEFAULT_REALIZATIONS = 64
+# Float masks block with -inf or with a number whose exponential is 0 in every type.
+_BLOCKED = -1e4
 
 
 def _make_position(
@@ -223,7 +225,7 @@ class SPEMultiheadAttention(nn.Module):
     ``output_norm="rms"`` every head's output is divided by its root mean square, so the denominator
     would cancel and is left out.
 
-    ``encode="inputs"`` is the paper's order (Liutkus et al. 2021, section 2.3): the code first,
+    ``encode="inputs"`` is the paper's order (Liutkus et al. 2021): the code first,
     then the feature map, :math:`\phi(\hat q_n) \cdot \phi(\hat k_m)` in numerator and denominator.
 
     **Noise.** Every layer draws its own at every call in training, from PyTorch's generator of the
@@ -446,8 +448,7 @@ class SPEMultiheadAttention(nn.Module):
         if need_weights:
             raise ValueError(
                 f"{owner}: need_weights must be False: linear attention never forms the matrix of "
-                "weights, "
-                f"got {need_weights!r}"
+                f"weights, got {need_weights!r}"
             )
         query, key, value, layout = self._to_batch_first(query, key, value)
         size, batch = tuple(query.shape[1:-1]), query.shape[0]
@@ -493,11 +494,11 @@ class SPEMultiheadAttention(nn.Module):
             dims[ndim + 2] = "grid"
         layout = dims.get(query.dim())
         if query.is_nested or layout is None:
+            hint = "" if self.batch_first or ndim == 1 else " (a grid needs batch_first=True)"
+            got = "a nested tensor" if query.is_nested else f"shape {tuple(query.shape)}"
             raise ValueError(
-                f"{owner}: query must have {' or '.join(map(str, dims))} dimensions"
-                f"{'' if self.batch_first or ndim == 1 else ' (a grid needs batch_first=True)'}, "
-                "got "
-                f"{'a nested tensor' if query.is_nested else f'shape {tuple(query.shape)}'}"
+                f"{owner}: query must have {' or '.join(map(str, dims))} dimensions{hint}, "
+                f"got {got}"
             )
         for name, x, size in (
             ("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim),
@@ -554,11 +555,9 @@ class SPEMultiheadAttention(nn.Module):
                 if torch.compiler.is_compiling():
                     raise ValueError(
                         f"{owner}: attn_mask must come with is_causal=True under torch.compile, "
-                        "which cannot look "
-                        "at its entries"
+                        "which cannot look at its entries"
                     )
-                # A position is masked by True, or by -inf.
-                blocked = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+                blocked = attn_mask if attn_mask.dtype == torch.bool else attn_mask <= _BLOCKED
                 future = torch.ones(
                     length, key_length, dtype=torch.bool, device=attn_mask.device
                 ).triu(1)
@@ -569,8 +568,7 @@ class SPEMultiheadAttention(nn.Module):
                 if not is_causal and (bias or bool(blocked.any())):
                     raise ValueError(
                         f"{owner}: attn_mask must be None or a causal mask: linear attention "
-                        "cannot apply any other; "
-                        "padding goes into key_padding_mask"
+                        "cannot apply any other; padding goes into key_padding_mask"
                     )
         if is_causal and length != key_length:
             raise ValueError(
@@ -593,7 +591,7 @@ class SPEMultiheadAttention(nn.Module):
                 f"{owner}: key_padding_mask must have shape {expected}, got {tuple(mask.shape)}"
             )
         if mask.is_floating_point():
-            padding = mask == -torch.inf
+            padding = mask <= _BLOCKED
             if mask.device.type == "cpu" and not torch.compiler.is_compiling():
                 other = mask.masked_fill(padding, 0)
                 if bool(other.any()):
@@ -632,11 +630,15 @@ class SPEMultiheadAttention(nn.Module):
         if self.position is None:
             return q, k
         if isinstance(self.position, RotaryPositions):
-            return tuple(
-                self.position(
-                    x, start=start, positions=None if positions is None else positions[: x.shape[1]]
+            length = max(q.shape[1], k.shape[1])
+            if positions is not None and tuple(positions.shape) != (length,):
+                raise ValueError(
+                    f"SPEMultiheadAttention: positions must have shape ({length},), got "
+                    f"{tuple(positions.shape)}"
                 )
-                for x in (q, k)
+            own = [None if positions is None else positions[: x.shape[1]] for x in (q, k)]
+            return tuple(
+                self.position(x, start=start, positions=p) for x, p in zip((q, k), own, strict=True)
             )
         fixed = self.resample == "never" or (self.resample == "train" and not self.training)
         seed = self.seed if fixed else None

@@ -188,14 +188,12 @@ class Code:
         if x.dim() != len(self.size) + 3:
             raise ValueError(
                 f"{owner}: {argument} must have {len(self.size) + 3} dimensions {layout} for a "
-                "code of size "
-                f"{self.size}, got shape {tuple(x.shape)}"
+                f"code of size {self.size}, got shape {tuple(x.shape)}"
             )
         if tuple(x.shape[-2:]) != self.code_shape:
             raise ValueError(
                 f"{owner}: {argument} must end in (num_heads, in_features) = {self.code_shape} "
-                "like the code, "
-                f"got shape {tuple(x.shape)}"
+                f"like the code, got shape {tuple(x.shape)}"
             )
         size = tuple(x.shape[1:-2])
         if any(length > limit for length, limit in zip(size, self.size, strict=True)):
@@ -578,8 +576,7 @@ class SPE(nn.Module):
         if len(lags) != self.ndim or any(not isinstance(lag, int) or lag < 0 for lag in lags):
             raise ValueError(
                 f"{type(self).__name__}: max_lag must be an integer >= 0 or {self.ndim} of them "
-                "(ndim), got "
-                f"{max_lag!r}"
+                f"(ndim), got {max_lag!r}"
             )
         return lags
 
@@ -616,7 +613,7 @@ class SineSPE(SPE):
         P_d(m - n) = \sum_{k=1}^{K} \frac{\lambda_{dk}^2}{2K} \cos(2 \pi f_{dk} (m - n) +
         \theta_{dk})
 
-    (Liutkus et al. 2021, section 3.1), with m the position of a query and n that of a key,
+    (the sineSPE of Liutkus et al. 2021), with m the position of a query and n that of a key,
     :math:`\lambda` = softplus(gains), :math:`\theta` = offsets, in radians, and f = sigmoid(freqs)
     / 2, in cycles per position. With ndim > 1 the phase is the sum over the dimensions; the first
     frequency lies in [0, 1/2] as above, the others, sigmoid(freqs) - 1/2, in [-1/2, 1/2]: without
@@ -724,7 +721,7 @@ class SineSPE(SPE):
         self.offsets.normal_()
         if self.init == "published":
             self.gains.normal_()
-            self.gains.mul_(2 / self.gains.norm(dim=-1, keepdim=True).sqrt())
+            self.gains.div_(self.gains.norm(dim=-1, keepdim=True).sqrt() / 2)
         else:
             self.gains.fill_(math.log(math.expm1(math.sqrt(2))))
         if self.bandwidths is not None:
@@ -958,9 +955,8 @@ class SPEFilter(nn.Module):
         \hat q_{bmhr} = \sum_d q_{bmhd} \Big( \sqrt{1 - g_{hd}}\, \bar Q_{mhdr}
         + \sqrt{g_{hd}}\, \epsilon_{hdr} / (R D)^{1/4} \Big)
 
-    and the same for keys, with the same noise :math:`\epsilon` (Liutkus et al. 2021, equations 11
-    and 12, and the gate of section 3.3): the position kernel becomes :math:`(1 - g_d) P_d + g_d`, g
-    = sigmoid(gate).
+    and the same for keys, with the same noise :math:`\epsilon` (the gated SPE of Liutkus et al.
+    2021): the position kernel becomes :math:`(1 - g_d) P_d + g_d`, g = sigmoid(gate).
 
     Args:
         gated: whether there is a gate.
@@ -1112,7 +1108,7 @@ class LinearAttention(nn.Module):
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}{\sum_m \phi(q_n) \cdot \phi(k_m) +
         \epsilon}
 
-    (Katharopoulos et al. 2020, equation 4), m <= n when causal.
+    (Katharopoulos et al. 2020, equations 5 and 9), m <= n when causal.
 
     Args:
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"``, or a callable, ``[B, N, H,

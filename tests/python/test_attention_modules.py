@@ -214,6 +214,8 @@ def test_padding_is_ignored():
     assert_close(out[1, :20], layer(x[1:, :20], x[1:, :20], x[1:, :20])[0][0])
     additive = torch.zeros(2, N).masked_fill(padding, -torch.inf)
     assert torch.equal(layer(x, x, x, additive)[0], out)
+    smallest = additive.clamp(min=torch.finfo(torch.float32).min)
+    assert torch.equal(layer(x, x, x, smallest)[0], out)
     # Nobody to attend to: the output projection's bias, and finite gradients.
     x.requires_grad_()
     nobody = layer(x, x, x, torch.ones(2, N, dtype=torch.bool))[0]
@@ -632,6 +634,8 @@ def ones(*shape):
         ({"need_weights": True}, ValueError, "need_weights must be False: linear attention"),
         ({"query": ones(2, 3, N, E)}, ValueError, "query must have 2 or 3 dimensions, got shape"),
         ({"query": ones(2, N, 5)}, ValueError, "query must have size 24 in its last dimension"),
+        ({"query": torch.nested.nested_tensor([ones(3, E), ones(4, E)])}, ValueError,
+         "query must have 2 or 3 dimensions, got a nested tensor"),
         ({"key": ones(N, E)}, ValueError, "key must have 3 dimensions like query, got shape"),
         ({"value": ones(2, N, 5)}, ValueError, "value must have size 24 in its last dimension"),
         ({"value": ones(2, 5, E)}, ValueError, "key and value must have the same batch and length"),
@@ -654,6 +658,9 @@ def test_errors_of_the_call(arguments, kind, message):
 
 
 def test_errors_of_rotary_positions():
+    x = make_input()
+    with pytest.raises(ValueError, match=r"positions must have shape \(37,\), got \(38,\)"):
+        make(position="rotary")(x, x, x, positions=torch.ones(38))
     rotary = RotaryPositions(H, 8)
     with pytest.raises(ValueError, match=r"x must have shape \[B, N, H, D\] .* \(3, 8\), got"):
         rotary(torch.ones(2, 5, 4, 8))

@@ -1,0 +1,100 @@
+"""Training and evaluation, free of files and flags, for any entry of the table of encodings."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from chorales.data import Windows
+from chorales.model import Encoding, parameter_groups
+
+
+@dataclass
+class Report:
+    """What one training run gave."""
+
+    losses: list[float]  # NLL in nats per token, one a step
+    tokens_per_second: float
+
+
+def nll(
+    model: nn.Module,
+    tokens: Tensor,  # [B, N + 1]
+) -> Tensor:  # [B, N]
+    """Negative log-likelihood of every token but the first given all before it, in nats."""
+    return cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def train(
+    model: nn.Module,
+    encoding: Encoding,
+    windows: Windows,
+    steps: int,
+    batch: int = 16,
+    lr: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Report:
+    """Train with AdamW on random windows: a warm-up over a tenth of the steps, then a cosine to
+    zero.
+
+    `lr` replaces the encoding's own. All encodings see the same windows for the same seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = parameter_groups(model, lr or encoding.lr, encoding.spe_lr_scale)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["lr"] for group in optimizer.param_groups],
+        total_steps=max(steps, 2),
+        pct_start=0.1,
+        cycle_momentum=False,
+    )
+    model.to(device).train()
+    losses, begin = [], time.perf_counter()
+    bar = tqdm(range(steps), encoding.label, disable=not progress, unit=" steps")
+    for _ in bar:
+        loss = nll(model, windows.sample(batch, generator).to(device)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in groups:
+            # Apart: a frequency's gradient grows with the position and would shrink all others.
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(nll=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+    seconds = time.perf_counter() - begin
+    return Report(losses, steps * batch * windows.length / seconds)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    tokens: Tensor,  # [pieces, N + 1]
+    batch: int = 4,
+    device: str = "cpu",
+    realizations: int | None = None,
+) -> Tensor:  # [pieces, N]
+    """`nll` in evaluation mode; `realizations` of the code, if not as many as in training."""
+    model.to(device).eval()
+    for layer in model.layers:
+        layer.self_attn.eval_realizations = realizations
+    return torch.cat([nll(model, part.to(device)).cpu() for part in tokens.split(batch)])
+
+
+def bin_means(
+    values: Tensor,  # [pieces, N]
+    edges: list[int],
+) -> list[float]:
+    """Mean over all pieces and the positions ``edges[i] <= n < edges[i + 1]``, for every bin i."""
+    if sorted(set(edges)) != list(edges) or edges[0] < 0 or edges[-1] > values.shape[1]:
+        raise ValueError(f"edges must rise within 0..{values.shape[1]}, got {edges}")
+    return [values[:, a:b].double().mean().item() for a, b in pairwise(edges)]
