@@ -206,7 +206,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command.main([*flags.split(), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ranges"] == [0, 16, 32, 64]
-    assert [row["model"] for row in result["rows"]] == ["rotary", "spe-features"]
+    # The second has a row for each number of realizations in the test.
+    assert [row["model"] for row in result["rows"]] == ["rotary", "spe-features", "spe-features"]
+    assert "R = 256" in result["rows"][2]["label"]
     assert all(len(row["nll"]) == 3 for row in result["rows"])
     assert (tmp_path / "chorales_nll.png").stat().st_size > 0
     assert (tmp_path / "chorales_templates.png").stat().st_size > 0
