@@ -59,7 +59,7 @@ class ForwardTile {
         }
       }
     }
-    if (consecutive_) table_.set(freqs_, coefficients_);
+    if (consecutive_) table_.set(freqs_, coefficients_, p_.length);
   }
 
   // Goes on to the chunk at n, which starts a segment or follows the last chunk.
@@ -336,7 +336,7 @@ class BackwardTile {
         }
       }
     }
-    if (consecutive_) table_.set(freqs_, coefficients_);
+    if (consecutive_) table_.set(freqs_, coefficients_, p_.length);
   }
 
   // Where sums [R/2, num_sums, D filled up] and grad_positions [N, ndim] (or null) are added up.

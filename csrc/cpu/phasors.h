@@ -49,13 +49,13 @@ class PhasorTable {
         chunk_step_(2 * rows * width) {}
 
   // `freqs` is [rows, width] and `coefficients`, c, [rows, 2, width]; both must live as long as the
-  // table is used.
-  void set(const double* freqs, const T* coefficients) {
+  // table is used. No more than `length` positions will be asked for.
+  void set(const double* freqs, const T* coefficients, std::int64_t length) {
     freqs_ = freqs;
     coefficients_ = coefficients;
     fill(1, step_);
-    fill(kTrio, trio_step_);
-    fill(kChunk, chunk_step_);
+    if (length > kTrio) fill(kTrio, trio_step_);
+    if (length > kChunk) fill(kChunk, chunk_step_);
   }
 
   // Begins a segment.

@@ -70,7 +70,7 @@ class FeaturePhasors {
               inside && constant != nullptr ? constant[head * p.in_features + d] : 0;
       }
     }
-    if (consecutive_) table_.set(freqs_, offsets_);
+    if (consecutive_) table_.set(freqs_, offsets_, p.length);
   }
 
   // Goes on to the tile's first position.
