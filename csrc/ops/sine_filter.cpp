@@ -1,5 +1,5 @@
 // The operator torch_spe::sine_filter: checks, allocation, dispatch and autograd.
-#include "cpu/sine_filter.h"
+#include "sine_filter.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cpu/sine_filter.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -94,7 +95,9 @@ struct Inputs {
   Inputs(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
          const OptionalTensor& constant, const OptionalTensor& positions)
       : x(x), freqs(freqs.to(at::kDouble).contiguous()) {
-    const auto type = accumulate_type(x.scalar_type());
+    const auto type = sine_filter_kernels(x.device().type()).weight_has_type_of_x
+                          ? x.scalar_type()
+                          : accumulate_type(x.scalar_type());
     this->weight = weight.to(type);
     if (constant.has_value())
       this->weight = at::cat({this->weight, constant->to(type).unsqueeze(2)}, 2);
@@ -102,7 +105,7 @@ struct Inputs {
     if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
   }
 
-  void fill(cpu::SineFilterParams& p, const OptionalTensor& constant, double start) const {
+  void fill(core::SineFilterParams& p, const OptionalTensor& constant, double start) const {
     p.dtype = to_dtype(x.scalar_type());
     p.batch = x.size(0);
     p.length = x.size(1);
@@ -122,9 +125,8 @@ struct Inputs {
   }
 };
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
-                       const OptionalTensor& constant, const OptionalTensor& positions,
-                       double start) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                   const OptionalTensor& constant, const OptionalTensor& positions, double start) {
   check(x, freqs, weight, constant, positions, start);
   check_finite(kOp, "freqs", freqs);
   check_finite(kOp, "weight", weight);
@@ -133,10 +135,10 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::T
   const Inputs inputs(x, freqs, weight, constant, positions);
   at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), weight.size(3)}, x.options());
   if (out.numel() == 0) return out;
-  cpu::SineFilterParams params;
+  core::SineFilterParams params;
   inputs.fill(params, constant, start);
   params.out = out.mutable_data_ptr();
-  cpu::sine_filter_forward(params);
+  sine_filter_kernels(x.device().type()).forward(params, x);
   return out;
 }
 
@@ -148,9 +150,9 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& freqs, const at::
                           x.options());
 }
 
-Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
-                       const at::Tensor& weight, const OptionalTensor& constant,
-                       const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
+Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                   const at::Tensor& weight, const OptionalTensor& constant,
+                   const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
   check_data(kOp, "grad_out", grad_out, 4, "[B, N, H, R]");
   const Inputs inputs(x, freqs, weight, constant, positions);
@@ -158,10 +160,13 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   const bool want_positions = mask[4] && positions.has_value();
   at::Tensor grad_x = mask[0] ? at::empty(x.sizes(), x.options()) : at::Tensor();
   at::Tensor grad_freqs = mask[1] ? at::zeros_like(inputs.freqs) : at::Tensor();
-  at::Tensor grad_weight = want_weight ? at::zeros_like(inputs.weight) : at::Tensor();
+  at::Tensor grad_weight =
+      want_weight ? at::zeros_like(inputs.weight,
+                                   inputs.weight.options().dtype(accumulate_type(x.scalar_type())))
+                  : at::Tensor();
   at::Tensor grad_positions = want_positions ? at::zeros_like(inputs.positions) : at::Tensor();
   if (x.numel() > 0) {
-    cpu::SineFilterBackwardParams params;
+    core::SineFilterBackwardParams params;
     inputs.fill(params, constant, start);
     params.out = nullptr;
     params.grad_out = grad_out.const_data_ptr();
@@ -170,7 +175,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
     params.grad_freqs = mask[1] ? grad_freqs.mutable_data_ptr<double>() : nullptr;
     params.grad_weight = want_weight ? grad_weight.mutable_data_ptr() : nullptr;
     params.grad_positions = want_positions ? grad_positions.mutable_data_ptr<double>() : nullptr;
-    cpu::sine_filter_backward(params);
+    sine_filter_kernels(x.device().type()).backward(params, x);
   }
   at::Tensor grad_constant;
   if (want_weight) {
@@ -268,9 +273,15 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs, const 
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("sine_filter", forward_cpu);
-  m.impl("sine_filter_backward", backward_cpu);
+  m.impl("sine_filter", forward);
+  m.impl("sine_filter_backward", backward);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("sine_filter", forward);
+  m.impl("sine_filter_backward", backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("sine_filter", forward_meta);
   m.impl("sine_filter_backward", backward_meta);
@@ -287,6 +298,21 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+SineFilterKernels& sine_filter_kernels(c10::DeviceType device) {
+  static SineFilterKernels cpu = {
+      [](const core::SineFilterParams& p, const at::Tensor&) { cpu::sine_filter_forward(p); },
+      [](const core::SineFilterBackwardParams& p, const at::Tensor&) {
+        cpu::sine_filter_backward(p);
+      },
+      false};
+#if defined(TORCH_SPE_CUDA)
+  static SineFilterKernels cuda = sine_filter_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  return cpu;
+}
+
 }  // namespace ops
 
 at::Tensor sine_filter(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
