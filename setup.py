@@ -1,71 +1,99 @@
 """Builds the compiled part of torch_spe with CMake. Everything else stands in pyproject.toml."""
 
+import importlib.metadata
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NO_TORCH = """
-torch_spe is compiled against the PyTorch that you use, and there is none in this environment.
+torch_spe is compiled against the PyTorch that you use; this build does not see any.
 
-  pip install torch                                     # unless you have it
-  pip install setuptools cmake ninja pybind11
+  pip install torch                            # unless you have it
+  pip install "setuptools>=77" "cmake>=3.26" ninja
   pip install --no-build-isolation .
 
-Without --no-build-isolation pip builds in an empty environment that does not see your torch.
+Without --no-build-isolation pip builds in an empty environment, without your torch.
 """
 
-# A source distribution needs no torch; everything that ends in an installation does. Said before pip downloads anything.
+# A source distribution needs no torch; everything that ends in an installation does. Said before
+# pip downloads torch as a dependency.
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
 if BUILDS & set(sys.argv) and importlib.util.find_spec("torch") is None:
     sys.exit(NO_TORCH)
 
 
+class FreshBuild(build_py):
+    """Starts from an empty folder: otherwise a wheel would also hold modules since removed."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
-    """Configures, builds and installs the component `python` of CMakeLists.txt."""
+    """Configures, builds and installs the component `python` of CMakeLists.txt.
+
+    TORCH_SPE_BUILD_DIR is the folder of objects, by default build/cmake; CMAKE_ARGS are more
+    arguments for CMake.
+    """
 
     def run(self):
         build = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
         prefix = ROOT / "python" if self.inplace else Path(self.build_lib).resolve()
-        configure = [
-            "cmake",
+        self._configure(build)
+        self._run("cmake", "--build", build, "--target", "python")
+        self._run("cmake", "--install", build, "--component", "python", "--prefix", prefix)
+
+    def _configure(self, build):
+        arguments = [
             f"-S{ROOT}",
             f"-B{build}",
             "-GNinja",
+            "-DCMAKE_INSTALL_MESSAGE=LAZY",
             "-DTORCH_SPE_PYTHON=ON",
             f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-DTORCH_SPE_TORCH_DIR={Path(importlib.util.find_spec('torch').origin).parent}",
-            f"-Dpybind11_DIR={self._pybind11_dir()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        for command in (
-            configure,
-            ["cmake", "--build", str(build)],
-            ["cmake", "--install", str(build), "--component", "python", "--prefix", str(prefix)],
-        ):
-            try:
-                subprocess.run(command, check=True)
-            except FileNotFoundError:
-                sys.exit("torch_spe is built with CMake and Ninja: pip install cmake ninja")
-            except subprocess.CalledProcessError as error:
-                sys.exit(f"{' '.join(command[:2])} failed with status {error.returncode}; its message is above")
+        # CMake remembers what it found for another Python or torch: then it must look again, and
+        # keeps objects that both configurations have in common. Ninja runs CMake when only CMake
+        # files changed.
+        configured = build / "configured.json"
+        state = json.dumps([arguments, sys.version, importlib.metadata.version("torch")])
+        if configured.is_file() and configured.read_text() == state:
+            return
+        configured.unlink(missing_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        self._run("cmake", *arguments)
+        configured.write_text(state)
 
-    @staticmethod
-    def _pybind11_dir():
-        try:
-            import pybind11
-        except ImportError:
-            sys.exit("torch_spe is built with pybind11: pip install pybind11")
-        return pybind11.get_cmake_dir()
+    def _run(self, *command):
+        # Tools from PyPI lie beside the interpreter, also when its environment is not activated.
+        path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool, path=path) is None:
+                sys.exit(f"{tool} is missing, with which torch_spe is built: pip install {tool}")
+        command = [shutil.which(command[0], path=path), *map(str, command[1:])]
+        status = subprocess.run(command, check=False, env={**os.environ, "PATH": path}).returncode
+        if status != 0:
+            sys.exit(f"{' '.join(command[:2])} failed with status {status}; its message is above")
 
     def get_outputs(self):
         return []
 
 
-setup(ext_modules=[Extension("torch_spe._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("torch_spe._C", sources=[])],
+    cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild},
+)

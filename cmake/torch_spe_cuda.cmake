@@ -3,6 +3,7 @@
 set(TORCH_SPE_CUDA "AUTO" CACHE STRING
   "1: build the CUDA kernels or fail; 0: do not; AUTO: when there is a toolkit that fits torch")
 set(TORCH_SPE_CUDA_ENABLED OFF)
+set(TORCH_SPE_CUDA_LIBRARIES "")
 set(TORCH_SPE_CUDA_VERSION "")
 set(TORCH_SPE_CUDA_ARCHITECTURES "")
 if(NOT TORCH_SPE_CUDA MATCHES "^(AUTO|0|1|ON|OFF)$")
@@ -83,17 +84,20 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 message(STATUS "torch_spe: CUDA ${TORCH_SPE_CUDA_VERSION} for ${TORCH_SPE_CUDA_ARCHITECTURES}")
 
-# Adds the CUDA kernels and the operators that call them to the library.
-function(torch_spe_add_cuda target kernels operators)
-  add_library(kernels_cuda OBJECT ${kernels})
+# Adds the CUDA kernels and the operators that call them to the library's objects; what they link to
+# goes into TORCH_SPE_CUDA_LIBRARIES.
+macro(torch_spe_add_cuda)
+  add_library(kernels_cuda OBJECT ${CUDA_KERNELS})
   target_include_directories(kernels_cuda PRIVATE csrc csrc/cuda)
   # What ptxas says of registers, spills and shared memory is kept beside each object file.
   target_compile_options(kernels_cuda PRIVATE -Xptxas=-v --Werror=cross-execution-space-call)
   set_target_properties(kernels_cuda PROPERTIES
     CUDA_COMPILER_LAUNCHER "${PROJECT_SOURCE_DIR}/cmake/keep_ptxas_report.sh")
+  list(APPEND KERNELS kernels_cuda)
+  target_sources(operators PRIVATE ${CUDA_OPERATORS})
+  target_compile_definitions(operators PRIVATE TORCH_SPE_CUDA)
+  target_link_libraries(operators PRIVATE CUDA::cudart_static)
   find_library(TORCH_SPE_C10_CUDA c10_cuda PATHS "${TORCH_SPE_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
-  target_sources(${target} PRIVATE ${operators})
-  target_compile_definitions(${target} PRIVATE TORCH_SPE_CUDA)
-  target_link_libraries(${target} PRIVATE
-    $<BUILD_INTERFACE:kernels_cuda> "${TORCH_SPE_C10_CUDA}" CUDA::cudart_static)
-endfunction()
+  # torch is linked to its own CUDA runtime; with ours inside the library, none must be found at load.
+  set(TORCH_SPE_CUDA_LIBRARIES "${TORCH_SPE_C10_CUDA};CUDA::cudart_static")
+endmacro()

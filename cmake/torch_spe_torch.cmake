@@ -32,13 +32,16 @@ add_library(torch_spe_torch INTERFACE IMPORTED)
 target_include_directories(torch_spe_torch SYSTEM INTERFACE
   "${TORCH_SPE_TORCH_DIR}/include" "${TORCH_SPE_TORCH_DIR}/include/torch/csrc/api/include")
 foreach(_torch_spe_name torch torch_cpu c10)
-  find_library(_torch_spe_lib_${_torch_spe_name} ${_torch_spe_name}
-    PATHS "${TORCH_SPE_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
-  target_link_libraries(torch_spe_torch INTERFACE "${_torch_spe_lib_${_torch_spe_name}}")
+  find_library(_torch_spe_lib ${_torch_spe_name}
+    PATHS "${TORCH_SPE_TORCH_DIR}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
+  target_link_libraries(torch_spe_torch INTERFACE "${_torch_spe_lib}")
+  unset(_torch_spe_lib)
 endforeach()
 # A CUDA build of torch depends on libraries that need not be on the linker's path; the loader finds them.
 target_link_options(torch_spe_torch INTERFACE "LINKER:--allow-shlib-undefined")
 
+# Configure again after torch was upgraded in its place.
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_torch_spe_version_file}")
 file(READ "${_torch_spe_version_file}" _torch_spe_version_text)
 string(REGEX REPLACE ".*define TORCH_VERSION[ \\\n]*\"([^\"]*)\".*" "\\1" TORCH_SPE_TORCH_VERSION
   "${_torch_spe_version_text}")

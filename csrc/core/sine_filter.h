@@ -19,13 +19,12 @@ struct SineFilterParams {
   std::int64_t num_sines;         // K
   std::int64_t num_realizations;  // R
   std::int64_t ndim;              // dimensions of a position
-  bool has_constant;              // the last row of the basis is 1
-  int num_threads;                // of the CPU
+  int num_threads;                // on the CPU
   const void* x;                  // [B, N, H, D], strided
   std::int64_t x_strides[4];
   const double* freqs;      // [H, D, K, ndim], cycles per position
-  const void* weight;       // [H, D, J, R], J = 2K + has_constant, accumulate type on the CPU, the
-                            // type of x on CUDA
+  const void* weight;       // [H, D, 2K, R], accumulate type; on CUDA the type of x
+  const void* constant;     // [H, D, R], as the weight, or null
   const double* positions;  // [N, ndim], or null for start, start + 1, ...
   double start;
   void* out;  // [B, N, H, R]
@@ -37,7 +36,8 @@ struct SineFilterBackwardParams : SineFilterParams {
   // Each of these may be null when its gradient is not wanted.
   void* grad_x;            // [B, N, H, D]
   double* grad_freqs;      // [H, D, K, ndim]
-  void* grad_weight;       // [H, D, J, R], accumulate type
+  void* grad_weight;       // [H, D, 2K, R], accumulate type
+  void* grad_constant;     // [H, D, R], accumulate type
   double* grad_positions;  // [N, ndim]
 };
 

@@ -44,9 +44,12 @@ TORCH_SPE_INLINE void store_vec(T* p, Vec<T> value) {
 
 template <class T>
 TORCH_SPE_INLINE T sum_lanes(Vec<T> value) {
-  T sum = 0;
-  for (std::int64_t i = 0; i < kLanes<T>; ++i) sum += value[i];
-  return sum;
+  T lanes[kLanes<T>];
+  store_vec(lanes, value);
+  for (std::int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (std::int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 TORCH_SPE_INLINE std::int64_t round_up(std::int64_t n, std::int64_t multiple) {

@@ -10,8 +10,9 @@ namespace {
 constexpr std::int64_t kTile = 64;                   // positions
 constexpr std::int64_t kCodeTileBytes = 256 * 1024;  // a tile of codes stays in the level 2 cache
 
+// Rows J of the basis of a feature: cos and sin of each sine, then 1 if there is a constant.
 std::int64_t num_rows(const SineFilterParams& p) {
-  return 2 * p.num_sines + (p.has_constant ? 1 : 0);
+  return 2 * p.num_sines + (p.constant != nullptr ? 1 : 0);
 }
 
 // The basis of the features [d0, d0 + count) at the positions [n0, n0 + size): basis[d][j][t], rows
@@ -24,7 +25,10 @@ template <class T>
 class Basis {
  public:
   explicit Basis(const SineFilterParams& p)
-      : p_(p), steps_(p.positions == nullptr ? p.in_features * p.num_sines * 2 * kTile : 0) {}
+      : p_(p),
+        steps_(p.positions == nullptr ? p.in_features * p.num_sines * 2 * kTile : 0),
+        cos_first_(p.in_features * p.num_sines),
+        sin_first_(p.in_features * p.num_sines) {}
 
   void set_head(std::int64_t head) {
     if (head == head_) return;
@@ -41,15 +45,25 @@ class Basis {
     }
   }
 
-  void fill(std::int64_t n0, std::int64_t size, std::int64_t d0, std::int64_t count,
-            T* basis) const {
+  void fill(std::int64_t n0, std::int64_t size, std::int64_t d0, std::int64_t count, T* basis) {
     const std::int64_t rows = num_rows(p_);
+    if (p_.positions == nullptr) {
+      const double* freq = freqs() + d0 * p_.num_sines;
+      const double first = p_.start + static_cast<double>(n0);
+      for (std::int64_t i = 0; i < count * p_.num_sines; ++i) {
+        core::cos_sin_cycles(core::reduce_cycles(freq[i], first), cos_first_ + i, sin_first_ + i);
+      }
+    }
     for (std::int64_t d = 0; d < count; ++d) {
       for (std::int64_t k = 0; k < p_.num_sines; ++k) {
         T* cos_row = basis + (d * rows + 2 * k) * kTile;
-        fill_sine(n0, size, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
+        if (p_.positions == nullptr) {
+          turn(d * p_.num_sines + k, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
+        } else {
+          at_positions(n0, size, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
+        }
       }
-      if (p_.has_constant) {
+      if (p_.constant != nullptr) {
         T* row = basis + (d * rows + rows - 1) * kTile;
         for (std::int64_t t = 0; t < kTile; ++t) row[t] = 1;
       }
@@ -59,40 +73,46 @@ class Basis {
  private:
   const double* freqs() const { return p_.freqs + head_ * p_.in_features * p_.num_sines * p_.ndim; }
 
-  void fill_sine(std::int64_t n0, std::int64_t size, std::int64_t dk, T* cos_row,
-                 T* sin_row) const {
-    if (p_.positions == nullptr) {
-      T c, s;
-      core::cos_sin_cycles(core::reduce_cycles(freqs()[dk], p_.start + static_cast<double>(n0)), &c,
-                           &s);
-      const T* cos_step = steps_ + dk * 2 * kTile;
-      const T* sin_step = cos_step + kTile;
-      for (std::int64_t t = 0; t < kTile; ++t) {
-        cos_row[t] = c * cos_step[t] - s * sin_step[t];
-        sin_row[t] = s * cos_step[t] + c * sin_step[t];
-      }
-    } else if (p_.ndim == 1) {
-      const double freq = freqs()[dk];
-      const double* positions = p_.positions + n0;
-      for (std::int64_t t = 0; t < size; ++t) {
-        core::cos_sin_cycles(core::reduce_cycles(freq, positions[t]), cos_row + t, sin_row + t);
-      }
-    } else {
-      const double* freq = freqs() + dk * p_.ndim;
-      const double* position = p_.positions + n0 * p_.ndim;
-      for (std::int64_t t = 0; t < size; ++t, position += p_.ndim) {
-        double cycles = 0;
-        for (std::int64_t i = 0; i < p_.ndim; ++i)
-          cycles += core::reduce_cycles(freq[i], position[i]);
-        core::cos_sin_cycles(core::wrap_cycles(cycles), cos_row + t, sin_row + t);
-      }
+  // The first phase of the tile, turned by 0 .. kTile - 1 steps.
+  void turn(std::int64_t i, std::int64_t dk, T* __restrict cos_row, T* __restrict sin_row) const {
+    const T c = cos_first_[i], s = sin_first_[i];
+    const T* __restrict cos_step = steps_ + dk * 2 * kTile;
+    const T* __restrict sin_step = cos_step + kTile;
+    for (std::int64_t t = 0; t < kTile; ++t) {
+      cos_row[t] = c * cos_step[t] - s * sin_step[t];
+      sin_row[t] = s * cos_step[t] + c * sin_step[t];
     }
   }
 
+  void at_positions(std::int64_t n0, std::int64_t size, std::int64_t dk, T* cos_row,
+                    T* sin_row) const {
+    const double* freq = freqs() + dk * p_.ndim;
+    const double* position = p_.positions + n0 * p_.ndim;
+    double cycles[kTile];
+    for (std::int64_t t = 0; t < size; ++t)
+      cycles[t] = core::reduce_cycles(freq[0], position[t * p_.ndim]);
+    for (std::int64_t i = 1; i < p_.ndim; ++i) {
+      for (std::int64_t t = 0; t < size; ++t) {
+        cycles[t] =
+            core::wrap_cycles(cycles[t] + core::reduce_cycles(freq[i], position[t * p_.ndim + i]));
+      }
+    }
+    for (std::int64_t t = 0; t < size; ++t)
+      core::cos_sin_cycles(cycles[t], cos_row + t, sin_row + t);
+  }
+
   const SineFilterParams& p_;
-  Workspace<T> steps_;  // [D, K, 2, kTile]
+  Workspace<T> steps_;                  // [D, K, 2, kTile]
+  Workspace<T> cos_first_, sin_first_;  // [D, K], at the first position of the tile
   std::int64_t head_ = -1;
 };
+
+// Numbers from one position to the next in a tile of codes: a cache line more than the codes of its
+// features, since rows a power of two apart would share a few cache sets.
+template <class T>
+std::int64_t code_stride(std::int64_t count, std::int64_t width) {
+  return count * width + 64 / static_cast<std::int64_t>(sizeof(T));
+}
 
 // Features whose codes at kTile positions fit the cache.
 template <class T>
@@ -100,6 +120,24 @@ std::int64_t group_size(const SineFilterParams& p) {
   const std::int64_t width = round_up(p.num_realizations, kLanes<T>);
   const std::int64_t bytes = kTile * width * static_cast<std::int64_t>(sizeof(T));
   return max_of(1, min_of(p.in_features, kCodeTileBytes / bytes));
+}
+
+// The weights of the features [d0, d0 + count) of a head as [d, j, r], the constant as their last
+// row.
+template <class T>
+void load_weights(const SineFilterParams& p, std::int64_t head, std::int64_t d0, std::int64_t count,
+                  T* weights) {
+  const std::int64_t real = p.num_realizations, sine_rows = 2 * p.num_sines * real;
+  const std::int64_t first = head * p.in_features + d0;
+  const T* weight = static_cast<const T*>(p.weight) + first * sine_rows;
+  const T* constant = static_cast<const T*>(p.constant);
+  for (std::int64_t d = 0; d < count; ++d) {
+    std::memcpy(weights, weight + d * sine_rows, sine_rows * sizeof(T));
+    weights += sine_rows;
+    if (constant == nullptr) continue;
+    std::memcpy(weights, constant + (first + d) * real, real * sizeof(T));
+    weights += real;
+  }
 }
 
 // The codes of one feature, code[t, r] = sum_j basis[j, t] weight[j, r], and zero for r in [R,
@@ -157,6 +195,32 @@ void contract(std::int64_t batch, std::int64_t count, std::int64_t width, const 
     contract_rows<1>(count, width, x + b * count, count, code, width, y + b * width, width);
 }
 
+// x at a tile of positions, for one head and a group of features, as [t, b, d].
+template <class Storage, class T>
+void load_x(const SineFilterParams& p, std::int64_t head, std::int64_t n0, std::int64_t size,
+            std::int64_t d0, std::int64_t count, T* tile) {
+  const auto& strides = p.x_strides;
+  const Storage* x =
+      static_cast<const Storage*>(p.x) + n0 * strides[1] + head * strides[2] + d0 * strides[3];
+  for (std::int64_t t = 0; t < size; ++t) {
+    for (std::int64_t b = 0; b < p.batch; ++b, tile += count) {
+      load_row(x + b * strides[0] + t * strides[1], strides[3], count, tile);
+    }
+  }
+}
+
+// basis[d, j, t] *= x[t, d]: what the weights of one batch row multiply.
+template <class T>
+void scale_basis(const T* x, std::int64_t size, std::int64_t count, std::int64_t rows, T* basis) {
+  T column[kTile];
+  for (std::int64_t d = 0; d < count; ++d) {
+    for (std::int64_t t = 0; t < size; ++t) column[t] = x[t * count + d];
+    for (std::int64_t j = 0; j < rows; ++j, basis += kTile) {
+      for (std::int64_t t = 0; t < kTile; ++t) basis[t] *= column[t];
+    }
+  }
+}
+
 template <class Storage>
 void forward(const SineFilterParams& p) {
   using T = core::accumulate_t<Storage>;
@@ -164,40 +228,37 @@ void forward(const SineFilterParams& p) {
   const std::int64_t width = round_up(p.num_realizations, kLanes<T>);
   const std::int64_t group = group_size<T>(p);
   const std::int64_t tiles = (p.length + kTile - 1) / kTile;
-  const Storage* x = static_cast<const Storage*>(p.x);
-  const T* weight = static_cast<const T*>(p.weight);
   Storage* out = static_cast<Storage*>(p.out);
 
 #pragma omp parallel num_threads(p.num_threads)
   {
     Basis<T> basis_of(p);
-    Workspace<T> basis(group * rows * kTile);      // [d, j, t]
-    Workspace<T> code(kTile * group * width);      // [t, d, r]
-    Workspace<T> x_tile(kTile * p.batch * group);  // [t, b, d]
-    Workspace<T> y_tile(kTile * p.batch * width);  // [t, b, r]
+    Workspace<T> weights(p.in_features * rows * p.num_realizations);  // [d, j, r], of a head
+    std::int64_t weights_head = -1;
+    Workspace<T> basis(group * rows * kTile);                 // [d, j, t]
+    Workspace<T> code(kTile * code_stride<T>(group, width));  // [t, d, r]
+    Workspace<T> x_tile(kTile * p.batch * group);             // [t, b, d]
+    Workspace<T> y_tile(kTile * p.batch * width);             // [t, b, r]
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < p.num_heads * tiles; ++task) {
       const std::int64_t head = task / tiles;
       const std::int64_t n0 = task % tiles * kTile;
       const std::int64_t size = min_of(kTile, p.length - n0);
       basis_of.set_head(head);
+      if (head != weights_head) load_weights(p, head, 0, p.in_features, weights.get());
+      weights_head = head;
       for (std::int64_t i = 0; i < size * p.batch * width; ++i) y_tile[i] = 0;
       for (std::int64_t d0 = 0; d0 < p.in_features; d0 += group) {
         const std::int64_t count = min_of(group, p.in_features - d0);
+        const std::int64_t stride = code_stride<T>(count, width);
         basis_of.fill(n0, size, d0, count, basis);
+        load_x<Storage>(p, head, n0, size, d0, count, x_tile.get());
         for (std::int64_t d = 0; d < count; ++d) {
           code_tile(size, p.num_realizations, width, rows, basis + d * rows * kTile,
-                    weight + (head * p.in_features + d0 + d) * rows * p.num_realizations,
-                    code + d * width, count * width);
+                    weights + (d0 + d) * rows * p.num_realizations, code + d * width, stride);
         }
         for (std::int64_t t = 0; t < size; ++t) {
-          T* x_rows = x_tile + t * p.batch * count;
-          for (std::int64_t b = 0; b < p.batch; ++b) {
-            load_row(x + b * p.x_strides[0] + (n0 + t) * p.x_strides[1] + head * p.x_strides[2] +
-                         d0 * p.x_strides[3],
-                     p.x_strides[3], count, x_rows + b * count);
-          }
-          contract(p.batch, count, width, x_rows, code + t * count * width,
+          contract(p.batch, count, width, x_tile + t * p.batch * count, code + t * stride,
                    y_tile + t * p.batch * width);
         }
       }
@@ -247,6 +308,42 @@ void dot(std::int64_t batch, std::int64_t count, std::int64_t width, const T* g,
   for (; b < batch; ++b) dot_rows<1>(count, width, g + b * width, code, out + b * count);
 }
 
+// code[d, r] = sum_b x[b, d] g[b, r] for kCols features d and kVecs vectors of r.
+template <int kCols, int kVecs, class T>
+TORCH_SPE_INLINE void outer_block(std::int64_t batch, const T* x, std::int64_t ldx, const T* g,
+                                  std::int64_t width, T* code) {
+  Vec<T> acc[kCols][kVecs] = {};
+  for (std::int64_t b = 0; b < batch; ++b) {
+    Vec<T> row[kVecs];
+    for (int v = 0; v < kVecs; ++v) row[v] = load_vec(g + b * width + v * kLanes<T>);
+    for (int d = 0; d < kCols; ++d) {
+      for (int v = 0; v < kVecs; ++v) acc[d][v] += x[b * ldx + d] * row[v];
+    }
+  }
+  for (int d = 0; d < kCols; ++d) {
+    for (int v = 0; v < kVecs; ++v) store_vec(code + d * width + v * kLanes<T>, acc[d][v]);
+  }
+}
+
+template <int kCols, class T>
+TORCH_SPE_INLINE void outer_columns(std::int64_t batch, std::int64_t width, const T* x,
+                                    std::int64_t ldx, const T* g, T* code) {
+  std::int64_t r = 0;
+  for (; r + 4 * kLanes<T> <= width; r += 4 * kLanes<T>) {
+    outer_block<kCols, 4>(batch, x, ldx, g + r, width, code + r);
+  }
+  for (; r < width; r += kLanes<T>) outer_block<kCols, 1>(batch, x, ldx, g + r, width, code + r);
+}
+
+// code[d, r] = sum_b x[b, d] g[b, r]: the gradient of the codes at one position.
+template <class T>
+void outer(std::int64_t batch, std::int64_t count, std::int64_t width, const T* x, const T* g,
+           T* code) {
+  std::int64_t d = 0;
+  for (; d + 4 <= count; d += 4) outer_columns<4>(batch, width, x + d, count, g, code + d * width);
+  for (; d < count; ++d) outer_columns<1>(batch, width, x + d, count, g, code + d * width);
+}
+
 // Gradients for one head and a group of features, over all positions. Features share nothing but
 // grad_positions, for which every task has a part of its own, so nothing is added up between
 // threads and no result depends on their order.
@@ -264,27 +361,30 @@ class Backward {
         rows_(num_rows(p)),
         width_(round_up(p.num_realizations, kLanes<T>)),
         basis_of_(p),
+        weights_(group * rows_ * p.num_realizations),
+        grad_weights_(group * rows_ * p.num_realizations),
         basis_(group * rows_ * kTile),
         grad_basis_(group * rows_ * kTile),
         x_(kTile * p.batch * group),
         grad_x_(kTile * p.batch * group),
         g_(kTile * p.batch * width_),
-        code_(p.batch == 1 ? 0 : kTile * group * width_),
-        grad_code_(p.batch == 1 ? 0 : kTile * width_) {}
+        code_(p.batch == 1 ? 0 : kTile * code_stride<T>(group, width_)),
+        positions_(p.ndim * kTile) {}
 
   void run(std::int64_t head, std::int64_t d0, std::int64_t count, double* grad_positions) {
     head_ = head;
     d0_ = d0;
     count_ = count;
     grad_positions_ = grad_positions;
-    const std::int64_t offset = (head * p_.in_features + d0) * rows_ * p_.num_realizations;
-    weight_ = static_cast<const T*>(p_.weight) + offset;
-    grad_weight_ = p_.grad_weight == nullptr ? nullptr : static_cast<T*>(p_.grad_weight) + offset;
+    load_weights(p_, head, d0, count, weights_.get());
+    const std::int64_t size = count * rows_ * p_.num_realizations;
+    for (std::int64_t i = 0; i < size; ++i) grad_weights_[i] = 0;
     basis_of_.set_head(head);
     for (n0_ = 0; n0_ < p_.length; n0_ += kTile) {
       size_ = min_of(kTile, p_.length - n0_);
       basis_of_.fill(n0_, size_, d0_, count_, basis_);
-      load_tile();
+      load_x<Storage>(p_, head_, n0_, size_, d0_, count_, x_.get());
+      load_g();
       if (p_.batch == 1) {
         tile_of_one_row();
       } else {
@@ -292,25 +392,40 @@ class Backward {
       }
       if (p_.grad_x != nullptr) store_grad_x();
     }
+    store_grad_weights();
   }
 
  private:
   bool wants_phases() const { return p_.grad_freqs != nullptr || grad_positions_ != nullptr; }
 
-  // x as [t, b, d] and the gradient as [t, b, r], zero beyond R.
-  void load_tile() {
-    const auto& xs = p_.x_strides;
-    const auto& gs = p_.grad_out_strides;
-    const Storage* x =
-        static_cast<const Storage*>(p_.x) + n0_ * xs[1] + head_ * xs[2] + d0_ * xs[3];
-    const Storage* g = static_cast<const Storage*>(p_.grad_out) + n0_ * gs[1] + head_ * gs[2];
+  // The gradient of the output as [t, b, r], zero beyond R.
+  void load_g() {
+    const auto& strides = p_.grad_out_strides;
+    const Storage* g =
+        static_cast<const Storage*>(p_.grad_out) + n0_ * strides[1] + head_ * strides[2];
+    T* row = g_;
     for (std::int64_t t = 0; t < size_; ++t) {
-      for (std::int64_t b = 0; b < p_.batch; ++b) {
-        const std::int64_t row = t * p_.batch + b;
-        load_row(x + b * xs[0] + t * xs[1], xs[3], count_, x_ + row * count_);
-        T* g_row = g_ + row * width_;
-        load_row(g + b * gs[0] + t * gs[1], gs[3], p_.num_realizations, g_row);
-        for (std::int64_t r = p_.num_realizations; r < width_; ++r) g_row[r] = 0;
+      for (std::int64_t b = 0; b < p_.batch; ++b, row += width_) {
+        load_row(g + b * strides[0] + t * strides[1], strides[3], p_.num_realizations, row);
+        for (std::int64_t r = p_.num_realizations; r < width_; ++r) row[r] = 0;
+      }
+    }
+  }
+
+  bool wants_weights() const { return p_.grad_weight != nullptr || p_.grad_constant != nullptr; }
+
+  void store_grad_weights() {
+    const std::int64_t real = p_.num_realizations, sine_rows = 2 * p_.num_sines * real;
+    const std::int64_t first = head_ * p_.in_features + d0_;
+    for (std::int64_t d = 0; d < count_; ++d) {
+      const T* grad = grad_weights_ + d * rows_ * real;
+      if (p_.grad_weight != nullptr) {
+        std::memcpy(static_cast<T*>(p_.grad_weight) + (first + d) * sine_rows, grad,
+                    sine_rows * sizeof(T));
+      }
+      if (p_.grad_constant != nullptr) {
+        std::memcpy(static_cast<T*>(p_.grad_constant) + (first + d) * real, grad + sine_rows,
+                    real * sizeof(T));
       }
     }
   }
@@ -330,7 +445,7 @@ class Backward {
     const std::int64_t real = p_.num_realizations;
     T column[kTile];
     if (p_.grad_x != nullptr || wants_phases()) {
-      gemm(Op::kPlain, Op::kTransposed, count_ * rows_, size_, real, weight_, real, g_, width_,
+      gemm(Op::kPlain, Op::kTransposed, count_ * rows_, size_, real, weights_, real, g_, width_,
            T(0), grad_basis_, kTile);
       for (std::int64_t d = 0; d < count_; ++d) {
         T sum[kTile];
@@ -350,49 +465,41 @@ class Backward {
       }
       if (wants_phases()) add_phase_gradients();
     }
-    if (grad_weight_ != nullptr) {
-      for (std::int64_t d = 0; d < count_; ++d) {
-        for (std::int64_t t = 0; t < size_; ++t) column[t] = x_[t * count_ + d];
-        for (std::int64_t j = d * rows_; j < (d + 1) * rows_; ++j) {
-          for (std::int64_t t = 0; t < size_; ++t) basis_[j * kTile + t] *= column[t];
-        }
-      }
+    if (wants_weights()) {
+      scale_basis(x_.get(), size_, count_, rows_, basis_.get());
       gemm(Op::kPlain, Op::kPlain, count_ * rows_, real, size_, basis_, kTile, g_, width_, T(1),
-           grad_weight_, real);
+           grad_weights_, real);
     }
   }
 
   void tile_of_many_rows() {
     const std::int64_t real = p_.num_realizations, batch = p_.batch;
+    const std::int64_t stride = code_stride<T>(count_, width_);
     if (p_.grad_x != nullptr) {
       for (std::int64_t d = 0; d < count_; ++d) {
         code_tile(size_, real, width_, rows_, basis_ + d * rows_ * kTile,
-                  weight_ + d * rows_ * real, code_ + d * width_, count_ * width_);
+                  weights_ + d * rows_ * real, code_ + d * width_, stride);
       }
       for (std::int64_t t = 0; t < size_; ++t) {
-        dot<T>(batch, count_, width_, g_ + t * batch * width_, code_ + t * count_ * width_,
+        dot<T>(batch, count_, width_, g_ + t * batch * width_, code_ + t * stride,
                grad_x_ + t * batch * count_);
       }
     }
-    if (grad_weight_ == nullptr && !wants_phases()) return;
+    if (!wants_weights() && !wants_phases()) return;
+    // The codes have been used: their tile now takes their gradient.
+    for (std::int64_t t = 0; t < size_; ++t) {
+      outer(batch, count_, width_, x_ + t * batch * count_, g_ + t * batch * width_,
+            code_ + t * stride);
+    }
     for (std::int64_t d = 0; d < count_; ++d) {
-      for (std::int64_t t = 0; t < size_; ++t) {
-        for (std::int64_t r = 0; r < width_; r += kLanes<T>) {
-          Vec<T> sum = {};
-          for (std::int64_t b = 0; b < batch; ++b) {
-            sum += x_[(t * batch + b) * count_ + d] * load_vec(g_ + (t * batch + b) * width_ + r);
-          }
-          store_vec(grad_code_ + t * width_ + r, sum);
-        }
-      }
-      const T* basis = basis_ + d * rows_ * kTile;
-      if (grad_weight_ != nullptr) {
-        gemm(Op::kPlain, Op::kPlain, rows_, real, size_, basis, kTile, grad_code_, width_, T(1),
-             grad_weight_ + d * rows_ * real, real);
+      const T* grad_code = code_ + d * width_;
+      if (wants_weights()) {
+        gemm(Op::kPlain, Op::kPlain, rows_, real, size_, basis_ + d * rows_ * kTile, kTile,
+             grad_code, stride, T(1), grad_weights_ + d * rows_ * real, real);
       }
       if (wants_phases()) {
-        gemm(Op::kPlain, Op::kTransposed, rows_, size_, real, weight_ + d * rows_ * real, real,
-             grad_code_, width_, T(0), grad_basis_ + d * rows_ * kTile, kTile);
+        gemm(Op::kPlain, Op::kTransposed, rows_, size_, real, weights_ + d * rows_ * real, real,
+             grad_code, stride, T(0), grad_basis_ + d * rows_ * kTile, kTile);
       }
     }
     if (wants_phases()) add_phase_gradients();
@@ -401,27 +508,25 @@ class Backward {
   // The phase of sine k, in cycles, is freq . position: its derivative is 2 pi (cos . dB_sin - sin
   // . dB_cos). Sums over positions are kept in double: the terms grow with the position.
   void add_phase_gradients() {
+    load_positions();
     for (std::int64_t d = 0; d < count_; ++d) {
       for (std::int64_t k = 0; k < p_.num_sines; ++k) {
         const T* cos_row = basis_ + (d * rows_ + 2 * k) * kTile;
         const T* sin_row = cos_row + kTile;
         const T* grad_cos = grad_basis_ + (d * rows_ + 2 * k) * kTile;
         const T* grad_sin = grad_cos + kTile;
-        double grad_phase[kTile];
+        double grad_phase[kTile] = {};
         for (std::int64_t t = 0; t < size_; ++t) {
           grad_phase[t] = core::kTwoPi * (cos_row[t] * grad_sin[t] - sin_row[t] * grad_cos[t]);
         }
         const std::int64_t dk = ((head_ * p_.in_features + d0_ + d) * p_.num_sines + k) * p_.ndim;
         for (std::int64_t i = 0; i < p_.ndim; ++i) {
           if (p_.grad_freqs != nullptr) {
-            double sum = 0;
-            for (std::int64_t t = 0; t < size_; ++t) {
-              const double position = p_.positions == nullptr
-                                          ? p_.start + static_cast<double>(n0_ + t)
-                                          : p_.positions[(n0_ + t) * p_.ndim + i];
-              sum += grad_phase[t] * position;
+            Vec<double> sum = {};
+            for (std::int64_t t = 0; t < kTile; t += kLanes<double>) {
+              sum += load_vec(grad_phase + t) * load_vec(positions_ + i * kTile + t);
             }
-            p_.grad_freqs[dk + i] += sum;
+            p_.grad_freqs[dk + i] += sum_lanes<double>(sum);
           }
           if (grad_positions_ != nullptr) {
             for (std::int64_t t = 0; t < size_; ++t) {
@@ -433,18 +538,33 @@ class Backward {
     }
   }
 
+  // Positions of the tile as [ndim, t], zero beyond its size.
+  void load_positions() {
+    for (std::int64_t i = 0; i < p_.ndim; ++i) {
+      double* row = positions_ + i * kTile;
+      for (std::int64_t t = 0; t < kTile; ++t) {
+        if (t >= size_) {
+          row[t] = 0;
+        } else if (p_.positions == nullptr) {
+          row[t] = p_.start + static_cast<double>(n0_ + t);
+        } else {
+          row[t] = p_.positions[(n0_ + t) * p_.ndim + i];
+        }
+      }
+    }
+  }
+
   const SineFilterBackwardParams& p_;
   const std::int64_t rows_, width_;
   Basis<T> basis_of_;
-  Workspace<T> basis_, grad_basis_;  // [d, j, t]
-  Workspace<T> x_, grad_x_;          // [t, b, d]
-  Workspace<T> g_;                   // [t, b, r]
-  Workspace<T> code_;                // [t, d, r]
-  Workspace<T> grad_code_;           // [t, r], of one feature
+  Workspace<T> weights_, grad_weights_;  // [d, j, r]
+  Workspace<T> basis_, grad_basis_;      // [d, j, t]
+  Workspace<T> x_, grad_x_;              // [t, b, d]
+  Workspace<T> g_;                       // [t, b, r]
+  Workspace<T> code_;                    // [t, d, r]
+  Workspace<double> positions_;          // [ndim, t]
   // The task and the tile at hand.
   std::int64_t head_, d0_, count_, n0_, size_;
-  const T* weight_;
-  T* grad_weight_;
   double* grad_positions_;
 };
 

@@ -6,7 +6,7 @@ namespace torch_spe::cuda {
 namespace {
 
 TORCH_SPE_INLINE std::int64_t num_rows(const SineFilterParams& p) {
-  return 2 * p.num_sines + (p.has_constant ? 1 : 0);
+  return 2 * p.num_sines + (p.constant != nullptr ? 1 : 0);
 }
 
 TORCH_SPE_DEVICE double position_of(const SineFilterParams& p, std::int64_t n, std::int64_t i) {
@@ -36,24 +36,39 @@ struct Chunks {
   TORCH_SPE_INLINE explicit Chunks(const SineFilterParams& p)
       : sines(p.in_features * p.num_sines),
         sine_chunks(ceil_div(2 * sines, kColumns)),
-        count(sine_chunks + (p.has_constant ? ceil_div(p.in_features, kColumns) : 0)) {}
+        count(sine_chunks + (p.constant != nullptr ? ceil_div(p.in_features, kColumns) : 0)) {}
 
-  // Row of weight[head] that belongs to a column of a chunk, or -1.
-  TORCH_SPE_DEVICE std::int64_t weight_row(const SineFilterParams& p, std::int64_t chunk,
-                                           int column) const {
+  // The row of a head's coefficients, weight [D, 2K, R] or constant [D, R], that belongs to a
+  // column of a chunk; null beyond the last.
+  template <class Number>
+  TORCH_SPE_DEVICE Number* row(const SineFilterParams& p, Number* weight, Number* constant,
+                               std::int64_t chunk, int column) const {
     if (chunk < sine_chunks) {
-      const std::int64_t sine = chunk * (kColumns / 2) + column / 2;
-      if (sine >= sines) return -1;
-      const std::int64_t constants_before =
-          p.has_constant
-              ? static_cast<std::uint32_t>(sine) / static_cast<std::uint32_t>(p.num_sines)
-              : 0;
-      return 2 * sine + column % 2 + constants_before;
+      const std::int64_t row = chunk * kColumns + column;
+      return row < 2 * sines ? weight + row * p.num_realizations : nullptr;
     }
-    const std::int64_t d = (chunk - sine_chunks) * kColumns + column;
-    return d < p.in_features ? (d + 1) * num_rows(p) - 1 : -1;
+    const std::int64_t row = (chunk - sine_chunks) * kColumns + column;
+    return row < p.in_features ? constant + row * p.num_realizations : nullptr;
   }
 };
+
+// The coefficients of a head.
+template <class Storage>
+TORCH_SPE_DEVICE const Storage* weight_of(const SineFilterParams& p, std::int64_t head) {
+  return static_cast<const Storage*>(p.weight) +
+         head * p.in_features * 2 * p.num_sines * p.num_realizations;
+}
+template <class Storage>
+TORCH_SPE_DEVICE const Storage* constant_of(const SineFilterParams& p, std::int64_t head) {
+  return p.constant == nullptr
+             ? nullptr
+             : static_cast<const Storage*>(p.constant) + head * p.in_features * p.num_realizations;
+}
+template <class Storage>
+TORCH_SPE_DEVICE bool coefficients_are_aligned(const SineFilterParams& p) {
+  return rows_are_aligned<Storage>(p.weight, p.num_realizations) &&
+         rows_are_aligned<Storage>(p.constant, p.num_realizations);
+}
 
 // x (.) basis for a tile of tokens and a chunk of columns: out[row][column], zero outside.
 template <class Storage, class Operand, int kRows, int kColumns>
@@ -140,9 +155,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const SineFilterParam
   const std::int64_t r0 = block % real_tiles * Shape::kReal;
   const std::int64_t tile = block / real_tiles % tiles.count();
   const std::int64_t head = block / real_tiles / tiles.count();
-  const Storage* const weight =
-      static_cast<const Storage*>(p.weight) + head * p.in_features * num_rows(p) * real + r0;
-  const bool aligned = rows_are_aligned<Storage>(p.weight, real);
+  const Storage* const weight = weight_of<Storage>(p, head);
+  const Storage* const constant = constant_of<Storage>(p, head);
+  const bool aligned = coefficients_are_aligned<Storage>(p);
 
   TileProduct<Operand, Shape::kTokens, Shape::kReal, Shape::kColumns> product;
   product.clear();
@@ -151,8 +166,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const SineFilterParam
     Operand* const weight_tile = shared.weight + chunk % 2 * shared.kWeight;
     copy_tile<Shape::kColumns, Shape::kReal, Storage>(
         weight_tile, real - r0, 1, aligned, [&](int column) {
-          const std::int64_t row = chunks.weight_row(p, chunk, column);
-          return row < 0 ? nullptr : weight + row * real;
+          const Storage* const row = chunks.row(p, weight, constant, chunk, column);
+          return row == nullptr ? nullptr : row + r0;
         });
     fill_products<Storage, Operand, Shape::kTokens, Shape::kColumns>(p, tiles, tile, head, chunk,
                                                                      products);
@@ -250,9 +265,9 @@ __global__ void __launch_bounds__(kThreads)
       static_cast<const Storage*>(p.x) + head * p.x_strides[2] + d0 * p.x_strides[3];
   const Storage* const grad_out =
       static_cast<const Storage*>(p.grad_out) + head * p.grad_out_strides[2];
-  const Storage* const weight =
-      static_cast<const Storage*>(p.weight) + (head * p.in_features + d0) * rows * real;
-  const bool weight_aligned = rows_are_aligned<Storage>(p.weight, real);
+  const Storage* const weight = weight_of<Storage>(p, head) + d0 * 2 * sines * real;
+  const Storage* const constant = constant_of<Storage>(p, head);
+  const bool weight_aligned = coefficients_are_aligned<Storage>(p);
   const bool grad_aligned = rows_are_aligned<Storage>(p.grad_out, p.grad_out_strides[0]) &&
                             rows_are_aligned<Storage>(p.grad_out, p.grad_out_strides[1]) &&
                             rows_are_aligned<Storage>(p.grad_out, p.grad_out_strides[2]);
@@ -294,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
         T* const to = shared.basis + t * kRow + column_of(sine);
         basis_at(p, head, d0 * sines + k0 + sine, n0 + t, to, to + 1);
       }
-      if (p.has_constant && column0 + columns == features * rows) {
+      if (p.constant != nullptr && column0 + columns == features * rows) {
         const int constants = groups.tiles == 1 ? features : 1;
         for (int i = thread; i < positions * constants; i += kThreads) {
           const int column = (i % constants + 1) * feature_columns - 1;
@@ -316,7 +331,11 @@ __global__ void __launch_bounds__(kThreads)
             });
         copy_tile<Shape::kColumns, Shape::kReal, Storage>(
             shared.weight, real - r0, 1, weight_aligned, [&](int column) {
-              return column < columns ? weight + (column0 + column) * real + r0 : nullptr;
+              const int feature = groups.tiles == 1 ? column / static_cast<int>(rows) : 0;
+              const std::int64_t j = column0 + column - feature * rows;
+              const Storage* const row = j < 2 * sines ? weight + (feature * 2 * sines + j) * real
+                                                       : constant + (d0 + feature) * real;
+              return column < columns ? row + r0 : nullptr;
             });
         copy_async_wait();
         __syncthreads();
@@ -435,7 +454,9 @@ std::int64_t weight_segments(const SineFilterParams& p) {
 template <class Storage, class Operand>
 __global__ void __launch_bounds__(kThreads)
     backward_weight_kernel(const SineFilterBackwardParams p, std::int64_t segments,
-                           core::accumulate_t<Storage>* weight_parts) {  // [segment, H, D, J, R]
+                           core::accumulate_t<Storage>* weight_parts,      // [segment, H, D, 2K, R]
+                           core::accumulate_t<Storage>* constant_parts) {  // [segment, H, D, R]
+  using T = core::accumulate_t<Storage>;
   using Shape = WeightShape<Operand>;
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
@@ -476,38 +497,41 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // one is enough, as in the forward kernel
     product.template multiply<Major::kOuter, Major::kOuter>(products, grad_tile);
   }
-  auto* const out =
-      weight_parts + (segment * p.num_heads + head) * p.in_features * num_rows(p) * real;
-  product.for_each([&](int column, int r, auto value) {
-    const std::int64_t row = chunks.weight_row(p, chunk, column);
-    if (row >= 0 && r0 + r < real) out[row * real + r0 + r] = value;
+  const std::int64_t rows = (segment * p.num_heads + head) * p.in_features;
+  product.for_each([&](int column, int r, T value) {
+    T* const row = chunks.row(p, weight_parts + rows * 2 * p.num_sines * real,
+                              constant_parts + rows * real, chunk, column);
+    if (row != nullptr && r0 + r < real) row[r0 + r] = value;
   });
 }
 
 // Parts of the scratch memory of the backward pass.
+template <class Operand>
 struct Workspace {
+  using T = core::accumulate_t<Operand>;
   std::int64_t data_segments, weight_segments, position_parts;
-  std::int64_t num_freqs, num_weights, num_positions;
-  double* freqs = nullptr;
-  double* positions = nullptr;
-  void* weight = nullptr;
+  std::int64_t num_freqs, num_weights, num_constants, num_positions;
+  double *freqs = nullptr, *positions = nullptr;
+  T *weight = nullptr, *constant = nullptr;
   std::size_t size = 0;
 
-  template <class Operand>
-  Workspace(const SineFilterBackwardParams& p, Operand, unsigned char* base)
+  Workspace(const SineFilterBackwardParams& p, void* memory)
       : data_segments(cuda::data_segments<Operand>(p)),
         weight_segments(cuda::weight_segments<Operand>(p)),
         position_parts(TokenTiles(p.batch, p.length, DataShape<Operand>::kTokens).batch_tiles *
                        p.num_heads * FeatureGroups<DataShape<Operand>::kColumns>(p).count),
         num_freqs(p.num_heads * p.in_features * p.num_sines * p.ndim),
-        num_weights(p.num_heads * p.in_features * num_rows(p) * p.num_realizations),
+        num_weights(p.num_heads * p.in_features * 2 * p.num_sines * p.num_realizations),
+        num_constants(p.num_heads * p.in_features * p.num_realizations),
         num_positions(p.length * p.ndim) {
-    Carver carver(base);
+    Carver carver(static_cast<unsigned char*>(memory));
     if (p.grad_freqs != nullptr) freqs = carver.take<double>(data_segments * num_freqs);
     if (p.grad_positions != nullptr)
       positions = carver.take<double>(position_parts * num_positions);
-    if (p.grad_weight != nullptr)
-      weight = carver.take<core::accumulate_t<Operand>>(weight_segments * num_weights);
+    if (p.grad_weight != nullptr || p.grad_constant != nullptr) {
+      weight = carver.take<T>(weight_segments * num_weights);
+      if (p.constant != nullptr) constant = carver.take<T>(weight_segments * num_constants);
+    }
     size = carver.size();
   }
 };
@@ -515,7 +539,7 @@ struct Workspace {
 template <class Storage, class Operand>
 void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
   using T = core::accumulate_t<Storage>;
-  const Workspace workspace(p, Operand{}, static_cast<unsigned char*>(memory));
+  const Workspace<Operand> workspace(p, memory);
   if (p.grad_x != nullptr || p.grad_freqs != nullptr || p.grad_positions != nullptr) {
     Carver size;
     DataShared<Operand>{size};
@@ -530,16 +554,18 @@ void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
       sum_parts(workspace.positions, workspace.position_parts, workspace.num_positions,
                 p.grad_positions, stream);
   }
-  if (p.grad_weight != nullptr) {
-    Carver size;
-    WeightShared<Operand>{size};
-    const std::int64_t blocks = workspace.weight_segments * weight_blocks<Operand>(p);
-    T* const parts = static_cast<T*>(workspace.weight);
-    launch(backward_weight_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(),
-           stream, p, workspace.weight_segments, parts);
-    sum_parts(parts, workspace.weight_segments, workspace.num_weights,
+  if (p.grad_weight == nullptr && p.grad_constant == nullptr) return;
+  Carver size;
+  WeightShared<Operand>{size};
+  const std::int64_t blocks = workspace.weight_segments * weight_blocks<Operand>(p);
+  launch(backward_weight_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(),
+         stream, p, workspace.weight_segments, workspace.weight, workspace.constant);
+  if (p.grad_weight != nullptr)
+    sum_parts(workspace.weight, workspace.weight_segments, workspace.num_weights,
               static_cast<T*>(p.grad_weight), stream);
-  }
+  if (p.grad_constant != nullptr)
+    sum_parts(workspace.constant, workspace.weight_segments, workspace.num_constants,
+              static_cast<T*>(p.grad_constant), stream);
 }
 
 }  // namespace
@@ -561,7 +587,8 @@ void sine_filter_forward(const SineFilterParams& p, bool allow_tf32, Stream stre
 std::size_t sine_filter_backward_workspace(const SineFilterBackwardParams& p) {
   std::size_t size = 0;
   // The same whether tf32 is allowed or not: tiles of both have the same shapes.
-  visit_storage(p.dtype, [&](auto storage) { size = Workspace(p, storage, nullptr).size; });
+  visit_storage(p.dtype,
+                [&](auto storage) { size = Workspace<decltype(storage)>(p, nullptr).size; });
   return size;
 }
 

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
+#include <cmath>
+
 namespace torch_spe::ops {
 
 void check_data(const char* op, const char* name, const at::Tensor& tensor, int64_t dim,
@@ -31,6 +33,9 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
 
 void check_finite(const char* op, const char* name, const at::Tensor& tensor) {
   if (!tensor.device().is_cpu() || !tensor.is_floating_point() || tensor.numel() == 0) return;
+  // One pass finds out in the usual case; a sum that merely overflows is looked at more closely.
+  const auto type = tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if (std::isfinite(at::sum(tensor.detach(), type).item<double>())) return;
   const at::Tensor finite = at::isfinite(tensor.detach());
   if (finite.all().item<bool>()) return;
   const at::Tensor index = at::nonzero(finite.logical_not())[0];

@@ -88,9 +88,9 @@ void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weigh
   TORCH_CHECK_VALUE(std::isfinite(start), kOp, ": start must be finite, got ", start);
 }
 
-// The tensors that the kernels read, with the constant as a last row of the weight.
+// The tensors that the kernels read.
 struct Inputs {
-  at::Tensor x, freqs, weight, positions;
+  at::Tensor x, freqs, weight, constant, positions;
 
   Inputs(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
          const OptionalTensor& constant, const OptionalTensor& positions)
@@ -98,14 +98,12 @@ struct Inputs {
     const auto type = sine_filter_kernels(x.device().type()).weight_has_type_of_x
                           ? x.scalar_type()
                           : accumulate_type(x.scalar_type());
-    this->weight = weight.to(type);
-    if (constant.has_value())
-      this->weight = at::cat({this->weight, constant->to(type).unsqueeze(2)}, 2);
-    this->weight = this->weight.contiguous();
+    this->weight = weight.to(type).contiguous();
+    if (constant.has_value()) this->constant = constant->to(type).contiguous();
     if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
   }
 
-  void fill(core::SineFilterParams& p, const OptionalTensor& constant, double start) const {
+  void fill(core::SineFilterParams& p, double start) const {
     p.dtype = to_dtype(x.scalar_type());
     p.batch = x.size(0);
     p.length = x.size(1);
@@ -114,12 +112,12 @@ struct Inputs {
     p.num_sines = freqs.size(2);
     p.num_realizations = weight.size(3);
     p.ndim = freqs.dim() == 4 ? freqs.size(3) : 1;
-    p.has_constant = constant.has_value();
     p.num_threads = at::get_num_threads();
     p.x = x.const_data_ptr();
     std::copy_n(x.strides().data(), 4, p.x_strides);
     p.freqs = freqs.const_data_ptr<double>();
     p.weight = weight.const_data_ptr();
+    p.constant = constant.defined() ? constant.const_data_ptr() : nullptr;
     p.positions = positions.defined() ? positions.const_data_ptr<double>() : nullptr;
     p.start = start;
   }
@@ -136,7 +134,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tenso
   at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), weight.size(3)}, x.options());
   if (out.numel() == 0) return out;
   core::SineFilterParams params;
-  inputs.fill(params, constant, start);
+  inputs.fill(params, start);
   params.out = out.mutable_data_ptr();
   sine_filter_kernels(x.device().type()).forward(params, x);
   return out;
@@ -150,50 +148,61 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& freqs, const at::
                           x.options());
 }
 
+void check_grad_out(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& weight) {
+  check_data(kOp, "grad_out", grad_out, 4, "[B, N, H, R]");
+  check_same_device(kOp, "grad_out", grad_out, x, "x");
+  TORCH_CHECK_TYPE(grad_out.scalar_type() == x.scalar_type(), kOp, ": grad_out must be ",
+                   x.scalar_type(), " like x, got ", grad_out.scalar_type());
+  check_size(kOp, "grad_out", grad_out, 0, x.sym_size(0), "B of x");
+  check_size(kOp, "grad_out", grad_out, 1, x.sym_size(1), "N of x");
+  check_size(kOp, "grad_out", grad_out, 2, x.sym_size(2), "H of x");
+  check_size(kOp, "grad_out", grad_out, 3, weight.sym_size(3), "R of weight");
+}
+
 Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
                    const at::Tensor& weight, const OptionalTensor& constant,
                    const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
-  check_data(kOp, "grad_out", grad_out, 4, "[B, N, H, R]");
+  check_grad_out(grad_out, x, weight);
   const Inputs inputs(x, freqs, weight, constant, positions);
-  const bool want_weight = mask[2] || (mask[3] && constant.has_value());
-  const bool want_positions = mask[4] && positions.has_value();
+  const auto zeros = [](bool wanted, const at::Tensor& t) {
+    if (!wanted || !t.defined()) return at::Tensor();
+    return at::zeros_like(t, t.options().dtype(accumulate_type(t.scalar_type())));
+  };
+  const auto data = [](const at::Tensor& t) {
+    return t.defined() ? t.mutable_data_ptr() : nullptr;
+  };
   at::Tensor grad_x = mask[0] ? at::empty(x.sizes(), x.options()) : at::Tensor();
-  at::Tensor grad_freqs = mask[1] ? at::zeros_like(inputs.freqs) : at::Tensor();
-  at::Tensor grad_weight =
-      want_weight ? at::zeros_like(inputs.weight,
-                                   inputs.weight.options().dtype(accumulate_type(x.scalar_type())))
-                  : at::Tensor();
-  at::Tensor grad_positions = want_positions ? at::zeros_like(inputs.positions) : at::Tensor();
+  at::Tensor grad_freqs = zeros(mask[1], inputs.freqs);
+  at::Tensor grad_weight = zeros(mask[2], inputs.weight);
+  at::Tensor grad_constant = zeros(mask[3], inputs.constant);
+  at::Tensor grad_positions = zeros(mask[4], inputs.positions);
   if (x.numel() > 0) {
     core::SineFilterBackwardParams params;
-    inputs.fill(params, constant, start);
+    inputs.fill(params, start);
     params.out = nullptr;
     params.grad_out = grad_out.const_data_ptr();
     std::copy_n(grad_out.strides().data(), 4, params.grad_out_strides);
-    params.grad_x = mask[0] ? grad_x.mutable_data_ptr() : nullptr;
-    params.grad_freqs = mask[1] ? grad_freqs.mutable_data_ptr<double>() : nullptr;
-    params.grad_weight = want_weight ? grad_weight.mutable_data_ptr() : nullptr;
-    params.grad_positions = want_positions ? grad_positions.mutable_data_ptr<double>() : nullptr;
+    params.grad_x = data(grad_x);
+    params.grad_freqs = static_cast<double*>(data(grad_freqs));
+    params.grad_weight = data(grad_weight);
+    params.grad_constant = data(grad_constant);
+    params.grad_positions = static_cast<double*>(data(grad_positions));
     sine_filter_kernels(x.device().type()).backward(params, x);
   }
-  at::Tensor grad_constant;
-  if (want_weight) {
-    const int64_t rows = weight.size(2);
-    if (mask[3] && constant.has_value())
-      grad_constant = grad_weight.select(2, rows).to(constant->scalar_type(), false, true);
-    grad_weight = mask[2] ? grad_weight.narrow(2, 0, rows).to(weight.scalar_type()).contiguous()
-                          : at::Tensor();
-  }
-  if (mask[1]) grad_freqs = grad_freqs.to(freqs.scalar_type());
-  if (want_positions) grad_positions = grad_positions.to(positions->scalar_type());
-  return {grad_x, grad_freqs, grad_weight, grad_constant, grad_positions};
+  const auto like = [](const at::Tensor& grad, const at::Tensor& t) {
+    return grad.defined() ? grad.to(t.scalar_type()) : grad;
+  };
+  return {grad_x, like(grad_freqs, freqs), like(grad_weight, weight),
+          constant.has_value() ? like(grad_constant, *constant) : at::Tensor(),
+          positions.has_value() ? like(grad_positions, *positions) : at::Tensor()};
 }
 
 Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
                         const at::Tensor& weight, const OptionalTensor& constant,
                         const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
+  check_grad_out(grad_out, x, weight);
   const auto like = [](bool wanted, const at::Tensor& t) {
     return wanted ? at::empty_symint(t.sym_sizes(), t.options()) : at::Tensor();
   };
@@ -310,6 +319,7 @@ SineFilterKernels& sine_filter_kernels(c10::DeviceType device) {
   static SineFilterKernels cuda = sine_filter_cuda_kernels();
   if (device == c10::kCUDA) return cuda;
 #endif
+  (void)device;
   return cpu;
 }
 

@@ -1,30 +1,35 @@
-"""Loads the compiled part, after checking that it was built for the torch in use."""
+"""Loads the compiled part, after checking that it was built for the torch and the Python in use."""
 
 import json
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
-_HERE = Path(__file__).parent
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps torch-spe"
+_REBUILD = (
+    "rebuild it in its source tree with "
+    "'pip install --no-build-isolation --no-deps --force-reinstall .' ('make build' in a clone)"
+)
 
 
-def _check_torch() -> None:
+def _check_build(folder: Path, torch_version: str) -> None:
+    """Raise ImportError with the mend where loading would fail with an undefined symbol."""
     try:
-        built_for = json.loads((_HERE / "_build_info.json").read_text())["torch"]
+        built_for = json.loads((folder / "_build_info.json").read_text())["torch"]
     except FileNotFoundError:
         raise ImportError(
-            "the compiled part of torch_spe is missing; build it with "
-            "'pip install --no-build-isolation -e .' in its source tree"
+            f"the compiled part of torch_spe is missing in {folder}; {_REBUILD}"
         ) from None
-    if built_for.split("+")[0] != torch.__version__.split("+")[0]:
+    # A local version such as +cpu or +cu130 names another build of the same sources.
+    if built_for.split("+")[0] != torch_version.split("+")[0]:
         raise ImportError(
-            f"torch_spe was built for torch {built_for}, but torch {torch.__version__} is installed; "
-            f"rebuild it with '{_REBUILD}' (or, in its source tree, "
-            "'pip install --no-build-isolation .')"
+            f"torch_spe was built for torch {built_for}, but torch {torch_version} is installed; "
+            f"{_REBUILD}, or install the other torch with 'pip install torch=={built_for}'"
         )
+    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        raise ImportError(f"torch_spe was built for another version of Python; {_REBUILD}")
 
 
-_check_torch()
+_check_build(Path(__file__).parent, torch.__version__)
 
-from torch_spe import _C  # noqa: E402
+from torch_spe import _C  # noqa: E402, F401

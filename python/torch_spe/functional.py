@@ -55,3 +55,16 @@ def sine_filter(
         torch.Size([2, 100, 4, 32])
     """
     return torch.ops.torch_spe.sine_filter(x, freqs, weight, constant, positions, start)
+
+
+def linear_attention(
+    q, k, v, *, feature_map="elu", causal=False, normalize=True, eps=1e-6,
+    key_padding_mask=None, cu_seqlens=None, initial_state=None, return_state=False,
+):  # fmt: skip
+    """Stand-in until the operator is there."""
+    from torch_spe import reference
+
+    out, state = reference.linear_attention(
+        q, k, v, feature_map, causal, normalize, eps, key_padding_mask, cu_seqlens, initial_state
+    )
+    return (out, state) if return_state else out

@@ -1,6 +1,7 @@
 """The equations in plain PyTorch: the specification that the fast operators are tested against.
 
-Nothing here is meant to be fast. Everything is differentiable as often as wanted, and computes in the type of its inputs.
+Nothing here is meant to be fast. Everything is differentiable as often as wanted, and computes in
+the type of its inputs.
 """
 
 from __future__ import annotations
@@ -40,6 +41,78 @@ def sine_filter(
     if constant is not None:
         code = code + constant
     return torch.einsum("bnhd,nhdr->bnhr", x, code.to(x.dtype))
+
+
+def sine_cycles(freqs: Tensor) -> Tensor:  # like freqs, [H, D, K] or [H, D, K, ndim]
+    """Frequencies in cycles per position from the parameter `freqs` of `torch_spe.SineSPE`."""
+    if freqs.dim() == 3:
+        return torch.sigmoid(freqs) / 2
+    return torch.cat((torch.sigmoid(freqs[..., :1]) / 2, torch.sigmoid(freqs[..., 1:]) - 0.5), -1)
+
+
+def sine_codes(
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim], the parameters of torch_spe.SineSPE
+    offsets: Tensor,  # [H, D, K]
+    gains: Tensor,  # [H, D, K]
+    noise: Tensor,  # [H, D, 2K, R]
+    positions: Tensor,  # [N] or [N, ndim]
+) -> tuple[Tensor, Tensor]:  # qbar, kbar, each [N, H, D, R]
+    """Codes of `torch_spe.SineSPE`, with the offset in the query's phase, as in the paper."""
+    basis = sine_basis(sine_cycles(freqs), positions).to(noise.dtype).unflatten(-1, (-1, 2))
+    cos, sin = basis.unbind(-1)  # [N, H, D, K]
+    turned = torch.stack(
+        (
+            cos * torch.cos(offsets) - sin * torch.sin(offsets),
+            sin * torch.cos(offsets) + cos * torch.sin(offsets),
+        ),
+        dim=-1,
+    )
+    gain = torch.nn.functional.softplus(gains).repeat_interleave(2, dim=-1)
+    z = gain[..., None] * noise / math.sqrt(2 * gains.shape[-1])
+    scale = (noise.shape[-1] * freqs.shape[1]) ** 0.25
+    return tuple(torch.einsum("nhdj,hdjr->nhdr", b.flatten(-2), z) / scale for b in (turned, basis))
+
+
+def gated_code(
+    code: Tensor,  # [N, H, D, R]
+    gate: Tensor,  # [H, D], the parameter of torch_spe.SPEFilter
+    noise: Tensor,  # [H, D, R]
+) -> Tensor:  # [N, H, D, R]
+    """Mix of a positional code and one that is the same at all positions."""
+    share = torch.sigmoid(gate)[..., None]
+    scale = (code.shape[-1] * code.shape[-2]) ** 0.25
+    return torch.sqrt(1 - share) * code + torch.sqrt(share) * noise / scale
+
+
+def apply_code(x: Tensor, code: Tensor) -> Tensor:
+    """Encode `x` ``[B, N, H, D]`` with a code ``[N, H, D, R]``; the result is ``[B, N, H, R]``."""
+    return torch.einsum("bnhd,nhdr->bnhr", x, code)
+
+
+def sine_template(
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim], the parameters of torch_spe.SineSPE
+    offsets: Tensor,  # [H, D, K]
+    gains: Tensor,  # [H, D, K]
+    lags: Tensor,  # [L] or [L, ndim], position of the query minus position of the key
+) -> Tensor:  # [H, D, L]
+    """Position kernels P_d(lag) of `torch_spe.SineSPE`."""
+    if freqs.dim() == 3:
+        freqs, lags = freqs.unsqueeze(-1), lags.unsqueeze(-1)
+    cycles = torch.einsum("li,hdki->hdkl", lags.to(freqs.dtype), sine_cycles(freqs))
+    power = torch.nn.functional.softplus(gains) ** 2 / (2 * gains.shape[-1])
+    waves = torch.cos(2 * math.pi * cycles + offsets[..., None])
+    return torch.einsum("hdk,hdkl->hdl", power, waves)
+
+
+def rotate(
+    x: Tensor,  # [B, N, H, D]
+    cycles: Tensor,  # [H, D / 2], cycles per position
+    positions: Tensor,  # [N]
+) -> Tensor:  # [B, N, H, D]
+    """Rotary positions: features 2i and 2i + 1 as one complex number, turned by 2 pi f_i n."""
+    angle = 2 * math.pi * positions.double()[:, None, None] * cycles.double()
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
 
 FEATURE_MAPS = {

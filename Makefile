@@ -1,0 +1,58 @@
+# Everything for work in this source tree. Needs Python 3.10 or later with its headers, a C++20 compiler and make; the
+# rest is downloaded into .venv.
+TORCH ?= 2.11.0
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+# The environment is renewed when these change: the stamp of another choice is another file.
+CHOICE := $(shell { echo '$(TORCH) $(PYTHON)'; cat pyproject.toml; } | cksum | cut -d ' ' -f 1)
+REQUIREMENTS := .venv/requirements-$(CHOICE)
+EDITABLE := .venv/editable-$(CHOICE)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench build format clean
+
+help:
+	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
+	@echo 'make test    C++ and Python tests, format and lint'
+	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
+	@echo 'make build   environment .venv and compiled library, which the others make too'
+	@echo 'make format  rewrite sources in the project style'
+	@echo 'make clean   remove what was built, and .venv'
+	@echo
+	@echo 'TORCH=$(TORCH) and PYTHON=$(PYTHON) choose another PyTorch and Python.'
+
+demo: build
+	$(BIN)/python examples/chorales/train.py $(ARGS)
+
+test: build
+	@$(BIN)/python scripts/check.py $(ARGS)
+
+bench: build
+	$(BIN)/python -m benchmarks $(ARGS)
+
+build: $(EDITABLE)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+format: $(REQUIREMENTS)
+	@$(BIN)/python scripts/check.py --fix
+
+clean:
+	rm -rf .venv build dist python/*.egg-info python/torch_spe/*.so python/torch_spe/_build_info.json
+
+# pip changes nothing that already fits. Stamps of other choices go first: they would be untrue afterwards.
+$(REQUIREMENTS):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'torch_spe needs Python 3.10 or later, and $(PYTHON) is not one. Name another: make PYTHON=python3.11' >&2; \
+	  exit 1; }
+	@rm -f .venv/requirements-* .venv/editable-*
+	@[ "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install 'torch==$(TORCH)' --group dev
+	@touch $@
+
+$(EDITABLE): $(REQUIREMENTS) setup.py
+	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks: every operator against the materializing reference and the peers, in one run."""

@@ -1,0 +1,192 @@
+"""``python -m benchmarks``: time, memory and share of the machine's limits, beside the peers."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import torch_spe
+from benchmarks import cases, measure
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def outputs(implementation: cases.Implementation) -> list[torch.Tensor]:
+    """What an implementation computes from the common seed."""
+    torch.manual_seed(1)
+    return [out.detach().float() for out in implementation.run()]
+
+
+def check(case: cases.Case, dtype: torch.dtype) -> None:
+    """All implementations of a case must agree before any is timed.
+
+    Those with names in brackets compute something else, shown for comparison.
+    """
+    if not case.exact:
+        return
+    same = [i for i in case.implementations if not i.name.startswith("(")]
+    expected = outputs(same[0])
+    for other in same[1:]:
+        for a, b in zip(expected, outputs(other), strict=True):
+            error = ((a - b).norm() / b.norm()).item()
+            if not error <= cases.tolerance(dtype):
+                raise SystemExit(
+                    f"{case.name} {case.shape}: {same[0].name} and {other.name} differ by "
+                    f"{error:.2e} (relative), expected at most {cases.tolerance(dtype):.0e}; "
+                    "nothing was timed"
+                )
+
+
+def forward(implementation: cases.Implementation) -> object:
+    with torch.no_grad():
+        return implementation.run()
+
+
+def forward_and_backward(implementation: cases.Implementation) -> object:
+    outs = implementation.run()
+    return torch.autograd.grad(outs, implementation.inputs, [torch.ones_like(o) for o in outs])
+
+
+def measure_direction(
+    case: cases.Case, run: Callable, device: str, seconds: float
+) -> dict[str, tuple[float, float]]:
+    """Seconds and peak bytes of each implementation.
+
+    All take turns, so that a change of the machine's speed meets all of them.
+    """
+    calls = {i.name: functools.partial(run, i) for i in case.implementations}
+    single = {name: measure.times(call, device, 1)[0] for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(max(3, min(30, int(seconds / sum(single.values()))))):
+        for name, call in calls.items():
+            repeats = max(1, min(10, int(0.05 / single[name])))
+            samples[name] += measure.times(call, device, repeats)
+    return {
+        name: (statistics.median(samples[name]), measure.peak_memory(call, device))
+        for name, call in calls.items()
+    }
+
+
+def measure_case(
+    case: cases.Case, device: str, seconds: float, machine: measure.Machine
+) -> list[dict]:
+    """One row for each implementation."""
+    rows = {
+        i.name: {"case": case.name, **case.shape, "implementation": i.name}
+        for i in case.implementations
+    }
+    for name, run, flops in (
+        ("forward", forward, case.flops),
+        ("forward+backward", forward_and_backward, case.flops + case.flops_backward),
+    ):
+        measured = measure_direction(case, run, device, seconds)
+        time, memory = measured["torch_spe"]
+        for implementation, row in rows.items():
+            its_time, its_memory = measured[implementation]
+            row[f"{name} ms"] = its_time * 1e3
+            row[f"{name} MB"] = its_memory / 1e6
+            row[f"{name} ratio"] = its_time / time
+            row[f"{name} memory ratio"] = its_memory / max(memory, 1)
+        rows["torch_spe"][f"{name} GFLOP/s"] = flops / time / 1e9
+        rows["torch_spe"][f"{name} share"] = flops / time / 1e9 / machine.gflops
+    return list(rows.values())
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = []
+    shown = None
+    for row in rows:
+        shape = ", ".join(f"{key} = {row[key]}" for key in "BNMHDREKP" if key in row)
+        head = f"{row['case']}: {shape}"
+        if head != shown:
+            lines += [
+                "", f"**{head}**", "",
+                "| implementation | forward | ratio | memory | forward+backward | ratio | memory "
+                "| GFLOP/s (share of the matrix product) |",
+                "|---|---:|---:|---:|---:|---:|---:|---|",
+            ]  # fmt: skip
+            shown = head
+        rate = ""
+        if "forward share" in row:
+            rate = " / ".join(
+                f"{row[f'{name} GFLOP/s']:.0f} ({row[f'{name} share']:.0%})"
+                for name in ("forward", "forward+backward")
+            )
+        cells = [
+            f"{row[f'{name} ms']:.2f} ms | {row[f'{name} ratio']:.1f} | {row[f'{name} MB']:.1f} MB"
+            for name in ("forward", "forward+backward")
+        ]
+        lines.append(f"| {row['implementation']} | {cells[0]} | {cells[1]} | {rate} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the arguments, measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="sine, attention, layer (default: all)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--length", type=int, nargs="+", default=[2048])
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each case and direction")
+    parser.add_argument(
+        "--spe-checkout", type=Path, help="a checkout of aliutkus/spe to compare with"
+    )
+    parser.add_argument("--output", type=Path, help="write the rows here as JSON")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    published = cases.published_module(args.spe_checkout) if args.spe_checkout else None
+    makers = {
+        "sine": lambda b, n, *a: cases.sine(b, n, *a, published=published),
+        "attention": cases.attention,
+        "layer": cases.layer,
+    }
+    unknown = set(args.cases) - set(makers)
+    if unknown:
+        parser.error(f"unknown case {', '.join(sorted(unknown))}: expected {', '.join(makers)}")
+    machine = measure.machine(args.device)
+    print(
+        f"{machine.name}, {machine.threads} threads, {os.cpu_count()} cores: "
+        f"matrix product {machine.gflops:.0f} GFLOP/s, copy {machine.gbytes:.0f} GB/s; "
+        f"torch {torch.__version__}, {args.dtype}, "
+        f"{torch_spe.build_info()['instruction_set']}, {datetime.date.today()}"
+    )
+    rows = []
+    work = [(name, b, n) for name in args.cases or makers for b in args.batch for n in args.length]
+    for name, batch, length in tqdm(work, disable=None):
+        case = makers[name](batch, length, args.device, DTYPES[args.dtype])
+        check(case, DTYPES[args.dtype])
+        rows += measure_case(case, args.device, args.seconds, machine)
+    print(table(rows))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(
+            json.dumps(
+                {
+                    "machine": machine.__dict__,
+                    "torch": torch.__version__,
+                    "dtype": args.dtype,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What is measured: for each case, one shape and several implementations of the same function."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import torch_spe
+from torch_spe import functional, reference
+
+
+@dataclass
+class Implementation:
+    """One way to compute a case: `run` gives the outputs, `inputs` are what it differentiates."""
+
+    name: str
+    run: Callable[[], tuple[Tensor, ...]]
+    inputs: list[Tensor]
+
+
+@dataclass
+class Case:
+    """A function at one shape, with the operations that its formula needs."""
+
+    name: str
+    shape: dict[str, int]
+    flops: float  # forward
+    flops_backward: float
+    implementations: list[Implementation] = field(default_factory=list)
+    exact: bool = True  # whether all implementations, given the same seed, give the same numbers
+
+
+def published_module(checkout: Path):
+    """The published PyTorch code from a checkout of aliutkus/spe."""
+    file = checkout / "src" / "pytorch" / "spe" / "__init__.py"
+    if not file.exists():
+        raise SystemExit(f"--spe-checkout: expected a checkout of aliutkus/spe, no {file}")
+    spec = importlib.util.spec_from_file_location(
+        "published_spe", file, submodule_search_locations=[str(file.parent)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["published_spe"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _leaf(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
+
+
+def sine(
+    batch: int, length: int, device: str, dtype: torch.dtype, published=None,
+    heads: int = 8, features: int = 64, realizations: int = 64, sines: int = 10,
+) -> Case:  # fmt: skip
+    """Gated SineSPE, drawing the noise and encoding both queries and keys."""
+    q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    spe = torch_spe.SineSPE(heads, features, realizations, sines).to(device)
+    filt = torch_spe.SPEFilter(code_shape=spe.code_shape).to(device)
+
+    def fast() -> tuple[Tensor, ...]:
+        return filt(q, k, spe((batch, length)))
+
+    def materialized() -> tuple[Tensor, ...]:
+        codes = spe((batch, length)).materialize()
+        gate = filt.gate.sigmoid()[..., None]
+        noise = torch.randn(heads, features, realizations, device=device)
+        constant = gate.sqrt() * noise / (realizations * features) ** 0.25
+        return tuple(
+            torch.einsum("bnhd,nhdr->bnhr", x, ((1 - gate).sqrt() * code[0] + constant).to(x.dtype))
+            for x, code in zip((q, k), codes, strict=True)
+        )
+
+    inputs = [q, k, *spe.parameters(), *filt.parameters()]
+    # A side: the codes from the basis, then the batch with the codes; backward, each of these for
+    # both of its factors.
+    codes = 2.0 * length * heads * features * realizations * 2 * sines
+    batched = 2.0 * length * heads * features * realizations * batch
+    case = Case(
+        "SineSPE, Gaussian noise",
+        {"B": batch, "N": length, "H": heads, "D": features, "R": realizations, "K": sines},
+        flops=2 * (codes + batched),
+        flops_backward=2 * (2 * codes + 2 * batched),
+        implementations=[
+            Implementation("torch_spe", fast, inputs),
+            Implementation("materializing reference", materialized, inputs),
+        ],
+    )
+    if published is not None:
+        their_spe = published.SineSPE(heads, features, realizations, sines).to(device)
+        their_filter = published.SPEFilter(code_shape=their_spe.code_shape).to(device)
+        their_spe.load_state_dict(spe.state_dict())
+        their_filter.load_state_dict(filt.state_dict())
+
+        def theirs() -> tuple[Tensor, ...]:
+            return their_filter(q, k, their_spe((batch, length)))
+
+        inputs = [q, k, *their_spe.parameters(), *their_filter.parameters()]
+        case.implementations.append(Implementation("published code", theirs, inputs))
+    return case
+
+
+def attention(
+    batch: int, length: int, device: str, dtype: torch.dtype,
+    heads: int = 8, features: int = 64, values: int = 64,
+) -> Case:  # fmt: skip
+    """Causal linear attention with elu + 1 and its normalization."""
+    q, k = (_leaf(batch, length, heads, features, device=device, dtype=dtype) for _ in range(2))
+    v = _leaf(batch, length, heads, values, device=device, dtype=dtype)
+    inputs = [q, k, v]
+    work = (
+        4.0 * batch * length * heads * features * values
+    )  # the state, and the state by the queries
+    case = Case(
+        "causal linear attention",
+        {"B": batch, "N": length, "H": heads, "R": features, "E": values},
+        flops=work,
+        flops_backward=2 * work,
+        implementations=[
+            Implementation(
+                "torch_spe", lambda: (functional.linear_attention(q, k, v, causal=True),), inputs
+            )
+        ],
+    )
+    if batch * heads * length**2 <= 2**28:
+        case.implementations.append(
+            Implementation(
+                "materializing reference",
+                lambda: (reference.linear_attention(q, k, v, causal=True)[0],),
+                inputs,
+            )
+        )
+    if importlib.util.find_spec("fast_transformers") is not None:
+        from fast_transformers.causal_product import causal_dot_product
+
+        phi = reference.FEATURE_MAPS["elu"]
+
+        def theirs() -> tuple[Tensor, ...]:
+            fq, fk = (phi(x).transpose(1, 2).contiguous() for x in (q, k))
+            normalizer = torch.einsum("bhnr,bhnr->bhn", fq, fk.cumsum(2)) + 1e-6
+            out = causal_dot_product(fq, fk, v.transpose(1, 2).contiguous())
+            return ((out / normalizer[..., None]).transpose(1, 2),)
+
+        case.implementations.append(Implementation("idiap/fast-transformers", theirs, inputs))
+
+    def softmax() -> tuple[Tensor, ...]:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
+        return (out.transpose(1, 2),)
+
+    # Another function: how long an exact softmax attention of the same size takes.
+    case.implementations.append(Implementation("(softmax attention)", softmax, inputs))
+    return case
+
+
+def layer(
+    batch: int, length: int, device: str, dtype: torch.dtype, model: int = 512, heads: int = 8
+) -> Case:
+    """A whole causal self-attention layer, projections included."""
+    x = _leaf(batch, length, model, device=device, dtype=dtype)
+    ours = torch_spe.SPEMultiheadAttention(model, heads, batch_first=True, position="sine").to(
+        device, dtype
+    )
+    plain = torch.nn.MultiheadAttention(model, heads, batch_first=True).to(device, dtype)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(length, device=device, dtype=dtype)
+    projections = 8.0 * batch * length * model**2
+    return Case(
+        "self-attention layer",
+        {"B": batch, "N": length, "model": model, "H": heads},
+        flops=projections,
+        flops_backward=2 * projections,
+        implementations=[
+            Implementation(
+                "torch_spe", lambda: (ours(x, x, x, is_causal=True)[0],), [x, *ours.parameters()]
+            ),
+            Implementation(
+                "(nn.MultiheadAttention)",
+                lambda: (plain(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0],),
+                [x, *plain.parameters()],
+            ),
+        ],
+        exact=False,
+    )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error (in the root mean square) between implementations of one function."""
+    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 8 * math.sqrt(2) * 2**-8)

@@ -1,0 +1,117 @@
+"""Time, peak memory and the machine's own limits."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Machine:
+    """What the machine can do, measured in the same run as everything that is compared with it."""
+
+    name: str
+    threads: int
+    gflops: float  # of a large float32 matrix product
+    gbytes: float  # of a large copy, bytes read plus bytes written
+
+
+def machine(device: str) -> Machine:
+    """Measure the limits of `device`."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    source = torch.randn(2**26, device=device)
+    target = torch.empty_like(source)
+    product = statistics.median(times(lambda: a @ b, device, 7))
+    copy = statistics.median(times(lambda: target.copy_(source), device, 7))
+    if device == "cpu":
+        lines = (
+            Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        )
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else "CPU"
+    else:
+        name = torch.cuda.get_device_name()
+    return Machine(
+        name, torch.get_num_threads(), 2 * n**3 / product / 1e9, 2 * source.nbytes / copy / 1e9
+    )
+
+
+def times(function: Callable[[], object], device: str, repeats: int) -> list[float]:
+    """Seconds of each call, after one that does not count."""
+    function()
+    result = []
+    for _ in range(repeats):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        result.append(time.perf_counter() - begin)
+    return result
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU; on the CPU there is nothing to wait for."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_memory(function: Callable[[], object], device: str) -> int:
+    """Bytes that a call needs at its peak beyond what was allocated before, results included."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    return _cpu_peak(function)
+
+
+def _cpu_peak(function: Callable[[], object]) -> int:
+    """Growth of the resident set."""
+    page = 4096
+    statm = Path("/proc/self/statm")
+
+    def resident() -> int:
+        return int(statm.read_text().split()[1]) * page
+
+    # Memory that malloc keeps for later would be used without showing.
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    # The kernel keeps the peak itself; writing 5 here resets it. Where that is not allowed, sample.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident()
+        result = function()
+        status = Path("/proc/self/status").read_text()
+        del result
+        high = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(high.split()[1]) * 1024 - before
+    except OSError:
+        pass
+    before = peak = resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = function()
+    done.set()
+    watcher.join()
+    del result
+    return peak - before

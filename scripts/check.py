@@ -1,0 +1,107 @@
+"""Run every test, format and lint check, and end with one summary. `make test` calls it.
+
+A part that fails does not keep the others from running. Arguments go to pytest. With --fix,
+rewrites the sources in the project style instead.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+CPP_FOLDERS = ("csrc", "tests", "examples")
+CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
+
+
+class Result(NamedTuple):
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+
+
+def run(*command):
+    """Run one command of this environment; return whether it succeeded."""
+    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
+    shown = [str(part) for part in command]
+    print(f"\n$ {' '.join(shown[:6])}{' ...' if len(shown) > 6 else ''}", flush=True)
+    return subprocess.run(shown, cwd=ROOT, env={**os.environ, "PATH": path}).returncode == 0
+
+
+def check(name, *command):
+    passed = run(*command)
+    return Result(name, int(passed), int(not passed), 0)
+
+
+def count(name, succeeded, report):
+    """Count the cases of a JUnit report. Failing without a failed case (a crash) counts too."""
+    total = failed = skipped = 0
+    if report.is_file():
+        for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+            total += int(suite.get("tests", 0))
+            failed += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+            skipped += int(suite.get("skipped", 0)) + int(suite.get("disabled", 0))
+    passed = total - failed - skipped
+    if not succeeded or passed == 0:
+        failed = max(failed, 1)
+    return Result(name, passed, failed, skipped)
+
+
+def cpp_tests(report):
+    succeeded = (
+        run("cmake", "-DTORCH_SPE_TESTS=ON", BUILD)
+        and run("cmake", "--build", BUILD)
+        and run(
+            *("ctest", "--test-dir", BUILD, "--output-junit", report, "--no-tests=error"),
+            *("--output-on-failure", "--progress", "--parallel", os.cpu_count() or 1),
+        )
+    )
+    return count("C++ tests", succeeded, report)
+
+
+def python_tests(report, arguments):
+    succeeded = run(sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments)
+    return count("Python tests", succeeded, report)
+
+
+def cpp_sources():
+    files = (path for folder in CPP_FOLDERS for path in (ROOT / folder).rglob("*"))
+    return sorted(path.relative_to(ROOT) for path in files if path.suffix in CPP_SUFFIXES)
+
+
+def main(arguments):
+    sources = cpp_sources()
+    ruff = (sys.executable, "-m", "ruff")
+    if arguments == ["--fix"]:
+        fixed = [
+            run("clang-format", "-i", *sources),
+            run(*ruff, "check", "--fix", "."),
+            run(*ruff, "format", "."),
+        ]
+        return 0 if all(fixed) else 1
+
+    with tempfile.TemporaryDirectory() as reports:
+        results = [
+            cpp_tests(Path(reports) / "cpp.xml"),
+            python_tests(Path(reports) / "python.xml", arguments),
+            check("clang-format", "clang-format", "--dry-run", "-Werror", *sources),
+            check("ruff format", *ruff, "format", "--check", "."),
+            check("ruff check", *ruff, "check", "."),
+        ]
+    print(f"\n{'':14}{'passed':>8}{'failed':>8}{'skipped':>9}")
+    for result in results:
+        print(f"{result.name:14}{result.passed:8}{result.failed:8}{result.skipped:9}")
+    passed = sum(result.passed for result in results)
+    failed = sum(result.failed for result in results)
+    print(f"\n{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

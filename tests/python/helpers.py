@@ -1,0 +1,83 @@
+"""What the tests share: recorded data, comparisons, and the rule for low precision."""
+
+from pathlib import Path
+
+import numpy
+import torch
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+# Largest difference to the plain equations, as a share of the largest entry.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
+
+
+def golden(name):
+    """Tensors of tests/data/NAME.npz; a fresh copy each time."""
+    with numpy.load(DATA / f"{name}.npz") as data:
+        return {key: torch.from_numpy(data[key]) for key in data}
+
+
+def error(got, expected):
+    """Largest difference in float64, as a share of the largest entry; NaN counts as infinite."""
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    if expected.numel() == 0:
+        return 0.0
+    got, expected = got.detach().double(), expected.detach().double()
+    difference = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    return difference.nan_to_num(nan=float("inf")).item()
+
+
+def assert_close(got, expected, dtype=torch.float64, factor=1.0):
+    assert error(got, expected) <= factor * TOLERANCE[dtype], error(got, expected)
+
+
+def leaves(tensors, dtype=None):
+    """Copies that record gradients (of floating tensors), optionally in another type."""
+    return [
+        None
+        if t is None
+        else t.detach().to(dtype or t.dtype).clone().requires_grad_()
+        if t.is_floating_point()
+        else t.clone()
+        for t in tensors
+    ]
+
+
+def outputs_and_gradients(function, tensors, grad_out=None):
+    """[output, gradient of each floating tensor] of function(*tensors)."""
+    out = function(*tensors)
+    if grad_out is None:
+        # Any fixed weights that differ from entry to entry.
+        index = torch.arange(out.numel(), dtype=torch.float64, device=out.device)
+        grad_out = torch.cos(index * 0.7).reshape(out.shape)
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return [out, *torch.autograd.grad(out, wanted, grad_out.to(out.dtype), allow_unused=True)]
+
+
+def assert_at_most_twice_as_far(function, composition, tensors, dtype):
+    """The table of tolerances in one rule: at most twice PyTorch's own error in the same type.
+
+    The truth is the composition in float64, on the inputs rounded to the type.
+    """
+    rounded = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    truth = outputs_and_gradients(composition, leaves(rounded, torch.float64))
+    ours = outputs_and_gradients(function, leaves(rounded))
+    theirs = outputs_and_gradients(composition, leaves(rounded))
+    for index, (exact, got, other) in enumerate(zip(truth, ours, theirs, strict=True)):
+        assert got.dtype == dtype
+        # One rounding of the result is always allowed.
+        limit = max(2 * error(other, exact), torch.finfo(dtype).eps)
+        assert error(got, exact) <= limit, (index, error(got, exact), error(other, exact))
+
+
+class poisoned:
+    """Fills scratch memory and new tensors with NaN: a read before the first write shows."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setenv("TORCH_SPE_POISON", "1")
+
+    def __enter__(self):
+        self.before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)  # fills torch.empty, in C++ too
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(self.before)

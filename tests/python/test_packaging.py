@@ -1,0 +1,228 @@
+"""Wheel, source distribution, C++ package, and what one is told when something does not fit.
+
+Compiled objects are taken from the build tree, so that nothing but the C++ example is compiled.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import _distutils_hack
+import pytest
+import setuptools
+import torch
+
+from torch_spe import _library
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+PATH = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+
+needs_build = pytest.mark.skipif(
+    not (BUILD / "configured.json").is_file(),
+    reason=f"needs the build tree {BUILD} (make build)",
+)
+
+
+def run(*command, env=None, status=0, **options):
+    """Run a command; return its output once it ended with the expected status."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, "PATH": PATH, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def build_distribution(kind, folder):
+    run(sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", folder, ROOT)
+    (distribution,) = folder.iterdir()
+    return distribution
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_distribution("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Folder in which the wheel is installed, apart from this environment."""
+    folder = tmp_path_factory.mktemp("installed")
+    options = ("--quiet", "--no-deps", "--no-index", "--target", folder)
+    run(sys.executable, "-m", "pip", "install", *options, wheel)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build_distribution("sdist", folder)) as archive:
+        if hasattr(tarfile, "data_filter"):
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
+    (unpacked,) = (path for path in folder.iterdir() if path.is_dir())
+    return unpacked
+
+
+@needs_build
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {f"torch_spe/{path.name}" for path in (ROOT / "python/torch_spe").glob("*.py")}
+    compiled = {f"torch_spe/_C{EXTENSION_SUFFIXES[0]}", "torch_spe/libtorch_spe.so"}
+    package = {name for name in names if name.startswith("torch_spe/")}
+    assert package == modules | compiled | {"torch_spe/_build_info.json"}
+    others = names - package
+    assert {name.split("/")[0].split("-")[0] for name in others} == {"torch_spe"}
+    assert any(name.endswith("licenses/LICENSE") for name in others)
+    assert f"-{sys.implementation.cache_tag.replace('cpython-', 'cp')}-" in wheel.name
+
+
+@needs_build
+def test_wheel_works_where_it_is_installed(installed):
+    code = (
+        "import torch, torch_spe\n"
+        "x, w = torch.ones(1, 3, 1, 1), torch.ones(1, 1, 2, 1)\n"
+        "print(torch.ops.torch_spe.sine_filter(x, torch.zeros(1, 1, 1), w).flatten().tolist())\n"
+        "print(torch_spe.__file__)\n"
+    )
+    output = run(sys.executable, "-c", code, env={"PYTHONPATH": str(installed)}, cwd=installed)
+    assert output.splitlines() == ["[1.0, 1.0, 1.0]", str(installed / "torch_spe/__init__.py")]
+    for library in (installed / "torch_spe").glob("*.so"):
+        (paths,) = re.findall(r"R(?:UN)?PATH\).*\[(.*)\]", run("readelf", "-d", library))
+        assert all(path.startswith("$ORIGIN") for path in paths.split(":")), paths
+
+
+@needs_build
+def test_wheel_and_editable_builds_share_their_objects(wheel):
+    output = run(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=ROOT)
+    assert "no work to do" in output
+    assert not re.search(r"Installing|Building|Configuring", output), output
+
+
+@needs_build
+def test_sdist_holds_all_that_the_build_reads(sdist):
+    read = {"LICENSE", "README.md", "CHANGELOG.md", "VERSION", "pyproject.toml", "setup.py"}
+    read |= {entry["file"] for entry in json.loads((BUILD / "compile_commands.json").read_text())}
+    read |= set(re.findall(r"^    (.+)$", run("ninja", "-C", BUILD, "-t", "deps"), re.MULTILINE))
+    paths = {Path(os.path.normpath(BUILD / name if "/" in name else ROOT / name)) for name in read}
+    own = {path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT)}
+    needed = {path for path in own if path.parts[0] not in ("build", "tests", ".venv")}
+    assert len(needed) > 20
+    assert [path for path in sorted(needed) if not (sdist / path).is_file()] == []
+    assert list(sdist.rglob("*.so")) == list(sdist.rglob("_build_info.json")) == []
+
+
+def test_sdist_configures_without_a_cuda_toolkit(sdist, tmp_path):
+    folders = [name for name in PATH.split(os.pathsep) if not (Path(name) / "nvcc").exists()]
+    output = run(
+        *("cmake", "-S", sdist, "-B", tmp_path, "-GNinja", "-DTORCH_SPE_PYTHON=ON"),
+        f"-DPython3_EXECUTABLE={sys.executable}",
+        env={"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": ""},
+    )
+    assert "Build files have been written" in output
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_building_without_torch_says_what_to_do(kind, tmp_path):
+    # The environment that pip's build isolation makes: the build requirements, and no torch.
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    for package in (setuptools, _distutils_hack):
+        folder = Path(package.__file__).parent
+        (isolated / folder.name).symlink_to(folder)
+    code = (
+        f"import sys; sys.path.insert(0, {str(isolated)!r})\n"
+        "from setuptools import build_meta\n"
+        f"build_meta.prepare_metadata_for_build_{kind}({str(tmp_path)!r})\n"
+    )
+    output = run(sys.executable, "-I", "-S", "-c", code, cwd=ROOT, status=1)
+    assert "pip install --no-build-isolation ." in output
+    assert "Traceback" not in output
+
+
+def test_build_requirements_are_in_the_development_environment():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(project["build-system"]["requires"]) <= set(project["dependency-groups"]["build"])
+
+
+@needs_build
+def test_import_under_another_torch_says_what_to_do(installed, tmp_path):
+    shutil.copytree(installed / "torch_spe", tmp_path / "torch_spe")
+    (tmp_path / "torch_spe/_build_info.json").write_text('{"torch": "1.2.3"}')
+    code = "import torch_spe"
+    env = {"PYTHONPATH": str(tmp_path)}
+    output = run(sys.executable, "-c", code, env=env, cwd=tmp_path, status=1)
+    assert output.splitlines()[-1] == (
+        f"ImportError: torch_spe was built for torch 1.2.3, but torch {torch.__version__} is "
+        "installed; rebuild it in its source tree with 'pip install --no-build-isolation --no-deps "
+        "--force-reinstall .' ('make build' in a clone), or install the other torch with "
+        "'pip install torch==1.2.3'"
+    )
+
+
+def test_build_for_this_torch_and_python_is_required(tmp_path):
+    with pytest.raises(ImportError, match=r"compiled part of torch_spe is missing.*rebuild it"):
+        _library._check_build(tmp_path, "2.11.0")
+    (tmp_path / "_build_info.json").write_text('{"torch": "2.11.0+cpu"}')
+    with pytest.raises(ImportError, match="built for another version of Python; rebuild it"):
+        _library._check_build(tmp_path, "2.11.0")
+    with pytest.raises(ImportError, match=re.escape("built for torch 2.11.0+cpu, but torch 2.12")):
+        _library._check_build(tmp_path, "2.12.0")
+    (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    _library._check_build(tmp_path, "2.11.0")
+    _library._check_build(tmp_path, "2.11.0+cu130")
+
+
+@needs_build
+def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
+    prefix, build, example = tmp_path / "prefix", tmp_path / "build", tmp_path / "example"
+    shutil.copytree(ROOT / "examples/cpp", example)
+    run("cmake", "--build", BUILD, "--target", "torch_spe")
+    run("cmake", "--install", BUILD, "--prefix", prefix)
+    run("cmake", "-S", example, "-B", build, "-GNinja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", build)
+    (library,) = prefix.rglob("libtorch_spe.so")
+    assert "not found" not in run("ldd", library)
+    output = run(build / "train")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
+    assert losses[-1] < 0.1 * losses[0], output
+    assert f"built with torch {torch.__version__.split('+')[0]}" in output
+
+
+@pytest.fixture
+def makefile_copy(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_make_installs_the_torch_asked_for(makefile_copy):
+    assert "'torch==2.11.0'" in run("make", "-n", "test", cwd=makefile_copy)
+    assert "'torch==2.15.0'" in run("make", "-n", "test", "TORCH=2.15.0", cwd=makefile_copy)
+
+
+def test_make_names_the_python_it_needs(makefile_copy):
+    output = run("make", "build", "PYTHON=false", cwd=makefile_copy, status=2)
+    assert "torch_spe needs Python 3.10 or later" in output
