@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const SineFilterParam
   const Storage* const constant = constant_of<Storage>(p, head);
   const bool aligned = coefficients_are_aligned<Storage>(p);
 
-  TileProduct<Operand, Shape::kTokens, Shape::kReal, Shape::kColumns> product;
+  TileProduct<Operand, Shape::kTokens, Shape::kReal> product;
   product.clear();
   for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     Operand* const products = shared.products + chunk % 2 * shared.kProducts;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const SineFilterParam
     // One barrier is enough: a buffer is filled again only after the next one, which no warp passes
     // before all have done with this product.
     __syncthreads();
-    product.template multiply<Major::kDepth, Major::kOuter>(products, weight_tile);
+    product.template multiply<Shape::kColumns, Major::kDepth, Major::kOuter>(products, weight_tile);
   }
   Storage* const out = static_cast<Storage*>(p.out);
   const std::int64_t b0 = tiles.first_batch(tile), n0 = tiles.first_position(tile);
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
 
-      TileProduct<Operand, Shape::kTokens, Shape::kColumns, Shape::kReal> product;
+      TileProduct<Operand, Shape::kTokens, Shape::kColumns> product;
       product.clear();
       for (std::int64_t r0 = 0; r0 < real; r0 += Shape::kReal) {
         __syncthreads();  // the tiles before have been used
@@ -339,7 +339,8 @@ __global__ void __launch_bounds__(kThreads)
             });
         copy_async_wait();
         __syncthreads();
-        product.template multiply<Major::kDepth, Major::kDepth>(shared.grad_out, shared.weight);
+        product.template multiply<Shape::kReal, Major::kDepth, Major::kDepth>(shared.grad_out,
+                                                                              shared.weight);
       }
       product.for_each(
           [&](int row, int column, T value) { shared.grad_products[row * kRow + column] = value; });
@@ -476,7 +477,7 @@ __global__ void __launch_bounds__(kThreads)
                        rows_are_aligned<Storage>(p.grad_out, strides[1]) &&
                        rows_are_aligned<Storage>(p.grad_out, strides[2]);
 
-  TileProduct<Operand, Shape::kColumns, Shape::kReal, Shape::kTokens> product;
+  TileProduct<Operand, Shape::kColumns, Shape::kReal> product;
   product.clear();
   const std::int64_t per_segment = ceil_div(tiles.count(), segments);
   const std::int64_t end_tile = min_of(tiles.count(), (segment + 1) * per_segment);
@@ -495,7 +496,7 @@ __global__ void __launch_bounds__(kThreads)
                                                                      products);
     copy_async_wait();
     __syncthreads();  // one is enough, as in the forward kernel
-    product.template multiply<Major::kOuter, Major::kOuter>(products, grad_tile);
+    product.template multiply<Shape::kTokens, Major::kOuter, Major::kOuter>(products, grad_tile);
   }
   const std::int64_t rows = (segment * p.num_heads + head) * p.in_features;
   product.for_each([&](int column, int r, T value) {

@@ -19,6 +19,13 @@ struct Tf32 {
 };
 TORCH_SPE_DEVICE void write(float value, Tf32* out) { out->bits = to_tf32(value); }
 
+// The number that an operand stands for, in the type of computation.
+TORCH_SPE_DEVICE float number_of(Tf32 operand) { return core::bits_to_float(operand.bits); }
+template <class Operand>
+TORCH_SPE_DEVICE core::accumulate_t<Operand> number_of(Operand operand) {
+  return read(operand);
+}
+
 // Which index of an operand is contiguous in shared memory: that of the sum, or the outer one.
 enum class Major { kDepth, kOuter };
 
@@ -33,7 +40,7 @@ TORCH_SPE_INLINE constexpr int row_of(int contiguous) {
   return contiguous + kPadding<Operand>;
 }
 
-template <class Operand, int kM, int kN, int kK>
+template <class Operand, int kM, int kN>
 class TileProduct {
  public:
   using T = core::accumulate_t<Operand>;
@@ -49,14 +56,15 @@ class TileProduct {
     for (int i = 0; i < kCount; ++i) sum(i) *= factor;
   }
 
-  template <Major kA, Major kB>
+  template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply(const Operand* a, const Operand* b) {
+    static_assert(kK % 16 == 0);
     if constexpr (sizeof(Operand) == 2) {
-      multiply_16_bit<kA, kB>(a, b);
+      multiply_16_bit<kK, kA, kB>(a, b);
     } else if constexpr (kTensorCores) {
-      multiply_tf32<kA, kB>(a, b);
+      multiply_tf32<kK, kA, kB>(a, b);
     } else {
-      multiply_plain<kA, kB>(a, b);
+      multiply_plain<kK, kA, kB>(a, b);
     }
   }
 
@@ -94,10 +102,10 @@ class TileProduct {
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
   static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
   static constexpr int kCount = kM * kN / kThreads;
-  static_assert(kM % 16 == 0 && kN % 8 == 0 && kK % 16 == 0);
+  static_assert(kM % 16 == 0 && kN % 8 == 0);
   static_assert(!kTensorCores || (kWarpM % 16 == 0 && kWarpN % 16 == 0));
 
-  template <Major kA, Major kB>
+  template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply_16_bit(const Operand* a, const Operand* b) {
     constexpr int kRowA = row_of<Operand>(kA == Major::kDepth ? kK : kM);
     constexpr int kRowB = row_of<Operand>(kB == Major::kDepth ? kK : kN);
@@ -137,7 +145,7 @@ class TileProduct {
     }
   }
 
-  template <Major kA, Major kB>
+  template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply_tf32(const Operand* a, const Operand* b) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int group = lane / 4, member = lane % 4;
@@ -148,29 +156,30 @@ class TileProduct {
       TORCH_SPE_UNROLL
       for (int j = 0; j < kTilesN; ++j) {
         TORCH_SPE_UNROLL
-        for (int e = 0; e < 2; ++e) fb[j][e] = at_b<kB>(b, k0 + member + 4 * e, n0 + 8 * j).bits;
+        for (int e = 0; e < 2; ++e)
+          fb[j][e] = at_b<kK, kB>(b, k0 + member + 4 * e, n0 + 8 * j).bits;
       }
       TORCH_SPE_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
         std::uint32_t fa[4];
         TORCH_SPE_UNROLL
         for (int e = 0; e < 4; ++e)
-          fa[e] = at_a<kA>(a, m0 + 16 * i + e % 2 * 8, k0 + member + e / 2 * 4).bits;
+          fa[e] = at_a<kK, kA>(a, m0 + 16 * i + e % 2 * 8, k0 + member + e / 2 * 4).bits;
         TORCH_SPE_UNROLL
         for (int j = 0; j < kTilesN; ++j) mma_m16n8k8_tf32(sums_[i * kTilesN + j], fa, fb[j]);
       }
     }
   }
 
-  template <Major kA, Major kB>
+  template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply_plain(const Operand* a, const Operand* b) {
     const int row = static_cast<int>(threadIdx.x) / 8, column = static_cast<int>(threadIdx.x) % 8;
     for (int k = 0; k < kK; ++k) {
       T va[kM / 16], vb[kN / 8];
       TORCH_SPE_UNROLL
-      for (int i = 0; i < kM / 16; ++i) va[i] = at_a<kA>(a, row + 16 * i, k);
+      for (int i = 0; i < kM / 16; ++i) va[i] = at_a<kK, kA>(a, row + 16 * i, k);
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kN / 8; ++j) vb[j] = at_b<kB>(b, k, column + 8 * j);
+      for (int j = 0; j < kN / 8; ++j) vb[j] = at_b<kK, kB>(b, k, column + 8 * j);
       TORCH_SPE_UNROLL
       for (int i = 0; i < kM / 16; ++i) {
         TORCH_SPE_UNROLL
@@ -179,11 +188,11 @@ class TileProduct {
     }
   }
 
-  template <Major kA>
+  template <int kK, Major kA>
   TORCH_SPE_DEVICE static Operand at_a(const Operand* a, int m, int k) {
     return kA == Major::kDepth ? a[m * row_of<Operand>(kK) + k] : a[k * row_of<Operand>(kM) + m];
   }
-  template <Major kB>
+  template <int kK, Major kB>
   TORCH_SPE_DEVICE static Operand at_b(const Operand* b, int k, int n) {
     return kB == Major::kDepth ? b[n * row_of<Operand>(kK) + k] : b[k * row_of<Operand>(kN) + n];
   }

@@ -70,6 +70,39 @@ TORCH_SPE_DEVICE void copy_tile(Operand* out, std::int64_t columns, std::int64_t
   }
 }
 
+// 16 bytes of numbers.
+template <class Storage>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(Storage));
+  Storage values[kSize];
+};
+
+// Loads a tile [kRows, kColumns] into shared memory as operands of transform(row, number). The tile
+// is zero from column `columns` on and in rows for which `row` gives null; `aligned` rows have
+// stride 1 and are read 16 bytes at once.
+template <int kRows, int kColumns, class Storage, class Operand, class Row, class Transform>
+TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t stride,
+                                bool aligned, const Row& row, const Transform& transform) {
+  using T = core::accumulate_t<Storage>;
+  constexpr int kRow = row_of<Operand>(kColumns);
+  constexpr int kVector = Vector<Storage>::kSize;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * (kColumns / kVector); i += kThreads) {
+    const int m = i / (kColumns / kVector), column = i % (kColumns / kVector) * kVector;
+    const Storage* const from = row(m);
+    Operand* const to = out + m * kRow + column;
+    if (aligned && from != nullptr && column + kVector <= columns) {
+      const auto numbers = *reinterpret_cast<const Vector<Storage>*>(from + column);
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < kVector; ++e) write(transform(m, read(numbers.values[e])), to + e);
+    } else {
+      for (int e = 0; e < kVector; ++e) {
+        const bool inside = from != nullptr && column + e < columns;
+        write(inside ? transform(m, read(from[(column + e) * stride])) : T(0), to + e);
+      }
+    }
+  }
+}
+
 // out[i] = sum over parts of parts[part * size + i], always in the same order.
 template <class T>
 __global__ void sum_parts_kernel(const T* parts, std::int64_t count, std::int64_t size, T* out) {
