@@ -21,4 +21,12 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("weight"), pybind11::arg("constant") = pybind11::none(),
         pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("linear_attention", &torch_spe::linear_attention, pybind11::arg("q"), pybind11::arg("k"),
+        pybind11::arg("v"), pybind11::arg("feature_map") = "elu", pybind11::arg("causal") = false,
+        pybind11::arg("normalize") = true, pybind11::arg("eps") = 1e-6,
+        pybind11::arg("key_padding_mask") = pybind11::none(),
+        pybind11::arg("cu_seqlens") = pybind11::none(),
+        pybind11::arg("initial_s") = pybind11::none(),
+        pybind11::arg("initial_z") = pybind11::none(), pybind11::arg("return_state") = false,
+        pybind11::call_guard<pybind11::gil_scoped_release>());
 }

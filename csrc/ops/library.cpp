@@ -12,6 +12,16 @@ TORCH_LIBRARY(torch_spe, m) {
       "constant, "
       "Tensor? positions, float start, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map='elu', bool causal=False, "
+      "bool normalize=True, float eps=1e-6, Tensor? key_padding_mask=None, Tensor? "
+      "cu_seqlens=None, Tensor? initial_s=None, Tensor? initial_z=None, bool return_state=False) "
+      "-> (Tensor out, Tensor s, Tensor z)");
+  m.def(
+      "linear_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor? out, "
+      "Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, float eps, "
+      "Tensor? key_padding_mask, Tensor? cu_seqlens, Tensor? initial_s, Tensor? initial_z, "
+      "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #if !defined(TORCH_SPE_CUDA)

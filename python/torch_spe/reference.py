@@ -6,6 +6,7 @@ the type of its inputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -141,7 +142,7 @@ def linear_attention(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         outs, states = [], []
-        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
             piece = slice(begin, end)
             out, state = linear_attention(
                 q[:, piece], k[:, piece], v[:, piece], feature_map, causal, normalize, eps,

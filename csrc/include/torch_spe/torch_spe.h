@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
 namespace torch_spe {
@@ -25,6 +27,29 @@ at::Tensor sine_filter(
     const std::optional<at::Tensor>& constant = std::nullopt,   // [H, D, R]
     const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
     double start = 0);
+
+// Linear attention: out[n] = sum_m w_nm v_m / (sum_m w_nm + eps), w_nm = phi(q_n) . phi(k_m), over
+// m
+// <= n when causal; without the division when normalize is false. The feature map phi is
+// "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
+//
+// The results are out [B, N, H, E], of q's type, and, with return_state, the state after the last
+// key, S = sum_m phi(k_m) v_m^T [B, H, R, E] and z = sum_m phi(k_m) [B, H, R], in float32, or
+// float64 for float64 (both empty without). Passed on as initial_s and initial_z, it stands for the
+// keys that made it. With cu_seqlens the S sequences packed in one row are independent of each
+// other, and states have S rows. Causal attention takes as many keys as queries. Throws c10::Error
+// (ValueError, TypeError in Python) naming the argument.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(
+    const at::Tensor& q,  // [B, N, H, R]
+    const at::Tensor& k,  // [B, M, H, R]
+    const at::Tensor& v,  // [B, M, H, E]
+    std::string_view feature_map = "elu", bool causal = false, bool normalize = true,
+    double eps = 1e-6,
+    const std::optional<at::Tensor>& key_padding_mask = std::nullopt,  // [B, M], true for padding
+    const std::optional<at::Tensor>& cu_seqlens = std::nullopt,        // [S + 1], int32 or int64
+    const std::optional<at::Tensor>& initial_s = std::nullopt,         // [B, H, R, E]
+    const std::optional<at::Tensor>& initial_z = std::nullopt,         // [B, H, R]
+    bool return_state = false);
 
 // How this library was built, and what it uses on this machine.
 struct BuildInfo {
