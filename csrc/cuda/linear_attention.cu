@@ -108,16 +108,16 @@ struct Piece {
 template <class Storage>
 struct Side {
   using T = core::accumulate_t<Storage>;
-  const Storage* x;  // [B, L, H, R]: q or k
-  const Storage* y;  // [B, L, H, E]: v, or the gradient of out
-  std::int64_t x_strides[4], y_strides[4];
-  FeatureMap map;
-  const T* scale;   // [B, L, H], factors of y, or null for 1
-  const T* weight;  // [B, L, H]: w, or null for constant_weight
-  T constant_weight;
-  const bool* padding;  // [B, L], true where X and Y are 0, or null
-  std::int64_t length, heads;
-  bool x_aligned, y_aligned;
+  const Storage* x = nullptr;  // [B, L, H, R]: q or k
+  const Storage* y = nullptr;  // [B, L, H, E]: v, or the gradient of out
+  std::int64_t x_strides[4] = {}, y_strides[4] = {};
+  FeatureMap map = FeatureMap::kIdentity;
+  const T* scale = nullptr;   // [B, L, H], factors of y, or null for 1
+  const T* weight = nullptr;  // [B, L, H]: w, or null for constant_weight
+  T constant_weight = 0;
+  const bool* padding = nullptr;  // [B, L], true where X and Y are 0, or null
+  std::int64_t length = 0, heads = 0;
+  bool x_aligned = false, y_aligned = false;
 
   TORCH_SPE_DEVICE bool is_padding(std::int64_t batch, std::int64_t n) const {
     return padding != nullptr && padding[batch * length + n];
@@ -168,16 +168,16 @@ struct Side {
 // Sizes, and the states of a side as its scratch memory holds them.
 template <class T>
 struct States {
-  std::int64_t heads, real, values;  // H, R, E
+  std::int64_t heads = 0, real = 0, values = 0;  // H, R, E
   // Before (after) each chunk since its segment's start (end); when causal.
-  T* chunk_s;  // [slot, H, R, E]
-  T* chunk_z;  // [slot, H, R]
+  T* chunk_s = nullptr;  // [slot, H, R, E]
+  T* chunk_z = nullptr;  // [slot, H, R]
   // Sums of each segment, then the state at its start (end), initial state included.
-  T* segment_s;  // [slot, H, R, E]
-  T* segment_z;  // [slot, H, R]
+  T* segment_s = nullptr;  // [slot, H, R, E]
+  T* segment_z = nullptr;  // [slot, H, R]
   // Of the whole sequence, initial state included.
-  const T* total_s;  // [S, H, R, E]
-  const T* total_z;  // [S, H, R]
+  const T* total_s = nullptr;  // [S, H, R, E]
+  const T* total_z = nullptr;  // [S, H, R]
 };
 
 // Reads the state that belongs to a row's chunk: a sum of two.
@@ -261,6 +261,15 @@ class StateLoader {
  private:
   T inverse_ = 1;
 };
+
+// A weight as an operand. Those beyond the range of float16 are cut off: infinite ones would turn
+// the zeros they are multiplied with into NaN.
+template <class T, class Operand>
+TORCH_SPE_DEVICE void write_weight(T value, Operand* out) {
+  if constexpr (std::is_same_v<Operand, core::Half>)
+    value = value > T(65504) ? T(65504) : value < T(-65504) ? T(-65504) : value;
+  write(value, out);
+}
 
 // The states of one side: a block adds up a tile of S over a segment and, when causal, writes what
 // it has before each chunk.
@@ -388,13 +397,13 @@ struct ValuesShared {
 
 template <class T>
 struct Normalization {
-  bool wanted;
-  T eps;
+  bool wanted = false;
+  T eps = 0;
   // For kDenominators:
-  const void* result;  // out, [B, N, H, E] of the storage type, strided
-  std::int64_t result_strides[4];
-  T* scale;  // [B, N, H]: 1 / (denominator + eps)
-  T* grad;   // [B, N, H]: gradient of the denominator
+  const void* result = nullptr;  // out, [B, N, H, E] of the storage type, strided
+  std::int64_t result_strides[4] = {};
+  T* scale = nullptr;  // [B, N, H]: 1 / (denominator + eps)
+  T* grad = nullptr;   // [B, N, H]: gradient of the denominator
 };
 
 template <class Storage, class Operand, Result kResult>
@@ -456,7 +465,7 @@ __global__ void __launch_bounds__(kThreads)
   if (causal) {
     weights.for_each([&](int row, int column, T value) {
       const bool seen = columns_follow ? column >= row : column <= row;
-      write(seen ? value : T(0), shared.weights + row * row_of<Operand>(kTokens) + column);
+      write_weight(seen ? value : T(0), shared.weights + row * row_of<Operand>(kTokens) + column);
     });
     if constexpr (kMakesValues)
       columns.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.col_y);
@@ -587,8 +596,8 @@ __global__ void __launch_bounds__(kThreads)
   if (causal) {
     weights.for_each([&](int row, int column, T value) {
       const bool seen = columns_follow ? column >= row : column <= row;
-      write(seen ? value + shared.row_weight[row] * shared.col_weight[column] : T(0),
-            shared.weights + row * row_of<Operand>(kTokens) + column);
+      write_weight(seen ? value + shared.row_weight[row] * shared.col_weight[column] : T(0),
+                   shared.weights + row * row_of<Operand>(kTokens) + column);
     });
     columns.template load_x<kTokens, kWide>(chunk, head, r0, real, shared.col_x);
     __syncthreads();
@@ -627,7 +636,9 @@ class Pass {
     const std::int64_t numbers = p.num_heads * p.num_realizations * p.value_features;
     const std::int64_t features = p.num_heads * p.num_realizations;
     const std::int64_t length = max_of(p.query_length, p.key_length);
-    states_ = {p.num_heads, p.num_realizations, p.value_features};
+    states_.heads = p.num_heads;
+    states_.real = p.num_realizations;
+    states_.values = p.value_features;
     if (p.causal) {
       const std::int64_t slots = pieces(length, kChunk<Operand>).slots();
       states_.chunk_s = carver.take<T>(slots * numbers);
@@ -648,7 +659,9 @@ class Pass {
 
   void forward() {
     make_states(keys(), false, p_.initial_s, p_.initial_z, p_.final_s, p_.final_z);
-    Normalization<T> normalization{p_.normalize, static_cast<T>(p_.eps)};
+    Normalization<T> normalization;
+    normalization.wanted = p_.normalize;
+    normalization.eps = static_cast<T>(p_.eps);
     values<Result::kOutput>(queries(nullptr, {0, 0, 0, 0}), keys(), false, normalization, p_.out);
   }
 
@@ -658,7 +671,10 @@ class Pass {
     if (p.normalize || p.grad_q != nullptr)
       make_states(key_side, false, p.initial_s, p.initial_z, nullptr, nullptr);
     if (p.normalize) {
-      Normalization<T> normalization{true, static_cast<T>(p.eps), p.result};
+      Normalization<T> normalization;
+      normalization.wanted = true;
+      normalization.eps = static_cast<T>(p.eps);
+      normalization.result = p.result;
       for (int i = 0; i < 4; ++i) normalization.result_strides[i] = p.result_strides[i];
       normalization.scale = scale_;
       normalization.grad = grad_denominator_;
@@ -684,7 +700,9 @@ class Pass {
 
   Side<Storage> side(const void* x, const std::int64_t (&x_strides)[4], const void* y,
                      const std::int64_t (&y_strides)[4], std::int64_t length) const {
-    Side<Storage> side{static_cast<const Storage*>(x), static_cast<const Storage*>(y)};
+    Side<Storage> side;
+    side.x = static_cast<const Storage*>(x);
+    side.y = static_cast<const Storage*>(y);
     for (int i = 0; i < 4; ++i) {
       side.x_strides[i] = x_strides[i];
       side.y_strides[i] = y_strides[i];

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda_emulation.h"
+#include "ops/linear_attention.h"
 #include "ops/sine_filter.h"
 
 namespace {
@@ -21,6 +22,7 @@ void enable(bool wanted) {
   if (wanted == enabled) return;
   enabled = wanted;
   using namespace torch_spe::ops;
+  swap_kernels(linear_attention_kernels(c10::kCPU), linear_attention_cuda_kernels());
   swap_kernels(sine_filter_kernels(c10::kCPU), sine_filter_cuda_kernels());
 }
 

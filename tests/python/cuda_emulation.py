@@ -54,7 +54,7 @@ def run(function, inputs, grads, wanted=None):
 
 
 def compare(function, inputs, grads, tolerance, wanted=None, schedules=SCHEDULES):
-    """The emulated kernels agree with the CPU's under all schedules, and bit for bit with themselves."""
+    """The emulated kernels agree with the CPU under all schedules, and bit for bit among them."""
     expected = run(function, inputs, grads, wanted)
     first = None
     for schedule in schedules:

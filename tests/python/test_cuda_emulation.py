@@ -58,8 +58,8 @@ def test_sine_filter_with_strides(dtype):
     (x, freqs, weight, constant, _), grad = sine_inputs(dtype, 2, 35, 2, 4, 2, 6, True)
     x = x.transpose(0, 1).contiguous().transpose(0, 1)[:1].expand(3, -1, -1, -1)
     grad = grad[:1, :, :, :1].expand(3, -1, -1, 6)
-    compare(torch.ops.torch_spe.sine_filter, [x, freqs, weight, constant, None], grad,
-            TOLERANCES[dtype])  # fmt: skip
+    inputs = [x, freqs, weight, constant, None]
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[dtype])
 
 
 def test_sine_filter_far_from_the_origin():
@@ -79,3 +79,99 @@ def test_sine_filter_in_tf32():
         compare(torch.ops.torch_spe.sine_filter, inputs, grad, 4e-3)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = old
+
+
+ATTENTION_SHAPES = {  # batch, queries, keys, heads, features, values
+    "one of everything": (1, 1, 1, 1, 1, 1),
+    "odd": (2, 37, 37, 2, 5, 7),
+    "several chunks": (1, 200, 200, 1, 33, 70),
+    "aligned": (2, 128, 128, 1, 64, 64),
+    "cross": (2, 30, 75, 1, 9, 6),
+    "no queries": (2, 0, 5, 1, 3, 4),
+    "no keys": (2, 5, 0, 1, 3, 4),
+}
+
+
+def attention_inputs(dtype, batch, queries, keys, heads, features, values, state=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    q = torch.randn(batch, queries, heads, features, generator=g).to(dtype)
+    k = torch.randn(batch, keys, heads, features, generator=g).to(dtype)
+    v = torch.randn(batch, keys, heads, values, generator=g).to(dtype)
+    grad = torch.randn(batch, queries, heads, values, generator=g).to(dtype)
+    s = torch.randn(batch, heads, features, values, generator=g).to(wide)
+    z = torch.rand(batch, heads, features, generator=g).to(wide) * 3
+    if not state:
+        return [q, k, v, None, None], (grad, None, None)
+    return [q, k, v, s, z], (grad, torch.randn(s.shape, generator=g).to(wide),
+                             torch.randn(z.shape, generator=g).to(wide))  # fmt: skip
+
+
+def attention(feature_map="elu", causal=False, normalize=True, mask=None, bounds=None, state=False):
+    def function(q, k, v, s, z):
+        return torch.ops.torch_spe.linear_attention(
+            q, k, v, feature_map, causal, normalize, 1e-3, mask, bounds, s, z, state
+        )
+
+    return function
+
+
+ATTENTION_TOLERANCES = {**TOLERANCES, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES.values(), ids=ATTENTION_SHAPES)
+def test_linear_attention(shape, causal, dtype):
+    if causal and shape[1] != shape[2]:
+        pytest.skip("causal attention has as many keys as queries")
+    inputs, grads = attention_inputs(dtype, *shape)
+    # With one key the output does not depend on the query, whose gradient is then only rounding.
+    function = attention(causal=causal, normalize=shape[2] > 1)
+    compare(function, inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("feature_map", ["identity", "relu"])
+def test_linear_attention_with_state_and_padding(feature_map, causal, normalize, dtype):
+    if feature_map == "identity" and normalize:
+        pytest.skip("the denominator may vanish")
+    inputs, grads = attention_inputs(dtype, 2, 150, 150, 2, 5, 3, state=True)
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+    function = attention(feature_map, causal, normalize, mask, state=True)
+    compare(function, inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 3, 3, 40], [0, 5, 39, 40]], ids=str)
+def test_linear_attention_of_packed_sequences(bounds, causal):
+    # States are of the sequences: their tensors come from a batch of as many.
+    sequences = len(bounds) - 1
+    inputs, grads = attention_inputs(torch.float64, sequences, 1, 1, 2, 5, 3, state=True)
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.float64, 1, 40, 40, 2, 5, 3)
+    function = attention(causal=causal, bounds=torch.tensor(bounds), state=True)
+    compare(function, [q, k, v, *inputs[3:]], (grad, *grads[1:]), 1e-12)
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4]], ids=str)
+def test_some_gradients_of_linear_attention(wanted):
+    inputs, grads = attention_inputs(torch.float32, 1, 140, 140, 1, 3, 4, state=True)
+    compare(attention(causal=True, state=True), inputs, grads, 3e-6, wanted)
+
+
+def test_linear_attention_with_strides():
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.float32, 2, 70, 70, 2, 8, 8)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    v = v[:, :, :1, :1].expand(-1, -1, 2, 8)
+    grad = grad[:1].expand(2, -1, -1, -1)
+    compare(attention(causal=True), [q, k, v, None, None], (grad, None, None), 3e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_states_beyond_the_range_of_float16(causal):
+    (q, k, v, *_), grads = attention_inputs(torch.float16, 1, 300, 300, 1, 4, 4)
+    k, v = (k.abs() + 1) * 20, (v.abs() + 1) * 40  # sums of 300 products: above 240000
+    # Not by q: there the rounding of `out` to float16 is magnified.
+    compare(attention("relu", causal), [q, k, v, None, None], grads, 2e-2, wanted=[1, 2])
