@@ -53,6 +53,8 @@ $(REQUIREMENTS):
 	$(BIN)/python -m pip install 'torch==$(TORCH)' --group dev
 	@touch $@
 
+# Compiled before pip comes, which would not show how far it got.
 $(EDITABLE): $(REQUIREMENTS) setup.py
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "core/dtype.h"
 #include "core/platform.h"
@@ -50,6 +51,32 @@ TORCH_SPE_INLINE T sum_lanes(Vec<T> value) {
     for (std::int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+// Two rows of sums become one: blocks of kBlock lanes, taken in turn as even and odd, are added.
+template <class T, int kBlock, int kOdd, std::size_t... kLane>
+TORCH_SPE_INLINE Vec<T> gather_blocks(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
+  constexpr int kHalf = static_cast<int>(kLanes<T>) / 2;
+  return __builtin_shufflevector(
+      a, b,
+      (static_cast<int>(kLane) < kHalf ? 0 : 2 * kHalf) +
+          (2 * (static_cast<int>(kLane) % kHalf / kBlock) + kOdd) * kBlock +
+          static_cast<int>(kLane) % kBlock...);
+}
+
+// Lane i of the result is the sum of the lanes of values[i]: a tree of additions for all rows at
+// once.
+template <class T, int kCount = static_cast<int>(kLanes<T>)>
+TORCH_SPE_INLINE Vec<T> sum_rows(const Vec<T>* values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(kLanes<T>)>;
+    constexpr int kBlock = static_cast<int>(kLanes<T>) / kCount;
+    const Vec<T> a = sum_rows<T, kCount / 2>(values);
+    const Vec<T> b = sum_rows<T, kCount / 2>(values + kCount / 2);
+    return gather_blocks<T, kBlock, 0>(a, b, Lanes{}) + gather_blocks<T, kBlock, 1>(a, b, Lanes{});
+  }
 }
 
 TORCH_SPE_INLINE std::int64_t round_up(std::int64_t n, std::int64_t multiple) {

@@ -186,13 +186,13 @@ TORCH_SPE_INLINE void contract_rows(std::int64_t count, std::int64_t width, cons
 
 // y[b, r] += sum_d x[b, d] code[d, r]; width is a multiple of the lanes.
 template <class T>
-void contract(std::int64_t batch, std::int64_t count, std::int64_t width, const T* x, const T* code,
-              T* y) {
+void contract(std::int64_t batch, std::int64_t count, std::int64_t width, const T* x,
+              std::int64_t ldx, const T* code, T* y) {
   std::int64_t b = 0;
   for (; b + 4 <= batch; b += 4)
-    contract_rows<4>(count, width, x + b * count, count, code, width, y + b * width, width);
+    contract_rows<4>(count, width, x + b * ldx, ldx, code, width, y + b * width, width);
   for (; b < batch; ++b)
-    contract_rows<1>(count, width, x + b * count, count, code, width, y + b * width, width);
+    contract_rows<1>(count, width, x + b * ldx, ldx, code, width, y + b * width, width);
 }
 
 // x at a tile of positions, for one head and a group of features, as [t, b, d].
@@ -237,7 +237,7 @@ void forward(const SineFilterParams& p) {
     std::int64_t weights_head = -1;
     Workspace<T> basis(group * rows * kTile);                 // [d, j, t]
     Workspace<T> code(kTile * code_stride<T>(group, width));  // [t, d, r]
-    Workspace<T> x_tile(kTile * p.batch * group);             // [t, b, d]
+    Workspace<T> x_tile(kTile * p.batch * p.in_features);     // [t, b, d]
     Workspace<T> y_tile(kTile * p.batch * width);             // [t, b, r]
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < p.num_heads * tiles; ++task) {
@@ -247,19 +247,19 @@ void forward(const SineFilterParams& p) {
       basis_of.set_head(head);
       if (head != weights_head) load_weights(p, head, 0, p.in_features, weights.get());
       weights_head = head;
+      load_x<Storage>(p, head, n0, size, 0, p.in_features, x_tile.get());
       for (std::int64_t i = 0; i < size * p.batch * width; ++i) y_tile[i] = 0;
       for (std::int64_t d0 = 0; d0 < p.in_features; d0 += group) {
         const std::int64_t count = min_of(group, p.in_features - d0);
         const std::int64_t stride = code_stride<T>(count, width);
         basis_of.fill(n0, size, d0, count, basis);
-        load_x<Storage>(p, head, n0, size, d0, count, x_tile.get());
         for (std::int64_t d = 0; d < count; ++d) {
           code_tile(size, p.num_realizations, width, rows, basis + d * rows * kTile,
                     weights + (d0 + d) * rows * p.num_realizations, code + d * width, stride);
         }
         for (std::int64_t t = 0; t < size; ++t) {
-          contract(p.batch, count, width, x_tile + t * p.batch * count, code + t * stride,
-                   y_tile + t * p.batch * width);
+          contract(p.batch, count, width, x_tile + t * p.batch * p.in_features + d0, p.in_features,
+                   code + t * stride, y_tile + t * p.batch * width);
         }
       }
       for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -272,30 +272,37 @@ void forward(const SineFilterParams& p) {
   }
 }
 
-// out[b, d] = sum_r g[b, r] code[d, r] for kRows rows b and kCols columns d; width is a multiple of
-// the lanes.
+// out[b, d] = sum_r g[b, r] code[d, r] for kRows rows b and kCols features d, at most 16 in all;
+// width is a multiple of the lanes.
 template <int kRows, int kCols, class T>
 TORCH_SPE_INLINE void dot_block(std::int64_t width, const T* g, const T* code, T* out,
                                 std::int64_t ldo) {
-  Vec<T> acc[kRows][kCols] = {};
+  Vec<T> acc[16] = {};
   for (std::int64_t r = 0; r < width; r += kLanes<T>) {
     Vec<T> c[kCols];
     for (int d = 0; d < kCols; ++d) c[d] = load_vec(code + d * width + r);
     for (int b = 0; b < kRows; ++b) {
       const Vec<T> row = load_vec(g + b * width + r);
-      for (int d = 0; d < kCols; ++d) acc[b][d] += row * c[d];
+      for (int d = 0; d < kCols; ++d) acc[b * kCols + d] += row * c[d];
     }
   }
+  T sums[16];
+  for (int i = 0; i < kRows * kCols; i += static_cast<int>(kLanes<T>)) {
+    store_vec(sums + i, sum_rows<T>(acc + i));
+  }
   for (int b = 0; b < kRows; ++b) {
-    for (int d = 0; d < kCols; ++d) out[b * ldo + d] = sum_lanes<T>(acc[b][d]);
+    for (int d = 0; d < kCols; ++d) out[b * ldo + d] = sums[b * kCols + d];
   }
 }
 
 template <int kRows, class T>
 TORCH_SPE_INLINE void dot_rows(std::int64_t count, std::int64_t width, const T* g, const T* code,
                                T* out) {
+  constexpr int kCols = 16 / kRows < 8 ? 16 / kRows : 8;
   std::int64_t d = 0;
-  for (; d + 4 <= count; d += 4) dot_block<kRows, 4>(width, g, code + d * width, out + d, count);
+  for (; d + kCols <= count; d += kCols) {
+    dot_block<kRows, kCols>(width, g, code + d * width, out + d, count);
+  }
   for (; d < count; ++d) dot_block<kRows, 1>(width, g, code + d * width, out + d, count);
 }
 
@@ -305,6 +312,7 @@ void dot(std::int64_t batch, std::int64_t count, std::int64_t width, const T* g,
          T* out) {
   std::int64_t b = 0;
   for (; b + 4 <= batch; b += 4) dot_rows<4>(count, width, g + b * width, code, out + b * count);
+  for (; b + 2 <= batch; b += 2) dot_rows<2>(count, width, g + b * width, code, out + b * count);
   for (; b < batch; ++b) dot_rows<1>(count, width, g + b * width, code, out + b * count);
 }
 

@@ -165,19 +165,23 @@ Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Te
   check(x, freqs, weight, constant, positions, start);
   check_grad_out(grad_out, x, weight);
   const Inputs inputs(x, freqs, weight, constant, positions);
-  const auto zeros = [](bool wanted, const at::Tensor& t) {
+  // The kernel writes every entry, but without positions or batch rows it does not run.
+  const bool empty = x.numel() == 0;
+  const auto output = [&](bool wanted, const at::Tensor& t) {
     if (!wanted || !t.defined()) return at::Tensor();
-    return at::zeros_like(t, t.options().dtype(accumulate_type(t.scalar_type())));
+    const auto options = t.options().dtype(accumulate_type(t.scalar_type()));
+    return empty ? at::zeros_like(t, options) : at::empty_like(t, options);
   };
   const auto data = [](const at::Tensor& t) {
     return t.defined() ? t.mutable_data_ptr() : nullptr;
   };
   at::Tensor grad_x = mask[0] ? at::empty(x.sizes(), x.options()) : at::Tensor();
-  at::Tensor grad_freqs = zeros(mask[1], inputs.freqs);
-  at::Tensor grad_weight = zeros(mask[2], inputs.weight);
-  at::Tensor grad_constant = zeros(mask[3], inputs.constant);
-  at::Tensor grad_positions = zeros(mask[4], inputs.positions);
-  if (x.numel() > 0) {
+  at::Tensor grad_freqs = mask[1] ? at::zeros_like(inputs.freqs) : at::Tensor();
+  at::Tensor grad_weight = output(mask[2], inputs.weight);
+  at::Tensor grad_constant = output(mask[3], inputs.constant);
+  at::Tensor grad_positions =
+      mask[4] && inputs.positions.defined() ? at::zeros_like(inputs.positions) : at::Tensor();
+  if (!empty) {
     core::SineFilterBackwardParams params;
     inputs.fill(params, start);
     params.out = nullptr;

@@ -1,5 +1,5 @@
-// Learns a relative position in C++: queries and keys encoded with sine codes must agree best at a
-// lag of 3. Gradients of frequencies and weights go through torch_spe::sine_filter.
+// Learns in C++ to recall what came three positions earlier: sine codes encode queries and keys of
+// linear attention, and gradients flow through both operators into frequencies and weights.
 #include <torch/torch.h>
 #include <torch_spe/torch_spe.h>
 
@@ -8,7 +8,8 @@
 
 int main() {
   torch::manual_seed(0);
-  constexpr int64_t length = 64, heads = 2, features = 2, sines = 16, realizations = 64, lag = 3;
+  constexpr int64_t batch = 8, length = 64, heads = 2, features = 2, values = 8;
+  constexpr int64_t sines = 16, realizations = 64, lag = 3;
 
   auto freqs = torch::rand({heads, features, sines}).div(2).requires_grad_();
   auto query_weight = torch::randn({heads, features, 2 * sines, realizations}).div(40);
@@ -18,13 +19,18 @@ int main() {
   torch::optim::Adam optimizer(std::vector{freqs, query_weight, key_weight}, 0.003);
 
   const auto x = torch::ones({1, length, heads, features});  // the content says nothing
-  const auto positions = torch::arange(length);
-  const auto target = (positions.unsqueeze(1) - positions).eq(lag).to(torch::kFloat);  // [N, N]
-  for (int step = 0; step <= 100; ++step) {
-    const auto qhat = torch_spe::sine_filter(x, freqs, query_weight);  // [B, N, H, R]
+  for (int step = 0; step <= 60; ++step) {
+    const auto v = torch::randn({batch, length, heads, values});
+    const auto target = torch::constant_pad_nd(v.narrow(1, 0, length - lag), {0, 0, 0, 0, lag, 0});
+
+    const auto qhat = torch_spe::sine_filter(x, freqs, query_weight);  // [1, N, H, R]
     const auto khat = torch_spe::sine_filter(x, freqs, key_weight);
-    const auto logits = torch::einsum("bnhr,bmhr->bhnm", {qhat, khat});
-    const auto loss = (logits - target).square().mean();
+    const std::vector<int64_t> shape{batch, length, heads, realizations};
+    const auto [out, s, z] = torch_spe::linear_attention(qhat.expand(shape), khat.expand(shape), v,
+                                                         "identity", /*causal=*/true,
+                                                         /*normalize=*/false);
+    const auto loss = (out - target).square().mean();
+
     optimizer.zero_grad();
     loss.backward();
     optimizer.step();

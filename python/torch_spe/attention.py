@@ -23,6 +23,7 @@ from torch_spe.modules import (
     check_feature_map,
     check_not_nan,
     check_positive,
+    check_seed,
 )
 
 __all__ = ["RotaryPositions", "SPEMultiheadAttention", "SPETransformerEncoderLayer"]
@@ -331,8 +332,7 @@ class SPEMultiheadAttention(nn.Module):
         ):
             if value is not None:
                 check_positive(owner, **{name: value})
-        if not isinstance(seed, int):
-            raise TypeError(f"{owner}: seed must be an integer, got {seed!r}")
+        check_seed(owner, seed)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads

@@ -55,6 +55,14 @@ def check_not_nan(owner: str, **parameters: Tensor) -> None:
             raise ValueError(f"{owner}: the parameter {name} must not be NaN, got NaN at {index}")
 
 
+def check_seed(owner: str, seed: int) -> None:
+    """Raise unless `seed` is an integer of 64 bits."""
+    if not isinstance(seed, int):
+        raise TypeError(f"{owner}: seed must be an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{owner}: seed must lie in [-2^63, 2^63), got {seed}")
+
+
 def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: str) -> None:
     """Raise unless `noise` is floating point and fits `shape`, where None is any size."""
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
@@ -83,6 +91,7 @@ def draw_normal(
         return torch.randn(*shape, generator=generator, dtype=dtype, device=like.device)
     if generator is not None:
         raise ValueError(f"{owner}: give generator or seed, not both")
+    check_seed(owner, seed)
     return seeded_normal(shape, seed, stream, dtype=dtype, device=like.device)
 
 
@@ -295,7 +304,7 @@ def _check_positions(
     positions: Tensor | None,
 ) -> tuple[float, ...]:
     """Return one first position for each dimension, after checks of start and positions."""
-    starts = (start,) * ndim if isinstance(start, (int, float)) else tuple(start)
+    starts = tuple(start) if isinstance(start, Sequence) else (start,) * ndim
     if len(starts) != ndim:
         raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
     if positions is None:
@@ -370,7 +379,7 @@ class SPE(nn.Module):
 
     def _lags(self, max_lag: int | Sequence[int]) -> tuple[int, ...]:
         """Return one largest lag for each dimension."""
-        lags = (max_lag,) * self.ndim if isinstance(max_lag, int) else tuple(max_lag)
+        lags = tuple(max_lag) if isinstance(max_lag, Sequence) else (max_lag,) * self.ndim
         if len(lags) != self.ndim or any(not isinstance(lag, int) or lag < 0 for lag in lags):
             raise ValueError(
                 f"{type(self).__name__}: max_lag must be an integer >= 0 or {self.ndim} of them "

@@ -13,22 +13,14 @@ __all__ = ["seeded_normal"]
 _MASK = 0xFFFFFFFF
 
 
-def _mix(word):
-    """Mix the bits of 32-bit words, kept in int64 (or in a Python int), where no product overflows.
+def _mix(words: Tensor) -> Tensor:
+    """Mix the bits of 32-bit words, which are kept in int64, where no product overflows.
 
     Constants: C. Wellons' and T. Ettinger's search for 32-bit mixers of least bias.
     """
-    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _MASK
-    word = ((word ^ (word >> 15)) * 0x735A2D97) & _MASK
-    return word ^ (word >> 15)
-
-
-def _key(*words: int) -> int:
-    key = 0
-    for word in words:
-        for part in (word & _MASK, (word >> 32) & _MASK):
-            key = _mix((key + part + 0x3C6EF372) & _MASK)
-    return key
+    words = ((words ^ (words >> 16)) * 0x21F0AAAD) & _MASK
+    words = ((words ^ (words >> 15)) * 0x735A2D97) & _MASK
+    return words ^ (words >> 15)
 
 
 def seeded_normal(
@@ -47,8 +39,8 @@ def seeded_normal(
 
     Args:
         shape: of the result; fewer than 2^32 numbers.
-        seed: any integer, of which 64 bits count.
-        stream: distinguishes independent sets of numbers of one seed.
+        seed: an integer of 64 bits, -2^63 to 2^63 - 1.
+        stream: 0, 1, ...: tells independent sets of numbers of one seed apart.
         dtype: floating type of the result.
         device: of the result.
 
@@ -58,11 +50,14 @@ def seeded_normal(
     """
     count = math.prod(shape)
     half = (count + 1) // 2
-    index = _mix(torch.arange(half, device=device))
+    # The keys are computed in tensors too, so that a compiled graph serves every seed.
+    seeds = torch.full((), seed, dtype=torch.int64, device=device)
+    key = _mix(((seeds & _MASK) + 0x3C6EF372 + stream) & _MASK)
+    key = _mix(key ^ ((seeds >> 32) & _MASK))
+    keys = _mix(key ^ torch.arange(1, 3, device=device))
+    words = _mix(_mix(torch.arange(half, device=device)) ^ keys[:, None])
     # In float64, so that the result rounds to the same number wherever it is computed.
-    first, second = (
-        (_mix(index ^ _key(seed, stream, word)).double() + 0.5) * 2.0**-32 for word in (0, 1)
-    )
+    first, second = ((words.double() + 0.5) * 2.0**-32).unbind()
     radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
     normal = torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
     return normal.to(dtype).reshape(shape)

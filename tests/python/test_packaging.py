@@ -29,6 +29,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+# Without what an outer make has set for its commands.
+ENVIRONMENT = {name: os.environ[name] for name in os.environ.keys() - {"MAKEFLAGS", "TORCH"}}
 PATH = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
 
 needs_build = pytest.mark.skipif(
@@ -41,7 +43,7 @@ def run(*command, env=None, status=0, **options):
     """Run a command; return its output once it ended with the expected status."""
     done = subprocess.run(
         [str(part) for part in command],
-        env={**os.environ, "PATH": PATH, **(env or {})},
+        env={**ENVIRONMENT, "PATH": PATH, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -205,7 +207,7 @@ def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
     assert "not found" not in run("ldd", library)
     output = run(build / "train")
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
-    assert losses[-1] < 0.1 * losses[0], output
+    assert losses[-1] < 0.2, output  # predicting zero gives 0.95
     assert f"built with torch {torch.__version__.split('+')[0]}" in output
 
 

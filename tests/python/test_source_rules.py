@@ -86,7 +86,7 @@ def symbols_outside(isa, compiled):
 
 
 def compile_plainly(entry, source, compiled):
-    """Compile without the optimizer, which decides anew what to inline whenever the code changes."""
+    """Compile without the optimizer, whose choice of what to inline changes with the code."""
     command = shlex.split(entry["command"])
     command[command.index("-o") + 1] = str(compiled)
     command[command.index("-c") + 1] = str(source)
