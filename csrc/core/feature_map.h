@@ -11,17 +11,6 @@ namespace torch_spe::core {
 
 enum class FeatureMap { kIdentity, kElu, kRelu };
 
-// 2^n for n down to the exponents of the smallest normal numbers.
-TORCH_SPE_INLINE float power_of_two(std::int32_t n, float) {
-  return bits_to_float(static_cast<std::uint32_t>(n + 127) << 23);
-}
-TORCH_SPE_INLINE double power_of_two(std::int32_t n, double) {
-  const std::uint64_t bits = static_cast<std::uint64_t>(n + 1023) << 52;
-  double value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 // exp(r) for |r| <= ln(2)/2, from the Cephes library (S. Moshier), expf and exp.
 TORCH_SPE_INLINE float exp_reduced(float r) {
   float p = 1.9875691500e-4f;
@@ -44,28 +33,34 @@ TORCH_SPE_INLINE double exp_reduced(double r) {
   return 1.0 + 2.0 * (r * p) / (q - r * p);
 }
 
-// exp(x) for x <= 0, subnormal results included; NaN stays NaN.
+// exp(x) for x <= 0; NaN stays NaN, and what would be subnormal is 0. Adding 1.5 * 2^23 (2^52 in
+// double) rounds to a whole number n and leaves it in the last bits, from where it becomes the
+// exponent of 2^n.
 TORCH_SPE_INLINE float exp_nonpositive(float x) {
-  const float y = x < -104.0f ? -104.0f : x;
-  const float n = static_cast<float>(__builtin_rintf(y * 1.44269504088896341f));
-  const float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
-  const std::int32_t whole = static_cast<std::int32_t>(n), half = whole >> 1;
-  return exp_reduced(r) * power_of_two(half, 0.0f) * power_of_two(whole - half, 0.0f);
+  const float shifted = x * 1.44269504088896341f + 0x1.8p23f;
+  const float n = shifted - 0x1.8p23f;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float scale = bits_to_float((float_to_bits(shifted) + 127u) << 23);
+  return x < -87.3365f ? 0.0f : exp_reduced(r) * scale;
 }
 TORCH_SPE_INLINE double exp_nonpositive(double x) {
-  const double y = x < -746.0 ? -746.0 : x;
-  const double n = __builtin_rint(y * 1.4426950408889634073599);
-  const double r = (y - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
-  const std::int32_t whole = static_cast<std::int32_t>(n), half = whole >> 1;
-  return exp_reduced(r) * power_of_two(half, 0.0) * power_of_two(whole - half, 0.0);
+  const double shifted = x * 1.4426950408889634073599 + 0x1.8p52;
+  const double n = shifted - 0x1.8p52;
+  const double r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  std::uint64_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 1023u) << 52;
+  double scale;
+  __builtin_memcpy(&scale, &bits, sizeof(scale));
+  return x < -708.396 ? 0.0 : exp_reduced(r) * scale;
 }
 
 // phi(x): x, elu(x) + 1 or max(x, 0).
 template <FeatureMap kMap, class T>
 TORCH_SPE_INLINE T apply_feature_map(T x) {
   if constexpr (kMap == FeatureMap::kElu) {
-    const T e = exp_nonpositive(x > T(0) ? T(0) : x);
-    return x >= T(0) ? x + T(1) : e;
+    // exp(0) is 1 exactly.
+    return (x < T(0) ? T(0) : x) + exp_nonpositive(x > T(0) ? T(0) : x);
   } else if constexpr (kMap == FeatureMap::kRelu) {
     return x < T(0) ? T(0) : x;
   } else {

@@ -8,9 +8,9 @@ namespace {
 
 using core::FeatureMap;
 
-constexpr std::int64_t kChunk = 64;      // positions whose weights are formed at once, when causal
-constexpr std::int64_t kTile = 256;      // positions loaded at once, when not causal
-constexpr std::int64_t kSegment = 1024;  // positions of a unit of work; a multiple of both
+constexpr std::int64_t kChunk = 64;      // positions whose weights are formed at once
+constexpr std::int64_t kSegment = 1024;  // positions of a unit of work; whole chunks
+constexpr std::int64_t kAhead = 16;      // rows between prefetching and loading
 
 // Sizes rounded up to whole cache lines.
 template <class T>
@@ -33,22 +33,12 @@ TORCH_SPE_INLINE void add(const T* a, const T* b, std::int64_t n, T* out) {
   }
 }
 
-template <class T>
-TORCH_SPE_INLINE T sum_halves(Vec<T> value) {
-  T lanes[kLanes<T>];
-  store_vec(lanes, value);
-  for (std::int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (std::int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
 // n is a multiple of the lanes.
 template <class T>
 TORCH_SPE_INLINE T dot(const T* a, const T* b, std::int64_t n) {
   Vec<T> sum = {};
   for (std::int64_t i = 0; i < n; i += kLanes<T>) sum += load_vec(a + i) * load_vec(b + i);
-  return sum_halves<T>(sum);
+  return sum_lanes<T>(sum);
 }
 
 // The sequences of the batch (or those packed in one row), each cut into segments: the units in
@@ -143,6 +133,13 @@ TORCH_SPE_INLINE void load_mapped_row(const Storage* in, std::int64_t stride, st
   }
 }
 
+// Rows of a head lie apart, which the hardware's prefetching does not follow.
+template <class Storage>
+TORCH_SPE_INLINE void prefetch_row(const Storage* row, std::int64_t n) {
+  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Storage));
+  for (std::int64_t i = 0; i < n; i += kLine) __builtin_prefetch(row + i, 0, 2);
+}
+
 // Calls `function` with the feature map as a type.
 template <FeatureMap kMap>
 struct MapTag {
@@ -176,7 +173,6 @@ class Tiles {
         real_width_(padded<T>(p.num_realizations)),
         value_width_(padded<T>(p.value_features)),
         state_size_(state_size(p)),
-        tile_(p.causal ? kChunk : kTile),
         sum_(real_width_) {}
 
   static std::int64_t state_size(const LinearAttentionParams& p) {
@@ -211,8 +207,8 @@ class Tiles {
   // The sum of phi(k) v^T and phi(k) over a segment.
   void key_sums(const Segment& segment, T* keys, T* values, T* state) {
     set_zero(state, state_size_);
-    for (std::int64_t n = 0; n < segment.size; n += tile_) {
-      const std::int64_t size = min_of(tile_, segment.size - n);
+    for (std::int64_t n = 0; n < segment.size; n += kChunk) {
+      const std::int64_t size = min_of(kChunk, segment.size - n);
       load_keys(segment, n, size, keys);
       load_values(segment, n, size, values);
       add_keys(size, keys, values, state);
@@ -234,6 +230,11 @@ class Tiles {
            ((segment.batch * length + segment.begin + n) * p_.num_heads + segment.head) * columns;
   }
 
+  // Of the row to prefetch when row n + t of the segment is loaded, the distance from row n.
+  static std::int64_t ahead(const Segment& segment, std::int64_t n, std::int64_t t) {
+    return min_of(t + kAhead, segment.size - n - 1);
+  }
+
   bool is_padding(const Segment& segment, std::int64_t n) const {
     return p_.key_padding_mask != nullptr &&
            p_.key_padding_mask[segment.batch * p_.key_length + segment.begin + n];
@@ -244,6 +245,7 @@ class Tiles {
     const Storage* q = at(p_.q, p_.q_strides, segment, n);
     visit_feature_map(p_.feature_map, [&](auto map) {
       for (std::int64_t t = 0; t < size; ++t) {
+        prefetch_row(q + ahead(segment, n, t) * p_.q_strides[1], real_);
         load_mapped_row<map.value>(q + t * p_.q_strides[1], p_.q_strides[3], real_, out + t * ld);
         set_zero(out + t * ld + real_, real_width_ - real_);
       }
@@ -258,6 +260,7 @@ class Tiles {
           set_zero(row, real_width_);
           continue;
         }
+        prefetch_row(k + ahead(segment, n, t) * p_.k_strides[1], real_);
         load_mapped_row<map.value>(k + t * p_.k_strides[1], p_.k_strides[3], real_, row);
         set_zero(row + real_, real_width_ - real_);
       }
@@ -271,6 +274,7 @@ class Tiles {
         set_zero(row, value_width_);
         continue;
       }
+      prefetch_row(v + ahead(segment, n, t) * p_.v_strides[1], values_);
       load_row(v + t * p_.v_strides[1], p_.v_strides[3], values_, row);
       set_zero(row + values_, value_width_ - values_);
     }
@@ -306,7 +310,7 @@ class Tiles {
         if (z != nullptr) weight += load_vec(z + r);
         products += load_vec(q + r) * weight;
       }
-      scale[t] = sum_halves<T>(products);
+      scale[t] = sum_lanes<T>(products);
     }
     for (std::int64_t t = 0; t < size; ++t) scale[t] = 1 / (scale[t] + static_cast<T>(p_.eps));
   }
@@ -319,7 +323,6 @@ class Tiles {
   const std::int64_t real_, values_;             // R, E
   const std::int64_t real_width_, value_width_;  // R, E padded
   const std::int64_t state_size_;
-  const std::int64_t tile_;
 
  private:
   Workspace<T> sum_;  // [R]
@@ -334,11 +337,11 @@ class Forward : public Tiles<Storage> {
   explicit Forward(const LinearAttentionParams& p)
       : Base(p),
         left_width_(this->real_width_ + (p.causal ? kChunk : 0)),
-        left_(this->tile_ * left_width_),
-        right_((this->real_width_ + this->tile_) * this->value_width_),
-        keys_(this->tile_ * this->real_width_),
-        out_(this->tile_ * this->value_width_),
-        scale_(this->tile_),
+        left_(kChunk * left_width_),
+        right_((this->real_width_ + kChunk) * this->value_width_),
+        keys_(kChunk * this->real_width_),
+        out_(kChunk * this->value_width_),
+        scale_(kChunk),
         z_(this->real_width_),
         local_(this->state_size_) {}
 
@@ -380,8 +383,8 @@ class Forward : public Tiles<Storage> {
 
   // The outputs of a segment of queries when all keys are in `state`.
   void query_segment(const Segment& segment, const T* state) {
-    for (std::int64_t n = 0; n < segment.size; n += this->tile_) {
-      const std::int64_t size = min_of(this->tile_, segment.size - n);
+    for (std::int64_t n = 0; n < segment.size; n += kChunk) {
+      const std::int64_t size = min_of(kChunk, segment.size - n);
       this->load_queries(segment, n, size, left_, left_width_);
       this->normalizers(size, left_, left_width_, nullptr, state + this->z_offset(), scale_);
       gemm(Op::kPlain, Op::kPlain, size, this->values_, this->real_, left_, left_width_, state,
@@ -401,11 +404,11 @@ class Forward : public Tiles<Storage> {
   }
 
   const std::int64_t left_width_;
-  Workspace<T> left_;   // [tile, R + chunk]: queries, weights
-  Workspace<T> right_;  // [R + tile, E]: S, values
-  Workspace<T> keys_;   // [tile, R]
-  Workspace<T> out_;    // [tile, E]
-  Workspace<T> scale_;  // [tile]
+  Workspace<T> left_;   // [chunk, R + chunk]: queries, weights
+  Workspace<T> right_;  // [R + chunk, E]: S, values
+  Workspace<T> keys_;   // [chunk, R]
+  Workspace<T> out_;    // [chunk, E]
+  Workspace<T> scale_;  // [chunk]
   Workspace<T> z_;      // [R]
   Workspace<T> local_;  // state of the segment's own keys
 };
@@ -420,14 +423,14 @@ class Backward : public Tiles<Storage> {
       : Base(p),
         b_(p),
         chunks_(p.causal ? min_of(kSegment, round_up(p.query_length, kChunk)) / kChunk : 1),
-        queries_(this->tile_ * this->real_width_),
-        keys_(chunks_ * this->tile_ * this->real_width_),
-        values_of_(chunks_ * this->tile_ * this->value_width_),
-        grads_(this->tile_ * this->value_width_),
+        queries_(kChunk * this->real_width_),
+        keys_(chunks_ * kChunk * this->real_width_),
+        values_of_(chunks_ * kChunk * this->value_width_),
+        grads_(kChunk * this->value_width_),
         weights_(p.causal ? kChunk * kChunk : 0),
-        out_(this->tile_ * max_of(this->real_width_, this->value_width_)),
-        scale_(this->tile_),
-        grad_scale_(this->tile_),
+        out_(kChunk * max_of(this->real_width_, this->value_width_)),
+        scale_(kChunk),
+        grad_scale_(kChunk),
         result_row_(this->value_width_),
         states_(p.causal ? chunks_ * this->state_size_ : 0),
         local_(this->state_size_),
@@ -512,8 +515,8 @@ class Backward : public Tiles<Storage> {
   // Without an order: the gradient of q and, in grad_state, that of the state that all keys are in.
   void query_segment(const Segment& segment, const T* state, T* grad_state) {
     set_zero(grad_state, this->state_size_);
-    for (std::int64_t n = 0; n < segment.size; n += this->tile_) {
-      const std::int64_t size = min_of(this->tile_, segment.size - n);
+    for (std::int64_t n = 0; n < segment.size; n += kChunk) {
+      const std::int64_t size = min_of(kChunk, segment.size - n);
       this->load_queries(segment, n, size, queries_, this->real_width_);
       load_gradients(segment, n, size, nullptr, state + this->z_offset());
       if (b_.grad_q != nullptr) {
@@ -526,8 +529,8 @@ class Backward : public Tiles<Storage> {
 
   // The gradients of k and v.
   void key_segment(const Segment& segment, const T* grad_state) {
-    for (std::int64_t n = 0; n < segment.size; n += this->tile_) {
-      const std::int64_t size = min_of(this->tile_, segment.size - n);
+    for (std::int64_t n = 0; n < segment.size; n += kChunk) {
+      const std::int64_t size = min_of(kChunk, segment.size - n);
       this->load_keys(segment, n, size, keys_);
       this->load_values(segment, n, size, values_of_);
       if (b_.grad_k != nullptr) {
@@ -552,6 +555,7 @@ class Backward : public Tiles<Storage> {
     const Storage* g = this->at(b_.grad_out, b_.grad_out_strides, segment, n);
     for (std::int64_t t = 0; t < size; ++t) {
       T* row = grads_ + t * vw;
+      prefetch_row(g + this->ahead(segment, n, t) * b_.grad_out_strides[1], this->values_);
       load_row(g + t * b_.grad_out_strides[1], b_.grad_out_strides[3], this->values_, row);
       for (std::int64_t e = 0; e < this->values_; ++e) row[e] *= scale_[t];
       set_zero(row + this->values_, vw - this->values_);
@@ -563,6 +567,7 @@ class Backward : public Tiles<Storage> {
     const Storage* result = this->at(b_.result, b_.result_strides, segment, n);
     set_zero(result_row_.get(), vw);
     for (std::int64_t t = 0; t < size; ++t) {
+      prefetch_row(result + this->ahead(segment, n, t) * b_.result_strides[1], this->values_);
       load_row(result + t * b_.result_strides[1], b_.result_strides[3], this->values_,
                result_row_.get());
       grad_scale_[t] = -dot<T>(grads_ + t * vw, result_row_, vw);
@@ -627,14 +632,14 @@ class Backward : public Tiles<Storage> {
 
   const LinearAttentionBackwardParams& b_;
   const std::int64_t chunks_;
-  Workspace<T> queries_;     // [tile, R]
-  Workspace<T> keys_;        // [chunks, tile, R]
-  Workspace<T> values_of_;   // [chunks, tile, E]
-  Workspace<T> grads_;       // [tile, E]
+  Workspace<T> queries_;     // [chunk, R]
+  Workspace<T> keys_;        // [chunks, chunk, R]
+  Workspace<T> values_of_;   // [chunks, chunk, E]
+  Workspace<T> grads_;       // [chunk, E]
   Workspace<T> weights_;     // [chunk, chunk]
-  Workspace<T> out_;         // [tile, R] or [tile, E]
-  Workspace<T> scale_;       // [tile]
-  Workspace<T> grad_scale_;  // [tile]
+  Workspace<T> out_;         // [chunk, R] or [chunk, E]
+  Workspace<T> scale_;       // [chunk]
+  Workspace<T> grad_scale_;  // [chunk]
   Workspace<T> result_row_;  // [E]
   Workspace<T> states_;      // [chunks], states
   Workspace<T> local_;       // state, or its gradient, of the segment alone

@@ -8,7 +8,8 @@ import torch
 
 _REBUILD = (
     "rebuild it in its source tree with "
-    "'pip install --no-build-isolation --no-deps --force-reinstall .' ('make build' in a clone)"
+    "'pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall .' "
+    "('make build' in a clone)"
 )
 
 

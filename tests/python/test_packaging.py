@@ -177,8 +177,8 @@ def test_import_under_another_torch_says_what_to_do(installed, tmp_path):
     assert output.splitlines()[-1] == (
         f"ImportError: torch_spe was built for torch 1.2.3, but torch {torch.__version__} is "
         "installed; rebuild it in its source tree with 'pip install --no-build-isolation --no-deps "
-        "--force-reinstall .' ('make build' in a clone), or install the other torch with "
-        "'pip install torch==1.2.3'"
+        "--no-cache-dir --force-reinstall .' ('make build' in a clone), or install the other torch "
+        "with 'pip install torch==1.2.3'"
     )
 
 
