@@ -29,7 +29,7 @@ def sine_filter(
         \hat x_{bnhr} = \sum_d x_{bnhd} \Big( c_{hdr} + \sum_k \cos(2 \pi f_{hdk} n)\, W_{h,d,2k,r}
         + \sin(2 \pi f_{hdk} n)\, W_{h,d,2k+1,r} \Big)
 
-    (Liutkus et al. 2021, equations 17 to 19, with the noise, gains and offsets in ``weight``.)
+    (Liutkus et al. 2021, SineSPE, with the noise, gains and offsets in ``weight``.)
 
     Args:
         x: queries or keys, ``[B, N, H, D]``; float32, float64, float16 or bfloat16.
