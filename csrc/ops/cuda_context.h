@@ -31,8 +31,11 @@ class CudaContext {
     return at::empty({static_cast<int64_t>(bytes)}, options_.dtype(at::kByte));
   }
 
-  // torch.backends.cuda.matmul.allow_tf32
-  bool allow_tf32() const { return at::globalContext().allowTF32CuBLAS(); }
+  // torch.backends.cuda.matmul.fp32_precision, which torch.set_float32_matmul_precision sets too.
+  bool allow_tf32() const {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+           at::Float32Precision::TF32;
+  }
 
  private:
   at::TensorOptions options_;

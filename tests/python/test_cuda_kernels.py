@@ -4,6 +4,8 @@ import pytest
 import torch
 from cuda_backends import LIBRARY, compare_cuda, compare_emulated, on, run
 
+import torch_spe
+
 
 @pytest.fixture(params=["emulated", "cuda"])
 def compare(request):
@@ -32,7 +34,7 @@ def sine_inputs(dtype, batch, length, heads, features, sines, real, constant, nd
     grid = (ndim,) if ndim else ()
     freqs = torch.rand(heads, features, sines, *grid, generator=g).to(wide) / 2
     weight = torch.randn(heads, features, 2 * sines, real, generator=g).to(wide)
-    scale = (features * sines) ** -0.5
+    scale = max(1, features * sines) ** -0.5
     c = torch.randn(heads, features, real, generator=g).to(wide) * scale if constant else None
     positions = torch.randn(length, ndim, generator=g).double() * 9 if ndim else None
     grad = torch.randn(batch, length, heads, real, generator=g).to(dtype)
@@ -81,14 +83,48 @@ def test_sine_filter_far_from_the_origin(compare):
     compare(function, inputs, grad, TOLERANCES[torch.float32])
 
 
-def test_sine_filter_in_tf32(compare):
+@pytest.fixture(params=["fp32_precision", "allow_tf32"])
+def tf32(request):
+    """TF32 allowed, by each of PyTorch's two settings."""
+    matmul = torch.backends.cuda.matmul
+    if request.param == "allow_tf32":
+        matmul.allow_tf32 = True
+        yield
+        matmul.allow_tf32 = False
+    else:
+        old, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        yield
+        matmul.fp32_precision = old
+
+
+def test_tf32(compare, tf32):
     inputs, grad = sine_inputs(torch.float32, 3, 37, 2, 5, 3, 7, True)
-    old = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        compare(torch.ops.torch_spe.sine_filter, inputs, grad, 4e-3)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = old
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, 4e-3)
+    with pytest.raises(AssertionError):  # it is used
+        compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[torch.float32])
+    inputs, grads = attention_inputs(torch.float32, 1, 70, 70, 2, 9, 6)
+    compare(attention(causal=True), inputs, grads, 4e-3)
+
+
+EMPTY = {
+    "no batch": (0, 9, 2, 3, 2, 4, True),
+    "no positions": (2, 0, 2, 3, 2, 4, True),
+    "no heads": (2, 9, 0, 3, 2, 4, True),
+    "no features": (2, 9, 2, 0, 2, 4, True),
+}
+
+
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
+def test_empty_tensors_in_the_sine_filter(compare, shape):
+    inputs, grad = sine_inputs(torch.float32, *shape)
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, 0, may_launch_nothing=True)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", [(0, 5, 5, 2, 3, 4), (2, 5, 5, 0, 3, 4)], ids=["batch", "heads"])
+def test_empty_tensors_in_linear_attention(compare, shape, causal):
+    inputs, grads = attention_inputs(torch.float32, *shape)
+    compare(attention(causal=causal), inputs, grads, 0, may_launch_nothing=True)
 
 
 ATTENTION_SHAPES = {  # batch, queries, keys, heads, features, values
@@ -185,6 +221,19 @@ def test_states_beyond_the_range_of_float16(compare, causal):
     k, v = (k.abs() + 1) * 20, (v.abs() + 1) * 40  # sums of 300 products: above 240000
     # Not by q: there the rounding of `out` to float16 is magnified.
     compare(attention("relu", causal), [q, k, v, None, None], grads, 2e-2, wanted=[1, 2])
+
+
+@pytest.mark.parametrize("position", ["sine", "rotary", None])
+def test_layers_make_all_their_tensors_on_their_device(position):
+    # The meta device stands in for a GPU: mixed devices and reads of numbers fail there too.
+    layer = torch_spe.SPETransformerEncoderLayer(
+        16, 2, 32, batch_first=True, position=position, device="meta"
+    )
+    x = torch.randn(2, 10, 16, device="meta", requires_grad=True)
+    for mode in (True, False):
+        out = layer.train(mode)(x)
+        out.sum().backward()
+        assert out.device == x.grad.device == x.device
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
