@@ -90,8 +90,7 @@ def linear_attention(
         causal: a query sees the keys up to its own position. Then ``M`` must be ``N``: the keys
             before the first query, if there are any, belong in ``initial_state``.
         normalize: divide by the sum of the weights; without, the numerator alone.
-        eps: added to the sum of the weights, at least 0. With 0, a query without any weight gives
-            NaN.
+        eps: added to the sum of the weights, at least 0. Where the two make 0, the output is 0.
         key_padding_mask: bool, ``[B, M]``, true for keys to leave out. Queries that are left with
             none give 0.
         cu_seqlens: int32 or int64, ``[S + 1]``: bounds of S independent sequences packed in one row

@@ -168,5 +168,6 @@ def linear_attention(
         denominator = denominator + torch.einsum("bnhr,bhr->bnh", q, initial_state[1].to(q.dtype))
         state = tuple(new + old for new, old in zip(state, initial_state, strict=True))
     if normalize:
-        out = out / (denominator + eps).unsqueeze(-1)
+        total = (denominator + eps).unsqueeze(-1)
+        out = torch.where(total == 0, 0.0, out / total.masked_fill(total == 0, 1.0))
     return out, state

@@ -29,9 +29,8 @@ at::Tensor sine_filter(
     double start = 0);
 
 // Linear attention: out[n] = sum_m w_nm v_m / (sum_m w_nm + eps), w_nm = phi(q_n) . phi(k_m), over
-// m
-// <= n when causal; without the division when normalize is false. The feature map phi is
-// "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
+// the keys m <= n when causal; 0 where that is 0 / 0; without the division when normalize is false.
+// The feature map phi is "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
 //
 // The results are out [B, N, H, E], of q's type, and, with return_state, the state after the last
 // key, S = sum_m phi(k_m) v_m^T [B, H, R, E] and z = sum_m phi(k_m) [B, H, R], in float32, or
