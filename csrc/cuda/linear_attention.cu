@@ -484,6 +484,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kPerRow; ++i) sum += shared.parts[row * kPerRow + i];
     return sum;
   };
+  // 1 / (denominator + eps); 0 where that is 1 / 0.
+  const auto scale_of = [&](int row) {
+    const T sum = row_sum(row) + normalization.eps;
+    return sum == T(0) ? T(0) : T(1) / sum;
+  };
   if (normalize) {
     shared.parts[thread] = denominator;
     __syncthreads();
@@ -491,11 +496,11 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kMakesValues) {
     product.for_each([&](int row, int column, T value) {
       if (row >= chunk.size || e0 + column >= values) return;
-      const T result = normalize ? value / (row_sum(row) + normalization.eps) : value;
-      write(result, out + rows.index(chunk.batch, chunk.begin + row, head) * values + e0 + column);
+      write(normalize ? value * scale_of(row) : value,
+            out + rows.index(chunk.batch, chunk.begin + row, head) * values + e0 + column);
     });
   } else {
-    const T scale = T(1) / (row_sum(own_row) + normalization.eps);
+    const T scale = scale_of(own_row);
     __syncthreads();  // the parts have been read
     T sum = 0;        // of grad_out . out
     if (own_row < chunk.size) {

@@ -153,10 +153,10 @@ def attention_inputs(dtype, batch, queries, keys, heads, features, values, state
                              torch.randn(z.shape, generator=g).to(wide))  # fmt: skip
 
 
-def attention(feature_map="elu", causal=False, normalize=True, state=False):
+def attention(feature_map="elu", causal=False, normalize=True, state=False, eps=1e-3):
     def function(q, k, v, s, z, mask=None, bounds=None):
         return torch.ops.torch_spe.linear_attention(
-            q, k, v, feature_map, causal, normalize, 1e-3, mask, bounds, s, z, state
+            q, k, v, feature_map, causal, normalize, eps, mask, bounds, s, z, state
         )
 
     return function
@@ -199,6 +199,14 @@ def test_linear_attention_of_packed_sequences(compare, bounds, causal):
     (q, k, v, *_), (grad, *_) = attention_inputs(torch.float64, 1, 40, 40, 2, 5, 3)
     function = attention(causal=causal, state=True)
     compare(function, [q, k, v, *inputs[3:], None, torch.tensor(bounds)], (grad, *grads[1:]), 1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_queries_without_any_weight(compare, causal):
+    inputs, grads = attention_inputs(torch.float32, 2, 70, 70, 2, 5, 3)
+    mask = torch.zeros(2, 70, dtype=torch.bool)
+    mask[0], mask[1, :9] = True, True
+    compare(attention("relu", causal, eps=0.0), [*inputs, mask], grads, 1e-5)
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4]], ids=str)
