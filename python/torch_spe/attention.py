@@ -31,7 +31,7 @@ __all__ = ["RotaryPositions", "SPEMultiheadAttention", "SPETransformerEncoderLay
 
 
 class RotaryPositions(nn.Module):
-    r"""Rotary positions (Su et al. 2021, equation 34): pairs of features turned by the position.
+    r"""Rotary positions (Su et al. 2021): pairs of features turned by the position.
 
     Features 2i and 2i + 1 of a query or key at position n are turned by the angle :math:`2 \pi f_i
     n`, so that the product of a query and a key depends on the difference of their positions only.

@@ -74,7 +74,7 @@ def phasor_filter(
         c_{hdi}\, e^{2 \pi \mathrm{i} f_{hdi} n} + a_{hd,2i} + \mathrm{i}\, a_{hd,2i+1} \Big)
 
     with :math:`c` from ``coefficients`` and :math:`a` the ``constant``. These are the codes of
-    SineSPE (Liutkus et al. 2021, section 3.1) with sparse noise: where a code of `sine_filter` is a
+    SineSPE (Liutkus et al. 2021) with sparse noise: where a code of `sine_filter` is a
     sum of K sines, a pair of codes here is one of them, drawn at random
     (`torch_spe.noise.phase_noise`). The expectation of every product of codes is the same, and the
     cost does not grow with K.
@@ -126,7 +126,7 @@ def sine_features(
 
     With the offsets :math:`\theta` given for queries alone, :math:`\hat q_m \cdot \hat k_n = \sum_d
     q_{md} k_{nd} P_d(m - n)` with the kernel :math:`P_d(\tau) = \sum_k a_{dk}^2 \cos(2 \pi f_{dk}
-    \tau + \theta_{dk}) + c_d^2` (Liutkus et al. 2021, section 3.1), exactly: what `sine_filter`
+    \tau + \theta_{dk}) + c_d^2` (Liutkus et al. 2021), exactly: what `sine_filter`
     and `phasor_filter` estimate with noise. The cost is that of reading ``x`` and writing the
     result.
 
@@ -181,7 +181,7 @@ def linear_attention(
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}
                    {\sum_m \phi(q_n) \cdot \phi(k_m) + \varepsilon}
 
-    with the sums over m <= n when ``causal`` (Katharopoulos et al. 2020, equations 5 and 9).
+    with the sums over m <= n when ``causal`` (Katharopoulos et al. 2020).
 
     Args:
         q: queries, ``[B, N, H, R]``; float32, float64, float16 or bfloat16.

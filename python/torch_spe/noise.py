@@ -119,7 +119,7 @@ def phase_noise(
     realizations :math:`(2i, 2i + 1)` = real and imaginary part of :math:`\lambda_{k(i)}
     e^{2 \pi \mathrm{i} (f_{k(i)} n + \varphi_i)}` has the mean of products over realizations
     :math:`\sum_k \lambda_k^2 / (2K) \cos(2 \pi f_k (m - n))` in expectation, as the dense Gaussian
-    code of Liutkus et al. 2021, section 3.1. With frequencies :math:`f_k + \sigma_k \eta_i` for the
+    code of Liutkus et al. 2021. With frequencies :math:`f_k + \sigma_k \eta_i` for the
     ``deviate`` :math:`\eta`, each cosine is multiplied by :math:`\exp(-2 \pi^2 \sigma_k^2
     |m - n|^2)`.
 
@@ -198,7 +198,7 @@ def orthogonal_noise(
 
     The rows :math:`z_{dj}` of a head, of R numbers each, satisfy :math:`z_{dj} \cdot z_{d'j'} = R
     \delta_{dd'} \delta_{jj'}` exactly once R >= D J: an encoding with such noise in place of the
-    normal noise of Liutkus et al. 2021, section 3.1, has no error left. With less realizations it
+    normal noise of Liutkus et al. 2021, has no error left. With less realizations it
     is the columns that are orthogonal, :math:`z^\top z = D J`; the expectation of products of rows
     is the same, and their error is lower than that of normal noise by the factor
     :math:`\sqrt{(DJ - R) / (DJ + 1)}`.
