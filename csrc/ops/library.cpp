@@ -13,6 +13,13 @@ TORCH_LIBRARY(torch_spe, m) {
       "Tensor? positions, float start, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
   m.def(
+      "phasor_filter(Tensor x, Tensor freqs, Tensor coefficients, Tensor? constant=None, Tensor? "
+      "positions=None, float start=0.0) -> Tensor");
+  m.def(
+      "phasor_filter_backward(Tensor grad_out, Tensor x, Tensor freqs, Tensor coefficients, "
+      "Tensor? constant, Tensor? positions, float start, bool[5] output_mask) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map='elu', bool causal=False, "
       "bool normalize=True, float eps=1e-6, Tensor? key_padding_mask=None, Tensor? "
       "cu_seqlens=None, Tensor? initial_s=None, Tensor? initial_z=None, bool return_state=False) "
@@ -22,6 +29,13 @@ TORCH_LIBRARY(torch_spe, m) {
       "Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, float eps, "
       "Tensor? key_padding_mask, Tensor? cu_seqlens, Tensor? initial_s, Tensor? initial_z, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sine_features(Tensor x, Tensor freqs, Tensor amplitudes, Tensor? offsets=None, Tensor? "
+      "constant=None, Tensor? positions=None, float start=0.0) -> Tensor");
+  m.def(
+      "sine_features_backward(Tensor grad_out, Tensor x, Tensor freqs, Tensor amplitudes, Tensor? "
+      "offsets, Tensor? constant, Tensor? positions, float start, bool[6] output_mask) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #if !defined(TORCH_SPE_CUDA)

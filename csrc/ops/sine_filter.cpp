@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include <array>
-#include <cmath>
 
 #include "checks.h"
 #include "cpu/sine_filter.h"
@@ -22,14 +21,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "sine_filter";
 
-// Parameters have the type of x, or float32 beside a half-precision x.
-void check_parameter_type(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  const auto type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), kOp, ": ",
-                   name, " must be ", x.scalar_type(), " like x or ",
-                   accumulate_type(x.scalar_type()), ", got ", type);
-}
-
 void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
            const OptionalTensor& constant, const OptionalTensor& positions, double start) {
   check_data(kOp, "x", x, 4, "[B, N, H, D]");
@@ -41,7 +32,7 @@ void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weigh
   check_data(kOp, "weight", weight, 4, "[H, D, 2K, R]");
   check_same_device(kOp, "freqs", freqs, x, "x");
   check_same_device(kOp, "weight", weight, x, "x");
-  check_parameter_type("weight", weight, x);
+  check_parameter_type(kOp, "weight", weight, x);
   const auto heads = x.sym_size(2), features = x.sym_size(3), sines = freqs.sym_size(2);
   check_size(kOp, "freqs", freqs, 0, heads, "H of x");
   check_size(kOp, "freqs", freqs, 1, features, "D of x");
@@ -56,36 +47,12 @@ void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weigh
   if (constant.has_value()) {
     check_data(kOp, "constant", *constant, 3, "[H, D, R]");
     check_same_device(kOp, "constant", *constant, x, "x");
-    check_parameter_type("constant", *constant, x);
+    check_parameter_type(kOp, "constant", *constant, x);
     check_size(kOp, "constant", *constant, 0, heads, "H of x");
     check_size(kOp, "constant", *constant, 1, features, "D of x");
     check_size(kOp, "constant", *constant, 2, weight.sym_size(3), "R of weight");
   }
-  const c10::SymInt ndim = freqs.dim() == 4 ? freqs.sym_size(3) : c10::SymInt(1);
-  TORCH_CHECK_VALUE(ndim > 0, kOp,
-                    ": freqs must have at least one dimension of positions, got shape ",
-                    freqs.sym_sizes());
-  if (positions.has_value()) {
-    check_same_device(kOp, "positions", *positions, x, "x");
-    TORCH_CHECK_VALUE(positions->dim() == 1 || positions->dim() == 2, kOp,
-                      ": positions must have shape [N] or [N, ndim], got shape ",
-                      positions->sym_sizes());
-    TORCH_CHECK_TYPE(
-        positions->scalar_type() == at::kDouble || positions->scalar_type() == at::kFloat ||
-            positions->scalar_type() == at::kLong || positions->scalar_type() == at::kInt,
-        kOp, ": positions must be float64, float32, int64 or int32, got ",
-        positions->scalar_type());
-    check_size(kOp, "positions", *positions, 0, x.sym_size(1), "N of x");
-    const c10::SymInt given = positions->dim() == 2 ? positions->sym_size(1) : c10::SymInt(1);
-    TORCH_CHECK_VALUE(
-        given.sym_eq(ndim).expect_true(__FILE__, __LINE__), kOp, ": positions must have ", ndim,
-        " coordinates each (the last dimension of freqs), got shape ", positions->sym_sizes());
-    TORCH_CHECK_VALUE(start == 0, kOp, ": start must be 0 when positions are given, got ", start);
-  } else {
-    TORCH_CHECK_VALUE(ndim == 1, kOp, ": positions must be given when freqs has ", ndim,
-                      " dimensions of positions");
-  }
-  TORCH_CHECK_VALUE(std::isfinite(start), kOp, ": start must be finite, got ", start);
+  check_positions(kOp, positions, start, freqs, x);
 }
 
 // The tensors that the kernels read.

@@ -7,20 +7,38 @@ from torch_spe.attention import (
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
 )
-from torch_spe.modules import SPE, Code, LinearAttention, SineCode, SineSPE, SPEFilter
+from torch_spe.features import PositiveFeatures, SPESoftmaxFilter
+from torch_spe.modules import (
+    SPE,
+    Code,
+    ExactCode,
+    LinearAttention,
+    PhaseCode,
+    SineCode,
+    SineSPE,
+    SinusoidCode,
+    SPEFilter,
+)
+from torch_spe.optim import parameter_groups
 
 __all__ = [
     "SPE",
     "Code",
+    "ExactCode",
     "LinearAttention",
+    "PhaseCode",
+    "PositiveFeatures",
     "RotaryPositions",
     "SPEFilter",
     "SPEMultiheadAttention",
+    "SPESoftmaxFilter",
     "SPETransformerEncoderLayer",
     "SineCode",
     "SineSPE",
+    "SinusoidCode",
     "build_info",
     "functional",
+    "parameter_groups",
     "reference",
 ]
 

@@ -24,6 +24,7 @@ from torch_spe.modules import (
     check_not_nan,
     check_positive,
     check_seed,
+    draw_feature_map,
 )
 
 __all__ = ["RotaryPositions", "SPEMultiheadAttention", "SPETransformerEncoderLayer"]
@@ -138,10 +139,14 @@ class RotaryPositions(nn.Module):
         )
 
 
-def _sine(num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1):
+def _sine(
+    num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1,
+    noise="gaussian", bandwidth=False,
+):  # fmt: skip
     return SineSPE(
-        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, **factory
-    )
+        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, noise=noise,
+        bandwidth=bandwidth, **factory,
+    )  # fmt: skip
 
 
 def _rotary(
@@ -265,7 +270,8 @@ class SPEMultiheadAttention(nn.Module):
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
         eps: added to the denominator; under the root of the output norm.
-        options: of the named position: ``num_sines=4``, ``ndim=1`` for ``"sine"``;
+        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="gaussian"``,
+            ``bandwidth=False`` for ``"sine"`` (see `SineSPE`);
             ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``.
 
     Raises:
@@ -454,12 +460,13 @@ class SPEMultiheadAttention(nn.Module):
         q, k, v = self._project(query, key, value)
         v = v.flatten(1, -3)
         if self.encode == "features":
-            q_features, k_features = (apply_feature_map(self.feature_map, x) for x in (q, k))
+            feature_map = draw_feature_map(self.feature_map)
+            q_features, k_features = (apply_feature_map(feature_map, x) for x in (q, k))
             qhat, khat = self._apply_position(q_features, k_features, start, positions)
             out = self._attend_features(q_features, k_features, qhat, khat, v, is_causal, mask)
         else:
             qhat, khat = self._apply_position(q, k, start, positions)
-            name = self.feature_map
+            name = draw_feature_map(self.feature_map)
             if callable(name):
                 qhat, khat, name = name(qhat), name(khat), "identity"
             out = functional.linear_attention(
