@@ -1,6 +1,5 @@
-#include "core/phase.h"
+#include "phasors.h"
 #include "sine_filter.h"
-#include "tiles.h"
 
 namespace torch_spe::cuda {
 namespace {
@@ -9,22 +8,14 @@ TORCH_SPE_INLINE std::int64_t num_rows(const SineFilterParams& p) {
   return 2 * p.num_sines + (p.constant != nullptr ? 1 : 0);
 }
 
-TORCH_SPE_DEVICE double position_of(const SineFilterParams& p, std::int64_t n, std::int64_t i) {
-  return p.positions == nullptr ? p.start + static_cast<double>(n) : p.positions[n * p.ndim + i];
-}
-
 // cos and sin of a sine of a head at position n; `sine` = d K + k.
 template <class T>
 TORCH_SPE_DEVICE void basis_at(const SineFilterParams& p, std::int64_t head, std::int64_t sine,
                                std::int64_t n, T* cos_out, T* sin_out) {
-  const double* freq = p.freqs + (head * p.in_features * p.num_sines + sine) * p.ndim;
-  double cycles = core::reduce_cycles(freq[0], position_of(p, n, 0));
-  if (p.ndim > 1) {
-    for (std::int64_t i = 1; i < p.ndim; ++i)
-      cycles += core::reduce_cycles(freq[i], position_of(p, n, i));
-    cycles = core::wrap_cycles(cycles);
-  }
-  core::cos_sin_cycles(cycles, cos_out, sin_out);
+  Phasor<T> phasor;
+  phasor.set(p, p.freqs + (head * p.in_features * p.num_sines + sine) * p.ndim, n);
+  *cos_out = phasor.re;
+  *sin_out = phasor.im;
 }
 
 // The columns of x (.) basis of a head: cos and sin of every sine of every feature, then, when

@@ -12,6 +12,9 @@
 namespace torch_spe::cuda {
 
 constexpr int kThreads = 128;
+// Blocks that a multiprocessor must hold of a kernel which needs many registers. Left to its own
+// guess, ptxas spills some to make room for more blocks.
+constexpr int kLeastBlocks = 2;
 
 // A float32 number rounded to the tensor cores' 10 bits of mantissa.
 struct Tf32 {

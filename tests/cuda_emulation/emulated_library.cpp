@@ -6,6 +6,8 @@
 
 #include "cuda_emulation.h"
 #include "ops/linear_attention.h"
+#include "ops/phasor_filter.h"
+#include "ops/sine_features.h"
 #include "ops/sine_filter.h"
 
 namespace {
@@ -23,6 +25,8 @@ void enable(bool wanted) {
   enabled = wanted;
   using namespace torch_spe::ops;
   swap_kernels(linear_attention_kernels(c10::kCPU), linear_attention_cuda_kernels());
+  swap_kernels(phasor_filter_kernels(c10::kCPU), phasor_filter_cuda_kernels());
+  swap_kernels(sine_features_kernels(c10::kCPU), sine_features_cuda_kernels());
   swap_kernels(sine_filter_kernels(c10::kCPU), sine_filter_cuda_kernels());
 }
 

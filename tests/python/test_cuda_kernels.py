@@ -127,6 +127,78 @@ def test_empty_tensors_in_linear_attention(compare, shape, causal):
     compare(attention(causal=causal), inputs, grads, 0, may_launch_nothing=True)
 
 
+def phasor_inputs(dtype, batch, length, heads, features, pairs, constant, ndim=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, length, heads, features, generator=g).to(dtype)
+    grid = (ndim,) if ndim else ()
+    freqs = torch.rand(heads, features, pairs, *grid, generator=g).to(wide) / 2
+    coefficients = torch.randn(heads, features, pairs, 2, generator=g).to(wide)
+    c = torch.randn(heads, features, 2 * pairs, generator=g).to(wide) if constant else None
+    positions = torch.randn(length, ndim, generator=g).double() * 9 if ndim else None
+    grad = torch.randn(batch, length, heads, 2 * pairs, generator=g).to(dtype)
+    return [x, freqs, coefficients, c, positions], grad
+
+
+def feature_inputs(dtype, batch, length, heads, features, sines, constant, ndim=0, seed=0):
+    (x, freqs, two, _, positions), _ = phasor_inputs(
+        dtype, batch, length, heads, features, sines, False, ndim, seed
+    )
+    g = torch.Generator().manual_seed(seed + 1)
+    c = torch.randn(heads, features, generator=g).to(two.dtype) if constant else None
+    outputs = (2 * sines + constant) * features
+    grad = torch.randn(batch, length, heads, outputs, generator=g).to(dtype)
+    offsets = None if ndim else two[..., 1].contiguous()
+    return [x, freqs, two[..., 0].contiguous(), offsets, c, positions], grad
+
+
+PHASOR_OPERATORS = {  # operator, inputs
+    "phasor_filter": (torch.ops.torch_spe.phasor_filter, phasor_inputs),
+    "sine_features": (torch.ops.torch_spe.sine_features, feature_inputs),
+}
+PHASOR_SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1, False),
+    "odd": (3, 37, 2, 5, 7, True),
+    "several tiles": (1, 130, 1, 40, 35, True),
+    "large batch": (9, 20, 1, 16, 8, False),
+    "grid of positions": (2, 21, 2, 3, 6, True, 2),
+    "no batch": (0, 9, 2, 3, 4, True),
+    "no positions": (2, 0, 2, 3, 4, True),
+    "no features": (2, 9, 2, 0, 4, True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PHASOR_SHAPES.values(), ids=PHASOR_SHAPES)
+@pytest.mark.parametrize("operator", PHASOR_OPERATORS)
+def test_phasors(compare, operator, shape, dtype):
+    function, make = PHASOR_OPERATORS[operator]
+    inputs, grad = make(dtype, *shape)
+    compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=inputs[0].numel() == 0)
+
+
+@pytest.mark.parametrize("operator", PHASOR_OPERATORS)
+def test_some_gradients_of_phasors(compare, operator):
+    function, make = PHASOR_OPERATORS[operator]
+    inputs, grad = make(torch.float32, *PHASOR_SHAPES["grid of positions"])
+    for wanted in range(len(inputs)):
+        if inputs[wanted] is not None:
+            compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
+
+
+@pytest.mark.parametrize("operator", PHASOR_OPERATORS)
+def test_phasors_with_strides_far_from_the_origin(compare, operator):
+    function, make = PHASOR_OPERATORS[operator]
+    (x, *rest), grad = make(torch.float32, 2, 35, 2, 4, 3, False)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:1].expand(3, -1, -1, -1)
+    grad = grad[:1, :, :, :1].expand(3, -1, -1, grad.shape[3])
+
+    def far(*tensors):
+        return function(*tensors, start=1e6)
+
+    compare(far, [x, *rest], grad, TOLERANCES[torch.float32])
+
+
 ATTENTION_SHAPES = {  # batch, queries, keys, heads, features, values
     "one of everything": (1, 1, 1, 1, 1, 1),
     "odd": (2, 37, 37, 2, 5, 7),
