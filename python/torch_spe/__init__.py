@@ -7,11 +7,14 @@ from torch_spe.attention import (
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
 )
+from torch_spe.conv import ConvCode, ConvSPE
 from torch_spe.modules import SPE, Code, LinearAttention, SineCode, SineSPE, SPEFilter
 
 __all__ = [
     "SPE",
     "Code",
+    "ConvCode",
+    "ConvSPE",
     "LinearAttention",
     "RotaryPositions",
     "SPEFilter",

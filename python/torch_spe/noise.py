@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["seeded_normal"]
+__all__ = ["seed_tensor", "seeded_normal"]
 
 _MASK = 0xFFFFFFFF
 
@@ -61,3 +61,27 @@ def seeded_normal(
     radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
     normal = torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
     return normal.to(dtype).reshape(shape)
+
+
+def seed_tensor(owner: str, seed: int | Tensor | None, device: torch.device | str) -> Tensor | None:
+    """Return a seed as a tensor with one int64, without a copy from the host; a tensor as it is.
+
+    Args:
+        owner: who asks, for the error message.
+        seed: any integer, of which 64 bits count; None stays None.
+        device: of the result.
+
+    Raises:
+        TypeError: the seed is neither an integer nor a tensor.
+
+    Example:
+        >>> seed_tensor("example", 2**64 - 1, "cpu")
+        tensor([-1])
+    """
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{owner}: seed must be an integer or a tensor, got {type(seed).__name__}")
+    # The lowest 64 bits, in two's complement.
+    seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
