@@ -4,6 +4,18 @@
 
 TORCH_LIBRARY(torch_spe, m) {
   m.def(
+      "conv_filter(Tensor x, Tensor kernel, Tensor? noise=None, Tensor? constant=None, "
+      "Tensor? seed=None, SymInt? num_realizations=None, str noise_kind='gaussian', "
+      "int[] noise_stride=[], SymInt[] start=[]) -> Tensor");
+  m.def(
+      "conv_filter_backward(Tensor grad_out, Tensor x, Tensor kernel, Tensor? noise, "
+      "Tensor? constant, Tensor? seed, str noise_kind, int[] noise_stride, SymInt[] start, "
+      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt[] size, "
+      "SymInt num_realizations, str noise_kind='gaussian', int[] noise_stride=[], "
+      "SymInt[] start=[], ScalarType? dtype=None) -> Tensor");
+  m.def(
       "sine_filter(Tensor x, Tensor freqs, Tensor weight, Tensor? constant=None, Tensor? "
       "positions=None, "
       "float start=0.0) -> Tensor");

@@ -9,7 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PhaseNoise", "orthogonal_noise", "phase_noise", "seeded_normal", "seeded_uniform"]
+__all__ = [
+    "PhaseNoise",
+    "orthogonal_noise",
+    "phase_noise",
+    "seed_tensor",
+    "seeded_normal",
+    "seeded_uniform",
+]
 
 _MASK = 0xFFFFFFFF
 
@@ -235,3 +242,27 @@ def orthogonal_noise(
     columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     noise = math.sqrt(shape[1]) * (columns if rows >= num_realizations else columns.mT)
     return noise.to(dtype).reshape(num_heads, in_features, num_rows, num_realizations)
+
+
+def seed_tensor(owner: str, seed: int | Tensor | None, device: torch.device | str) -> Tensor | None:
+    """Return a seed as a tensor with one int64, without a copy from the host; a tensor as it is.
+
+    Args:
+        owner: who asks, for the error message.
+        seed: any integer, of which 64 bits count; None stays None.
+        device: of the result.
+
+    Raises:
+        TypeError: the seed is neither an integer nor a tensor.
+
+    Example:
+        >>> seed_tensor("example", 2**64 - 1, "cpu")
+        tensor([-1])
+    """
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{owner}: seed must be an integer or a tensor, got {type(seed).__name__}")
+    # The lowest 64 bits, in two's complement.
+    seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sine_basis(
@@ -157,6 +158,36 @@ def rotate(
     angle = 2 * math.pi * positions.double()[:, None, None] * cycles.double()
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+
+def conv_code(
+    kernel: Tensor,  # [H, D, *P]
+    noise: Tensor,  # [H, D, *(size + P - 1), R]
+) -> Tensor:  # [*size, H, D, R]
+    """sum_p kernel[p] noise[n + p]."""
+    heads, features, *taps = kernel.shape
+    ndim, real = len(taps), noise.shape[-1]
+    size = [n - p + 1 for n, p in zip(noise.shape[2:-1], taps, strict=True)]
+    if 0 in size:  # which PyTorch's convolutions refuse
+        return kernel.sum() * noise.sum() * noise.new_empty(*size, heads, features, real)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
+    images = noise.movedim(-1, 0).flatten(1, 2)  # [R, H * D, *(size + P - 1)]
+    code = convolve(images, kernel.reshape(-1, 1, *taps), groups=heads * features)
+    code = code.reshape(real, heads, features, *size)
+    return code.permute(*range(3, 3 + ndim), 1, 2, 0)
+
+
+def conv_filter(
+    x: Tensor,  # [B, *size, H, D]
+    kernel: Tensor,  # [H, D, *P]
+    noise: Tensor,  # [H, D, *(size + P - 1), R]
+    constant: Tensor | None = None,  # [H, D, R]
+) -> Tensor:  # [B, *size, H, R]
+    """`torch_spe.functional.conv_filter`, with the codes `[*size, H, D, R]` stored."""
+    code = conv_code(kernel, noise)
+    if constant is not None:
+        code = code + constant
+    return torch.einsum("b...hd,...hdr->b...hr", x, code.to(x.dtype))
 
 
 FEATURE_MAPS = {
