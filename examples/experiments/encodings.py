@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from chorales.model import ENCODINGS as CHORALES
 from chorales.model import HEADS, WIDTH, Encoding, Sinusoids
-from torch_spe import PositiveFeatures, RotaryPositions, SineSPE
+from torch_spe import ConvSPE, PositiveFeatures, RotaryPositions, SineSPE
 
 HEAD = WIDTH // HEADS
 REALIZATIONS, MORE = 64, 256  # in training and, as a row of its own, in the test
@@ -41,6 +41,16 @@ def _sine(
     )
 
 
+def _conv(label: str, **options) -> Encoding:
+    return Encoding(
+        label,
+        position=lambda: ConvSPE(1, HEADS, HEAD, REALIZATIONS, 64, init="delta", **options),
+        layer={"encode": "features"},
+        spe_lr_scale=5,
+        eval_realizations=(None, MORE),
+    )
+
+
 # K divides R / 2, so that every sine of phase noise has equally many pairs.
 ENCODINGS = {
     "none": CHORALES["none"],
@@ -64,5 +74,9 @@ ENCODINGS = {
     ),
     "exact": _sine(
         "SineSPE after the map, no noise, K = 1", num_sines=1, noise="exact", more=False
+    ),
+    "conv": _conv("ConvSPE after the map, P = 64"),
+    "conv-sparse": _conv(
+        "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
     ),
 }  # fmt: skip
