@@ -57,13 +57,17 @@ def _leaf(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
 
 def sine(
     batch: int, length: int, device: str, dtype: torch.dtype, published=None,
-    heads: int = 8, features: int = 64, realizations: int = 64, sines: int = 10,
+    noise: str = "gaussian", heads: int = 8, features: int = 64, realizations: int = 64,
+    sines: int = 10,
 ) -> Case:  # fmt: skip
-    """Gated SineSPE, drawing the noise and encoding both queries and keys."""
+    """Gated SineSPE, drawing the noise and encoding both queries and keys.
+
+    The published code knows Gaussian noise only: with another it computes something else.
+    """
     q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
     k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
     torch.manual_seed(0)
-    spe = torch_spe.SineSPE(heads, features, realizations, sines).to(device)
+    spe = torch_spe.SineSPE(heads, features, realizations, sines, noise=noise).to(device)
     filt = torch_spe.SPEFilter(code_shape=spe.code_shape).to(device)
 
     def fast() -> tuple[Tensor, ...]:
@@ -72,20 +76,20 @@ def sine(
     def materialized() -> tuple[Tensor, ...]:
         codes = spe((batch, length)).materialize()
         gate = filt.gate.sigmoid()[..., None]
-        noise = torch.randn(heads, features, realizations, device=device)
-        constant = gate.sqrt() * noise / (realizations * features) ** 0.25
+        gate_noise = torch.randn(heads, features, realizations, device=device)
+        constant = gate.sqrt() * gate_noise / (realizations * features) ** 0.25
         return tuple(
             torch.einsum("bnhd,nhdr->bnhr", x, ((1 - gate).sqrt() * code[0] + constant).to(x.dtype))
             for x, code in zip((q, k), codes, strict=True)
         )
 
     inputs = [q, k, *spe.parameters(), *filt.parameters()]
-    # A side: the codes from the basis, then the batch with the codes; backward, each of these for
-    # both of its factors.
-    codes = 2.0 * length * heads * features * realizations * 2 * sines
+    # A side: the codes from the basis (of phase noise, one complex product for two of them), then
+    # the batch with the codes; backward, each of these for both of its factors.
+    codes = length * heads * features * realizations * (4.0 * sines if noise == "gaussian" else 3.0)
     batched = 2.0 * length * heads * features * realizations * batch
     case = Case(
-        "SineSPE, Gaussian noise",
+        f"SineSPE, {noise.capitalize()} noise",
         {"B": batch, "N": length, "H": heads, "D": features, "R": realizations, "K": sines},
         flops=2 * (codes + batched),
         flops_backward=2 * (2 * codes + 2 * batched),
@@ -104,7 +108,8 @@ def sine(
             return their_filter(q, k, their_spe((batch, length)))
 
         inputs = [q, k, *their_spe.parameters(), *their_filter.parameters()]
-        case.implementations.append(Implementation("published code", theirs, inputs))
+        name = "published code" if noise == "gaussian" else "(published code, Gaussian noise)"
+        case.implementations.append(Implementation(name, theirs, inputs))
     return case
 
 
@@ -202,6 +207,16 @@ def attention(
             return ((out / normalizer[..., None]).transpose(1, 2),)
 
         case.implementations.append(Implementation("idiap/fast-transformers", theirs, inputs))
+
+    if device == "cuda" and importlib.util.find_spec("fla") is not None:
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        def fla() -> tuple[Tensor, ...]:
+            fq, fk = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+            return (chunk_linear_attn(fq, fk, v, scale=1.0, normalize=True)[0],)
+
+        # In brackets: its epsilon is another.
+        case.implementations.append(Implementation("(flash-linear-attention)", fla, inputs))
 
     def softmax() -> tuple[Tensor, ...]:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
