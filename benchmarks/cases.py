@@ -74,10 +74,10 @@ def sine(
         return filt(q, k, spe((batch, length)))
 
     def materialized() -> tuple[Tensor, ...]:
-        codes = spe((batch, length)).materialize()
+        code = spe((batch, length))
+        codes = code.materialize()
         gate = filt.gate.sigmoid()[..., None]
-        gate_noise = torch.randn(heads, features, realizations, device=device)
-        constant = gate.sqrt() * gate_noise / (realizations * features) ** 0.25
+        constant = gate.sqrt() * code.draw_gate_noise() / (realizations * features) ** 0.25
         return tuple(
             torch.einsum("bnhd,nhdr->bnhr", x, ((1 - gate).sqrt() * code[0] + constant).to(x.dtype))
             for x, code in zip((q, k), codes, strict=True)
