@@ -52,7 +52,14 @@ constexpr std::int64_t kChunksOfSegment = 16;
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("torch_spe: ") + what + ": " + cudaGetErrorString(error));
+  std::string message = std::string("torch_spe: ") + what + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    message +=
+        ": this build has none for this GPU, only for "
+        "torch_spe.build_info()['cuda_architectures']. "
+        "Rebuild it with TORCH_CUDA_ARCH_LIST, the GPU's compute capability (8.0 or later)";
+  }
+  throw std::runtime_error(message);
 }
 
 // Starts a kernel on the stream and reports an invalid launch. Does not wait.

@@ -90,6 +90,15 @@ def test_ptxas_reports_no_spills():
             assert properties["static shared memory"] == 0, where
 
 
+def test_every_operator_has_an_answer_to_cuda_tensors():
+    names = [
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("torch_spe::")
+    ]
+    assert len(names) >= 11
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+
+
 @pytest.mark.skipif(INFO["cuda"] is not None, reason="the build has CUDA kernels")
 def test_a_cpu_build_refuses_cuda_tensors():
     # Without a GPU there are no CUDA tensors: the operator that the dispatcher would call is asked.

@@ -391,11 +391,22 @@ def test_states_beyond_the_range_of_float16(compare, causal):
     compare(attention("relu", causal), [q, k, v, None, None], grads, 2e-2, wanted=[1, 2])
 
 
-@pytest.mark.parametrize("position", ["sine", "rotary", None])
-def test_layers_make_all_their_tensors_on_their_device(position):
+LAYERS = [
+    {"position": None},
+    {"position": "rotary"},
+    {"position": "sine"},
+    {"position": "sine", "noise": "phase", "bandwidth": True},
+    {"position": "sine", "noise": "exact"},
+    {"position": "conv", "kernel_size": 5},
+    {"position": "conv", "kernel_size": 8, "noise_stride": 4},
+]
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_layers_make_all_their_tensors_on_their_device(options):
     # The meta device stands in for a GPU: mixed devices and reads of numbers fail there too.
     layer = torch_spe.SPETransformerEncoderLayer(
-        16, 2, 32, batch_first=True, position=position, device="meta"
+        16, 2, 32, batch_first=True, device="meta", **options
     )
     x = torch.randn(2, 10, 16, device="meta", requires_grad=True)
     for mode in (True, False):
