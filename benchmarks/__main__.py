@@ -134,7 +134,10 @@ def main() -> None:
     """Parse the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help="sine, attention, layer (default: all)"
+        "cases",
+        nargs="*",
+        metavar="CASE",
+        help="sine, phasor, exact, attention, layer (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -152,6 +155,8 @@ def main() -> None:
     published = cases.published_module(args.spe_checkout) if args.spe_checkout else None
     makers = {
         "sine": lambda b, n, *a: cases.sine(b, n, *a, published=published),
+        "phasor": lambda b, n, *a: cases.phasor(b, n, *a, published=published),
+        "exact": cases.exact,
         "attention": cases.attention,
         "layer": cases.layer,
     }
