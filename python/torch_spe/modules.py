@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe import functional, reference
-from torch_spe.noise import PhaseNoise, orthogonal_noise, phase_noise, seeded_normal
+from torch_spe.noise import (
+    PhaseNoise,
+    draw_uniform,
+    orthogonal_noise,
+    phase_noise,
+    seeded_normal,
+)
 
 __all__ = [
     "SPE",
@@ -402,11 +408,12 @@ class PhaseCode(SinusoidCode):
         A sinusoid that does not turn: the gate's part of a feature's own variance has no error.
         """
         check_source("SPEFilter", generator, seed)
-        noise = phase_noise(
-            *self.code_shape, 1, self.num_realizations // 2, generator, seed=seed,
-            stream=_GATE_STREAM, dtype=self.dtype, device=self.freqs.device,
-        )  # fmt: skip
-        return math.sqrt(2) * _unit_circle(2 * math.pi * noise.cycles).flatten(-2)
+        shape = (*self.code_shape, self.num_realizations // 2)
+        # The streams of phase_noise are 5 for each of its own.
+        cycles = draw_uniform(
+            shape, generator, seed, 5 * _GATE_STREAM, dtype=self.dtype, device=self.freqs.device
+        )
+        return math.sqrt(2) * _unit_circle(2 * math.pi * cycles).flatten(-2)
 
     def _apply(self, x, side, scales, gate_noise, positions, start):
         coefficients = self.query_coefficients if side == "query" else self.key_coefficients
@@ -810,13 +817,18 @@ class SineSPE(SPE):
                 self._check_realizations(real)
                 noise = phase_noise(
                     *self.code_shape, self.num_sines, real // 2, generator, seed=seed,
-                    stream=_CODE_STREAM, ndim=self.ndim, dtype=code_type(self.gains),
-                    device=self.gains.device,
+                    stream=_CODE_STREAM, ndim=self.ndim, deviates=self.bandwidths is not None,
+                    dtype=code_type(self.gains), device=self.gains.device,
                 )  # fmt: skip
             elif num_realizations is not None or not isinstance(noise, PhaseNoise):
                 raise TypeError(
                     "SineSPE: noise must be a PhaseNoise, and num_realizations left to it, with "
                     f"noise='phase', got {type(noise).__name__} and {num_realizations}"
+                )
+            elif self.bandwidths is not None and noise.deviate is None:
+                raise ValueError(
+                    "SineSPE: noise must be a PhaseNoise with deviates when bandwidth=True, got "
+                    "deviate None"
                 )
             return PhaseCode(*self._phase_fields(noise), size, start, positions, variances)
         fields = self._dense_fields(num_realizations, noise, generator, seed)
