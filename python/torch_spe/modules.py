@@ -573,6 +573,9 @@ class SPE(nn.Module):
         """Draw a code; see `SineSPE.forward`."""
         raise NotImplementedError
 
+    def check_realizations(self, num_realizations: int, owner: str, name: str) -> None:
+        """Raise ValueError for a number of realizations that there cannot be; any is welcome."""
+
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the position kernels ``P_d(lag)``; see `SineSPE.template`."""
         raise NotImplementedError
@@ -701,7 +704,7 @@ class SineSPE(SPE):
             num_realizations = 2 * num_sines * in_features
         super().__init__(num_heads, in_features, num_realizations, ndim)
         self.noise = noise
-        self._check_realizations(num_realizations)
+        self.check_realizations(num_realizations)
         self.num_sines = num_sines
         self.init = init
         shape = (num_heads, in_features, num_sines)
@@ -748,16 +751,19 @@ class SineSPE(SPE):
             named["bandwidths"] = self.bandwidths
         check_not_nan("SineSPE", **named)
 
-    def _check_realizations(self, num_realizations: int) -> None:
+    def check_realizations(
+        self, num_realizations: int, owner: str = "SineSPE", name: str = "num_realizations"
+    ) -> None:
+        """Raise ValueError for a number of realizations that the kind of noise does not have."""
         if self.noise == "phase" and num_realizations % 2 == 1:
             raise ValueError(
-                "SineSPE: num_realizations must be even with noise='phase', whose realizations "
-                f"come in pairs, got {num_realizations}"
+                f"{owner}: {name} must be even with noise='phase', whose realizations come in "
+                f"pairs, got {num_realizations}"
             )
         if self.noise == "exact" and num_realizations != self.num_realizations:
             raise ValueError(
-                "SineSPE: num_realizations must not be given with noise='exact', which has "
-                f"2 * num_sines * in_features = {self.num_realizations}, got {num_realizations}"
+                f"{owner}: {name} must not be given with noise='exact', which has 2 * num_sines * "
+                f"in_features = {self.num_realizations}, got {num_realizations}"
             )
 
     def forward(
@@ -807,14 +813,14 @@ class SineSPE(SPE):
         if self.noise == "exact":
             if noise is not None:
                 raise ValueError("SineSPE: noise must be None with noise='exact', got a noise")
-            self._check_realizations(self._realizations(num_realizations, None))
+            self.check_realizations(self._realizations(num_realizations, None))
             fields = self._exact_fields()
             return ExactCode(*fields, size, start, positions)
         variances = self._amplitudes(code_type(self.gains)).square().sum(-1)
         if self.noise == "phase":
             if noise is None:
                 real = self._realizations(num_realizations, None)
-                self._check_realizations(real)
+                self.check_realizations(real)
                 noise = phase_noise(
                     *self.code_shape, self.num_sines, real // 2, generator, seed=seed,
                     stream=_CODE_STREAM, ndim=self.ndim, deviates=self.bandwidths is not None,
