@@ -53,7 +53,9 @@ def forward(implementation: cases.Implementation) -> object:
 
 def forward_and_backward(implementation: cases.Implementation) -> object:
     outs = implementation.run()
-    return torch.autograd.grad(outs, implementation.inputs, [torch.ones_like(o) for o in outs])
+    if implementation.grad_outputs is None:
+        implementation.grad_outputs = [torch.ones_like(out) for out in outs]
+    return torch.autograd.grad(outs, implementation.inputs, implementation.grad_outputs)
 
 
 def measure_direction(
@@ -175,6 +177,7 @@ def main() -> None:
     for name, batch, length in tqdm(work, disable=None):
         case = makers[name](batch, length, args.device, DTYPES[args.dtype])
         check(case, DTYPES[args.dtype])
+        case.implementations = [i for i in case.implementations if i.timed]
         rows += measure_case(case, args.device, args.seconds, machine)
     print(table(rows))
     if args.output:

@@ -23,6 +23,8 @@ class Implementation:
     name: str
     run: Callable[[], tuple[Tensor, ...]]
     inputs: list[Tensor]
+    timed: bool = True  # or only compared with
+    grad_outputs: list[Tensor] | None = None  # what it is differentiated with; made once
 
 
 @dataclass
@@ -150,7 +152,7 @@ def phasor(
         flops_backward=2 * pairs * (7 + 8 * batch + 14),
         implementations=[
             Implementation("torch_spe", lambda: filt(q, k, spe((batch, length))), inputs),
-            Implementation("materializing reference", plain, inputs),
+            Implementation("materializing reference", plain, inputs, timed=False),
         ],
     )
     dense = torch_spe.SineSPE(heads, features, realizations, sines).to(device)
