@@ -15,6 +15,9 @@ std::int64_t num_outputs(const SineFeaturesParams& p) {
 // A vector of the first `count` of `lanes` numbers, zero beyond.
 template <class T, class Storage>
 TORCH_SPE_INLINE Vec<T> load_lanes(const Storage* in, std::int64_t stride, std::int64_t count) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {  // the same type
+    if (count == kLanes<T> && stride == 1) return load_vec<T>(in);
+  }
   alignas(64) T lanes[kLanes<T>];
   if (count == kLanes<T>) {
     load_row(in, stride, kLanes<T>, lanes);
@@ -26,6 +29,9 @@ TORCH_SPE_INLINE Vec<T> load_lanes(const Storage* in, std::int64_t stride, std::
 }
 template <class T, class Storage>
 TORCH_SPE_INLINE void store_lanes(const Vec<T>& value, Storage* out, std::int64_t count) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {  // the same type
+    if (count == kLanes<T>) return store_vec<T>(out, value);
+  }
   alignas(64) T lanes[kLanes<T>];
   store_vec(lanes, value);
   if (count == kLanes<T>) {
