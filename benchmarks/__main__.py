@@ -53,7 +53,9 @@ def forward(implementation: cases.Implementation) -> object:
 
 def forward_and_backward(implementation: cases.Implementation) -> object:
     outs = implementation.run()
-    return torch.autograd.grad(outs, implementation.inputs, [torch.ones_like(o) for o in outs])
+    if implementation.grad_outputs is None:
+        implementation.grad_outputs = [torch.ones_like(out) for out in outs]
+    return torch.autograd.grad(outs, implementation.inputs, implementation.grad_outputs)
 
 
 def measure_direction(
@@ -147,7 +149,7 @@ def main() -> None:
         "cases",
         nargs="*",
         metavar="CASE",
-        help="sine, phase, conv, conv-signs, conv-polyphase, attention, layer (default: all)",
+        help="sine, phasor, exact, conv, conv-signs, conv-polyphase, attention, layer; default all",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -165,7 +167,8 @@ def main() -> None:
     published = cases.published_module(args.spe_checkout) if args.spe_checkout else None
     makers = {
         "sine": lambda b, n, *a: cases.sine(b, n, *a, published=published),
-        "phase": lambda b, n, *a: cases.sine(b, n, *a, published=published, noise="phase"),
+        "phasor": lambda b, n, *a: cases.phasor(b, n, *a, published=published),
+        "exact": cases.exact,
         "conv": lambda b, n, *a: cases.conv(b, n, *a, published=published),
         "conv-signs": lambda b, n, *a: cases.conv(
             b, n, *a, published=published, noise="rademacher"
@@ -191,6 +194,7 @@ def main() -> None:
     for name, batch, length in tqdm(work, disable=None):
         case = makers[name](batch, length, args.device, DTYPES[args.dtype])
         check(case, DTYPES[args.dtype])
+        case.implementations = [i for i in case.implementations if i.timed]
         rows += measure_case(case, args.device, args.seconds, machine)
         if args.output:  # at once: whoever is stopped keeps what was measured
             result = {"machine": machine.__dict__, "torch": torch.__version__}
