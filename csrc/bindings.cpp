@@ -36,6 +36,14 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("weight"), pybind11::arg("constant") = pybind11::none(),
         pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("phasor_filter", &torch_spe::phasor_filter, pybind11::arg("x"), pybind11::arg("freqs"),
+        pybind11::arg("coefficients"), pybind11::arg("constant") = pybind11::none(),
+        pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
+        pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("sine_features", &torch_spe::sine_features, pybind11::arg("x"), pybind11::arg("freqs"),
+        pybind11::arg("amplitudes"), pybind11::arg("offsets") = pybind11::none(),
+        pybind11::arg("constant") = pybind11::none(), pybind11::arg("positions") = pybind11::none(),
+        pybind11::arg("start") = 0.0, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("linear_attention", &torch_spe::linear_attention, pybind11::arg("q"), pybind11::arg("k"),
         pybind11::arg("v"), pybind11::arg("feature_map") = "elu", pybind11::arg("causal") = false,
         pybind11::arg("normalize") = true, pybind11::arg("eps") = 1e-6,

@@ -118,6 +118,24 @@ TORCH_SPE_INLINE void store_row(const T* in, std::int64_t stride, std::int64_t n
   }
 }
 
+// Length of rows of `size` numbers that fill an odd number of cache lines: a column of such rows
+// then spreads over the whole level 1 cache.
+template <class T>
+TORCH_SPE_INLINE std::int64_t odd_lines(std::int64_t size) {
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+  return ((size + line - 1) / line | 1) * line;
+}
+
+// Asks for a row of `n` numbers that will be read soon. Rows with a stride between the numbers are
+// left to the machine.
+template <class Storage>
+TORCH_SPE_INLINE void prefetch_row(const Storage* in, std::int64_t stride, std::int64_t n) {
+  if (stride != 1) return;
+  const char* bytes = reinterpret_cast<const char*>(in);
+  const std::int64_t size = n * static_cast<std::int64_t>(sizeof(Storage));
+  for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // Scratch memory of one thread, aligned to a cache line. With TORCH_SPE_POISON in the environment
 // it starts out as NaN, so that a read before the first write shows.
 template <class T>

@@ -31,6 +31,54 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
                     ", got shape ", tensor.sym_sizes());
 }
 
+void check_parameter_type(const char* op, const char* name, const at::Tensor& tensor,
+                          const at::Tensor& x) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), op, ": ",
+                   name, " must be ", x.scalar_type(), " like x or ",
+                   accumulate_type(x.scalar_type()), ", got ", type);
+}
+
+void check_positions(const char* op, const std::optional<at::Tensor>& positions, double start,
+                     const at::Tensor& freqs, const at::Tensor& x) {
+  const c10::SymInt ndim = freqs.dim() == 4 ? freqs.sym_size(3) : c10::SymInt(1);
+  TORCH_CHECK_VALUE(ndim > 0, op,
+                    ": freqs must have at least one dimension of positions, got shape ",
+                    freqs.sym_sizes());
+  if (positions.has_value()) {
+    check_same_device(op, "positions", *positions, x, "x");
+    TORCH_CHECK_VALUE(positions->dim() == 1 || positions->dim() == 2, op,
+                      ": positions must have shape [N] or [N, ndim], got shape ",
+                      positions->sym_sizes());
+    TORCH_CHECK_TYPE(
+        positions->scalar_type() == at::kDouble || positions->scalar_type() == at::kFloat ||
+            positions->scalar_type() == at::kLong || positions->scalar_type() == at::kInt,
+        op, ": positions must be float64, float32, int64 or int32, got ", positions->scalar_type());
+    check_size(op, "positions", *positions, 0, x.sym_size(1), "N of x");
+    const c10::SymInt given = positions->dim() == 2 ? positions->sym_size(1) : c10::SymInt(1);
+    TORCH_CHECK_VALUE(
+        given.sym_eq(ndim).expect_true(__FILE__, __LINE__), op, ": positions must have ", ndim,
+        " coordinates each (the last dimension of freqs), got shape ", positions->sym_sizes());
+    TORCH_CHECK_VALUE(start == 0, op, ": start must be 0 when positions are given, got ", start);
+  } else {
+    TORCH_CHECK_VALUE(ndim == 1, op, ": positions must be given when freqs has ", ndim,
+                      " dimensions of positions");
+  }
+  TORCH_CHECK_VALUE(std::isfinite(start), op, ": start must be finite, got ", start);
+}
+
+void check_grad_out(const char* op, const at::Tensor& grad_out, const at::Tensor& x,
+                    const c10::SymInt& last) {
+  TORCH_CHECK_VALUE(grad_out.dim() == x.dim(), op, ": grad_out must have ", x.dim(),
+                    " dimensions like x, got shape ", grad_out.sym_sizes());
+  TORCH_CHECK_TYPE(grad_out.scalar_type() == x.scalar_type(), op, ": grad_out must be ",
+                   x.scalar_type(), " like x, got ", grad_out.scalar_type());
+  check_same_device(op, "grad_out", grad_out, x, "x");
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    check_size(op, "grad_out", grad_out, i, x.sym_size(i), "that of x");
+  check_size(op, "grad_out", grad_out, x.dim() - 1, last, "that of the output");
+}
+
 void check_finite(const char* op, const char* name, const at::Tensor& tensor) {
   if (!tensor.device().is_cpu() || !tensor.is_floating_point() || tensor.numel() == 0) return;
   // One pass finds out in the usual case; a sum that merely overflows is looked at more closely.

@@ -21,6 +21,20 @@ void check_same_device(const char* op, const char* name, const at::Tensor& tenso
 void check_size(const char* op, const char* name, const at::Tensor& tensor, int64_t dim,
                 const c10::SymInt& expected, const char* meaning);
 
+// Parameters have the type of x, or float32 beside a half-precision x.
+void check_parameter_type(const char* op, const char* name, const at::Tensor& tensor,
+                          const at::Tensor& x);
+
+// Positions [N] or [N, ndim] for x [B, N, H, D] and freqs [H, D, *] or [H, D, *, ndim]; without
+// them, ndim is 1 and start is finite.
+void check_positions(const char* op, const std::optional<at::Tensor>& positions, double start,
+                     const at::Tensor& freqs, const at::Tensor& x);
+
+// The gradient of an operator's output: the type and device of x, and the output's shape, which is
+// that of x but for its last size.
+void check_grad_out(const char* op, const at::Tensor& grad_out, const at::Tensor& x,
+                    const c10::SymInt& last);
+
 // On the CPU, an error that names the first entry that is NaN or infinite. Elsewhere nothing:
 // looking would stall the device.
 void check_finite(const char* op, const char* name, const at::Tensor& tensor);

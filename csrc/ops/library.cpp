@@ -1,4 +1,5 @@
 // The schemas of all operators, in one place.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(torch_spe, m) {
@@ -24,6 +25,13 @@ TORCH_LIBRARY(torch_spe, m) {
       "Tensor? positions, float start, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
   m.def(
+      "phasor_filter(Tensor x, Tensor freqs, Tensor coefficients, Tensor? constant=None, Tensor? "
+      "positions=None, float start=0.0) -> Tensor");
+  m.def(
+      "phasor_filter_backward(Tensor grad_out, Tensor x, Tensor freqs, Tensor coefficients, "
+      "Tensor? constant, Tensor? positions, float start, bool[5] output_mask) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, str feature_map='elu', bool causal=False, "
       "bool normalize=True, float eps=1e-6, Tensor? key_padding_mask=None, Tensor? "
       "cu_seqlens=None, Tensor? initial_s=None, Tensor? initial_z=None, bool return_state=False) "
@@ -33,4 +41,34 @@ TORCH_LIBRARY(torch_spe, m) {
       "Tensor q, Tensor k, Tensor v, str feature_map, bool causal, bool normalize, float eps, "
       "Tensor? key_padding_mask, Tensor? cu_seqlens, Tensor? initial_s, Tensor? initial_z, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sine_features(Tensor x, Tensor freqs, Tensor amplitudes, Tensor? offsets=None, Tensor? "
+      "constant=None, Tensor? positions=None, float start=0.0) -> Tensor");
+  m.def(
+      "sine_features_backward(Tensor grad_out, Tensor x, Tensor freqs, Tensor amplitudes, Tensor? "
+      "offsets, Tensor? constant, Tensor? positions, float start, bool[6] output_mask) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
+
+#if !defined(TORCH_SPE_CUDA)
+namespace {
+
+void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
+  TORCH_CHECK_VALUE(
+      false, op.schema().name(),
+      ": its arguments are on a CUDA device, but this build of torch_spe is for the CPU "
+      "only. Rebuild it where nvcc of the CUDA version of torch (torch.version.cuda) is "
+      "installed, with TORCH_SPE_CUDA=1: TORCH_SPE_CUDA=1 pip install "
+      "--no-build-isolation --force-reinstall --no-deps . ; or move the tensors with "
+      ".cpu().");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.name.rfind("torch_spe::", 0) == 0)
+      m.impl(name.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  }
+}
+#endif

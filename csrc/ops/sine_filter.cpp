@@ -1,5 +1,5 @@
 // The operator torch_spe::sine_filter: checks, allocation, dispatch and autograd.
-#include "cpu/sine_filter.h"
+#include "sine_filter.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -8,9 +8,9 @@
 #include <torch/library.h>
 
 #include <array>
-#include <cmath>
 
 #include "checks.h"
+#include "cpu/sine_filter.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -20,14 +20,6 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "sine_filter";
-
-// Parameters have the type of x, or float32 beside a half-precision x.
-void check_parameter_type(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  const auto type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), kOp, ": ",
-                   name, " must be ", x.scalar_type(), " like x or ",
-                   accumulate_type(x.scalar_type()), ", got ", type);
-}
 
 void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
            const OptionalTensor& constant, const OptionalTensor& positions, double start) {
@@ -40,7 +32,7 @@ void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weigh
   check_data(kOp, "weight", weight, 4, "[H, D, 2K, R]");
   check_same_device(kOp, "freqs", freqs, x, "x");
   check_same_device(kOp, "weight", weight, x, "x");
-  check_parameter_type("weight", weight, x);
+  check_parameter_type(kOp, "weight", weight, x);
   const auto heads = x.sym_size(2), features = x.sym_size(3), sines = freqs.sym_size(2);
   check_size(kOp, "freqs", freqs, 0, heads, "H of x");
   check_size(kOp, "freqs", freqs, 1, features, "D of x");
@@ -55,36 +47,12 @@ void check(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weigh
   if (constant.has_value()) {
     check_data(kOp, "constant", *constant, 3, "[H, D, R]");
     check_same_device(kOp, "constant", *constant, x, "x");
-    check_parameter_type("constant", *constant, x);
+    check_parameter_type(kOp, "constant", *constant, x);
     check_size(kOp, "constant", *constant, 0, heads, "H of x");
     check_size(kOp, "constant", *constant, 1, features, "D of x");
     check_size(kOp, "constant", *constant, 2, weight.sym_size(3), "R of weight");
   }
-  const c10::SymInt ndim = freqs.dim() == 4 ? freqs.sym_size(3) : c10::SymInt(1);
-  TORCH_CHECK_VALUE(ndim > 0, kOp,
-                    ": freqs must have at least one dimension of positions, got shape ",
-                    freqs.sym_sizes());
-  if (positions.has_value()) {
-    check_same_device(kOp, "positions", *positions, x, "x");
-    TORCH_CHECK_VALUE(positions->dim() == 1 || positions->dim() == 2, kOp,
-                      ": positions must have shape [N] or [N, ndim], got shape ",
-                      positions->sym_sizes());
-    TORCH_CHECK_TYPE(
-        positions->scalar_type() == at::kDouble || positions->scalar_type() == at::kFloat ||
-            positions->scalar_type() == at::kLong || positions->scalar_type() == at::kInt,
-        kOp, ": positions must be float64, float32, int64 or int32, got ",
-        positions->scalar_type());
-    check_size(kOp, "positions", *positions, 0, x.sym_size(1), "N of x");
-    const c10::SymInt given = positions->dim() == 2 ? positions->sym_size(1) : c10::SymInt(1);
-    TORCH_CHECK_VALUE(
-        given.sym_eq(ndim).expect_true(__FILE__, __LINE__), kOp, ": positions must have ", ndim,
-        " coordinates each (the last dimension of freqs), got shape ", positions->sym_sizes());
-    TORCH_CHECK_VALUE(start == 0, kOp, ": start must be 0 when positions are given, got ", start);
-  } else {
-    TORCH_CHECK_VALUE(ndim == 1, kOp, ": positions must be given when freqs has ", ndim,
-                      " dimensions of positions");
-  }
-  TORCH_CHECK_VALUE(std::isfinite(start), kOp, ": start must be finite, got ", start);
+  check_positions(kOp, positions, start, freqs, x);
 }
 
 // The tensors that the kernels read.
@@ -94,13 +62,15 @@ struct Inputs {
   Inputs(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
          const OptionalTensor& constant, const OptionalTensor& positions)
       : x(x), freqs(freqs.to(at::kDouble).contiguous()) {
-    const auto type = accumulate_type(x.scalar_type());
+    const auto type = sine_filter_kernels(x.device().type()).weight_has_type_of_x
+                          ? x.scalar_type()
+                          : accumulate_type(x.scalar_type());
     this->weight = weight.to(type).contiguous();
     if (constant.has_value()) this->constant = constant->to(type).contiguous();
     if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
   }
 
-  void fill(cpu::SineFilterParams& p, double start) const {
+  void fill(core::SineFilterParams& p, double start) const {
     p.dtype = to_dtype(x.scalar_type());
     p.batch = x.size(0);
     p.length = x.size(1);
@@ -120,9 +90,8 @@ struct Inputs {
   }
 };
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
-                       const OptionalTensor& constant, const OptionalTensor& positions,
-                       double start) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                   const OptionalTensor& constant, const OptionalTensor& positions, double start) {
   check(x, freqs, weight, constant, positions, start);
   check_finite(kOp, "freqs", freqs);
   check_finite(kOp, "weight", weight);
@@ -131,10 +100,10 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::T
   const Inputs inputs(x, freqs, weight, constant, positions);
   at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), weight.size(3)}, x.options());
   if (out.numel() == 0) return out;
-  cpu::SineFilterParams params;
+  core::SineFilterParams params;
   inputs.fill(params, start);
   params.out = out.mutable_data_ptr();
-  cpu::sine_filter_forward(params);
+  sine_filter_kernels(x.device().type()).forward(params, x);
   return out;
 }
 
@@ -157,9 +126,9 @@ void check_grad_out(const at::Tensor& grad_out, const at::Tensor& x, const at::T
   check_size(kOp, "grad_out", grad_out, 3, weight.sym_size(3), "R of weight");
 }
 
-Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
-                       const at::Tensor& weight, const OptionalTensor& constant,
-                       const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
+Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                   const at::Tensor& weight, const OptionalTensor& constant,
+                   const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
   check_grad_out(grad_out, x, weight);
   const Inputs inputs(x, freqs, weight, constant, positions);
@@ -167,7 +136,8 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   const bool empty = x.numel() == 0;
   const auto output = [&](bool wanted, const at::Tensor& t) {
     if (!wanted || !t.defined()) return at::Tensor();
-    return empty ? at::zeros_like(t) : at::empty_like(t);
+    const auto options = t.options().dtype(accumulate_type(t.scalar_type()));
+    return empty ? at::zeros_like(t, options) : at::empty_like(t, options);
   };
   const auto data = [](const at::Tensor& t) {
     return t.defined() ? t.mutable_data_ptr() : nullptr;
@@ -179,7 +149,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   at::Tensor grad_positions =
       mask[4] && inputs.positions.defined() ? at::zeros_like(inputs.positions) : at::Tensor();
   if (!empty) {
-    cpu::SineFilterBackwardParams params;
+    core::SineFilterBackwardParams params;
     inputs.fill(params, start);
     params.out = nullptr;
     params.grad_out = grad_out.const_data_ptr();
@@ -189,7 +159,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
     params.grad_weight = data(grad_weight);
     params.grad_constant = data(grad_constant);
     params.grad_positions = static_cast<double*>(data(grad_positions));
-    cpu::sine_filter_backward(params);
+    sine_filter_kernels(x.device().type()).backward(params, x);
   }
   const auto like = [](const at::Tensor& grad, const at::Tensor& t) {
     return grad.defined() ? grad.to(t.scalar_type()) : grad;
@@ -283,9 +253,15 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs, const 
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("sine_filter", forward_cpu);
-  m.impl("sine_filter_backward", backward_cpu);
+  m.impl("sine_filter", forward);
+  m.impl("sine_filter_backward", backward);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("sine_filter", forward);
+  m.impl("sine_filter_backward", backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("sine_filter", forward_meta);
   m.impl("sine_filter_backward", backward_meta);
@@ -302,6 +278,22 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+SineFilterKernels& sine_filter_kernels(c10::DeviceType device) {
+  static SineFilterKernels cpu = {
+      [](const core::SineFilterParams& p, const at::Tensor&) { cpu::sine_filter_forward(p); },
+      [](const core::SineFilterBackwardParams& p, const at::Tensor&) {
+        cpu::sine_filter_backward(p);
+      },
+      false};
+#if defined(TORCH_SPE_CUDA)
+  static SineFilterKernels cuda = sine_filter_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  (void)device;
+  return cpu;
+}
+
 }  // namespace ops
 
 at::Tensor sine_filter(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,

@@ -8,22 +8,40 @@ from torch_spe.attention import (
     SPETransformerEncoderLayer,
 )
 from torch_spe.conv import ConvCode, ConvSPE
-from torch_spe.modules import SPE, Code, LinearAttention, SineCode, SineSPE, SPEFilter
+from torch_spe.features import PositiveFeatures, SPESoftmaxFilter
+from torch_spe.modules import (
+    SPE,
+    Code,
+    ExactCode,
+    LinearAttention,
+    PhaseCode,
+    SineCode,
+    SineSPE,
+    SinusoidCode,
+    SPEFilter,
+)
+from torch_spe.optim import parameter_groups
 
 __all__ = [
     "SPE",
     "Code",
     "ConvCode",
     "ConvSPE",
+    "ExactCode",
     "LinearAttention",
+    "PhaseCode",
+    "PositiveFeatures",
     "RotaryPositions",
     "SPEFilter",
     "SPEMultiheadAttention",
+    "SPESoftmaxFilter",
     "SPETransformerEncoderLayer",
     "SineCode",
     "SineSPE",
+    "SinusoidCode",
     "build_info",
     "functional",
+    "parameter_groups",
     "reference",
 ]
 

@@ -25,13 +25,14 @@ from torch_spe.modules import (
     check_not_nan,
     check_positive,
     check_seed,
+    draw_feature_map,
 )
 
 __all__ = ["RotaryPositions", "SPEMultiheadAttention", "SPETransformerEncoderLayer"]
 
 
 class RotaryPositions(nn.Module):
-    r"""Rotary positions (Su et al. 2021, equation 34): pairs of features turned by the position.
+    r"""Rotary positions (Su et al. 2021): pairs of features turned by the position.
 
     Features 2i and 2i + 1 of a query or key at position n are turned by the angle :math:`2 \pi f_i
     n`, so that the product of a query and a key depends on the difference of their positions only.
@@ -139,10 +140,14 @@ class RotaryPositions(nn.Module):
         )
 
 
-def _sine(num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1):
+def _sine(
+    num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1,
+    noise="gaussian", bandwidth=False,
+):  # fmt: skip
     return SineSPE(
-        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, **factory
-    )
+        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, noise=noise,
+        bandwidth=bandwidth, **factory,
+    )  # fmt: skip
 
 
 def _conv(
@@ -280,7 +285,8 @@ class SPEMultiheadAttention(nn.Module):
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
         eps: added to the denominator; under the root of the output norm.
-        options: of the named position: ``num_sines=4``, ``ndim=1`` for ``"sine"``;
+        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="gaussian"``,
+            ``bandwidth=False`` for ``"sine"`` (see `SineSPE`);
             ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``, ``noise_stride=1`` for ``"conv"``;
             ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``.
 
@@ -476,12 +482,13 @@ class SPEMultiheadAttention(nn.Module):
             grid = self._grid(grid, length, key_length, layout)
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
         if self.encode == "features":
-            q_features, k_features = (apply_feature_map(self.feature_map, x) for x in (q, k))
+            feature_map = draw_feature_map(self.feature_map)
+            q_features, k_features = (apply_feature_map(feature_map, x) for x in (q, k))
             qhat, khat = self._apply_position(q_features, k_features, start, positions)
             out = self._attend_features(q_features, k_features, qhat, khat, v, is_causal, mask)
         else:
             qhat, khat = self._apply_position(q, k, start, positions)
-            name = self.feature_map
+            name = draw_feature_map(self.feature_map)
             if callable(name):
                 qhat, khat, name = name(qhat), name(khat), "identity"
             out = functional.linear_attention(

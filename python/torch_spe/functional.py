@@ -16,7 +16,14 @@ from torch import Tensor
 from torch_spe import _library  # noqa: F401
 from torch_spe.noise import seed_tensor
 
-__all__ = ["conv_filter", "conv_noise", "linear_attention", "sine_filter"]
+__all__ = [
+    "conv_filter",
+    "conv_noise",
+    "linear_attention",
+    "phasor_filter",
+    "sine_features",
+    "sine_filter",
+]
 
 
 def sine_filter(
@@ -63,6 +70,108 @@ def sine_filter(
     return torch.ops.torch_spe.sine_filter(x, freqs, weight, constant, positions, start)
 
 
+def phasor_filter(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D, R/2] or [H, D, R/2, ndim]
+    coefficients: Tensor,  # [H, D, R/2, 2]
+    constant: Tensor | None = None,  # [H, D, R]
+    positions: Tensor | None = None,  # [N] or [N, ndim]
+    start: float = 0.0,
+) -> Tensor:  # [B, N, H, R]
+    r"""Encode ``x`` with one sinusoid for each feature and pair of realizations.
+
+    .. math::
+        \hat x_{bnh,2i} + \mathrm{i}\, \hat x_{bnh,2i+1} = \sum_d x_{bnhd} \Big(
+        c_{hdi}\, e^{2 \pi \mathrm{i} f_{hdi} n} + a_{hd,2i} + \mathrm{i}\, a_{hd,2i+1} \Big)
+
+    with :math:`c` from ``coefficients`` and :math:`a` the ``constant``. These are the codes of
+    SineSPE (Liutkus et al. 2021) with sparse noise: where a code of `sine_filter` is a
+    sum of K sines, a pair of codes here is one of them, drawn at random
+    (`torch_spe.noise.phase_noise`). The expectation of every product of codes is the same, and the
+    cost does not grow with K.
+
+    Args:
+        x: queries or keys, ``[B, N, H, D]``; float32, float64, float16 or bfloat16.
+        freqs: frequencies f in cycles per position, ``[H, D, R/2]``, or ``[H, D, R/2, ndim]`` for
+            positions with several coordinates (the phase is their dot product).
+        coefficients: c as real and imaginary part, ``[H, D, R/2, 2]``; of the type of ``x``, or
+            float32 beside a half-precision ``x``.
+        constant: a code that does not depend on the position, ``[H, D, R]``, added when given.
+        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``, which
+            is several times faster. Phases are exact wherever the positions lie. Differentiable
+            when of a float type.
+        start: first of the default positions.
+
+    Returns:
+        The encoded ``x``, ``[B, N, H, R]``, of the type of ``x``. Sums are taken in float32, or
+        float64.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> x = torch.randn(2, 100, 4, 16)
+        >>> freqs, coefficients = torch.rand(4, 16, 32) / 2, torch.randn(4, 16, 32, 2)
+        >>> phasor_filter(x, freqs, coefficients).shape
+        torch.Size([2, 100, 4, 64])
+    """
+    return torch.ops.torch_spe.phasor_filter(x, freqs, coefficients, constant, positions, start)
+
+
+def sine_features(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
+    amplitudes: Tensor,  # [H, D, K]
+    offsets: Tensor | None = None,  # [H, D, K]
+    constant: Tensor | None = None,  # [H, D]
+    positions: Tensor | None = None,  # [N] or [N, ndim]
+    start: float = 0.0,
+) -> Tensor:  # [B, N, H, 2KD], or [B, N, H, (2K + 1) D] with a constant
+    r"""Encode ``x`` with the sines themselves, without noise.
+
+    .. math::
+        \hat x_{bnh,2kD+d} &= x_{bnhd}\, a_{hdk} \cos(2 \pi f_{hdk} n + \theta_{hdk}) \\
+        \hat x_{bnh,(2k+1)D+d} &= x_{bnhd}\, a_{hdk} \sin(2 \pi f_{hdk} n + \theta_{hdk}) \\
+        \hat x_{bnh,2KD+d} &= x_{bnhd}\, c_{hd}
+
+    With the offsets :math:`\theta` given for queries alone, :math:`\hat q_m \cdot \hat k_n = \sum_d
+    q_{md} k_{nd} P_d(m - n)` with the kernel :math:`P_d(\tau) = \sum_k a_{dk}^2 \cos(2 \pi f_{dk}
+    \tau + \theta_{dk}) + c_d^2` (Liutkus et al. 2021), exactly: what `sine_filter`
+    and `phasor_filter` estimate with noise. The cost is that of reading ``x`` and writing the
+    result.
+
+    Args:
+        x: queries or keys, ``[B, N, H, D]``; float32, float64, float16 or bfloat16.
+        freqs: frequencies f in cycles per position, ``[H, D, K]``, or ``[H, D, K, ndim]`` for
+            positions with several coordinates (the phase is their dot product).
+        amplitudes: a, ``[H, D, K]``; of the type of ``x``, or float32 beside a half-precision
+            ``x``.
+        offsets: theta in radians, ``[H, D, K]``, of a type as the amplitudes; default 0.
+        constant: c, ``[H, D]``, of a type as the amplitudes: D more numbers that do not depend on
+            the position.
+        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
+            are exact wherever the positions lie. Differentiable when of a float type.
+        start: first of the default positions.
+
+    Returns:
+        The encoded ``x``, ``[B, N, H, 2KD]``, or ``[B, N, H, (2K + 1) D]`` with a constant, of the
+        type of ``x``.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> x, freqs = torch.randn(2, 100, 4, 16), torch.rand(4, 16, 3) / 2
+        >>> sine_features(x, freqs, torch.rand(4, 16, 3)).shape
+        torch.Size([2, 100, 4, 96])
+    """
+    return torch.ops.torch_spe.sine_features(
+        x, freqs, amplitudes, offsets, constant, positions, start
+    )
+
+
 def linear_attention(
     q: Tensor,  # [B, N, H, R]
     k: Tensor,  # [B, M, H, R]
@@ -83,7 +192,7 @@ def linear_attention(
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}
                    {\sum_m \phi(q_n) \cdot \phi(k_m) + \varepsilon}
 
-    with the sums over m <= n when ``causal`` (Katharopoulos et al. 2020, equations 5 and 9).
+    with the sums over m <= n when ``causal`` (Katharopoulos et al. 2020).
 
     Args:
         q: queries, ``[B, N, H, R]``; float32, float64, float16 or bfloat16.
@@ -94,8 +203,7 @@ def linear_attention(
         causal: a query sees the keys up to its own position. Then ``M`` must be ``N``: the keys
             before the first query, if there are any, belong in ``initial_state``.
         normalize: divide by the sum of the weights; without, the numerator alone.
-        eps: added to the sum of the weights, at least 0. With 0, a query without any weight gives
-            NaN.
+        eps: added to the sum of the weights, at least 0. Where the two make 0, the output is 0.
         key_padding_mask: bool, ``[B, M]``, true for keys to leave out. Queries that are left with
             none give 0.
         cu_seqlens: int32 or int64, ``[S + 1]``: bounds of S independent sequences packed in one row

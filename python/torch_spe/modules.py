@@ -22,11 +22,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe import functional, reference
-from torch_spe.noise import seeded_normal
+from torch_spe.noise import PhaseNoise, orthogonal_noise, phase_noise, seeded_normal
 
-__all__ = ["SPE", "Code", "LinearAttention", "SPEFilter", "SineCode", "SineSPE"]
+__all__ = [
+    "SPE",
+    "Code",
+    "ExactCode",
+    "LinearAttention",
+    "PhaseCode",
+    "SPEFilter",
+    "SineCode",
+    "SineSPE",
+    "SinusoidCode",
+]
 
 INITS = ("published", "spread")
+NOISES = ("gaussian", "phase", "orthogonal", "exact")
 # What a seed is used for; different streams of one seed are independent.
 _CODE_STREAM, _GATE_STREAM = 0, 1
 
@@ -77,6 +88,15 @@ def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: 
         )
 
 
+def check_source(owner: str, generator: torch.Generator | None, seed: int | None) -> None:
+    """Raise if both generator and seed are given, or a seed that is none."""
+    if seed is None:
+        return
+    if generator is not None:
+        raise ValueError(f"{owner}: give generator or seed, not both")
+    check_seed(owner, seed)
+
+
 def draw_normal(
     owner: str,
     shape: Sequence[int],
@@ -86,12 +106,10 @@ def draw_normal(
     stream: int,
 ) -> Tensor:
     """Draw unit normal numbers from the seed, else from the generator, else from PyTorch's own."""
+    check_source(owner, generator, seed)
     dtype = code_type(like)
     if seed is None:
         return torch.randn(*shape, generator=generator, dtype=dtype, device=like.device)
-    if generator is not None:
-        raise ValueError(f"{owner}: give generator or seed, not both")
-    check_seed(owner, seed)
     return seeded_normal(shape, seed, stream, dtype=dtype, device=like.device)
 
 
@@ -185,53 +203,46 @@ class Code:
         return size
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SineCode(Code):
-    """A code of sines: ``basis(n) @ weight``, see `torch_spe.functional.sine_filter`.
+class SinusoidCode(Code):
+    """Base of the codes made of sinusoids: where their positions lie, and what all of them do.
 
     Attributes:
-        freqs: cycles per position, ``[H, D, K]`` or ``[H, D, K, ndim]``.
-        query_weight: coefficients of cosine and sine, offsets included, ``[H, D, 2K, R]``.
-        key_weight: the same without offsets.
+        freqs: cycles per position.
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
     """
 
     freqs: Tensor
-    query_weight: Tensor
-    key_weight: Tensor
-    size: tuple[int, ...]
     start: tuple[float, ...]
-    positions: Tensor | None = None
+    positions: Tensor | None
 
     @property
-    def code_shape(self) -> tuple[int, int]:
-        """``(num_heads, in_features)``."""
-        return self.key_weight.shape[0], self.key_weight.shape[1]
+    def dtype(self) -> torch.dtype:
+        """Type of the code's numbers."""
+        raise NotImplementedError
 
-    @property
-    def num_realizations(self) -> int:
-        """Features R of an encoded query or key."""
-        return self.key_weight.shape[3]
+    def _apply(
+        self,
+        x: Tensor,  # [B, N, H, D]
+        side: Literal["query", "key"],
+        scales: tuple[Tensor, Tensor] | None,  # of the code and of the gate's noise, each [H, D]
+        gate_noise: Tensor | None,
+        positions: Tensor | None,
+        start: float,
+    ) -> Tensor:  # [B, N, H, R]
+        """Encode an input that was checked, at positions of which it has as many."""
+        raise NotImplementedError
 
-    @property
-    def _scale(self) -> float:
-        return (self.num_realizations * self.code_shape[1]) ** -0.25
-
-    def at(self, start: float | Sequence[float] = 0, positions: Tensor | None = None) -> SineCode:
+    def at(
+        self, start: float | Sequence[float] = 0, positions: Tensor | None = None
+    ) -> SinusoidCode:
         """Return the code, same noise, at other positions: for another piece of a sequence."""
+        owner = f"{type(self).__name__}.at"
         start = _check_positions(
-            "SineCode.at", self.size, len(self.start), self.freqs.device, start, positions
+            owner, self.size, len(self.start), self.freqs.device, start, positions
         )
         return dataclasses.replace(self, start=start, positions=positions)
-
-    def draw_gate_noise(
-        self, generator: torch.Generator | None = None, seed: int | None = None
-    ) -> Tensor:
-        """Draw unit normal numbers ``[H, D, R]``."""
-        shape = (*self.code_shape, self.num_realizations)
-        return draw_normal("SPEFilter", shape, self.key_weight, generator, seed, _GATE_STREAM)
 
     def encode(
         self,
@@ -242,20 +253,15 @@ class SineCode(Code):
     ) -> Tensor:
         """Encode queries or keys; see `Code.encode`."""
         size = self._check(x, side)
-        weight, constant = self.query_weight if side == "query" else self.key_weight, None
-        if code_type(x) != weight.dtype:
+        if code_type(x) != self.dtype:
             raise TypeError(
                 f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
-                f"with a code of {weight.dtype}; move the SPE module or the input to the other's "
-                "type"
+                f"with a code of {self.dtype}; move the SPE module or the input to the other's type"
             )
-        if gate is not None:
-            coded, constant = _gate_scales(gate)
-            weight = weight * coded[..., None, None]
-            constant = constant[..., None] * gate_noise * self._scale
+        scales = None if gate is None else _gate_scales(gate)
         positions, start = self._positions(size)
         flat = x if len(size) == 1 else x.flatten(1, -3)
-        out = functional.sine_filter(flat, self.freqs, weight, constant, positions, start)
+        out = self._apply(flat, side, scales, gate_noise, positions, start)
         return out if len(size) == 1 else out.unflatten(1, size)
 
     def _positions(self, size: tuple[int, ...]) -> tuple[Tensor | None, float]:
@@ -275,16 +281,205 @@ class SineCode(Code):
 
     def materialize(self) -> tuple[Tensor, Tensor]:
         """Compute ``(qbar, kbar)``, each ``[1, *size, H, D, R]``; see `Code.materialize`."""
-        positions, start = self._positions(self.size)
-        if positions is None:
-            positions = start + torch.arange(
-                self.size[0], dtype=torch.float64, device=self.freqs.device
-            )
-        basis = reference.sine_basis(self.freqs, positions).to(self.key_weight.dtype)
+        # The code of a feature is what a unit vector becomes.
+        heads, features = self.code_shape
+        units = torch.eye(features, dtype=self.dtype, device=self.freqs.device)
+        units = units.reshape(features, *(1 for _ in self.size), 1, features)
+        units = units.expand(-1, *self.size, heads, -1)
         return tuple(
-            torch.einsum("nhdj,hdjr->nhdr", basis, weight).unflatten(0, self.size).unsqueeze(0)
-            for weight in (self.query_weight, self.key_weight)
+            self.encode(units, side).movedim(0, -2).unsqueeze(0) for side in ("query", "key")
         )
+
+
+def _scale(code_shape: tuple[int, int], num_realizations: int) -> float:
+    """Return what makes ``qhat . khat / sqrt(R)`` estimate the logits, for codes of variance 1."""
+    return (num_realizations * code_shape[1]) ** -0.25
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SineCode(SinusoidCode):
+    """A code of dense noise: ``basis(n) @ weight``, see `torch_spe.functional.sine_filter`.
+
+    Attributes:
+        freqs: cycles per position, ``[H, D, K]`` or ``[H, D, K, ndim]``.
+        query_weight: coefficients of cosine and sine, offsets included, ``[H, D, 2K, R]``.
+        key_weight: the same without offsets.
+        size: largest lengths of queries and keys.
+        start: first position, of each dimension.
+        positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+        variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
+        gate_noise: ``[H, D, R]``, where it goes with the noise in the weights.
+    """
+
+    freqs: Tensor
+    query_weight: Tensor
+    key_weight: Tensor
+    size: tuple[int, ...]
+    start: tuple[float, ...]
+    positions: Tensor | None = None
+    variances: Tensor | None = None
+    gate_noise: Tensor | None = None
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """``(num_heads, in_features)``."""
+        return self.key_weight.shape[0], self.key_weight.shape[1]
+
+    @property
+    def num_realizations(self) -> int:
+        """Features R of an encoded query or key."""
+        return self.key_weight.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the code's numbers."""
+        return self.key_weight.dtype
+
+    def draw_gate_noise(
+        self, generator: torch.Generator | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Draw unit normal numbers ``[H, D, R]``, or return those that go with the weights."""
+        if self.gate_noise is not None:
+            return self.gate_noise
+        shape = (*self.code_shape, self.num_realizations)
+        return draw_normal("SPEFilter", shape, self.key_weight, generator, seed, _GATE_STREAM)
+
+    def _apply(self, x, side, scales, gate_noise, positions, start):
+        weight, constant = self.query_weight if side == "query" else self.key_weight, None
+        if scales is not None:
+            coded, constant = scales
+            weight = weight * coded[..., None, None]
+            scale = _scale(self.code_shape, self.num_realizations)
+            constant = constant[..., None] * gate_noise * scale
+        return functional.sine_filter(x, self.freqs, weight, constant, positions, start)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PhaseCode(SinusoidCode):
+    """A code of phase noise: one sinusoid for each feature and pair of realizations.
+
+    See `torch_spe.functional.phasor_filter` and `torch_spe.noise.phase_noise`.
+
+    Attributes:
+        freqs: cycles per position, ``[H, D, R/2]`` or ``[H, D, R/2, ndim]``.
+        query_coefficients: amplitude and phase as a complex number, offsets included, ``[H, D, R/2,
+            2]``.
+        key_coefficients: the same without offsets.
+        size: largest lengths of queries and keys.
+        start: first position, of each dimension.
+        positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+        variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
+    """
+
+    freqs: Tensor
+    query_coefficients: Tensor
+    key_coefficients: Tensor
+    size: tuple[int, ...]
+    start: tuple[float, ...]
+    positions: Tensor | None = None
+    variances: Tensor | None = None
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """``(num_heads, in_features)``."""
+        return self.key_coefficients.shape[0], self.key_coefficients.shape[1]
+
+    @property
+    def num_realizations(self) -> int:
+        """Features R of an encoded query or key."""
+        return 2 * self.key_coefficients.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the code's numbers."""
+        return self.key_coefficients.dtype
+
+    def draw_gate_noise(
+        self, generator: torch.Generator | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Draw pairs of variance 1, ``sqrt(2)`` times a point of the unit circle, ``[H, D, R]``.
+
+        A sinusoid that does not turn: the gate's part of a feature's own variance has no error.
+        """
+        check_source("SPEFilter", generator, seed)
+        noise = phase_noise(
+            *self.code_shape, 1, self.num_realizations // 2, generator, seed=seed,
+            stream=_GATE_STREAM, dtype=self.dtype, device=self.freqs.device,
+        )  # fmt: skip
+        return math.sqrt(2) * _unit_circle(2 * math.pi * noise.cycles).flatten(-2)
+
+    def _apply(self, x, side, scales, gate_noise, positions, start):
+        coefficients = self.query_coefficients if side == "query" else self.key_coefficients
+        constant = None
+        if scales is not None:
+            coded, constant = scales
+            coefficients = coefficients * coded[..., None, None]
+            scale = _scale(self.code_shape, self.num_realizations)
+            constant = constant[..., None] * gate_noise * scale
+        return functional.phasor_filter(x, self.freqs, coefficients, constant, positions, start)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExactCode(SinusoidCode):
+    """A code without noise: the sines themselves, see `torch_spe.functional.sine_features`.
+
+    Its R is 2KD, and with a gate (2K + 1)D.
+
+    Attributes:
+        freqs: cycles per position, ``[H, D, K]`` or ``[H, D, K, ndim]``.
+        amplitudes: of the sines, ``[H, D, K]``.
+        offsets: of the query's phase, in radians, ``[H, D, K]``.
+        size: largest lengths of queries and keys.
+        start: first position, of each dimension.
+        positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+    """
+
+    freqs: Tensor
+    amplitudes: Tensor
+    offsets: Tensor
+    size: tuple[int, ...]
+    start: tuple[float, ...]
+    positions: Tensor | None = None
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """``(num_heads, in_features)``."""
+        return self.amplitudes.shape[0], self.amplitudes.shape[1]
+
+    @property
+    def num_realizations(self) -> int:
+        """Features R of an encoded query or key, without a gate."""
+        return 2 * self.amplitudes.shape[1] * self.amplitudes.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the code's numbers."""
+        return self.amplitudes.dtype
+
+    def draw_gate_noise(
+        self, generator: torch.Generator | None = None, seed: int | None = None
+    ) -> None:
+        """Return None: the gate needs no noise either."""
+
+    def _apply(self, x, side, scales, gate_noise, positions, start):
+        if gate_noise is not None:
+            raise ValueError("SPEFilter: noise must be None with a code without noise")
+        amplitudes, constant = self.amplitudes, None
+        blocks = 2 * amplitudes.shape[2] + (scales is not None)
+        # R / D = blocks; the products of all R numbers count, not their mean.
+        scale = blocks**0.25
+        if scales is not None:
+            coded, constant = scales
+            amplitudes, constant = amplitudes * coded[..., None], constant * scale
+        return functional.sine_features(
+            x, self.freqs, amplitudes * scale, self.offsets if side == "query" else None,
+            constant, positions, start,
+        )  # fmt: skip
+
+
+def _unit_circle(angle: Tensor) -> Tensor:  # [..., 2]
+    """Return cosine and sine."""
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def _gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -424,6 +619,23 @@ class SineSPE(SPE):
     frequency lies in [0, 1/2] as above, the others, sigmoid(freqs) - 1/2, in [-1/2, 1/2]: without
     their sign a wave could not run along every direction.
 
+    The kernel is the same for every kind of noise; what differs are cost and error:
+
+    - ``"gaussian"``: the paper's. A realization is a sum of all K sines with normal coefficients.
+    - ``"phase"``: a pair of realizations is one of the sines, with a random phase
+      (`torch_spe.noise.phase_noise`). The error is that of ``"gaussian"``, and the cost does not
+      grow with K. R must be even.
+    - ``"orthogonal"``: normal noise made orthogonal over sines and features
+      (`torch_spe.noise.orthogonal_noise`). Costs as ``"gaussian"``, errs less the closer R comes to
+      2KD, and not at all from there on (from (2K + 1)D on with a gate).
+    - ``"exact"``: no noise and no error; the features of an encoded query or key are the sines
+      themselves, R = 2KD of them, or (2K + 1)D with a gate.
+
+    With ``bandwidth=True`` a sine of phase noise has another frequency in every pair, normally
+    distributed about f with deviation :math:`\sigma` = exp(bandwidths), in cycles per position. Its
+    part of the kernel is then multiplied by :math:`\exp(-2 \pi^2 \sigma_{dk}^2 |m - n|^2)`: a
+    relative attention that fades with the lag.
+
     Same arguments, parameters and call as the class of this name in the paper's code, whose
     checkpoints load.
 
@@ -431,24 +643,26 @@ class SineSPE(SPE):
         num_heads: attention heads H.
         in_features: query and key features D of a head.
         num_realizations: realizations R of the noise, the features of an encoded query or key. The
-            error of an attention logit falls with sqrt(R).
+            error of an attention logit falls with sqrt(R). Without a meaning for ``"exact"``.
         num_sines: sines K of a feature.
         ndim: dimensions of the positions: 1 for sequences, 2 for images.
         init: ``"published"``: freqs N(-4, 1), very slow sines; offsets N(0, 1); gains as published.
             ``"spread"``: freqs N(-1.5, 1.5), periods from two positions to some hundred; offsets
             N(0, 1); all gains equal, so that the codes have variance 1, ``sum_k softplus(gain)^2 /
-            (2K) = 1``.
+            (2K) = 1``. Bandwidths, in both, so that the kernel falls to 1/e at a lag of 150.
+        noise: the kind of noise.
+        bandwidth: whether there are bandwidths, with phase noise.
         device: of the parameters.
         dtype: of the parameters.
 
     Parameters ``freqs``, ``offsets``, ``gains``, each ``[H, D, K]`` (freqs ``[H, D, K, ndim]`` for
-    ndim > 1).
+    ndim > 1), and ``bandwidths``, ``[H, D, K]``, if asked for.
 
     Raises:
         ValueError: an argument is not what it must be; the message names it.
 
     Example:
-        >>> spe = SineSPE(4, 16, num_realizations=32, num_sines=3)
+        >>> spe = SineSPE(4, 16, num_realizations=32, num_sines=3, noise="phase")
         >>> filt = SPEFilter(code_shape=spe.code_shape)
         >>> q, k = torch.randn(2, 100, 4, 16), torch.randn(2, 100, 4, 16)
         >>> qhat, khat = filt(q, k, spe(q.shape[:2]))
@@ -465,12 +679,22 @@ class SineSPE(SPE):
         *,
         ndim: int = 1,
         init: Literal["published", "spread"] = "published",
+        noise: Literal["gaussian", "phase", "orthogonal", "exact"] = "gaussian",
+        bandwidth: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_heads, in_features, num_realizations, ndim)
         check_positive("SineSPE", num_sines=num_sines)
         check_choice("SineSPE", "init", init, INITS)
+        check_choice("SineSPE", "noise", noise, NOISES)
+        if bandwidth and noise != "phase":
+            raise ValueError(f"SineSPE: bandwidth=True needs noise='phase', got noise={noise!r}")
+        if noise == "exact":
+            check_positive("SineSPE", in_features=in_features)
+            num_realizations = 2 * num_sines * in_features
+        super().__init__(num_heads, in_features, num_realizations, ndim)
+        self.noise = noise
+        self._check_realizations(num_realizations)
         self.num_sines = num_sines
         self.init = init
         shape = (num_heads, in_features, num_sines)
@@ -478,6 +702,10 @@ class SineSPE(SPE):
         self.freqs = nn.Parameter(torch.empty(shape if ndim == 1 else (*shape, ndim), **factory))
         self.offsets = nn.Parameter(torch.empty(shape, **factory))
         self.gains = nn.Parameter(torch.empty(shape, **factory))
+        if bandwidth:
+            self.bandwidths = nn.Parameter(torch.empty(shape, **factory))
+        else:
+            self.register_parameter("bandwidths", None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -496,6 +724,9 @@ class SineSPE(SPE):
             self.gains.div_(self.gains.norm(dim=-1, keepdim=True).sqrt() / 2)
         else:
             self.gains.fill_(math.log(math.expm1(math.sqrt(2))))
+        if self.bandwidths is not None:
+            lag = 150
+            self.bandwidths.fill_(-math.log(math.sqrt(2) * math.pi * lag))
 
     def _cycles(self) -> Tensor:
         """Return the frequencies in cycles per position, ``[H, D, K]`` or ``[H, D, K, ndim]``."""
@@ -504,17 +735,35 @@ class SineSPE(SPE):
             return freqs / 2
         return torch.cat((freqs[..., :1] / 2, freqs[..., 1:] - 0.5), dim=-1)
 
+    def _check_parameters(self) -> None:
+        named = {"freqs": self.freqs, "offsets": self.offsets, "gains": self.gains}
+        if self.bandwidths is not None:
+            named["bandwidths"] = self.bandwidths
+        check_not_nan("SineSPE", **named)
+
+    def _check_realizations(self, num_realizations: int) -> None:
+        if self.noise == "phase" and num_realizations % 2 == 1:
+            raise ValueError(
+                "SineSPE: num_realizations must be even with noise='phase', whose realizations "
+                f"come in pairs, got {num_realizations}"
+            )
+        if self.noise == "exact" and num_realizations != self.num_realizations:
+            raise ValueError(
+                "SineSPE: num_realizations must not be given with noise='exact', which has "
+                f"2 * num_sines * in_features = {self.num_realizations}, got {num_realizations}"
+            )
+
     def forward(
         self,
         shape: Sequence[int],
         num_realizations: int | None = None,
         *,
-        noise: Tensor | None = None,  # [H, D, 2K, R]
+        noise: Tensor | PhaseNoise | None = None,  # [H, D, 2K, R]
         generator: torch.Generator | None = None,
         seed: int | None = None,
         start: float | Sequence[float] = 0,
         positions: Tensor | None = None,  # [N] or [N, ndim]
-    ) -> SineCode:
+    ) -> SinusoidCode:
         """Draw a code: new noise at every call, unless noise, a generator or a seed say otherwise.
 
         Args:
@@ -522,7 +771,8 @@ class SineSPE(SPE):
                 the batch shares a code, and each size is the largest length in that dimension.
             num_realizations: overrides the module's.
             noise: unit normal numbers ``[H, D, 2K, R]`` (or ``[1, H, D, 2K, R]``), cosines' in the
-                even and sines' in the odd rows; drawn if not given.
+                even and sines' in the odd rows; for phase noise a `torch_spe.noise.PhaseNoise`;
+                drawn if not given.
             generator: for the noise, instead of PyTorch's own. Checkpointing does not replay it.
             seed: makes the noise a function of this number, the same at every call and on every
                 device.
@@ -544,21 +794,100 @@ class SineSPE(SPE):
             [(1, 100, 4, 16, 32), (1, 100, 4, 16, 32)]
         """
         size = self._size(shape)
-        check_not_nan("SineSPE", freqs=self.freqs, offsets=self.offsets, gains=self.gains)
+        self._check_parameters()
+        check_source("SineSPE", generator, seed)
         start = _check_positions("SineSPE", size, self.ndim, self.freqs.device, start, positions)
-        rows = (*self.code_shape, 2 * self.num_sines)
+        if self.noise == "exact":
+            if noise is not None:
+                raise ValueError("SineSPE: noise must be None with noise='exact', got a noise")
+            self._check_realizations(self._realizations(num_realizations, None))
+            fields = self._exact_fields()
+            return ExactCode(*fields, size, start, positions)
+        variances = self._amplitudes(code_type(self.gains)).square().sum(-1)
+        if self.noise == "phase":
+            if noise is None:
+                real = self._realizations(num_realizations, None)
+                self._check_realizations(real)
+                noise = phase_noise(
+                    *self.code_shape, self.num_sines, real // 2, generator, seed=seed,
+                    stream=_CODE_STREAM, ndim=self.ndim, dtype=code_type(self.gains),
+                    device=self.gains.device,
+                )  # fmt: skip
+            elif num_realizations is not None or not isinstance(noise, PhaseNoise):
+                raise TypeError(
+                    "SineSPE: noise must be a PhaseNoise, and num_realizations left to it, with "
+                    f"noise='phase', got {type(noise).__name__} and {num_realizations}"
+                )
+            return PhaseCode(*self._phase_fields(noise), size, start, positions, variances)
+        fields = self._dense_fields(num_realizations, noise, generator, seed)
+        return SineCode(*fields[:3], size, start, positions, variances, fields[3])
+
+    def _amplitudes(self, dtype: torch.dtype) -> Tensor:  # [H, D, K]
+        """Return the amplitudes of the sines whose products have the kernel as their sum."""
+        return F.softplus(self.gains.to(dtype)) / math.sqrt(2 * self.num_sines)
+
+    def _exact_fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = code_type(self.gains)
+        return self._cycles(), self._amplitudes(dtype), self.offsets.to(dtype)
+
+    def _phase_fields(self, noise: PhaseNoise) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = code_type(self.gains)
+        pairs = noise.sine.shape[-1]
+
+        def pick(values: Tensor) -> Tensor:  # [H, D, K, ...] -> [H, D, P, ...]
+            index = noise.sine[(...,) + (None,) * (values.dim() - 3)]
+            return values.gather(2, index.expand(-1, -1, -1, *values.shape[3:]))
+
+        freqs = pick(self._cycles())
+        if self.bandwidths is not None:
+            deviation = pick(self.bandwidths.to(dtype).exp())
+            if self.ndim > 1:
+                deviation = deviation.unsqueeze(-1)
+            freqs = freqs + deviation * noise.deviate.to(dtype)
+        # A pair has the mean of squares of its amplitude's, and stands for all K sines.
+        amplitudes = pick(self._amplitudes(dtype)) * math.sqrt(2 * self.num_sines)
+        amplitudes = amplitudes * _scale(self.code_shape, 2 * pairs)
+        angle = 2 * math.pi * noise.cycles.to(dtype)
+        key, query = _unit_circle(angle), _unit_circle(angle + pick(self.offsets.to(dtype)))
+        return freqs, amplitudes.unsqueeze(-1) * query, amplitudes.unsqueeze(-1) * key
+
+    def _dense_fields(
+        self,
+        num_realizations: int | None,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        seed: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        rows, gate_noise = 2 * self.num_sines, None
+        shape = (*self.code_shape, rows)
         if noise is not None:
             if isinstance(noise, Tensor) and noise.dim() == 5 and noise.shape[0] == 1:
                 noise = noise[0]
-            check_noise("SineSPE", noise, (*rows, None), "[H, D, 2K, R]")
+            check_noise("SineSPE", noise, (*shape, None), "[H, D, 2K, R]")
         real = self._realizations(num_realizations, noise)
-        if noise is None:
-            noise = draw_normal("SineSPE", (*rows, real), self.gains, generator, seed, _CODE_STREAM)
+        if noise is None and self.noise == "gaussian":
+            noise = draw_normal(
+                "SineSPE", (*shape, real), self.gains, generator, seed, _CODE_STREAM
+            )
+        elif noise is None:
+            # The gate's noise is one more row of each feature, orthogonal to the others unless
+            # these alone are exact.
+            joint = not rows * self.in_features <= real < (rows + 1) * self.in_features
+
+            def draw(count: int, stream: int) -> Tensor:
+                return orthogonal_noise(
+                    *self.code_shape, count, real, generator, seed=seed, stream=stream,
+                    dtype=code_type(self.gains), device=self.gains.device,
+                )  # fmt: skip
+
+            if joint:
+                noise, gate_noise = draw(rows + 1, _CODE_STREAM).split((rows, 1), dim=2)
+            else:
+                noise, gate_noise = draw(rows, _CODE_STREAM), draw(1, _GATE_STREAM)
+            gate_noise = gate_noise.squeeze(2)
         noise = noise.to(code_type(self.gains))
-        amplitude = F.softplus(self.gains.to(noise.dtype)) / (
-            math.sqrt(2 * self.num_sines) * (real * self.in_features) ** 0.25
-        )
-        weight = amplitude[..., None, None] * noise.unflatten(2, (self.num_sines, 2))
+        amplitudes = self._amplitudes(noise.dtype) * _scale(self.code_shape, real)
+        weight = amplitudes[..., None, None] * noise.unflatten(2, (self.num_sines, 2))
         cos_weight, sin_weight = weight.unbind(-2)
         # The offset of a query's phase turns the pair of coefficients.
         offsets = self.offsets.to(noise.dtype)[..., None]
@@ -566,9 +895,7 @@ class SineSPE(SPE):
         query_weight = torch.stack(
             (cos * cos_weight + sin * sin_weight, cos * sin_weight - sin * cos_weight), dim=-2
         )
-        return SineCode(
-            self._cycles(), query_weight.flatten(2, 3), weight.flatten(2, 3), size, start, positions
-        )
+        return self._cycles(), query_weight.flatten(2, 3), weight.flatten(2, 3), gate_noise
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the exact position kernels ``P_d(lag)``, differentiable in the parameters.
@@ -588,7 +915,7 @@ class SineSPE(SPE):
             torch.Size([4, 16, 21])
         """
         lags = self._lags(max_lag)
-        check_not_nan("SineSPE", freqs=self.freqs, offsets=self.offsets, gains=self.gains)
+        self._check_parameters()
         axes = [
             torch.arange(-lag, lag + 1, dtype=torch.float64, device=self.freqs.device)
             for lag in lags
@@ -596,7 +923,12 @@ class SineSPE(SPE):
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         freqs, offsets = self._cycles(), self.offsets.to(code_type(self.offsets))
         basis = reference.sine_basis(freqs, grid).to(freqs.dtype).unflatten(-1, (-1, 2))
-        power = F.softplus(self.gains.to(freqs.dtype)) ** 2 / (2 * self.num_sines)
+        if self.bandwidths is not None:
+            square = grid.square().sum(-1).to(freqs.dtype)[:, None, None, None]
+            deviation = self.bandwidths.to(freqs.dtype).exp()
+            fading = torch.exp(-2 * math.pi**2 * deviation.square() * square)  # [n, H, D, K]
+            basis = basis * fading.unsqueeze(-1)
+        power = self._amplitudes(freqs.dtype) ** 2
         template = torch.einsum(
             "nhdkc,hdkc->hdn",
             basis,
@@ -607,10 +939,12 @@ class SineSPE(SPE):
     def extra_repr(self) -> str:
         """Show the arguments of the constructor."""
         ndim = f", ndim={self.ndim}" if self.ndim > 1 else ""
+        noise = f", noise={self.noise!r}" if self.noise != "gaussian" else ""
+        bandwidth = ", bandwidth=True" if self.bandwidths is not None else ""
         return (
             f"num_heads={self.num_heads}, in_features={self.in_features}, "
             f"num_realizations={self.num_realizations}, num_sines={self.num_sines}{ndim}, "
-            f"init={self.init!r}"
+            f"init={self.init!r}{noise}{bandwidth}"
         )
 
 
@@ -757,6 +1091,11 @@ def check_feature_map(owner: str, feature_map: FeatureMap) -> None:
         raise ValueError(f"{owner}: feature_map must be callable or {names}, got {feature_map!r}")
 
 
+def draw_feature_map(feature_map: FeatureMap) -> FeatureMap:
+    """Return the map of one call: a random one is drawn once, for queries and keys alike."""
+    return feature_map.draw() if hasattr(feature_map, "draw") else feature_map
+
+
 def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:
     """Compute phi(x), for a map given by name or as a callable."""
     return feature_map(x) if callable(feature_map) else reference.FEATURE_MAPS[feature_map](x)
@@ -769,7 +1108,7 @@ class LinearAttention(nn.Module):
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}{\sum_m \phi(q_n) \cdot \phi(k_m) +
         \epsilon}
 
-    (Katharopoulos et al. 2020, equations 5 and 9), m <= n when causal.
+    (Katharopoulos et al. 2020), m <= n when causal.
 
     Args:
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"``, or a callable, ``[B, N, H,
@@ -816,7 +1155,7 @@ class LinearAttention(nn.Module):
         Returns:
             ``[B, N, H, E]``.
         """
-        name = self.feature_map
+        name = draw_feature_map(self.feature_map)
         if callable(name):
             queries, keys, name = name(queries), name(keys), "identity"
         return functional.linear_attention(

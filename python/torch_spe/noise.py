@@ -1,14 +1,22 @@
-"""Noise that is a function of a seed: the same on every device, in every process."""
+"""Noise: numbers that are a function of a seed, and the sparse and orthogonal kinds of noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["seed_tensor", "seeded_normal"]
+__all__ = [
+    "PhaseNoise",
+    "orthogonal_noise",
+    "phase_noise",
+    "seed_tensor",
+    "seeded_normal",
+    "seeded_uniform",
+]
 
 _MASK = 0xFFFFFFFF
 
@@ -50,17 +58,190 @@ def seeded_normal(
     """
     count = math.prod(shape)
     half = (count + 1) // 2
+    first, second = _uniform(half, range(1, 3), seed, stream, device).unbind()
+    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
+    normal = torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
+    return normal.to(dtype).reshape(shape)
+
+
+def _uniform(
+    count: int, sets: range, seed: int, stream: int, device: torch.device | str | None
+) -> Tensor:  # [len(sets), count]
+    """Make numbers of (0, 1), exclusive, in float64: sets 1, 2, ... of a stream of a seed."""
     # The keys are computed in tensors too, so that a compiled graph serves every seed.
     seeds = torch.full((), seed, dtype=torch.int64, device=device)
     key = _mix(((seeds & _MASK) + 0x3C6EF372 + stream) & _MASK)
     key = _mix(key ^ ((seeds >> 32) & _MASK))
-    keys = _mix(key ^ torch.arange(1, 3, device=device))
-    words = _mix(_mix(torch.arange(half, device=device)) ^ keys[:, None])
-    # In float64, so that the result rounds to the same number wherever it is computed.
-    first, second = ((words.double() + 0.5) * 2.0**-32).unbind()
-    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
-    normal = torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
-    return normal.to(dtype).reshape(shape)
+    keys = _mix(key ^ torch.arange(sets.start, sets.stop, device=device))
+    words = _mix(_mix(torch.arange(count, device=device)) ^ keys[:, None])
+    # In float64, so that what is computed from them rounds to the same number everywhere.
+    return (words.double() + 0.5) * 2.0**-32
+
+
+def seeded_uniform(
+    shape: Sequence[int],
+    seed: int,
+    stream: int = 0,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:  # shape
+    """Make float64 numbers of (0, 1) that depend on nothing but shape, seed and stream.
+
+    As `seeded_normal`, of which see the arguments; never 0 nor 1.
+    """
+    return _uniform(math.prod(shape), range(3, 4), seed, stream, device).reshape(shape)
+
+
+class PhaseNoise(NamedTuple):
+    """One sinusoid for each feature and pair of realizations, drawn by `phase_noise`.
+
+    Attributes:
+        sine: which of the K sines it is, int64 ``[H, D, P]``.
+        cycles: its phase in cycles, in (0, 1), ``[H, D, P]``.
+        deviate: a unit normal number for a random frequency, ``[H, D, P]``, or ``[H, D, P, ndim]``
+            for positions with several coordinates.
+    """
+
+    sine: Tensor
+    cycles: Tensor
+    deviate: Tensor
+
+
+def phase_noise(
+    num_heads: int,
+    in_features: int,
+    num_sines: int,
+    num_pairs: int,
+    generator: torch.Generator | None = None,
+    *,
+    seed: int | None = None,
+    stream: int = 0,
+    ndim: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> PhaseNoise:
+    r"""Draw sparse noise for codes of sines: each pair of realizations is one sinusoid.
+
+    For a feature with frequencies :math:`f_k` and gains :math:`\lambda_k`, the code with
+    realizations :math:`(2i, 2i + 1)` = real and imaginary part of :math:`\lambda_{k(i)}
+    e^{2 \pi \mathrm{i} (f_{k(i)} n + \varphi_i)}` has the mean of products over realizations
+    :math:`\sum_k \lambda_k^2 / (2K) \cos(2 \pi f_k (m - n))` in expectation, as the dense Gaussian
+    code of Liutkus et al. 2021. With frequencies :math:`f_k + \sigma_k \eta_i` for the
+    ``deviate`` :math:`\eta`, each cosine is multiplied by :math:`\exp(-2 \pi^2 \sigma_k^2
+    |m - n|^2)`.
+
+    The draws are stratified, which leaves the expectations as they are: the sines of a feature
+    fall on equally many pairs, up to one, in random order; and the deviates of a sine's m pairs
+    are, in random order, one from each of the m parts of equal probability of the normal
+    distribution (in every coordinate of the positions).
+
+    Args:
+        num_heads: heads H.
+        in_features: features D of a head.
+        num_sines: sines K of a feature.
+        num_pairs: pairs of realizations P = R / 2.
+        generator: of the random numbers; default PyTorch's own.
+        seed: makes the noise a function of this number instead, the same on every device.
+        stream: distinguishes independent noises of one seed.
+        ndim: coordinates of a position, and of a deviate.
+        dtype: of phases and deviates.
+        device: of the result, and of the generator.
+
+    Raises:
+        ValueError: generator and seed are both given.
+
+    Example:
+        >>> noise = phase_noise(1, 2, num_sines=3, num_pairs=6)
+        >>> noise.sine.sort(dim=-1).values
+        tensor([[[0, 0, 1, 1, 2, 2],
+                 [0, 0, 1, 1, 2, 2]]])
+    """
+    if generator is not None and seed is not None:
+        raise ValueError("phase_noise: give generator or seed, not both")
+
+    def uniform(part: int, *size: int) -> Tensor:  # [H, D, *size]
+        shape = (num_heads, in_features, *size)
+        if seed is not None:
+            return seeded_uniform(shape, seed, 5 * stream + part, device=device)
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+
+    # Slot s = j K + c is the j-th of the sine that the random order puts at c. Its stratum is the
+    # rank of a random number among those of the sine's other slots; there is none beyond P.
+    rounds = -(-num_pairs // num_sines)
+    slot = torch.arange(num_pairs, device=device)
+    column = slot % num_sines
+    sine = uniform(0, num_sines).argsort(dim=-1)[..., column]
+    keys = torch.nn.functional.pad(
+        uniform(1, ndim, num_pairs), (0, rounds * num_sines - num_pairs), value=2.0
+    )
+    ranks = keys.unflatten(-1, (rounds, num_sines)).argsort(dim=-2).argsort(dim=-2)
+    stratum = ranks.flatten(-2)[..., :num_pairs]  # [H, D, ndim, P]
+    strata = torch.div(num_pairs - column + num_sines - 1, num_sines, rounding_mode="floor")
+    # A generator may return 0, of which the quantile is infinite.
+    quantile = ((stratum + uniform(2, ndim, num_pairs)) / strata).clamp(1e-15, 1 - 1e-15)
+    deviate = torch.special.ndtri(quantile)
+    order = uniform(3, num_pairs).argsort(dim=-1)
+    deviate = deviate.gather(-1, order.unsqueeze(-2).expand_as(deviate)).mT.to(dtype)
+    return PhaseNoise(
+        sine.gather(-1, order),
+        uniform(4, num_pairs).to(dtype),
+        deviate.squeeze(-1) if ndim == 1 else deviate,
+    )
+
+
+def orthogonal_noise(
+    num_heads: int,
+    in_features: int,
+    num_rows: int,
+    num_realizations: int,
+    generator: torch.Generator | None = None,
+    *,
+    seed: int | None = None,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:  # [H, D, J, R]
+    r"""Draw noise of unit variance whose rows, over all features of a head, are orthogonal.
+
+    The rows :math:`z_{dj}` of a head, of R numbers each, satisfy :math:`z_{dj} \cdot z_{d'j'} = R
+    \delta_{dd'} \delta_{jj'}` exactly once R >= D J: an encoding with such noise in place of the
+    normal noise of Liutkus et al. 2021, has no error left. With less realizations it
+    is the columns that are orthogonal, :math:`z^\top z = D J`; the expectation of products of rows
+    is the same, and their error is lower than that of normal noise by the factor
+    :math:`\sqrt{(DJ - R) / (DJ + 1)}`.
+
+    Args:
+        num_heads: heads H, independent of each other.
+        in_features: features D of a head.
+        num_rows: rows J of a feature, 2K for K sines (and one more for the noise of a gate).
+        num_realizations: R.
+        generator: of the random numbers; default PyTorch's own.
+        seed: makes the noise a function of this number instead.
+        stream: distinguishes independent noises of one seed.
+        dtype: of the result.
+        device: of the result, and of the generator.
+
+    Raises:
+        ValueError: generator and seed are both given.
+
+    Example:
+        >>> rows = orthogonal_noise(1, 2, 3, 10).flatten(1, 2)[0]
+        >>> torch.allclose(rows @ rows.T, 10 * torch.eye(6), atol=1e-4)
+        True
+    """
+    if generator is not None and seed is not None:
+        raise ValueError("orthogonal_noise: give generator or seed, not both")
+    rows = in_features * num_rows
+    shape = (num_heads, max(rows, num_realizations), min(rows, num_realizations))
+    if seed is not None:
+        normal = seeded_normal(shape, seed, stream, dtype=torch.float64, device=device)
+    else:
+        normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+    columns, triangle = torch.linalg.qr(normal)
+    # With this choice of signs the columns are distributed uniformly.
+    columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    noise = math.sqrt(shape[1]) * (columns if rows >= num_realizations else columns.mT)
+    return noise.to(dtype).reshape(num_heads, in_features, num_rows, num_realizations)
 
 
 def seed_tensor(owner: str, seed: int | Tensor | None, device: torch.device | str) -> Tensor | None:

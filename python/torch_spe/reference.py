@@ -45,6 +45,49 @@ def sine_filter(
     return torch.einsum("bnhd,nhdr->bnhr", x, code.to(x.dtype))
 
 
+def phasor_filter(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D, R/2] or [H, D, R/2, ndim]
+    coefficients: Tensor,  # [H, D, R/2, 2]
+    constant: Tensor | None = None,  # [H, D, R]
+    positions: Tensor | None = None,  # [N] or [N, ndim]
+    start: float = 0.0,
+) -> Tensor:  # [B, N, H, R]
+    """`torch_spe.functional.phasor_filter`, with the codes `[N, H, D, R]` stored."""
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float64) + start
+    basis = sine_basis(freqs, positions).to(coefficients.dtype).unflatten(-1, (-1, 2))
+    cos, sin = basis.unbind(-1)  # [N, H, D, R/2]
+    re, im = coefficients.unbind(-1)  # [H, D, R/2]
+    code = torch.stack((re * cos - im * sin, im * cos + re * sin), dim=-1).flatten(-2)
+    if constant is not None:
+        code = code + constant
+    return torch.einsum("bnhd,nhdr->bnhr", x, code.to(x.dtype))
+
+
+def sine_features(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
+    amplitudes: Tensor,  # [H, D, K]
+    offsets: Tensor | None = None,  # [H, D, K]
+    constant: Tensor | None = None,  # [H, D]
+    positions: Tensor | None = None,  # [N] or [N, ndim]
+    start: float = 0.0,
+) -> Tensor:  # [B, N, H, 2KD], or [B, N, H, (2K + 1) D] with a constant
+    """`torch_spe.functional.sine_features`."""
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device, dtype=torch.float64) + start
+    cos, sin = sine_basis(freqs, positions).unflatten(-1, (-1, 2)).unbind(-1)  # [N, H, D, K]
+    if offsets is not None:
+        turn_cos, turn_sin = offsets.double().cos(), offsets.double().sin()
+        cos, sin = cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+    basis = torch.stack((cos, sin), dim=-1).to(amplitudes.dtype) * amplitudes.unsqueeze(-1)
+    basis = basis.flatten(-2)  # [N, H, D, 2K]
+    if constant is not None:
+        basis = torch.cat((basis, constant[..., None].expand(len(basis), -1, -1, -1)), dim=-1)
+    return (x.unsqueeze(-2) * basis.to(x.dtype).transpose(-1, -2)).flatten(-2)
+
+
 def sine_cycles(freqs: Tensor) -> Tensor:  # like freqs, [H, D, K] or [H, D, K, ndim]
     """Frequencies in cycles per position from the parameter `freqs` of `torch_spe.SineSPE`."""
     if freqs.dim() == 3:
@@ -199,5 +242,6 @@ def linear_attention(
         denominator = denominator + torch.einsum("bnhr,bhr->bnh", q, initial_state[1].to(q.dtype))
         state = tuple(new + old for new, old in zip(state, initial_state, strict=True))
     if normalize:
-        out = out / (denominator + eps).unsqueeze(-1)
+        total = (denominator + eps).unsqueeze(-1)
+        out = torch.where(total == 0, 0.0, out / total.masked_fill(total == 0, 1.0))
     return out, state

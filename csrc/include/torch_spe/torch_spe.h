@@ -28,6 +28,37 @@ at::Tensor sine_filter(
     const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
     double start = 0);
 
+// Encodes x with one sinusoid for each feature and pair of realizations: with c =
+// coefficients[h,d,i,0] + i coefficients[h,d,i,1] and f = freqs[h,d,i] in cycles per position,
+//   xhat[b,n,h,2i] + i xhat[b,n,h,2i+1]
+//     = sum_d x[b,n,h,d] (c e^(2 pi i f n) + constant[h,d,2i] + i constant[h,d,2i+1]).
+//
+// Result, positions and errors are those of sine_filter.
+at::Tensor phasor_filter(
+    const at::Tensor& x,                                        // [B, N, H, D]
+    const at::Tensor& freqs,                                    // [H, D, R/2] or [H, D, R/2, ndim]
+    const at::Tensor& coefficients,                             // [H, D, R/2, 2]
+    const std::optional<at::Tensor>& constant = std::nullopt,   // [H, D, R]
+    const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
+    double start = 0);
+
+// The codes' sines themselves as features, without noise: with f = freqs[h,d,k] in cycles per
+// position, theta = offsets[h,d,k] (0 if not given) in radians and a = amplitudes[h,d,k], the
+// result [B, N, H, 2KD], or [B, N, H, (2K + 1) D] with a constant, holds
+//   at 2kD + d:       x[b,n,h,d] a cos(2 pi f n + theta),
+//   at (2k + 1)D + d: x[b,n,h,d] a sin(2 pi f n + theta),
+//   at 2KD + d:       x[b,n,h,d] constant[h,d],
+// so that products of such rows are sums over d of relative position kernels. Positions and errors
+// are those of sine_filter.
+at::Tensor sine_features(
+    const at::Tensor& x,                                        // [B, N, H, D]
+    const at::Tensor& freqs,                                    // [H, D, K] or [H, D, K, ndim]
+    const at::Tensor& amplitudes,                               // [H, D, K]
+    const std::optional<at::Tensor>& offsets = std::nullopt,    // [H, D, K]
+    const std::optional<at::Tensor>& constant = std::nullopt,   // [H, D]
+    const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
+    double start = 0);
+
 // Encodes x with codes of filtered noise: xhat[b,n,h,r] = sum_d x[b,n,h,d] Xbar[n,h,d,r], where
 //   Xbar[n,h,d,r] = constant[h,d,r] + sum_p kernel[h,d,p] z[h,d,n+p,r]
 // and n and p have one, two or three coordinates. Neither Xbar nor generated noise is ever stored.
@@ -60,9 +91,8 @@ at::Tensor conv_noise(const at::Tensor& seed, int64_t num_heads, int64_t in_feat
                       std::optional<at::ScalarType> dtype = std::nullopt);
 
 // Linear attention: out[n] = sum_m w_nm v_m / (sum_m w_nm + eps), w_nm = phi(q_n) . phi(k_m), over
-// m
-// <= n when causal; without the division when normalize is false. The feature map phi is
-// "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
+// the keys m <= n when causal; 0 where that is 0 / 0; without the division when normalize is false.
+// The feature map phi is "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
 //
 // The results are out [B, N, H, E], of q's type, and, with return_state, the state after the last
 // key, S = sum_m phi(k_m) v_m^T [B, H, R, E] and z = sum_m phi(k_m) [B, H, R], in float32, or

@@ -1,0 +1,65 @@
+"""Parameter groups: positions learn with a larger rate than the rest of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torch_spe.attention import RotaryPositions
+from torch_spe.modules import SPE, SPEFilter
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, spe_lr_scale: float = 5.0, **spe_options: object
+) -> list[dict[str, object]]:
+    """Split a model's parameters for an optimizer: the positions' own, and all others.
+
+    Frequencies, offsets, gains, bandwidths, kernels and gates start from guesses and move little at
+    the rate that suits a model's weights.
+
+    Args:
+        model: any module; a parameter that several layers share is listed once.
+        lr: learning rate of the other parameters.
+        spe_lr_scale: that of the positions' parameters (those of `SPE`, `SPEFilter` and
+            `RotaryPositions` modules), as a multiple of ``lr``.
+        spe_options: further options of the positions' group; default ``weight_decay=0``: there is
+            no reason why a frequency should be drawn to the value of parameter 0.
+
+    Returns:
+        Groups for a ``torch.optim.Optimizer``, the others first, without the empty ones. Each has a
+        ``name``, ``"model"`` or ``"positions"``.
+
+    Raises:
+        ValueError: a rate is not a positive number.
+
+    Example:
+        >>> import torch_spe
+        >>> layer = torch_spe.SPETransformerEncoderLayer(64, 4)
+        >>> groups = parameter_groups(layer, lr=1e-3)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('model', 0.001), ('positions', 0.005)]
+    """
+    for name, value in (("lr", lr), ("spe_lr_scale", spe_lr_scale)):
+        if not value > 0:
+            raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
+    own = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (SPE, SPEFilter, RotaryPositions))
+        for parameter in module.parameters()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    positions = [parameter for parameter in trained if id(parameter) in own]
+    others = [parameter for parameter in trained if id(parameter) not in own]
+    groups = [
+        {"name": "model", "params": others, "lr": lr},
+        {
+            "name": "positions",
+            "params": positions,
+            "lr": lr * spe_lr_scale,
+            "weight_decay": 0.0,
+            **spe_options,
+        },
+    ]
+    return [group for group in groups if group["params"]]
