@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from torch_spe import SPE, ConvSPE, SineSPE, SPEFilter, SPETransformerEncoderLayer
+from torch_spe import SPE, ConvSPE, SineSPE, SPETransformerEncoderLayer
+from torch_spe.optim import parameter_groups
 
-WIDTH, HEADS, LAYERS, REALIZATIONS = 64, 4, 2, 64
+WIDTH, HEADS, LAYERS, REALIZATIONS = 64, 4, 2, 128
 LEVELS = 17  # of grey
 
 
@@ -30,9 +31,13 @@ ENCODINGS = {
         "2D SineSPE", lambda: SineSPE(HEADS, WIDTH // HEADS, REALIZATIONS, 4, ndim=2, init="spread")
     ),
     "conv": Encoding(
-        "2D ConvSPE", lambda: ConvSPE(2, HEADS, WIDTH // HEADS, REALIZATIONS, 5, init="delta")
+        "2D ConvSPE",
+        lambda: ConvSPE(
+            2, HEADS, WIDTH // HEADS, REALIZATIONS, 5, noise="rademacher", noise_stride=2,
+            init="delta",
+        ),
     ),
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -86,36 +91,21 @@ class DigitModel(nn.Module):
         return self.head(self.norm(x).flatten(1, -2).mean(1))
 
 
-def parameter_groups(model: DigitModel, lr: float, spe_lr_scale: float) -> list[dict]:
-    """Groups for an optimizer: positions and gates, with their own rate, and all others."""
-    positional = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, (SPE, SPEFilter))
-        for parameter in module.parameters()
-    }
-    groups = [([p for p in model.parameters() if p not in positional], lr, 0.01)]
-    if positional:
-        scaled = [p for p in model.parameters() if p in positional]
-        groups.append((scaled, lr * spe_lr_scale, 0.0))
-    return [{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups]
-
-
 def train(
     model: DigitModel,
     digits: Digits,
     epochs: int,
     label: str,
-    batch: int = 64,
+    batch: int = 32,
     lr: float = 3e-3,
-    spe_lr_scale: float = 5.0,
+    spe_lr_scale: float = 20.0,  # lags must be found within some hundred steps
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
     """Train with AdamW, a warm-up and a cosine; return the loss of every step."""
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, lr, spe_lr_scale)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = epochs * -(-len(digits.labels) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in groups], total_steps=max(steps, 2), pct_start=0.1,

@@ -27,7 +27,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 MAX_LAG = 7  # the largest in an image
-SHOWN = 6  # features of a head
+SHOWN = 4  # features of a head
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), metavar="NAME",
         help=f"which of {', '.join(ENCODINGS)}",
     )  # fmt: skip
-    parser.add_argument("--epochs", type=int, default=12, help="passes over 1348 images")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over 1348 images")
     parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "digits", help="output folder")
@@ -54,8 +54,8 @@ def plot_templates(path: Path, templates: dict[str, Tensor]) -> None:
     that depend most on the lag."""
     heads = len(next(iter(templates.values())))
     figure, rows = plt.subplots(
-        len(templates), heads * SHOWN, figsize=(0.75 * heads * SHOWN, 1.3 * len(templates) + 0.6),
-        squeeze=False, layout="constrained",
+        len(templates), heads * SHOWN, squeeze=False, layout="constrained",
+        figsize=(0.7 * heads * SHOWN + 1, 0.95 * len(templates) + 0.4),
     )  # fmt: skip
     for row, (label, template) in zip(rows, templates.items(), strict=True):
         limit = template.abs().max().item()
@@ -72,7 +72,7 @@ def plot_templates(path: Path, templates: dict[str, Tensor]) -> None:
             if i % SHOWN == 0:
                 axes.set_title(f"head {i // SHOWN + 1}", fontsize=8, loc="left")
         row[0].set_ylabel(label, fontsize=8)
-        figure.colorbar(image, ax=list(row), fraction=0.01, label="$P_d$")
+        figure.colorbar(image, ax=list(row), fraction=0.01, pad=0.005, label="$P_d$")
     figure.suptitle(
         f"Learned position kernels of the last layer, gate included: lags of -{MAX_LAG} to "
         f"{MAX_LAG} pixels down and across, lag 0 in the middle",

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from digits import train as command
-from digits.model import ENCODINGS, DigitModel, Digits, accuracy, load, parameter_groups, train
+from digits.model import ENCODINGS, DigitModel, Digits, accuracy, load, train
 
 
 def few(count=64):
@@ -53,15 +53,6 @@ def test_training_learns_and_repeats(name):
     assert len(losses[0]) == 12
     assert sum(losses[0][-3:]) < 0.95 * sum(losses[0][:3])
     assert 0 <= accuracy(model, digits) <= 1
-
-
-def test_positions_have_their_own_rate():
-    model = DigitModel(ENCODINGS["conv"])
-    others, positional = parameter_groups(model, 1e-3, 5.0)
-    assert positional["lr"] == pytest.approx(5e-3)
-    spe = model.layers[0].self_attn.position
-    assert any(p is spe.query_kernel for p in positional["params"])
-    assert len(others["params"]) + len(positional["params"]) == len(list(model.parameters()))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
