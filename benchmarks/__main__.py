@@ -17,6 +17,7 @@ from tqdm import tqdm
 import torch_spe
 from benchmarks import cases, measure
 
+SLOW = 2.0  # seconds of a call; fewer calls of such ones
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -27,23 +28,24 @@ def outputs(implementation: cases.Implementation) -> list[torch.Tensor]:
 
 
 def check(case: cases.Case, dtype: torch.dtype) -> None:
-    """All implementations of a case must agree before any is timed.
-
-    Those with names in brackets compute something else, shown for comparison.
-    """
+    """All implementations of a function must agree before any is timed."""
     if not case.exact:
         return
-    same = [i for i in case.implementations if not i.name.startswith("(")]
-    expected = outputs(same[0])
-    for other in same[1:]:
-        for a, b in zip(expected, outputs(other), strict=True):
-            error = ((a - b).norm() / b.norm()).item()
-            if not error <= cases.tolerance(dtype):
-                raise SystemExit(
-                    f"{case.name} {case.shape}: {same[0].name} and {other.name} differ by "
-                    f"{error:.2e} (relative), expected at most {cases.tolerance(dtype):.0e}; "
-                    "nothing was timed"
-                )
+    functions: dict[str, list[cases.Implementation]] = {}
+    for implementation in case.implementations:
+        if not implementation.name.startswith("("):
+            functions.setdefault(implementation.function, []).append(implementation)
+    for first, *others in functions.values():
+        expected = outputs(first)
+        for other in others:
+            for a, b in zip(expected, outputs(other), strict=True):
+                error = ((a - b).norm() / b.norm()).item()
+                if not error <= cases.tolerance(dtype):
+                    raise SystemExit(
+                        f"{case.name} {case.shape}: {first.name} and {other.name} differ by "
+                        f"{error:.2e} (relative), expected at most {cases.tolerance(dtype):.0e}; "
+                        "nothing was timed"
+                    )
 
 
 def forward(implementation: cases.Implementation) -> object:
@@ -65,11 +67,19 @@ def measure_direction(
 
     All take turns, so that a change of the machine's speed meets all of them.
     """
-    calls = {i.name: functools.partial(run, i) for i in case.implementations}
-    single = {name: measure.times(call, device, 1)[0] for name, call in calls.items()}
+    calls = {i.name: functools.partial(run, i) for i in case.implementations if i.timed}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    single = {}
+    for name, call in calls.items():
+        (single[name],) = measure.times(call, device, 1, warm_up=False)
+        if single[name] > SLOW:
+            samples[name].append(single[name])  # warming up makes no difference
+        else:
+            (single[name],) = measure.times(call, device, 1, warm_up=False)
     for _ in range(max(3, min(30, int(seconds / sum(single.values()))))):
         for name, call in calls.items():
+            if sum(samples[name]) > 5 * SLOW:
+                continue
             repeats = max(1, min(10, int(0.05 / single[name])))
             samples[name] += measure.times(call, device, repeats, warm_up=repeats > 1)
     return {
@@ -88,6 +98,7 @@ def measure_case(
     rows = {
         i.name: {"case": case.name, **case.shape, "implementation": i.name}
         for i in case.implementations
+        if i.timed
     }
     for name, run, flops, moved in (
         ("forward", forward, case.flops, read + written),
@@ -149,7 +160,7 @@ def main() -> None:
         "cases",
         nargs="*",
         metavar="CASE",
-        help="sine, phasor, exact, conv, conv-signs, conv-polyphase, attention, layer; default all",
+        help="sine, phasor, exact, conv, attention, layer (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -170,12 +181,6 @@ def main() -> None:
         "phasor": lambda b, n, *a: cases.phasor(b, n, *a, published=published),
         "exact": cases.exact,
         "conv": lambda b, n, *a: cases.conv(b, n, *a, published=published),
-        "conv-signs": lambda b, n, *a: cases.conv(
-            b, n, *a, published=published, noise="rademacher"
-        ),
-        "conv-polyphase": lambda b, n, *a: cases.conv(
-            b, n, *a, published=published, noise="rademacher", noise_stride=64
-        ),
         "attention": cases.attention,
         "layer": cases.layer,
     }
@@ -194,7 +199,6 @@ def main() -> None:
     for name, batch, length in tqdm(work, disable=None):
         case = makers[name](batch, length, args.device, DTYPES[args.dtype])
         check(case, DTYPES[args.dtype])
-        case.implementations = [i for i in case.implementations if i.timed]
         rows += measure_case(case, args.device, args.seconds, machine)
         if args.output:  # at once: whoever is stopped keeps what was measured
             result = {"machine": machine.__dict__, "torch": torch.__version__}

@@ -18,12 +18,17 @@ from torch_spe import functional, reference
 
 @dataclass
 class Implementation:
-    """One way to compute a case: `run` gives the outputs, `inputs` are what it differentiates."""
+    """One way to compute a case: `run` gives the outputs, `inputs` are what it differentiates.
+
+    All of one function must agree. Those with names in brackets compute something else, shown for
+    comparison.
+    """
 
     name: str
     run: Callable[[], tuple[Tensor, ...]]
     inputs: list[Tensor]
-    timed: bool = True  # or only compared with
+    function: str = ""
+    timed: bool = True  # or only there to compare results with
     grad_outputs: list[Tensor] | None = None  # what it is differentiated with; made once
 
 
@@ -213,42 +218,44 @@ def exact(
 
 def conv(
     batch: int, length: int, device: str, dtype: torch.dtype, published=None,
-    heads: int = 8, features: int = 64, realizations: int = 64, taps: int = 128,
-    noise: str = "gaussian", noise_stride: int = 1,
+    heads: int = 8, features: int = 64, realizations: int = 64, taps: int = 128, stride: int = 64,
 ) -> Case:  # fmt: skip
-    """ConvSPE, encoding both queries and keys."""
+    """ConvSPE, encoding both queries and keys, with each kind of noise."""
     q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
     k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
-    torch.manual_seed(0)
-    spe = torch_spe.ConvSPE(
-        1, heads, features, realizations, taps, noise=noise, noise_stride=noise_stride
-    ).to(device)
-    filt = torch_spe.SPEFilter(gated=False, code_shape=spe.code_shape)
-
-    def fast() -> tuple[Tensor, ...]:
-        return filt(q, k, spe((batch, length)))
-
-    def materialized() -> tuple[Tensor, ...]:
-        codes = spe((batch, length)).materialize()
-        return tuple(
-            torch.einsum("bnhd,nhdr->bnhr", x, code[0].to(x.dtype))
-            for x, code in zip((q, k), codes, strict=True)
-        )
-
-    inputs = [q, k, *spe.parameters()]
-    codes = 2.0 * length * heads * features * realizations * taps / noise_stride
-    batched = 2.0 * length * heads * features * realizations * batch
-    kind = {"gaussian": "Gaussian noise", "rademacher": "signs"}[noise]
+    # The products of the formula: tap by noise, and code by query or key.
+    codes = 2.0 * length * heads * features * realizations * taps
+    work = 2 * (codes + 2.0 * length * heads * features * realizations * batch)
     case = Case(
-        f"ConvSPE, {kind}" + (f", stride {noise_stride}" if noise_stride > 1 else ""),
+        "ConvSPE",
         {"B": batch, "N": length, "H": heads, "D": features, "R": realizations, "P": taps},
-        flops=2 * (codes + batched),
-        flops_backward=2 * (2 * codes + 2 * batched),
-        implementations=[
-            Implementation("torch_spe", fast, inputs),
-            Implementation("materializing reference", materialized, inputs),
-        ],
+        flops=work,
+        flops_backward=2 * work,
     )
+    for name, options in {
+        "torch_spe": {},
+        "torch_spe, signs": {"noise": "rademacher"},
+        f"torch_spe, signs, s = {stride}": {"noise": "rademacher", "noise_stride": stride},
+    }.items():
+        spe = torch_spe.ConvSPE(1, heads, features, realizations, taps, **options).to(device)
+        filt = torch_spe.SPEFilter(gated=False, code_shape=spe.code_shape)
+
+        def fast(spe=spe, filt=filt) -> tuple[Tensor, ...]:
+            return filt(q, k, spe((batch, length)))
+
+        def materialized(spe=spe) -> tuple[Tensor, ...]:
+            codes = spe((batch, length)).materialize()
+            return tuple(
+                torch.einsum("bnhd,nhdr->bnhr", x, code[0].to(x.dtype))
+                for x, code in zip((q, k), codes, strict=True)
+            )
+
+        inputs = [q, k, *spe.parameters()]
+        case.implementations += [
+            Implementation(name, fast, inputs, function=name),
+            # As slow as the published code, and of the same memory.
+            Implementation(f"{name}, materialized", materialized, inputs, name, timed=False),
+        ]
     if published is not None:
         their_spe = published.ConvSPE(1, heads, features, realizations, taps).to(device)
         their_filter = published.SPEFilter(gated=False, code_shape=their_spe.code_shape)

@@ -10,59 +10,132 @@
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
+// Two vectors side by side: the generator is a long chain of dependent instructions, and two chains
+// keep the processor twice as busy.
+template <class V>
+struct Twice {
+  V a, b;
+};
+#define TORCH_SPE_TWICE(op)                                                        \
+  template <class V>                                                               \
+  TORCH_SPE_INLINE Twice<V> operator op(const Twice<V>& x, const Twice<V>& y) {    \
+    return {x.a op y.a, x.b op y.b};                                               \
+  }                                                                                \
+  template <class V, class Number>                                                 \
+  TORCH_SPE_INLINE Twice<V> operator op(const Twice<V>& x, const Number& number) { \
+    return {x.a op number, x.b op number};                                         \
+  }
+TORCH_SPE_TWICE(^)
+TORCH_SPE_TWICE(&)
+TORCH_SPE_TWICE(+)
+TORCH_SPE_TWICE(-)
+TORCH_SPE_TWICE(*)
+TORCH_SPE_TWICE(<<)
+TORCH_SPE_TWICE(>>)
+#undef TORCH_SPE_TWICE
+TORCH_SPE_INLINE Twice<Vec<std::uint32_t>> operator-(std::uint32_t number,
+                                                     const Twice<Vec<std::uint32_t>>& x) {
+  return {number - x.a, number - x.b};
+}
+
+TORCH_SPE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (std::int64_t i = 0; i < kLanes<float>; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return a;
+#endif
+}
+TORCH_SPE_INLINE Vec<float> square_root(Vec<float> value) {
+#if defined(__AVX512F__)
+  // The zero-masking form with a full mask, here and below: the plain one raises a false warning
+  // with some compilers.
+  return _mm512_maskz_sqrt_ps(0xffff, value);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(value);
+#else
+  for (std::int64_t i = 0; i < kLanes<float>; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
+// Products of the lower halves of 64 bits each.
+TORCH_SPE_INLINE Vec<std::uint64_t> multiply_halves(Vec<std::uint64_t> a, std::uint32_t b) {
+#if defined(__AVX512F__)
+  const Vec<std::uint64_t> factor = Vec<std::uint64_t>{} + b;
+  return (Vec<std::uint64_t>)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)factor);
+#elif defined(__AVX2__)
+  return (Vec<std::uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)(Vec<std::uint64_t>{} + b));
+#else
+  return (a & 0xffffffffu) * b;
+#endif
+}
+
+// For core::normal_pair.
+struct TwiceNumbers {
+  using Word = Twice<Vec<std::uint32_t>>;
+  using Int = Twice<Vec<std::int32_t>>;
+  using Float = Twice<Vec<float>>;
+
+  TORCH_SPE_INLINE static Float fma(const Float& x, const Float& y, const Float& z) {
+    return {cpu::TORCH_SPE_ISA::fma(x.a, y.a, z.a), cpu::TORCH_SPE_ISA::fma(x.b, y.b, z.b)};
+  }
+  TORCH_SPE_INLINE static Float sqrt(const Float& x) {
+    return {square_root(x.a), square_root(x.b)};
+  }
+  TORCH_SPE_INLINE static Float of(float value) {
+    return {Vec<float>{} + value, Vec<float>{} + value};
+  }
+  TORCH_SPE_INLINE static Float to_float(const Int& x) {
+    return {__builtin_convertvector(x.a, Vec<float>), __builtin_convertvector(x.b, Vec<float>)};
+  }
+  TORCH_SPE_INLINE static Int to_int(const Word& x) {
+    return {(Vec<std::int32_t>)x.a, (Vec<std::int32_t>)x.b};
+  }
+  TORCH_SPE_INLINE static Word to_word(const Int& x) {
+    return {(Vec<std::uint32_t>)x.a, (Vec<std::uint32_t>)x.b};
+  }
+  TORCH_SPE_INLINE static Word bits(const Float& x) {
+    return {(Vec<std::uint32_t>)x.a, (Vec<std::uint32_t>)x.b};
+  }
+  TORCH_SPE_INLINE static Float from_bits(const Word& x) {
+    return {(Vec<float>)x.a, (Vec<float>)x.b};
+  }
+};
+
+// For core::philox: words are the lower halves of 64 bits, whatever stands in the upper ones, so
+// that the lower half of a product needs no instruction.
+struct HalfNumbers {
+  using Word = Twice<Vec<std::uint64_t>>;
+
+  TORCH_SPE_INLINE static void multiply(const Word& a, std::uint32_t b, Word* high, Word* low) {
+    *low = {multiply_halves(a.a, b), multiply_halves(a.b, b)};
+    *high = *low >> 32;
+  }
+};
+
 struct VectorNumbers {
   using Word = Vec<std::uint32_t>;
-  using Int = Vec<std::int32_t>;
-  using Float = Vec<float>;
-  using Pair = Vec<std::uint64_t>;
-
-#if defined(__AVX512F__)
-  TORCH_SPE_INLINE static void multiply(Word a, std::uint32_t b, Word* high, Word* low) {
-    // Zero-masking forms with a full mask: the plain ones raise false warnings with some compilers.
-    const __m512i factor = (__m512i)(Word{} + b);
-    const Pair even = (Pair)_mm512_maskz_mul_epu32(0xff, (__m512i)a, factor);
-    const Pair odd = (Pair)_mm512_maskz_mul_epu32(0xff, (__m512i)((Pair)a >> 32), factor);
-    *high = (Word)_mm512_mask_blend_epi32(0xaaaa, (__m512i)(even >> 32), (__m512i)odd);
-    *low = (Word)_mm512_mask_blend_epi32(0xaaaa, (__m512i)even, (__m512i)(odd << 32));
-  }
-  TORCH_SPE_INLINE static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-  TORCH_SPE_INLINE static Float sqrt(Float value) { return _mm512_maskz_sqrt_ps(0xffff, value); }
-#elif defined(__AVX2__)
-  TORCH_SPE_INLINE static void multiply(Word a, std::uint32_t b, Word* high, Word* low) {
-    const __m256i factor = (__m256i)(Word{} + b);
-    const Pair even = (Pair)_mm256_mul_epu32((__m256i)a, factor);
-    const Pair odd = (Pair)_mm256_mul_epu32((__m256i)((Pair)a >> 32), factor);
-    *high = (Word)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xaa);
-    *low = (Word)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
-  }
-  TORCH_SPE_INLINE static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  TORCH_SPE_INLINE static Float sqrt(Float value) { return _mm256_sqrt_ps(value); }
-#else
-  TORCH_SPE_INLINE static void multiply(Word a, std::uint32_t b, Word* high, Word* low) {
-    for (std::int64_t i = 0; i < kLanes<float>; ++i) {
-      const std::uint64_t product = static_cast<std::uint64_t>(a[i]) * b;
-      (*high)[i] = static_cast<std::uint32_t>(product >> 32);
-      (*low)[i] = static_cast<std::uint32_t>(product);
-    }
-  }
-  TORCH_SPE_INLINE static Float fma(Float a, Float b, Float c) {
-    for (std::int64_t i = 0; i < kLanes<float>; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return a;
-  }
-  TORCH_SPE_INLINE static Float sqrt(Float value) {
-    for (std::int64_t i = 0; i < kLanes<float>; ++i) value[i] = __builtin_sqrtf(value[i]);
-    return value;
-  }
-#endif
-  TORCH_SPE_INLINE static Float of(float value) { return Float{} + value; }
-  TORCH_SPE_INLINE static Float to_float(Int value) {
-    return __builtin_convertvector(value, Float);
-  }
-  TORCH_SPE_INLINE static Int to_int(Word value) { return (Int)value; }
-  TORCH_SPE_INLINE static Word to_word(Int value) { return (Word)value; }
-  TORCH_SPE_INLINE static Word bits(Float value) { return (Word)value; }
-  TORCH_SPE_INLINE static Float from_bits(Word bits) { return (Float)bits; }
 };
+
+// A call of the generator in each lane.
+TORCH_SPE_INLINE core::Words<VectorNumbers> philox(const core::Words<VectorNumbers>& counter,
+                                                   std::uint64_t key) {
+  using Half = Vec<std::uint64_t>;
+  core::Words<HalfNumbers> halves;
+  for (int i = 0; i < 4; ++i) {
+    const Half word = (Half)counter.word[i];
+    halves.word[i] = {word, word >> 32};
+  }
+  halves = core::philox<HalfNumbers>(halves, key);
+  core::Words<VectorNumbers> words;
+  for (int i = 0; i < 4; ++i) {
+    const auto& [even, odd] = halves.word[i];
+    words.word[i] = (Vec<std::uint32_t>)((even & 0xffffffffu) | odd << 32);
+  }
+  return words;
+}
 
 // Within each 128 bits: a0 b0 a1 b1, and a2 b2 a3 b3.
 TORCH_SPE_INLINE void interleave(Vec<float> a, Vec<float> b, Vec<float>* low, Vec<float>* high) {
@@ -139,12 +212,13 @@ TORCH_SPE_INLINE void fill_normals(const NoiseLine& line, float* out) {
       }
       counter = {{load_vec(low), load_vec(high), source, load_vec(blocks)}};
     }
-    const core::Words<VectorNumbers> words = core::philox<VectorNumbers>(counter, line.seed);
+    const core::Words<VectorNumbers> words = philox(counter, line.seed);
+    Twice<Vec<float>> cosine, sine;
+    core::normal_pair<TwiceNumbers>({words.word[0], words.word[2]}, {words.word[1], words.word[3]},
+                                    &cosine, &sine);
     Vec<float> z0, z1, z2, z3, a, b, c, d;
-    core::normal_pair<VectorNumbers>(words.word[0], words.word[1], &z0, &z1);
-    core::normal_pair<VectorNumbers>(words.word[2], words.word[3], &z2, &z3);
-    interleave(z0, z1, &a, &b);
-    interleave(z2, z3, &c, &d);
+    interleave(cosine.a, sine.a, &a, &b);
+    interleave(cosine.b, sine.b, &c, &d);
     interleave_pairs(a, c, &z0, &z1);
     interleave_pairs(b, d, &z2, &z3);
     float* to = out + call * 4;
@@ -175,8 +249,8 @@ TORCH_SPE_INLINE void fill_signs_as(const NoiseLine& line, T* out) {
       low[i] = static_cast<std::uint32_t>(position);
       high[i] = static_cast<std::uint32_t>(position >> 32);
     }
-    const core::Words<VectorNumbers> words = core::philox<VectorNumbers>(
-        {{load_vec(low), load_vec(high), source, Word{} + block}}, line.seed);
+    const core::Words<VectorNumbers> words =
+        philox({{load_vec(low), load_vec(high), source, Word{} + block}}, line.seed);
     std::uint32_t word[4][kCalls];
     for (int i = 0; i < 4; ++i) store_vec(word[i], words.word[i]);
     for (std::int64_t i = 0; i < min_of(kCalls, line.count - row); ++i) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chorales.data import VOCABULARY
-from torch_spe import RotaryPositions, SineSPE, SPETransformerEncoderLayer
+from torch_spe import ConvSPE, RotaryPositions, SineSPE, SPETransformerEncoderLayer
 
 WIDTH, HEADS, LAYERS, FEEDFORWARD = 128, 4, 2, 512
 MAX_LENGTH = 8192  # of absolute positions
@@ -64,6 +64,16 @@ ENCODINGS = {
     "spe-features": Encoding(
         "SineSPE on the features",
         position=lambda: SineSPE(HEADS, WIDTH // HEADS, 64, 4, init="spread"),
+        layer={"encode": "features", "init": "spread", "output_norm": "rms"},
+        lr=4e-3,
+        spe_lr_scale=5.0,
+        eval_realizations=(None, 256),
+    ),
+    "conv": Encoding(
+        "ConvSPE on the features",
+        position=lambda: ConvSPE(
+            1, HEADS, WIDTH // HEADS, 64, 64, noise="rademacher", noise_stride=32, init="delta"
+        ),
         layer={"encode": "features", "init": "spread", "output_norm": "rms"},
         lr=4e-3,
         spe_lr_scale=5.0,
