@@ -45,7 +45,8 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs the component `python` of CMakeLists.txt.
 
     TORCH_SPE_BUILD_DIR is the folder of objects, by default build/cmake; CMAKE_ARGS are more
-    arguments for CMake.
+    arguments for CMake. TORCH_SPE_CUDA=1 demands the CUDA kernels and 0 leaves them out; by default
+    they are built when there is an nvcc that fits torch, for TORCH_CUDA_ARCH_LIST.
     """
 
     def run(self):
@@ -64,13 +65,18 @@ class CMakeBuild(build_ext):
             "-DTORCH_SPE_PYTHON=ON",
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DTORCH_SPE_TORCH_DIR={Path(importlib.util.find_spec('torch').origin).parent}",
+            f"-DTORCH_SPE_CUDA={os.environ.get('TORCH_SPE_CUDA', 'AUTO')}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         # CMake remembers what it found for another Python or torch: then it must look again, and
         # keeps objects that both configurations have in common. Ninja runs CMake when only CMake
         # files changed.
         configured = build / "configured.json"
-        state = json.dumps([arguments, sys.version, importlib.metadata.version("torch")])
+        variables = ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CUDACXX")
+        cuda = [os.environ.get(name) for name in variables]
+        cuda.append(shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"))
+        versions = [sys.version, importlib.metadata.version("torch")]
+        state = json.dumps([arguments, versions, cuda])
         if configured.is_file() and configured.read_text() == state:
             return
         configured.unlink(missing_ok=True)

@@ -211,6 +211,58 @@ def exact(
     )
 
 
+def conv(
+    batch: int, length: int, device: str, dtype: torch.dtype, published=None,
+    heads: int = 8, features: int = 64, realizations: int = 64, taps: int = 128,
+    noise: str = "gaussian", noise_stride: int = 1,
+) -> Case:  # fmt: skip
+    """ConvSPE, encoding both queries and keys."""
+    q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    spe = torch_spe.ConvSPE(
+        1, heads, features, realizations, taps, noise=noise, noise_stride=noise_stride
+    ).to(device)
+    filt = torch_spe.SPEFilter(gated=False, code_shape=spe.code_shape)
+
+    def fast() -> tuple[Tensor, ...]:
+        return filt(q, k, spe((batch, length)))
+
+    def materialized() -> tuple[Tensor, ...]:
+        codes = spe((batch, length)).materialize()
+        return tuple(
+            torch.einsum("bnhd,nhdr->bnhr", x, code[0].to(x.dtype))
+            for x, code in zip((q, k), codes, strict=True)
+        )
+
+    inputs = [q, k, *spe.parameters()]
+    codes = 2.0 * length * heads * features * realizations * taps / noise_stride
+    batched = 2.0 * length * heads * features * realizations * batch
+    kind = {"gaussian": "Gaussian noise", "rademacher": "signs"}[noise]
+    case = Case(
+        f"ConvSPE, {kind}" + (f", stride {noise_stride}" if noise_stride > 1 else ""),
+        {"B": batch, "N": length, "H": heads, "D": features, "R": realizations, "P": taps},
+        flops=2 * (codes + batched),
+        flops_backward=2 * (2 * codes + 2 * batched),
+        implementations=[
+            Implementation("torch_spe", fast, inputs),
+            Implementation("materializing reference", materialized, inputs),
+        ],
+    )
+    if published is not None:
+        their_spe = published.ConvSPE(1, heads, features, realizations, taps).to(device)
+        their_filter = published.SPEFilter(gated=False, code_shape=their_spe.code_shape)
+
+        def theirs() -> tuple[Tensor, ...]:
+            return their_filter(q, k, their_spe((batch, length)))
+
+        # It draws other noise, so the numbers differ; tests compare them on recorded noise.
+        case.implementations.append(
+            Implementation("(published code)", theirs, [q, k, *their_spe.parameters()])
+        )
+    return case
+
+
 def attention(
     batch: int, length: int, device: str, dtype: torch.dtype,
     heads: int = 8, features: int = 64, values: int = 64,
@@ -253,6 +305,16 @@ def attention(
             return ((out / normalizer[..., None]).transpose(1, 2),)
 
         case.implementations.append(Implementation("idiap/fast-transformers", theirs, inputs))
+
+    if device == "cuda" and importlib.util.find_spec("fla") is not None:
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        def fla() -> tuple[Tensor, ...]:
+            fq, fk = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+            return (chunk_linear_attn(fq, fk, v, scale=1.0, normalize=True)[0],)
+
+        # In brackets: its epsilon is another.
+        case.implementations.append(Implementation("(flash-linear-attention)", fla, inputs))
 
     def softmax() -> tuple[Tensor, ...]:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))

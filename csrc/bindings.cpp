@@ -17,6 +17,21 @@ PYBIND11_MODULE(_C, m) {
     dict["instruction_set"] = info.instruction_set;
     return dict;
   });
+  const std::vector<int64_t> none;
+  m.def(
+      "conv_filter",
+      [](const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& noise,
+         const std::optional<at::Tensor>& constant, const std::optional<at::Tensor>& seed,
+         std::optional<int64_t> num_realizations, const std::string& noise_kind,
+         const std::vector<int64_t>& noise_stride, const std::vector<int64_t>& start) {
+        return torch_spe::conv_filter(x, kernel, noise, constant, seed, num_realizations,
+                                      noise_kind, noise_stride, start);
+      },
+      pybind11::arg("x"), pybind11::arg("kernel"), pybind11::arg("noise") = pybind11::none(),
+      pybind11::arg("constant") = pybind11::none(), pybind11::arg("seed") = pybind11::none(),
+      pybind11::arg("num_realizations") = pybind11::none(),
+      pybind11::arg("noise_kind") = "gaussian", pybind11::arg("noise_stride") = none,
+      pybind11::arg("start") = none, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("sine_filter", &torch_spe::sine_filter, pybind11::arg("x"), pybind11::arg("freqs"),
         pybind11::arg("weight"), pybind11::arg("constant") = pybind11::none(),
         pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,

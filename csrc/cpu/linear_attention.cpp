@@ -290,7 +290,8 @@ class Tiles {
     add(state + z_offset(), sum_.get(), real_width_, state + z_offset());
   }
 
-  // scale[t] = 1 / (phi(q_t) . z_t + eps), z_t being z plus, when causal, the keys up to t.
+  // scale[t] = 1 / (phi(q_t) . z_t + eps), z_t being z plus, when causal, the keys up to t; 0 where
+  // that is 1 / 0.
   void normalizers(std::int64_t size, const T* queries, std::int64_t ld, const T* keys, const T* z,
                    T* scale) {
     if (!p_.normalize) {
@@ -312,7 +313,10 @@ class Tiles {
       }
       scale[t] = sum_lanes<T>(products);
     }
-    for (std::int64_t t = 0; t < size; ++t) scale[t] = 1 / (scale[t] + static_cast<T>(p_.eps));
+    for (std::int64_t t = 0; t < size; ++t) {
+      const T sum = scale[t] + static_cast<T>(p_.eps);
+      scale[t] = sum == 0 ? 0 : 1 / sum;
+    }
   }
 
   static void keep_lower_triangle(std::int64_t size, T* weights, std::int64_t ld) {

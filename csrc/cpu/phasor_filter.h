@@ -3,43 +3,13 @@
 //   constant[h,d,2i] + i constant[h,d,2i+1]).
 #pragma once
 
-#include <cstdint>
-
-#include "core/dtype.h"
+#include "core/phasor_filter.h"
 #include "isa.h"
 
 namespace torch_spe::cpu {
 
-struct PhasorFilterParams {
-  core::DType
-      dtype;  // of x, out, grad_out and grad_x; "accumulate type" below is float, or double for it
-  std::int64_t batch;        // B
-  std::int64_t length;       // N
-  std::int64_t num_heads;    // H
-  std::int64_t in_features;  // D
-  std::int64_t num_pairs;    // R / 2
-  std::int64_t ndim;         // dimensions of a position
-  int num_threads;
-  const void* x;  // [B, N, H, D], strided
-  std::int64_t x_strides[4];
-  const double* freqs;       // [H, D, R/2, ndim], cycles per position
-  const void* coefficients;  // [H, D, R/2, 2], accumulate type
-  const void* constant;      // [H, D, R], accumulate type, or null
-  const double* positions;   // [N, ndim], or null for start, start + 1, ...
-  double start;
-  void* out;  // [B, N, H, R]
-};
-
-struct PhasorFilterBackwardParams : PhasorFilterParams {
-  const void* grad_out;  // [B, N, H, R], strided
-  std::int64_t grad_out_strides[4];
-  // Each of these may be null when its gradient is not wanted.
-  void* grad_x;               // [B, N, H, D]
-  double* grad_freqs;         // [H, D, R/2, ndim]
-  double* grad_coefficients;  // [H, D, R/2, 2]
-  double* grad_constant;      // [H, D, R]
-  double* grad_positions;     // [N, ndim]
-};
+using core::PhasorFilterBackwardParams;
+using core::PhasorFilterParams;
 
 TORCH_SPE_DECLARE_KERNEL(phasor_filter_forward, PhasorFilterParams)
 TORCH_SPE_DECLARE_KERNEL(phasor_filter_backward, PhasorFilterBackwardParams)

@@ -2,46 +2,13 @@
 // weight[h,d,j,r].
 #pragma once
 
-#include <cstdint>
-
-#include "core/dtype.h"
+#include "core/sine_filter.h"
 #include "isa.h"
 
 namespace torch_spe::cpu {
 
-// Rows of the basis of a feature: cos and sin of each sine, then 1 if the encoding has a constant
-// term.
-struct SineFilterParams {
-  core::DType
-      dtype;  // of x, out, grad_out and grad_x; "accumulate type" below is float, or double for it
-  std::int64_t batch;             // B
-  std::int64_t length;            // N
-  std::int64_t num_heads;         // H
-  std::int64_t in_features;       // D
-  std::int64_t num_sines;         // K
-  std::int64_t num_realizations;  // R
-  std::int64_t ndim;              // dimensions of a position
-  int num_threads;
-  const void* x;  // [B, N, H, D], strided
-  std::int64_t x_strides[4];
-  const double* freqs;      // [H, D, K, ndim], cycles per position
-  const void* weight;       // [H, D, 2K, R], accumulate type
-  const void* constant;     // [H, D, R], accumulate type, or null
-  const double* positions;  // [N, ndim], or null for start, start + 1, ...
-  double start;
-  void* out;  // [B, N, H, R]
-};
-
-struct SineFilterBackwardParams : SineFilterParams {
-  const void* grad_out;  // [B, N, H, R], strided
-  std::int64_t grad_out_strides[4];
-  // Each of these may be null when its gradient is not wanted.
-  void* grad_x;            // [B, N, H, D]
-  double* grad_freqs;      // [H, D, K, ndim]
-  void* grad_weight;       // [H, D, 2K, R], accumulate type
-  void* grad_constant;     // [H, D, R], accumulate type
-  double* grad_positions;  // [N, ndim]
-};
+using core::SineFilterBackwardParams;
+using core::SineFilterParams;
 
 TORCH_SPE_DECLARE_KERNEL(sine_filter_forward, SineFilterParams)
 TORCH_SPE_DECLARE_KERNEL(sine_filter_backward, SineFilterBackwardParams)

@@ -1,7 +1,20 @@
 // The schemas of all operators, in one place.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(torch_spe, m) {
+  m.def(
+      "conv_filter(Tensor x, Tensor kernel, Tensor? noise=None, Tensor? constant=None, "
+      "Tensor? seed=None, SymInt? num_realizations=None, str noise_kind='gaussian', "
+      "int[] noise_stride=[], SymInt[] start=[]) -> Tensor");
+  m.def(
+      "conv_filter_backward(Tensor grad_out, Tensor x, Tensor kernel, Tensor? noise, "
+      "Tensor? constant, Tensor? seed, str noise_kind, int[] noise_stride, SymInt[] start, "
+      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt[] size, "
+      "SymInt num_realizations, str noise_kind='gaussian', int[] noise_stride=[], "
+      "SymInt[] start=[], ScalarType? dtype=None) -> Tensor");
   m.def(
       "sine_filter(Tensor x, Tensor freqs, Tensor weight, Tensor? constant=None, Tensor? "
       "positions=None, "
@@ -36,3 +49,26 @@ TORCH_LIBRARY(torch_spe, m) {
       "offsets, Tensor? constant, Tensor? positions, float start, bool[6] output_mask) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
+
+#if !defined(TORCH_SPE_CUDA)
+namespace {
+
+void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
+  TORCH_CHECK_VALUE(
+      false, op.schema().name(),
+      ": its arguments are on a CUDA device, but this build of torch_spe is for the CPU "
+      "only. Rebuild it where nvcc of the CUDA version of torch (torch.version.cuda) is "
+      "installed, with TORCH_SPE_CUDA=1: TORCH_SPE_CUDA=1 pip install "
+      "--no-build-isolation --force-reinstall --no-deps . ; or move the tensors with "
+      ".cpu().");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.name.rfind("torch_spe::", 0) == 0)
+      m.impl(name.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  }
+}
+#endif

@@ -1,5 +1,5 @@
 // The operator torch_spe::linear_attention: checks, allocation, dispatch and autograd.
-#include "cpu/linear_attention.h"
+#include "linear_attention.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cpu/linear_attention.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -135,6 +136,15 @@ void check(const Arguments& a) {
 // int64, contiguous; starts with 0, never falls, and ends with N.
 at::Tensor check_bounds(const at::Tensor& cu_seqlens, int64_t length) {
   const at::Tensor bounds = cu_seqlens.to(at::kLong).contiguous();
+  if (bounds.is_cuda()) {
+    // Looking at the numbers would stall the device: it checks them itself, before the kernels run.
+    const at::Tensor rises = (bounds.slice(0, 1) >= bounds.slice(0, 0, -1)).all();
+    const at::Tensor ends = at::logical_and(bounds[0].eq(0), bounds[-1].eq(length));
+    at::_assert_async(
+        at::logical_and(rises, ends),
+        "linear_attention: cu_seqlens must start with 0, never decrease and end with N");
+    return bounds;
+  }
   const int64_t* data = bounds.const_data_ptr<int64_t>();
   const int64_t last = bounds.numel() - 1;
   TORCH_CHECK_VALUE(data[0] == 0, kOp, ": cu_seqlens must start with 0, got ", data[0]);
@@ -169,7 +179,7 @@ struct Inputs {
     if (a.cu_seqlens.has_value()) bounds = check_bounds(*a.cu_seqlens, a.q.size(1));
   }
 
-  void fill(cpu::LinearAttentionParams& p, const Arguments& a) const {
+  void fill(core::LinearAttentionParams& p, const Arguments& a) const {
     p.dtype = to_dtype(a.q.scalar_type());
     p.feature_map = to_feature_map(a.feature_map);
     p.causal = a.causal;
@@ -203,25 +213,25 @@ Outputs empty_outputs(const Arguments& a, bool return_state) {
           return_state ? at::empty_symint(a.z_shape(), state) : at::empty({0}, state)};
 }
 
-Outputs forward_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    c10::string_view feature_map, bool causal, bool normalize, double eps,
-                    const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
-                    const OptionalTensor& initial_s, const OptionalTensor& initial_z,
-                    bool return_state) {
+Outputs forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                c10::string_view feature_map, bool causal, bool normalize, double eps,
+                const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
+                const OptionalTensor& initial_s, const OptionalTensor& initial_z,
+                bool return_state) {
   const Arguments a{q,          k,         v,        feature_map,
                     causal,     normalize, eps,      key_padding_mask,
                     cu_seqlens, initial_s, initial_z};
   check(a);
   const Inputs inputs(a);
   const Outputs outputs = empty_outputs(a, return_state);
-  cpu::LinearAttentionParams params;
+  core::LinearAttentionParams params;
   inputs.fill(params, a);
   params.out = std::get<0>(outputs).mutable_data_ptr();
   if (return_state) {
     params.final_s = std::get<1>(outputs).mutable_data_ptr();
     params.final_z = std::get<2>(outputs).mutable_data_ptr();
   }
-  cpu::linear_attention_forward(params);
+  linear_attention_kernels(q.device().type()).forward(params, q);
   return outputs;
 }
 
@@ -265,13 +275,12 @@ Gradients empty_gradients(const Arguments& a, const Mask& mask) {
           like_optional(mask[3], a.initial_s), like_optional(mask[4], a.initial_z)};
 }
 
-Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& grad_s,
-                       const OptionalTensor& grad_z, const OptionalTensor& out, const at::Tensor& q,
-                       const at::Tensor& k, const at::Tensor& v, c10::string_view feature_map,
-                       bool causal, bool normalize, double eps,
-                       const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
-                       const OptionalTensor& initial_s, const OptionalTensor& initial_z,
-                       Mask mask) {
+Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_s,
+                   const OptionalTensor& grad_z, const OptionalTensor& out, const at::Tensor& q,
+                   const at::Tensor& k, const at::Tensor& v, c10::string_view feature_map,
+                   bool causal, bool normalize, double eps, const OptionalTensor& key_padding_mask,
+                   const OptionalTensor& cu_seqlens, const OptionalTensor& initial_s,
+                   const OptionalTensor& initial_z, Mask mask) {
   const Arguments a{q,          k,         v,        feature_map,
                     causal,     normalize, eps,      key_padding_mask,
                     cu_seqlens, initial_s, initial_z};
@@ -285,7 +294,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
           ? *grad_out
           : zeros_expanded({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   at::Tensor grad_final_s = as_state(grad_s, a), grad_final_z = as_state(grad_z, a);
-  cpu::LinearAttentionBackwardParams params;
+  core::LinearAttentionBackwardParams params;
   inputs.fill(params, a);
   const auto s_shape = {params.num_sequences, params.num_heads, params.num_realizations,
                         params.value_features};
@@ -311,7 +320,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   params.grad_v = mutable_data_or_null(grad_v);
   params.grad_initial_s = mutable_data_or_null(wide_s);
   params.grad_initial_z = mutable_data_or_null(wide_z);
-  cpu::linear_attention_backward(params);
+  linear_attention_kernels(q.device().type()).backward(params, q);
   if (wide_s.defined()) grad_initial_s = wide_s.to(grad_initial_s.scalar_type());
   if (wide_z.defined()) grad_initial_z = wide_z.to(grad_initial_z.scalar_type());
   return {grad_q, grad_k, grad_v, grad_initial_s, grad_initial_z};
@@ -430,9 +439,15 @@ Outputs forward_autocast(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("linear_attention", forward_cpu);
-  m.impl("linear_attention_backward", backward_cpu);
+  m.impl("linear_attention", forward);
+  m.impl("linear_attention_backward", backward);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("linear_attention", forward);
+  m.impl("linear_attention_backward", backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("linear_attention", forward_meta);
   m.impl("linear_attention_backward", backward_meta);
@@ -449,6 +464,23 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+LinearAttentionKernels& linear_attention_kernels(c10::DeviceType device) {
+  static LinearAttentionKernels cpu = {
+      [](const core::LinearAttentionParams& p, const at::Tensor&) {
+        cpu::linear_attention_forward(p);
+      },
+      [](const core::LinearAttentionBackwardParams& p, const at::Tensor&) {
+        cpu::linear_attention_backward(p);
+      }};
+#if defined(TORCH_SPE_CUDA)
+  static LinearAttentionKernels cuda = linear_attention_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  (void)device;
+  return cpu;
+}
+
 }  // namespace ops
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(

@@ -1,5 +1,5 @@
 // The operator torch_spe::phasor_filter: checks, allocation, dispatch and autograd.
-#include "cpu/phasor_filter.h"
+#include "phasor_filter.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,6 +10,7 @@
 #include <array>
 
 #include "checks.h"
+#include "cpu/phasor_filter.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -66,7 +67,7 @@ struct Inputs {
     if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
   }
 
-  void fill(cpu::PhasorFilterParams& p, double start) const {
+  void fill(core::PhasorFilterParams& p, double start) const {
     p.dtype = to_dtype(x.scalar_type());
     p.batch = x.size(0);
     p.length = x.size(1);
@@ -85,9 +86,8 @@ struct Inputs {
   }
 };
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& coefficients,
-                       const OptionalTensor& constant, const OptionalTensor& positions,
-                       double start) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& coefficients,
+                   const OptionalTensor& constant, const OptionalTensor& positions, double start) {
   check(x, freqs, coefficients, constant, positions, start);
   check_finite(kOp, "freqs", freqs);
   check_finite(kOp, "coefficients", coefficients);
@@ -96,10 +96,10 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::T
   at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), 2 * freqs.size(2)}, x.options());
   if (out.numel() == 0) return out;
   const Inputs inputs(x, freqs, coefficients, constant, positions);
-  cpu::PhasorFilterParams params;
+  core::PhasorFilterParams params;
   inputs.fill(params, start);
   params.out = out.mutable_data_ptr();
-  cpu::phasor_filter_forward(params);
+  phasor_filter_kernels(x.device().type()).forward(params, x);
   return out;
 }
 
@@ -111,9 +111,9 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& freqs,
                           x.options());
 }
 
-Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
-                       const at::Tensor& coefficients, const OptionalTensor& constant,
-                       const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
+Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                   const at::Tensor& coefficients, const OptionalTensor& constant,
+                   const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, coefficients, constant, positions, start);
   check_grad_out(kOp, grad_out, x, freqs.sym_size(2) * 2);
   const Inputs inputs(x, freqs, coefficients, constant, positions);
@@ -130,7 +130,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   const at::Tensor grad_constant = sums(mask[3], inputs.constant);
   const at::Tensor grad_positions = sums(mask[4], inputs.positions);
   if (x.numel() > 0) {
-    cpu::PhasorFilterBackwardParams params;
+    core::PhasorFilterBackwardParams params;
     inputs.fill(params, start);
     params.out = nullptr;
     params.grad_out = grad_out.const_data_ptr();
@@ -140,7 +140,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
     params.grad_coefficients = data(grad_coefficients);
     params.grad_constant = data(grad_constant);
     params.grad_positions = data(grad_positions);
-    cpu::phasor_filter_backward(params);
+    phasor_filter_kernels(x.device().type()).backward(params, x);
   }
   const auto cast = [](const at::Tensor& grad, const at::Tensor& like) {
     return grad.defined() ? grad.to(like.scalar_type()) : grad;
@@ -234,9 +234,15 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs,
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("phasor_filter", forward_cpu);
-  m.impl("phasor_filter_backward", backward_cpu);
+  m.impl("phasor_filter", forward);
+  m.impl("phasor_filter_backward", backward);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("phasor_filter", forward);
+  m.impl("phasor_filter_backward", backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("phasor_filter", forward_meta);
   m.impl("phasor_filter_backward", backward_meta);
@@ -253,6 +259,21 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+PhasorFilterKernels& phasor_filter_kernels(c10::DeviceType device) {
+  static PhasorFilterKernels cpu = {
+      [](const core::PhasorFilterParams& p, const at::Tensor&) { cpu::phasor_filter_forward(p); },
+      [](const core::PhasorFilterBackwardParams& p, const at::Tensor&) {
+        cpu::phasor_filter_backward(p);
+      }};
+#if defined(TORCH_SPE_CUDA)
+  static PhasorFilterKernels cuda = phasor_filter_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  (void)device;
+  return cpu;
+}
+
 }  // namespace ops
 
 at::Tensor phasor_filter(const at::Tensor& x, const at::Tensor& freqs,

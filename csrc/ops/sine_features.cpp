@@ -1,5 +1,5 @@
 // The operator torch_spe::sine_features: checks, allocation, dispatch and autograd.
-#include "cpu/sine_features.h"
+#include "sine_features.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,6 +10,7 @@
 #include <array>
 
 #include "checks.h"
+#include "cpu/sine_features.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -77,7 +78,7 @@ struct Inputs {
     if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
   }
 
-  void fill(cpu::SineFeaturesParams& p, double start) const {
+  void fill(core::SineFeaturesParams& p, double start) const {
     p.dtype = to_dtype(x.scalar_type());
     p.batch = x.size(0);
     p.length = x.size(1);
@@ -97,9 +98,9 @@ struct Inputs {
   }
 };
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& amplitudes,
-                       const OptionalTensor& offsets, const OptionalTensor& constant,
-                       const OptionalTensor& positions, double start) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& amplitudes,
+                   const OptionalTensor& offsets, const OptionalTensor& constant,
+                   const OptionalTensor& positions, double start) {
   check(x, freqs, amplitudes, offsets, constant, positions, start);
   check_finite(kOp, "freqs", freqs);
   check_finite(kOp, "amplitudes", amplitudes);
@@ -110,10 +111,10 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::T
       {x.size(0), x.size(1), x.size(2), num_outputs(freqs, constant).expect_int()}, x.options());
   if (out.numel() == 0) return out;
   const Inputs inputs(x, freqs, amplitudes, offsets, constant, positions);
-  cpu::SineFeaturesParams params;
+  core::SineFeaturesParams params;
   inputs.fill(params, start);
   params.out = out.mutable_data_ptr();
-  cpu::sine_features_forward(params);
+  sine_features_kernels(x.device().type()).forward(params, x);
   return out;
 }
 
@@ -125,10 +126,10 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& freqs, const at::
       {x.sym_size(0), x.sym_size(1), x.sym_size(2), num_outputs(freqs, constant)}, x.options());
 }
 
-Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
-                       const at::Tensor& amplitudes, const OptionalTensor& offsets,
-                       const OptionalTensor& constant, const OptionalTensor& positions,
-                       double start, std::array<bool, 6> mask) {
+Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                   const at::Tensor& amplitudes, const OptionalTensor& offsets,
+                   const OptionalTensor& constant, const OptionalTensor& positions, double start,
+                   std::array<bool, 6> mask) {
   check(x, freqs, amplitudes, offsets, constant, positions, start);
   check_grad_out(kOp, grad_out, x, num_outputs(freqs, constant));
   const Inputs inputs(x, freqs, amplitudes, offsets, constant, positions);
@@ -146,7 +147,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   const at::Tensor grad_constant = sums(mask[4], inputs.constant);
   const at::Tensor grad_positions = sums(mask[5], inputs.positions);
   if (x.numel() > 0) {
-    cpu::SineFeaturesBackwardParams params;
+    core::SineFeaturesBackwardParams params;
     inputs.fill(params, start);
     params.out = nullptr;
     params.grad_out = grad_out.const_data_ptr();
@@ -157,7 +158,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
     params.grad_offsets = data(grad_offsets);
     params.grad_constant = data(grad_constant);
     params.grad_positions = data(grad_positions);
-    cpu::sine_features_backward(params);
+    sine_features_kernels(x.device().type()).backward(params, x);
   }
   const auto cast = [](const at::Tensor& grad, const at::Tensor& like) {
     return grad.defined() ? grad.to(like.scalar_type()) : grad;
@@ -263,9 +264,15 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs,
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("sine_features", forward_cpu);
-  m.impl("sine_features_backward", backward_cpu);
+  m.impl("sine_features", forward);
+  m.impl("sine_features_backward", backward);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("sine_features", forward);
+  m.impl("sine_features_backward", backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("sine_features", forward_meta);
   m.impl("sine_features_backward", backward_meta);
@@ -282,6 +289,21 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+SineFeaturesKernels& sine_features_kernels(c10::DeviceType device) {
+  static SineFeaturesKernels cpu = {
+      [](const core::SineFeaturesParams& p, const at::Tensor&) { cpu::sine_features_forward(p); },
+      [](const core::SineFeaturesBackwardParams& p, const at::Tensor&) {
+        cpu::sine_features_backward(p);
+      }};
+#if defined(TORCH_SPE_CUDA)
+  static SineFeaturesKernels cuda = sine_features_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  (void)device;
+  return cpu;
+}
+
 }  // namespace ops
 
 at::Tensor sine_features(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& amplitudes,

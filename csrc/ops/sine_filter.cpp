@@ -1,5 +1,5 @@
 // The operator torch_spe::sine_filter: checks, allocation, dispatch and autograd.
-#include "cpu/sine_filter.h"
+#include "sine_filter.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,6 +10,7 @@
 #include <array>
 
 #include "checks.h"
+#include "cpu/sine_filter.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -61,13 +62,15 @@ struct Inputs {
   Inputs(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
          const OptionalTensor& constant, const OptionalTensor& positions)
       : x(x), freqs(freqs.to(at::kDouble).contiguous()) {
-    const auto type = accumulate_type(x.scalar_type());
+    const auto type = sine_filter_kernels(x.device().type()).weight_has_type_of_x
+                          ? x.scalar_type()
+                          : accumulate_type(x.scalar_type());
     this->weight = weight.to(type).contiguous();
     if (constant.has_value()) this->constant = constant->to(type).contiguous();
     if (positions.has_value()) this->positions = positions->to(at::kDouble).contiguous();
   }
 
-  void fill(cpu::SineFilterParams& p, double start) const {
+  void fill(core::SineFilterParams& p, double start) const {
     p.dtype = to_dtype(x.scalar_type());
     p.batch = x.size(0);
     p.length = x.size(1);
@@ -87,9 +90,8 @@ struct Inputs {
   }
 };
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
-                       const OptionalTensor& constant, const OptionalTensor& positions,
-                       double start) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
+                   const OptionalTensor& constant, const OptionalTensor& positions, double start) {
   check(x, freqs, weight, constant, positions, start);
   check_finite(kOp, "freqs", freqs);
   check_finite(kOp, "weight", weight);
@@ -98,10 +100,10 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& freqs, const at::T
   const Inputs inputs(x, freqs, weight, constant, positions);
   at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), weight.size(3)}, x.options());
   if (out.numel() == 0) return out;
-  cpu::SineFilterParams params;
+  core::SineFilterParams params;
   inputs.fill(params, start);
   params.out = out.mutable_data_ptr();
-  cpu::sine_filter_forward(params);
+  sine_filter_kernels(x.device().type()).forward(params, x);
   return out;
 }
 
@@ -124,9 +126,9 @@ void check_grad_out(const at::Tensor& grad_out, const at::Tensor& x, const at::T
   check_size(kOp, "grad_out", grad_out, 3, weight.sym_size(3), "R of weight");
 }
 
-Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
-                       const at::Tensor& weight, const OptionalTensor& constant,
-                       const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
+Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
+                   const at::Tensor& weight, const OptionalTensor& constant,
+                   const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
   check_grad_out(grad_out, x, weight);
   const Inputs inputs(x, freqs, weight, constant, positions);
@@ -134,7 +136,8 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   const bool empty = x.numel() == 0;
   const auto output = [&](bool wanted, const at::Tensor& t) {
     if (!wanted || !t.defined()) return at::Tensor();
-    return empty ? at::zeros_like(t) : at::empty_like(t);
+    const auto options = t.options().dtype(accumulate_type(t.scalar_type()));
+    return empty ? at::zeros_like(t, options) : at::empty_like(t, options);
   };
   const auto data = [](const at::Tensor& t) {
     return t.defined() ? t.mutable_data_ptr() : nullptr;
@@ -146,7 +149,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   at::Tensor grad_positions =
       mask[4] && inputs.positions.defined() ? at::zeros_like(inputs.positions) : at::Tensor();
   if (!empty) {
-    cpu::SineFilterBackwardParams params;
+    core::SineFilterBackwardParams params;
     inputs.fill(params, start);
     params.out = nullptr;
     params.grad_out = grad_out.const_data_ptr();
@@ -156,7 +159,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
     params.grad_weight = data(grad_weight);
     params.grad_constant = data(grad_constant);
     params.grad_positions = static_cast<double*>(data(grad_positions));
-    cpu::sine_filter_backward(params);
+    sine_filter_kernels(x.device().type()).backward(params, x);
   }
   const auto like = [](const at::Tensor& grad, const at::Tensor& t) {
     return grad.defined() ? grad.to(t.scalar_type()) : grad;
@@ -250,9 +253,15 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs, const 
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("sine_filter", forward_cpu);
-  m.impl("sine_filter_backward", backward_cpu);
+  m.impl("sine_filter", forward);
+  m.impl("sine_filter_backward", backward);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("sine_filter", forward);
+  m.impl("sine_filter_backward", backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("sine_filter", forward_meta);
   m.impl("sine_filter_backward", backward_meta);
@@ -269,6 +278,22 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+SineFilterKernels& sine_filter_kernels(c10::DeviceType device) {
+  static SineFilterKernels cpu = {
+      [](const core::SineFilterParams& p, const at::Tensor&) { cpu::sine_filter_forward(p); },
+      [](const core::SineFilterBackwardParams& p, const at::Tensor&) {
+        cpu::sine_filter_backward(p);
+      },
+      false};
+#if defined(TORCH_SPE_CUDA)
+  static SineFilterKernels cuda = sine_filter_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  (void)device;
+  return cpu;
+}
+
 }  // namespace ops
 
 at::Tensor sine_filter(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,

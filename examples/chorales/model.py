@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from chorales.data import VOCABULARY
-from torch_spe import SPE, RotaryPositions, SineSPE, SPEFilter, SPETransformerEncoderLayer
+from torch_spe import RotaryPositions, SineSPE, SPETransformerEncoderLayer
 
 WIDTH, HEADS, LAYERS, FEEDFORWARD = 128, 4, 2, 512
+MAX_LENGTH = 8192  # of absolute positions
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Encoding:
     label: str
     # Makes the argument `position` of the layers, which share the module.
     position: Callable[[], nn.Module | None] = lambda: None
-    # Makes what is added to the embeddings, a function of their length and size.
-    added: Callable[[int, int], Tensor] | None = None
+    # Makes the module that gives what is added to the embeddings, from their number and size.
+    added: Callable[[int, int], nn.Module] | None = None
     layer: dict = field(default_factory=dict)  # other arguments of SPETransformerEncoderLayer
     lr: float = 2e-3
     spe_lr_scale: float = 1.0  # of the learning rate of the position's parameters
@@ -30,18 +31,25 @@ class Encoding:
     eval_realizations: tuple[int | None, ...] = (None,)
 
 
-def sinusoids(length: int, size: int) -> Tensor:  # [length, size]
-    """Additive absolute positions (Vaswani et al. 2017, section 3.5)."""
-    rates = 1e4 ** (-torch.arange(0, size, 2) / size)
-    phases = torch.arange(length)[:, None] * rates
-    return torch.stack((phases.sin(), phases.cos()), dim=-1).flatten(-2)
+class Sinusoids(nn.Module):
+    """Additive absolute positions (Vaswani et al. 2017)."""
+
+    def __init__(self, length: int, size: int):
+        super().__init__()
+        rates = 1e4 ** (-torch.arange(0, size, 2) / size)
+        phases = torch.arange(length)[:, None] * rates
+        table = torch.stack((phases.sin(), phases.cos()), dim=-1).flatten(-2)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, length: int) -> Tensor:  # [length, size]
+        return self.table[:length]
 
 
 # Learning rates were chosen on the validation split, by the NLL within the length trained on; the
 # smaller rate where two differ by less than 0.01. docs/chorales.md has the figures.
 ENCODINGS = {
     "none": Encoding("no positions", lr=4e-3),
-    "sine": Encoding("additive sinusoids", added=sinusoids, lr=8e-3),
+    "sine": Encoding("additive sinusoids", added=Sinusoids, lr=8e-3),
     "rotary": Encoding(
         "rotary, random frequencies",  # better within the trained length than fixed or learned
         position=lambda: RotaryPositions(HEADS, WIDTH // HEADS, frequencies="random"),
@@ -67,10 +75,16 @@ ENCODINGS = {
 class ChoraleModel(nn.Module):
     """Predicts each token of a sequence from those before it."""
 
-    def __init__(self, encoding: Encoding, layers: int = LAYERS):
+    def __init__(
+        self,
+        encoding: Encoding,
+        layers: int = LAYERS,
+        vocabulary: int = VOCABULARY,
+        max_length: int = MAX_LENGTH,
+    ):
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.added = encoding.added
+        self.embedding = nn.Embedding(vocabulary, WIDTH)
+        self.added = encoding.added(max_length, WIDTH) if encoding.added else None
         position = encoding.position()
         self.layers = nn.ModuleList(
             SPETransformerEncoderLayer(
@@ -87,32 +101,16 @@ class ChoraleModel(nn.Module):
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head = nn.Linear(WIDTH, vocabulary)
 
     def forward(
         self,
         tokens: Tensor,  # [B, N]
-    ) -> Tensor:  # [B, N, VOCABULARY]
+    ) -> Tensor:  # [B, N, vocabulary]
         """Logits of the distribution of the token after each one."""
         x = self.embedding(tokens)
         if self.added is not None:
-            x = x + self.added(tokens.shape[1], WIDTH).to(x)
+            x = x + self.added(tokens.shape[1])
         for layer in self.layers:
             x = layer(x, is_causal=True)
         return self.head(self.norm(x))
-
-
-def parameter_groups(model: ChoraleModel, lr: float, spe_lr_scale: float) -> list[dict]:
-    """Groups for an optimizer: positions and gates, with their own rate, and all others."""
-    positional = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, (SPE, SPEFilter, RotaryPositions))
-        for parameter in module.parameters()
-    }
-    others = [parameter for parameter in model.parameters() if parameter not in positional]
-    positional = [parameter for parameter in model.parameters() if parameter in positional]
-    return [
-        {"params": others, "lr": lr},
-        {"params": positional, "lr": lr * spe_lr_scale, "weight_decay": 0.0},
-    ]

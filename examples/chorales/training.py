@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from chorales.data import Windows
-from chorales.model import Encoding, parameter_groups
+from chorales.model import Encoding
+from torch_spe import parameter_groups
 
 
 @dataclass
@@ -41,11 +43,13 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     progress: bool = True,
+    objective: Callable[[nn.Module, Tensor], Tensor] = nll,
 ) -> Report:
     """Train with AdamW on random windows: a warm-up over a tenth of the steps, then a cosine to
     zero.
 
-    `lr` replaces the encoding's own. All encodings see the same windows for the same seed.
+    `lr` replaces the encoding's own; `objective` gives the losses of a batch. All encodings see the
+    same windows for the same seed.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, lr or encoding.lr, encoding.spe_lr_scale)
@@ -61,7 +65,7 @@ def train(
     losses, begin = [], time.perf_counter()
     bar = tqdm(range(steps), encoding.label, disable=not progress, unit=" steps")
     for _ in bar:
-        loss = nll(model, windows.sample(batch, generator).to(device)).mean()
+        loss = objective(model, windows.sample(batch, generator).to(device)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in groups:
@@ -82,12 +86,13 @@ def evaluate(
     batch: int = 4,
     device: str = "cpu",
     realizations: int | None = None,
+    objective: Callable[[nn.Module, Tensor], Tensor] = nll,
 ) -> Tensor:  # [pieces, N]
-    """`nll` in evaluation mode; `realizations` of the code, if not as many as in training."""
+    """The objective in evaluation mode; `realizations` of the code, if not as in training."""
     model.to(device).eval()
     for layer in model.layers:
         layer.self_attn.eval_realizations = realizations
-    return torch.cat([nll(model, part.to(device)).cpu() for part in tokens.split(batch)])
+    return torch.cat([objective(model, part.to(device)).cpu() for part in tokens.split(batch)])
 
 
 def bin_means(

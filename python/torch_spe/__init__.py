@@ -7,6 +7,7 @@ from torch_spe.attention import (
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
 )
+from torch_spe.conv import ConvCode, ConvSPE
 from torch_spe.features import PositiveFeatures, SPESoftmaxFilter
 from torch_spe.modules import (
     SPE,
@@ -24,6 +25,8 @@ from torch_spe.optim import parameter_groups
 __all__ = [
     "SPE",
     "Code",
+    "ConvCode",
+    "ConvSPE",
     "ExactCode",
     "LinearAttention",
     "PhaseCode",

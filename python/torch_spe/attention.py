@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe import functional
+from torch_spe.conv import ConvSPE
 from torch_spe.modules import (
     INITS,
     SPE,
@@ -31,7 +32,7 @@ __all__ = ["RotaryPositions", "SPEMultiheadAttention", "SPETransformerEncoderLay
 
 
 class RotaryPositions(nn.Module):
-    r"""Rotary positions (Su et al. 2021, equation 34): pairs of features turned by the position.
+    r"""Rotary positions (Su et al. 2021): pairs of features turned by the position.
 
     Features 2i and 2i + 1 of a query or key at position n are turned by the angle :math:`2 \pi f_i
     n`, so that the product of a query and a key depends on the difference of their positions only.
@@ -149,6 +150,16 @@ def _sine(
     )  # fmt: skip
 
 
+def _conv(
+    num_heads, in_features, num_realizations, init, factory, *, kernel_size=64, ndim=1,
+    noise="gaussian", noise_stride=1,
+):  # fmt: skip
+    return ConvSPE(
+        ndim, num_heads, in_features, num_realizations, kernel_size, noise=noise,
+        noise_stride=noise_stride, init="delta" if init == "spread" else init, **factory,
+    )  # fmt: skip
+
+
 def _rotary(
     num_heads, in_features, num_realizations, init, factory, *, frequencies="fixed", base=1e4
 ):
@@ -157,7 +168,11 @@ def _rotary(
 
 # The names that `position` takes. A function makes the module; its keywords are the options of that
 # name.
-POSITIONS: dict[str, Callable[..., nn.Module]] = {"sine": _sine, "rotary": _rotary}
+POSITIONS: dict[str, Callable[..., nn.Module]] = {
+    "sine": _sine,
+    "conv": _conv,
+    "rotary": _rotary,
+}
 DEFAULT_REALIZATIONS = 64
 # Float masks block with -inf or with a number whose exponential is 0 in every type.
 _BLOCKED = -1e4
@@ -252,16 +267,16 @@ class SPEMultiheadAttention(nn.Module):
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters.
-        position: ``"sine"`` (`SineSPE`), ``"rotary"`` (`RotaryPositions`), None, or a module of
-            such a class.
+        position: ``"sine"`` (`SineSPE`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`),
+            None, or a module of such a class.
         encode: ``"features"`` or ``"inputs"``, see above; rotary positions as well are applied
             after or before the feature map.
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"`` or a callable on ``[B, N, H,
             D]``. With ``encode="features"`` it must keep D features, or have an attribute
             ``num_features`` that says how many it makes.
         output_norm: ``"rms"`` or None; default ``"rms"`` with ``encode="features"``, else None.
-        init: of ``position="sine"`` and of the gate: ``"spread"`` or ``"published"``, see
-            `SineSPE`.
+        init: of the position module and of the gate: ``"spread"`` or ``"published"``, see
+            `SineSPE`; of ``position="conv"`` ``"spread"`` means ``"delta"``.
         num_realizations: R; default that of the module given as position, or 64.
         eval_realizations: R in eval mode; default the same. More of them, less noise, no other
             difference.
@@ -272,6 +287,7 @@ class SPEMultiheadAttention(nn.Module):
         eps: added to the denominator; under the root of the output norm.
         options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="gaussian"``,
             ``bandwidth=False`` for ``"sine"`` (see `SineSPE`);
+            ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``, ``noise_stride=1`` for ``"conv"``;
             ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``.
 
     Raises:
@@ -419,6 +435,7 @@ class SPEMultiheadAttention(nn.Module):
         *,
         start: float | Sequence[float] = 0,
         positions: Tensor | None = None,  # [N] or [N, ndim]
+        grid: Sequence[int] | None = None,
     ) -> tuple[Tensor, None]:  # [N, B, embed_dim]
         """Attend.
 
@@ -442,6 +459,8 @@ class SPEMultiheadAttention(nn.Module):
             start: first position, for a piece of a longer sequence.
             positions: ``[N]`` or ``[N, ndim]``, integer or real, of queries and keys alike, instead
                 of consecutive ones.
+            grid: sizes (height and width, say) whose product is N and M: the positions of a
+                flattened input lie on this grid, row by row. For a position module of ndim > 1.
 
         Returns:
             The output, of the layout of `query`, and None in the place of the weights.
@@ -465,6 +484,9 @@ class SPEMultiheadAttention(nn.Module):
 
         q, k, v = self._project(query, key, value)
         v = v.flatten(1, -3)
+        if grid is not None:
+            grid = self._grid(grid, length, key_length, layout)
+            q, k = q.unflatten(1, grid), k.unflatten(1, grid)
         if self.encode == "features":
             feature_map = draw_feature_map(self.feature_map)
             q_features, k_features = (apply_feature_map(feature_map, x) for x in (q, k))
@@ -611,6 +633,23 @@ class SPEMultiheadAttention(nn.Module):
                 f"{owner}: key_padding_mask must be bool or floating point, got {mask.dtype}"
             )
         return mask.unsqueeze(0) if layout == "unbatched" else mask
+
+    def _grid(
+        self, grid: Sequence[int], length: int, key_length: int, layout: str
+    ) -> tuple[int, ...]:
+        """Return the sizes of the grid, after a check that they fit flattened inputs."""
+        owner, grid = "SPEMultiheadAttention", tuple(grid)
+        ndim = getattr(self.position, "ndim", 1)
+        if layout == "grid":
+            raise ValueError(f"{owner}: grid must be None when the input is a grid, got {grid}")
+        if len(grid) != ndim:
+            raise ValueError(f"{owner}: grid must have {ndim} sizes (ndim), got {grid}")
+        if length != key_length or math.prod(grid) != length:
+            raise ValueError(
+                f"{owner}: grid must have the product {length}, the length of query, and that of "
+                f"key, {key_length}; got {grid}"
+            )
+        return grid
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -786,13 +825,14 @@ class SPETransformerEncoderLayer(nn.Module):
         *,
         start: float | Sequence[float] = 0,
         positions: Tensor | None = None,
+        grid: Sequence[int] | None = None,
     ) -> Tensor:  # [N, B, d_model]
         """Pass the input through the layer; see `SPEMultiheadAttention.forward`."""
 
         def attend(x: Tensor) -> Tensor:
             x, _ = self.self_attn(
                 x, x, x, key_padding_mask=src_key_padding_mask, attn_mask=src_mask,
-                is_causal=is_causal, start=start, positions=positions,
+                is_causal=is_causal, start=start, positions=positions, grid=grid,
             )  # fmt: skip
             return self.dropout1(x)
 

@@ -14,8 +14,16 @@ from torch_spe.noise import orthogonal_noise, seeded_normal
 
 __all__ = ["PositiveFeatures", "PositiveProjection", "SPESoftmaxFilter"]
 
-# Exponents above this could overflow the sums of linear attention in float32.
+# Where exponents end: the sums of linear attention over products of two features stay within
+# float32. A number of neither the inputs nor their positions: the usual maximum over the sequence
+# tells a causal position about later ones. Nor does it scale the features of ordinary inputs, which
+# the eps of a denominator would drown.
 _LARGEST_EXPONENT = 30.0
+
+
+def _exponential(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = min(_LARGEST_EXPONENT, math.log(torch.finfo(dtype).max) - 1)
+    return exponent.clamp(max=largest).exp()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +31,9 @@ class PositiveProjection:
     r"""One draw of `PositiveFeatures`: the same map for queries and keys.
 
     .. math::
-        \phi(x)_i = \exp(s\, w_i \cdot x - s^2 |x|^2 / 2 - c) / \sqrt{M}
+        \phi(x)_i = \exp(s\, w_i \cdot x - s^2 |x|^2 / 2) / \sqrt{M}
+
+    with exponents of at most 30 (10 in float16), which keep sums of products finite.
 
     Attributes:
         weight: rows w, ``[M, D]``.
@@ -42,13 +52,8 @@ class PositiveProjection:
             )
         weight = self.weight.to(code_type(x))
         scaled = self.scale * x.to(weight.dtype)
-        # No exponent exceeds |w|^2 / 2, where x meets w. What is subtracted so that nothing
-        # overflows is a number of the projection alone: a number of the inputs, as their maximum,
-        # would tell a causal position about later ones.
-        bound = weight.square().sum(-1).max() / 2
-        shift = (bound - _LARGEST_EXPONENT).clamp(min=0)
-        exponent = scaled @ weight.T - scaled.square().sum(-1, keepdim=True) / 2 - shift
-        return (exponent.exp() / math.sqrt(weight.shape[0])).to(x.dtype)
+        exponent = scaled @ weight.T - scaled.square().sum(-1, keepdim=True) / 2
+        return (_exponential(exponent, x.dtype) / math.sqrt(weight.shape[0])).to(x.dtype)
 
 
 class PositiveFeatures(nn.Module):
@@ -210,4 +215,4 @@ class SPESoftmaxFilter(SPEFilter):
         square = (wide.square() * variances).sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
         real = xhat.shape[-1]
         exponent = real**0.25 * xhat.to(variances.dtype) - square / 2
-        return (exponent.exp() / math.sqrt(real)).to(x.dtype)
+        return (_exponential(exponent, x.dtype) / math.sqrt(real)).to(x.dtype)

@@ -7,12 +7,23 @@ under ``torch.compile``, autocast and on any strides. The plain equations stand 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
+from torch_spe.noise import seed_tensor
 
-__all__ = ["linear_attention", "phasor_filter", "sine_features", "sine_filter"]
+__all__ = [
+    "conv_filter",
+    "conv_noise",
+    "linear_attention",
+    "phasor_filter",
+    "sine_features",
+    "sine_filter",
+]
 
 
 def sine_filter(
@@ -74,7 +85,7 @@ def phasor_filter(
         c_{hdi}\, e^{2 \pi \mathrm{i} f_{hdi} n} + a_{hd,2i} + \mathrm{i}\, a_{hd,2i+1} \Big)
 
     with :math:`c` from ``coefficients`` and :math:`a` the ``constant``. These are the codes of
-    SineSPE (Liutkus et al. 2021, section 3.1) with sparse noise: where a code of `sine_filter` is a
+    SineSPE (Liutkus et al. 2021) with sparse noise: where a code of `sine_filter` is a
     sum of K sines, a pair of codes here is one of them, drawn at random
     (`torch_spe.noise.phase_noise`). The expectation of every product of codes is the same, and the
     cost does not grow with K.
@@ -126,7 +137,7 @@ def sine_features(
 
     With the offsets :math:`\theta` given for queries alone, :math:`\hat q_m \cdot \hat k_n = \sum_d
     q_{md} k_{nd} P_d(m - n)` with the kernel :math:`P_d(\tau) = \sum_k a_{dk}^2 \cos(2 \pi f_{dk}
-    \tau + \theta_{dk}) + c_d^2` (Liutkus et al. 2021, section 3.1), exactly: what `sine_filter`
+    \tau + \theta_{dk}) + c_d^2` (Liutkus et al. 2021), exactly: what `sine_filter`
     and `phasor_filter` estimate with noise. The cost is that of reading ``x`` and writing the
     result.
 
@@ -181,7 +192,7 @@ def linear_attention(
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}
                    {\sum_m \phi(q_n) \cdot \phi(k_m) + \varepsilon}
 
-    with the sums over m <= n when ``causal`` (Katharopoulos et al. 2020, equations 5 and 9).
+    with the sums over m <= n when ``causal`` (Katharopoulos et al. 2020).
 
     Args:
         q: queries, ``[B, N, H, R]``; float32, float64, float16 or bfloat16.
@@ -192,8 +203,7 @@ def linear_attention(
         causal: a query sees the keys up to its own position. Then ``M`` must be ``N``: the keys
             before the first query, if there are any, belong in ``initial_state``.
         normalize: divide by the sum of the weights; without, the numerator alone.
-        eps: added to the sum of the weights, at least 0. With 0, a query without any weight gives
-            NaN.
+        eps: added to the sum of the weights, at least 0. Where the two make 0, the output is 0.
         key_padding_mask: bool, ``[B, M]``, true for keys to leave out. Queries that are left with
             none give 0.
         cu_seqlens: int32 or int64, ``[S + 1]``: bounds of S independent sequences packed in one row
@@ -239,3 +249,141 @@ def linear_attention(
         return_state,
     )
     return (out, (s, z)) if return_state else out
+
+
+def conv_filter(
+    x: Tensor,  # [B, *size, H, D]
+    kernel: Tensor,  # [H, D, *P]
+    noise: Tensor | None = None,  # [H, D, *(size + P - 1), R]
+    constant: Tensor | None = None,  # [H, D, R]
+    *,
+    seed: int | Tensor | None = None,
+    num_realizations: int | None = None,
+    noise_kind: Literal["gaussian", "rademacher"] = "gaussian",
+    noise_stride: int | Sequence[int] = 1,
+    start: int | Sequence[int] = 0,
+) -> Tensor:  # [B, *size, H, R]
+    r"""Encode ``x`` with codes of filtered noise; neither codes nor generated noise are stored.
+
+    .. math::
+        \hat x_{bnhr} = \sum_d x_{bnhd} \Big( c_{hdr} + \sum_p \kappa_{hdp}\, z_{h,d,n+p,r} \Big)
+
+    (Liutkus et al. 2021, section 3.2), where positions n and taps p have one, two or three
+    coordinates: ``kernel`` says how many.
+
+    The noise z is given as a tensor, or generated from a seed as a function of head, feature,
+    position and realization alone: the same in every call and piece of a sequence, for any number
+    of threads, on every device. `conv_noise` shows it.
+
+    With ``noise_stride`` s the generated noise is polyphase: realization r has noise only at the
+    positions j with ``(j + shift) mod s == r mod s``, times sqrt(s), with a pseudo-random shift for
+    every head and feature. Summed over the realizations, every position is covered equally, so
+    products of codes have the expectation of dense noise (stride 1) and practically its error,
+    while a code costs P / s products. In several dimensions each has its stride, and they multiply.
+
+    Args:
+        x: queries or keys, ``[B, *size, H, D]``; float32, float64, float16 or bfloat16.
+        kernel: taps, ``[H, D, *P]`` with P >= 1 in 1 to 3 dimensions; of the type of ``x``, or
+            float32 beside a half-precision ``x``.
+        noise: finite numbers ``[H, D, *(size + P - 1), R]``, of a type as ``kernel``; the first one
+            is that of the first position of ``x``.
+        constant: a code that does not depend on the position, ``[H, D, R]``, added when given.
+        seed: makes the noise, instead of ``noise``: an integer, of which 64 bits count, or a tensor
+            with one int64 on the device of ``x``.
+        num_realizations: R of generated noise, at most 2^26.
+        noise_kind: ``"gaussian"`` (unit normal float32 numbers) or ``"rademacher"`` (signs: a lower
+            variance, and quicker).
+        noise_stride: one number for every dimension, or one each. R should be a multiple of their
+            product: otherwise some positions get more realizations than others, which the random
+            shift makes right in expectation only.
+        start: position of the first entry of ``x``, one number for every dimension, or one each. In
+            one dimension positions lie in [-2^61, 2^61), in two in [-2^31, 2^31), in three in
+            [-2^20, 2^20).
+
+    Returns:
+        The encoded ``x``, ``[B, *size, H, R]``, of the type of ``x``. Sums are taken in float32, or
+        float64. Differentiable in x, kernel, noise and constant.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> x, kernel = torch.randn(2, 100, 4, 16), torch.randn(4, 16, 24) / 5
+        >>> xhat = conv_filter(x, kernel, seed=1, num_realizations=32, noise_stride=8)
+        >>> xhat.shape
+        torch.Size([2, 100, 4, 32])
+        >>> noise = conv_noise(1, 4, 16, 100 + 24 - 1, 32, noise_stride=8)
+        >>> torch.allclose(conv_filter(x, kernel, noise), xhat, atol=1e-4)
+        True
+    """
+    ndim = kernel.dim() - 2
+    return torch.ops.torch_spe.conv_filter(
+        x, kernel, noise, constant, seed_tensor("conv_filter", seed, x.device), num_realizations,
+        noise_kind, _numbers(noise_stride, 1), _starts(start, ndim),
+    )  # fmt: skip
+
+
+def conv_noise(
+    seed: int | Tensor,
+    num_heads: int,
+    in_features: int,
+    size: int | Sequence[int],
+    num_realizations: int,
+    *,
+    noise_kind: Literal["gaussian", "rademacher"] = "gaussian",
+    noise_stride: int | Sequence[int] = 1,
+    start: int | Sequence[int] = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:  # [H, D, *size, R]
+    """Make the noise that `conv_filter` generates: to look at, and for tests.
+
+    An entry depends on the seed, the kind, the number of dimensions, its head, feature, position
+    and realization, and with strides other than 1 on these. The generator is Philox4x32-10 (Salmon
+    et al. 2011); ``csrc/core/noise.h`` says which number stands where. Signs and normals are the
+    same to the last bit on every machine.
+
+    Args:
+        seed: an integer, of which 64 bits count, or a tensor with one int64.
+        num_heads: H, at most 65536.
+        in_features: D, at most 65536.
+        size: positions, one number for each of 1 to 3 dimensions.
+        num_realizations: R, at most 2^26.
+        noise_kind: ``"gaussian"`` or ``"rademacher"``, see `conv_filter`.
+        noise_stride: of polyphase noise, see `conv_filter`.
+        start: first position, one number for every dimension, or one each.
+        dtype: of the result, default float32. Numbers are made in float32.
+        device: of the result, default that of the seed.
+
+    Returns:
+        ``[H, D, *size, R]``.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> conv_noise(1, 1, 1, 3, 4, noise_kind="rademacher").shape
+        torch.Size([1, 1, 3, 4])
+    """
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    size = _numbers(size, None)
+    return torch.ops.torch_spe.conv_noise(
+        seed_tensor("conv_noise", seed, device), num_heads, in_features, size, num_realizations,
+        noise_kind, _numbers(noise_stride, 1), _starts(start, len(size)), dtype,
+    )  # fmt: skip
+
+
+def _numbers(value: int | Sequence[int], default: int | None) -> list[int]:
+    """Return one number or several as a list, none if all are the default."""
+    numbers = [value] if isinstance(value, (int, torch.SymInt)) else list(value)
+    return [] if default is not None and all(n == default for n in numbers) else numbers
+
+
+def _starts(start: int | Sequence[int], ndim: int) -> list[int]:
+    """Return one first position for each dimension, none if all are 0."""
+    if isinstance(start, (int, torch.SymInt)):
+        return [start] * ndim if start != 0 else []
+    return list(start)

@@ -1126,7 +1126,7 @@ class LinearAttention(nn.Module):
         o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}{\sum_m \phi(q_n) \cdot \phi(k_m) +
         \epsilon}
 
-    (Katharopoulos et al. 2020, equations 5 and 9), m <= n when causal.
+    (Katharopoulos et al. 2020), m <= n when causal.
 
     Args:
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"``, or a callable, ``[B, N, H,

@@ -9,7 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PhaseNoise", "orthogonal_noise", "phase_noise", "seeded_normal", "seeded_uniform"]
+__all__ = [
+    "PhaseNoise",
+    "orthogonal_noise",
+    "phase_noise",
+    "seed_tensor",
+    "seeded_normal",
+    "seeded_uniform",
+]
 
 _MASK = 0xFFFFFFFF
 
@@ -135,7 +142,7 @@ def phase_noise(
     realizations :math:`(2i, 2i + 1)` = real and imaginary part of :math:`\lambda_{k(i)}
     e^{2 \pi \mathrm{i} (f_{k(i)} n + \varphi_i)}` has the mean of products over realizations
     :math:`\sum_k \lambda_k^2 / (2K) \cos(2 \pi f_k (m - n))` in expectation, as the dense Gaussian
-    code of Liutkus et al. 2021, section 3.1. With frequencies :math:`f_k + \sigma_k \eta_i` for the
+    code of Liutkus et al. 2021. With frequencies :math:`f_k + \sigma_k \eta_i` for the
     ``deviate`` :math:`\eta`, each cosine is multiplied by :math:`\exp(-2 \pi^2 \sigma_k^2
     |m - n|^2)`.
 
@@ -211,7 +218,7 @@ def orthogonal_noise(
 
     The rows :math:`z_{dj}` of a head, of R numbers each, satisfy :math:`z_{dj} \cdot z_{d'j'} = R
     \delta_{dd'} \delta_{jj'}` exactly once R >= D J: an encoding with such noise in place of the
-    normal noise of Liutkus et al. 2021, section 3.1, has no error left. With less realizations it
+    normal noise of Liutkus et al. 2021, has no error left. With less realizations it
     is the columns that are orthogonal, :math:`z^\top z = D J`; the expectation of products of rows
     is the same, and their error is lower than that of normal noise by the factor
     :math:`\sqrt{(DJ - R) / (DJ + 1)}`.
@@ -248,3 +255,27 @@ def orthogonal_noise(
     columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     noise = math.sqrt(shape[1]) * (columns if rows >= num_realizations else columns.mT)
     return noise.to(dtype).reshape(num_heads, in_features, num_rows, num_realizations)
+
+
+def seed_tensor(owner: str, seed: int | Tensor | None, device: torch.device | str) -> Tensor | None:
+    """Return a seed as a tensor with one int64, without a copy from the host; a tensor as it is.
+
+    Args:
+        owner: who asks, for the error message.
+        seed: any integer, of which 64 bits count; None stays None.
+        device: of the result.
+
+    Raises:
+        TypeError: the seed is neither an integer nor a tensor.
+
+    Example:
+        >>> seed_tensor("example", 2**64 - 1, "cpu")
+        tensor([-1])
+    """
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{owner}: seed must be an integer or a tensor, got {type(seed).__name__}")
+    # The lowest 64 bits, in two's complement.
+    seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((1,), seed, dtype=torch.int64, device=device)

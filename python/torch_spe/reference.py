@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sine_basis(
@@ -159,6 +160,36 @@ def rotate(
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
 
+def conv_code(
+    kernel: Tensor,  # [H, D, *P]
+    noise: Tensor,  # [H, D, *(size + P - 1), R]
+) -> Tensor:  # [*size, H, D, R]
+    """sum_p kernel[p] noise[n + p]."""
+    heads, features, *taps = kernel.shape
+    ndim, real = len(taps), noise.shape[-1]
+    size = [n - p + 1 for n, p in zip(noise.shape[2:-1], taps, strict=True)]
+    if 0 in size:  # which PyTorch's convolutions refuse
+        return kernel.sum() * noise.sum() * noise.new_empty(*size, heads, features, real)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
+    images = noise.movedim(-1, 0).flatten(1, 2)  # [R, H * D, *(size + P - 1)]
+    code = convolve(images, kernel.reshape(-1, 1, *taps), groups=heads * features)
+    code = code.reshape(real, heads, features, *size)
+    return code.permute(*range(3, 3 + ndim), 1, 2, 0)
+
+
+def conv_filter(
+    x: Tensor,  # [B, *size, H, D]
+    kernel: Tensor,  # [H, D, *P]
+    noise: Tensor,  # [H, D, *(size + P - 1), R]
+    constant: Tensor | None = None,  # [H, D, R]
+) -> Tensor:  # [B, *size, H, R]
+    """`torch_spe.functional.conv_filter`, with the codes `[*size, H, D, R]` stored."""
+    code = conv_code(kernel, noise)
+    if constant is not None:
+        code = code + constant
+    return torch.einsum("b...hd,...hdr->b...hr", x, code.to(x.dtype))
+
+
 FEATURE_MAPS = {
     "identity": lambda x: x,
     "elu": lambda x: torch.where(x >= 0, x + 1, torch.exp(x.clamp(max=0))),
@@ -211,5 +242,6 @@ def linear_attention(
         denominator = denominator + torch.einsum("bnhr,bhr->bnh", q, initial_state[1].to(q.dtype))
         state = tuple(new + old for new, old in zip(state, initial_state, strict=True))
     if normalize:
-        out = out / (denominator + eps).unsqueeze(-1)
+        total = (denominator + eps).unsqueeze(-1)
+        out = torch.where(total == 0, 0.0, out / total.masked_fill(total == 0, 1.0))
     return out, state

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from chorales import data
-from chorales.model import ENCODINGS, ChoraleModel, parameter_groups
+from chorales.model import ENCODINGS, ChoraleModel
 from chorales.training import bin_means, evaluate, nll, train
 
 # Soprano to bass, onset, end and pitch; a repeated note, a rest between notes and at the end.
@@ -185,17 +185,6 @@ def test_training_learns_and_repeats(name):
     assert values.shape == (3, 32)
     assert torch.isfinite(values).all()
     assert values.mean() < losses[0]
-
-
-def test_positions_have_their_own_rate():
-    encoding = ENCODINGS["spe-features"]
-    model = ChoraleModel(encoding)
-    others, positional = parameter_groups(model, 1e-3, 5.0)
-    assert positional["lr"] == pytest.approx(5e-3)
-    gates = [layer.self_attn.filter.gate for layer in model.layers]
-    spe = model.layers[0].self_attn.position
-    assert {*map(id, positional["params"])} == {*map(id, [*spe.parameters(), *gates])}
-    assert len(others["params"]) + len(positional["params"]) == len(list(model.parameters()))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

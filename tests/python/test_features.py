@@ -90,17 +90,28 @@ def test_a_position_depends_on_no_later_one(size):
     assert torch.allclose(changed[:, :9], whole[:, :9], rtol=1e-12, equal_nan=True)
 
 
-def test_nothing_overflows_in_float32():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_overflows(dtype):
     torch.manual_seed(0)
-    features = PositiveFeatures(256, 512)
+    features = PositiveFeatures(256, 512, dtype=torch.float32)
     phi = features.draw()
     # An input along the longest row has the largest exponent that there is.
     longest = phi.weight[phi.weight.norm(dim=-1).argmax()] / phi.scale
-    for x in (longest, 1e3 * longest, torch.zeros(256)):
-        out = phi(x)
+    for x in (longest, 30 * longest, torch.zeros(256)):
+        out = phi(x.to(dtype))
+        assert out.dtype == dtype
         assert torch.isfinite(out).all()
         assert (out >= 0).all()
-    assert phi(longest).max() < 1e20
+    wide = phi(longest)
+    products = 10**6 * (wide * wide).sum()
+    assert products.isfinite()
+
+
+def test_features_of_ordinary_inputs_are_of_order_one():
+    torch.manual_seed(0)
+    phi = PositiveFeatures(64, 64).draw()
+    q, k = torch.randn(2, 100, 64).unbind()
+    assert (phi(q) * phi(k)).sum(-1).median() > 1e-2  # far above the eps of a denominator
 
 
 def test_when_rows_are_drawn_anew():

@@ -180,8 +180,10 @@ def test_no_heads():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_row_without_keys_is_zero(causal):
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_a_row_without_keys_is_zero(eps, causal):
     case = Case(3, 70, causal=causal, masked=True)
+    case.options["eps"] = eps
     case.mask[1] = True
     case.mask[2, :10] = True
     # What is masked may be anything.
@@ -194,6 +196,11 @@ def test_a_row_without_keys_is_zero(causal):
     assert all(g.isfinite().all() for g in grads)
     assert (grads[1][case.mask] == 0).all()
     assert (grads[2][case.mask] == 0).all()
+    case.data = [
+        case.data[0],
+        *(x.masked_fill(case.mask[..., None, None], 0) for x in case.data[1:]),
+    ]
+    compare(case)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)

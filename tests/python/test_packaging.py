@@ -136,12 +136,13 @@ def test_sdist_holds_all_that_the_build_reads(sdist):
 
 def test_sdist_configures_without_a_cuda_toolkit(sdist, tmp_path):
     folders = [name for name in PATH.split(os.pathsep) if not (Path(name) / "nvcc").exists()]
-    output = run(
-        *("cmake", "-S", sdist, "-B", tmp_path, "-GNinja", "-DTORCH_SPE_PYTHON=ON"),
-        f"-DPython3_EXECUTABLE={sys.executable}",
-        env={"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": ""},
-    )
+    configure = ("cmake", "-S", sdist, "-B", tmp_path, "-GNinja", "-DTORCH_SPE_PYTHON=ON",
+                 f"-DPython3_EXECUTABLE={sys.executable}")  # fmt: skip
+    env = {"PATH": os.pathsep.join(folders), "CUDA_HOME": str(tmp_path / "no-cuda")}
+    output = run(*configure, env=env)
+    assert "torch_spe: CPU only" in output
     assert "Build files have been written" in output
+    assert "TORCH_SPE_CUDA=1, but" in run(*configure, "-DTORCH_SPE_CUDA=1", env=env, status=1)
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])

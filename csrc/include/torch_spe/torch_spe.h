@@ -59,10 +59,40 @@ at::Tensor sine_features(
     const std::optional<at::Tensor>& positions = std::nullopt,  // [N] or [N, ndim]
     double start = 0);
 
+// Encodes x with codes of filtered noise: xhat[b,n,h,r] = sum_d x[b,n,h,d] Xbar[n,h,d,r], where
+//   Xbar[n,h,d,r] = constant[h,d,r] + sum_p kernel[h,d,p] z[h,d,n+p,r]
+// and n and p have one, two or three coordinates. Neither Xbar nor generated noise is ever stored.
+//
+// The noise z is given, or generated from a seed: a function of (h, d, position, r) alone, the same
+// on every device, with positions start, start + 1, ... "gaussian" or "rademacher" (signs). With
+// strides s, noise is polyphase: a realization has noise at one position of every s only, times the
+// square root of s, and a code costs P / s products; take num_realizations divisible by the product
+// of the strides. core/noise.h tells which number stands where.
+//
+// The result is [B, *size, H, R], of x's type. Differentiable in x, kernel, noise and constant.
+// Throws c10::Error (ValueError, TypeError in Python) naming the argument.
+at::Tensor conv_filter(
+    const at::Tensor& x,                                       // [B, *size, H, D]
+    const at::Tensor& kernel,                                  // [H, D, *P]
+    const std::optional<at::Tensor>& noise = std::nullopt,     // [H, D, *(size + P - 1), R]
+    const std::optional<at::Tensor>& constant = std::nullopt,  // [H, D, R]
+    const std::optional<at::Tensor>& seed = std::nullopt,      // [1], int64
+    std::optional<int64_t> num_realizations = std::nullopt,    // needed along with seed
+    const std::string& noise_kind = "gaussian",
+    at::IntArrayRef noise_stride = {},  // one, or one for each dimension
+    at::IntArrayRef start = {});        // one for each dimension
+
+// The noise that conv_filter generates, [H, D, *size, R], at the positions from `start` on; of type
+// float32 unless given.
+at::Tensor conv_noise(const at::Tensor& seed, int64_t num_heads, int64_t in_features,
+                      at::IntArrayRef size, int64_t num_realizations,
+                      const std::string& noise_kind = "gaussian", at::IntArrayRef noise_stride = {},
+                      at::IntArrayRef start = {},
+                      std::optional<at::ScalarType> dtype = std::nullopt);
+
 // Linear attention: out[n] = sum_m w_nm v_m / (sum_m w_nm + eps), w_nm = phi(q_n) . phi(k_m), over
-// m
-// <= n when causal; without the division when normalize is false. The feature map phi is
-// "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
+// the keys m <= n when causal; 0 where that is 0 / 0; without the division when normalize is false.
+// The feature map phi is "identity", "elu" (elu + 1) or "relu". No N x M matrix is stored.
 //
 // The results are out [B, N, H, E], of q's type, and, with return_state, the state after the last
 // key, S = sum_m phi(k_m) v_m^T [B, H, R, E] and z = sum_m phi(k_m) [B, H, R], in float32, or

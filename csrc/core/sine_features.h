@@ -1,0 +1,43 @@
+// Arguments of the kernels of the sine features, for every device.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace torch_spe::core {
+
+struct SineFeaturesParams {
+  DType
+      dtype;  // of x, out, grad_out and grad_x; "accumulate type" below is float, or double for it
+  std::int64_t batch;        // B
+  std::int64_t length;       // N
+  std::int64_t num_heads;    // H
+  std::int64_t in_features;  // D
+  std::int64_t num_sines;    // K
+  std::int64_t ndim;         // dimensions of a position
+  int num_threads;           // on the CPU
+  const void* x;             // [B, N, H, D], strided
+  std::int64_t x_strides[4];
+  const double* freqs;      // [H, D, K, ndim], cycles per position
+  const void* amplitudes;   // [H, D, K], accumulate type
+  const double* offsets;    // [H, D, K], radians
+  const void* constant;     // [H, D], accumulate type, or null
+  const double* positions;  // [N, ndim], or null for start, start + 1, ...
+  double start;
+  void* out;  // [B, N, H, J, D], J = 2K, or 2K + 1 with a constant
+};
+
+struct SineFeaturesBackwardParams : SineFeaturesParams {
+  const void* grad_out;  // [B, N, H, J D], strided
+  std::int64_t grad_out_strides[4];
+  // Each of these may be null when its gradient is not wanted.
+  void* grad_x;             // [B, N, H, D]
+  double* grad_freqs;       // [H, D, K, ndim]
+  double* grad_amplitudes;  // [H, D, K]
+  double* grad_offsets;     // [H, D, K]
+  double* grad_constant;    // [H, D]
+  double* grad_positions;   // [N, ndim]
+};
+
+}  // namespace torch_spe::core

@@ -1,0 +1,131 @@
+// Warp-wide operations and conversions of the hardware; the only place with PTX. Every lane of a
+// warp must call a warp operation.
+//
+// Fragments of mma (PTX manual, "Matrix fragments for mma.m16n8k16"), lane = 4 g + c, with two
+// numbers in a register, the lower first:
+//   A [16, 16]: a[0] row g,     columns 2c, 2c + 1    a[2] row g,     columns 2c + 8, 2c + 9
+//               a[1] row g + 8, columns 2c, 2c + 1    a[3] row g + 8, columns 2c + 8, 2c + 9
+//   B [16, 8]:  b[0] rows 2c, 2c + 1, column g        b[1] rows 2c + 8, 2c + 9, column g
+//   D [16, 8]:  d[0], d[1] row g, columns 2c, 2c + 1  d[2], d[3] row g + 8, columns 2c, 2c + 1
+// and of mma.m16n8k8 for tf32, one number in a register:
+//   A [16, 8]:  a[0] (g, c)  a[1] (g + 8, c)  a[2] (g, c + 4)  a[3] (g + 8, c + 4)
+//   B [8, 8]:   b[0] (c, g)  b[1] (c + 4, g)
+#pragma once
+
+#include "runtime.h"
+
+#if defined(TORCH_SPE_CUDA_EMULATION)
+#include "emulated_primitives.h"
+#else
+
+namespace torch_spe::cuda {
+
+__device__ __forceinline__ float to_float(core::Half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+__device__ __forceinline__ float to_float(core::BFloat16 value) { return core::load(value); }
+__device__ __forceinline__ void from_float(float value, core::Half* out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
+}
+__device__ __forceinline__ void from_float(float value, core::BFloat16* out) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
+}
+
+// The sum over the lanes of a warp, in every lane.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory. Lanes 8 i .. 8 i + 7 give the addresses
+// (multiples of 16 bytes) of the rows of matrix i; lane 4 g + c receives the columns 2c, 2c + 1 of
+// row g of each, or of its transpose.
+template <bool kTranspose>
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&out)[4], const void* row) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// Starts to copy 16 aligned bytes from global to shared memory; there after the copying thread's
+// copy_async_wait, for the other threads after a barrier that follows it.
+__device__ __forceinline__ void copy_async16(void* shared, const void* global) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// d += A B.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4],
+                                             const std::uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<core::Half>(float (&d)[4], const std::uint32_t (&a)[4],
+                                                         const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<core::BFloat16>(float (&d)[4],
+                                                             const std::uint32_t (&a)[4],
+                                                             const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ std::uint32_t to_tf32(float value) {
+  std::uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+  return result;
+}
+
+// d += A B of tf32 numbers.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4],
+                                                 const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace torch_spe::cuda
+#endif
+
+namespace torch_spe::cuda {
+
+// Storage to the type of computation, and back.
+TORCH_SPE_DEVICE float read(float value) { return value; }
+TORCH_SPE_DEVICE double read(double value) { return value; }
+TORCH_SPE_DEVICE float read(core::Half value) { return to_float(value); }
+TORCH_SPE_DEVICE float read(core::BFloat16 value) { return to_float(value); }
+TORCH_SPE_DEVICE void write(float value, float* out) { *out = value; }
+TORCH_SPE_DEVICE void write(double value, double* out) { *out = value; }
+TORCH_SPE_DEVICE void write(float value, core::Half* out) { from_float(value, out); }
+TORCH_SPE_DEVICE void write(float value, core::BFloat16* out) { from_float(value, out); }
+
+}  // namespace torch_spe::cuda

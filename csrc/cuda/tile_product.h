@@ -1,0 +1,208 @@
+// Products of tiles in shared memory by a block of 128 threads, D += A B with A [kM, kK], B [kK,
+// kN] and D in registers: on tensor cores with float32 sums for 16-bit and tf32 operands, by fused
+// multiply-adds for float and double.
+//
+// Whoever fills the tiles sets what lies outside of the matrices to zero, so that every size works.
+#pragma once
+
+#include <type_traits>
+
+#include "primitives.h"
+
+namespace torch_spe::cuda {
+
+constexpr int kThreads = 128;
+// Blocks that a multiprocessor must hold of a kernel which needs many registers. Left to its own
+// guess, ptxas spills some to make room for more blocks.
+constexpr int kLeastBlocks = 2;
+
+// A float32 number rounded to the tensor cores' 10 bits of mantissa.
+struct Tf32 {
+  std::uint32_t bits;
+};
+TORCH_SPE_DEVICE void write(float value, Tf32* out) { out->bits = to_tf32(value); }
+
+// The number that an operand stands for, in the type of computation.
+TORCH_SPE_DEVICE float number_of(Tf32 operand) { return core::bits_to_float(operand.bits); }
+template <class Operand>
+TORCH_SPE_DEVICE core::accumulate_t<Operand> number_of(Operand operand) {
+  return read(operand);
+}
+
+// Which index of an operand is contiguous in shared memory: that of the sum, or the outer one.
+enum class Major { kDepth, kOuter };
+
+// Elements between the rows of an operand, so that the rows which a warp reads at once lie in
+// different banks (and, for ldmatrix, at multiples of 16 bytes).
+template <class Operand>
+constexpr int kPadding = sizeof(Operand) == 2            ? 8
+                         : std::is_same_v<Operand, Tf32> ? 4
+                                                         : 1;
+template <class Operand>
+TORCH_SPE_INLINE constexpr int row_of(int contiguous) {
+  return contiguous + kPadding<Operand>;
+}
+
+template <class Operand, int kM, int kN>
+class TileProduct {
+ public:
+  using T = core::accumulate_t<Operand>;
+  static constexpr bool kTensorCores = sizeof(Operand) == 2 || std::is_same_v<Operand, Tf32>;
+
+  TORCH_SPE_DEVICE void clear() {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kCount; ++i) sum(i) = 0;
+  }
+
+  TORCH_SPE_DEVICE void scale(T factor) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kCount; ++i) sum(i) *= factor;
+  }
+
+  template <int kK, Major kA, Major kB>
+  TORCH_SPE_DEVICE void multiply(const Operand* a, const Operand* b) {
+    static_assert(kK % 16 == 0);
+    if constexpr (sizeof(Operand) == 2) {
+      multiply_16_bit<kK, kA, kB>(a, b);
+    } else if constexpr (kTensorCores) {
+      multiply_tf32<kK, kA, kB>(a, b);
+    } else {
+      multiply_plain<kK, kA, kB>(a, b);
+    }
+  }
+
+  // Calls function(row, column, number) for the numbers that this thread holds.
+  template <class Function>
+  TORCH_SPE_DEVICE void for_each(const Function& function) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kTensorCores) {
+      const int lane = thread % 32, warp = thread / 32;
+      const int row = warp / kWarpsN * kWarpM + lane / 4;
+      const int column = warp % kWarpsN * kWarpN + lane % 4 * 2;
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kTilesN; ++j) {
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < 4; ++e)
+            function(row + 16 * i + 8 * (e / 2), column + 8 * j + e % 2, sums_[i * kTilesN + j][e]);
+        }
+      }
+    } else {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kM / 16; ++i) {
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kN / 8; ++j)
+          function(thread / 8 + 16 * i, thread % 8 + 8 * j, sum(i * (kN / 8) + j));
+      }
+    }
+  }
+
+ private:
+  // Four warps, side by side where the tile is wide enough.
+  static constexpr int kWarpsN = kM >= 128 ? 1 : 2;
+  static constexpr int kWarpsM = 4 / kWarpsN;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+  static constexpr int kCount = kM * kN / kThreads;
+  static_assert(kM % 16 == 0 && kN % 8 == 0);
+  static_assert(!kTensorCores || (kWarpM % 16 == 0 && kWarpN % 16 == 0));
+
+  template <int kK, Major kA, Major kB>
+  TORCH_SPE_DEVICE void multiply_16_bit(const Operand* a, const Operand* b) {
+    constexpr int kRowA = row_of<Operand>(kA == Major::kDepth ? kK : kM);
+    constexpr int kRowB = row_of<Operand>(kB == Major::kDepth ? kK : kN);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int m0 = warp / kWarpsN * kWarpM, n0 = warp % kWarpsN * kWarpN;
+    // The lane's row within the 16 x 16 numbers that one ldmatrix brings, for each of both orders.
+    const int low = lane % 8 + lane / 8 % 2 * 8, high = lane / 16 * 8;
+    TORCH_SPE_UNROLL
+    for (int k0 = 0; k0 < kK; k0 += 16) {
+      std::uint32_t fa[kTilesM][4], fb[kTilesN / 2][4];
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        if constexpr (kA == Major::kDepth) {
+          ldmatrix_x4<false>(fa[i], a + (m0 + 16 * i + low) * kRowA + k0 + high);
+        } else {
+          ldmatrix_x4<true>(fa[i],
+                            a + (k0 + lane % 8 + high) * kRowA + m0 + 16 * i + low - lane % 8);
+        }
+      }
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kTilesN / 2; ++j) {
+        if constexpr (kB == Major::kDepth) {
+          ldmatrix_x4<false>(fb[j],
+                             b + (n0 + 16 * j + lane % 8 + high) * kRowB + k0 + low - lane % 8);
+        } else {
+          ldmatrix_x4<true>(fb[j], b + (k0 + low) * kRowB + n0 + 16 * j + high);
+        }
+      }
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kTilesN; ++j) {
+          const std::uint32_t pair[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
+          mma_m16n8k16<Operand>(sums_[i * kTilesN + j], fa[i], pair);
+        }
+      }
+    }
+  }
+
+  template <int kK, Major kA, Major kB>
+  TORCH_SPE_DEVICE void multiply_tf32(const Operand* a, const Operand* b) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int group = lane / 4, member = lane % 4;
+    const int m0 = warp / kWarpsN * kWarpM + group, n0 = warp % kWarpsN * kWarpN + group;
+    TORCH_SPE_UNROLL
+    for (int k0 = 0; k0 < kK; k0 += 8) {
+      std::uint32_t fb[kTilesN][2];
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 2; ++e)
+          fb[j][e] = at_b<kK, kB>(b, k0 + member + 4 * e, n0 + 8 * j).bits;
+      }
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        std::uint32_t fa[4];
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 4; ++e)
+          fa[e] = at_a<kK, kA>(a, m0 + 16 * i + e % 2 * 8, k0 + member + e / 2 * 4).bits;
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kTilesN; ++j) mma_m16n8k8_tf32(sums_[i * kTilesN + j], fa, fb[j]);
+      }
+    }
+  }
+
+  template <int kK, Major kA, Major kB>
+  TORCH_SPE_DEVICE void multiply_plain(const Operand* a, const Operand* b) {
+    const int row = static_cast<int>(threadIdx.x) / 8, column = static_cast<int>(threadIdx.x) % 8;
+    for (int k = 0; k < kK; ++k) {
+      T va[kM / 16], vb[kN / 8];
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kM / 16; ++i) va[i] = at_a<kK, kA>(a, row + 16 * i, k);
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kN / 8; ++j) vb[j] = at_b<kK, kB>(b, k, column + 8 * j);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kM / 16; ++i) {
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kN / 8; ++j) sum(i * (kN / 8) + j) += va[i] * vb[j];
+      }
+    }
+  }
+
+  template <int kK, Major kA>
+  TORCH_SPE_DEVICE static Operand at_a(const Operand* a, int m, int k) {
+    return kA == Major::kDepth ? a[m * row_of<Operand>(kK) + k] : a[k * row_of<Operand>(kM) + m];
+  }
+  template <int kK, Major kB>
+  TORCH_SPE_DEVICE static Operand at_b(const Operand* b, int k, int n) {
+    return kB == Major::kDepth ? b[n * row_of<Operand>(kK) + k] : b[k * row_of<Operand>(kN) + n];
+  }
+
+  TORCH_SPE_DEVICE T& sum(int i) { return sums_[i / 4][i % 4]; }
+
+  T sums_[kCount / 4][4];
+};
+
+}  // namespace torch_spe::cuda

@@ -1,0 +1,130 @@
+// What the kernels of several operators share: tiles of tokens, copies into shared memory, sums of
+// partial results.
+#pragma once
+
+#include "tile_product.h"
+
+namespace torch_spe::cuda {
+
+// The rows of a tile are tokens: for each of `positions` positions, `batch` rows of the batch,
+// which share what depends on the position only.
+struct TokenTiles {
+  static constexpr std::int64_t kMostBatch = 16;
+  std::int64_t batch_tiles;  // of the tensor
+  int batch, positions;      // of a tile
+  std::int64_t position_tiles;
+
+  TORCH_SPE_INLINE TokenTiles(std::int64_t batch_size, std::int64_t length, int rows)
+      : batch_tiles(ceil_div(batch_size, kMostBatch)),
+        batch(static_cast<int>(ceil_div(batch_size, batch_tiles))),
+        positions(rows / batch),
+        position_tiles(ceil_div(length, positions)) {}
+  TORCH_SPE_INLINE std::int64_t count() const { return batch_tiles * position_tiles; }
+  TORCH_SPE_INLINE std::int64_t first_batch(std::int64_t tile) const {
+    return tile / position_tiles * batch;
+  }
+  TORCH_SPE_INLINE std::int64_t first_position(std::int64_t tile) const {
+    return tile % position_tiles * positions;
+  }
+};
+
+// Whether rows that begin at `base` and multiples of `stride` elements from it can be copied in
+// pieces of 16 bytes.
+template <class Storage>
+TORCH_SPE_INLINE bool rows_are_aligned(const void* base, std::int64_t stride) {
+  constexpr std::int64_t kVector = 16 / static_cast<std::int64_t>(sizeof(Storage));
+  return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && stride % kVector == 0;
+}
+
+// Copies a tile [kRows, kColumns] to shared memory as operands, zero from column `columns` on and
+// in rows for which `row` gives null. The copy may go on until copy_async_wait.
+template <int kRows, int kColumns, class Storage, class Operand, class Row>
+TORCH_SPE_DEVICE void copy_tile(Operand* out, std::int64_t columns, std::int64_t stride,
+                                bool aligned, const Row& row) {
+  constexpr int kRow = row_of<Operand>(kColumns);
+  if constexpr (sizeof(Operand) == 2) {
+    if (aligned && stride == 1) {
+      constexpr int kVectors = kColumns / 8;
+      for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
+        const Storage* const from = row(i / kVectors);
+        const int column = i % kVectors * 8;
+        Operand* const to = out + i / kVectors * kRow + column;
+        if (from != nullptr && column + 8 <= columns) {
+          copy_async16(to, from + column);
+        } else {
+          for (int e = 0; e < 8; ++e) {
+            to[e].bits =
+                from != nullptr && column + e < columns ? from[column + e].bits : std::uint16_t(0);
+          }
+        }
+      }
+      return;
+    }
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
+    const Storage* const from = row(i / kColumns);
+    const int column = i % kColumns;
+    using T = core::accumulate_t<Storage>;
+    const T value = from != nullptr && column < columns ? read(from[column * stride]) : T(0);
+    write(value, out + i / kColumns * kRow + column);
+  }
+}
+
+// 16 bytes of numbers.
+template <class Storage>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(Storage));
+  Storage values[kSize];
+};
+
+// Loads a tile [kRows, kColumns] into shared memory as operands of transform(row, number). The tile
+// is zero from column `columns` on and in rows for which `row` gives null; `aligned` rows have
+// stride 1 and are read 16 bytes at once.
+template <int kRows, int kColumns, class Storage, class Operand, class Row, class Transform>
+TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t stride,
+                                bool aligned, const Row& row, const Transform& transform) {
+  using T = core::accumulate_t<Storage>;
+  constexpr int kRow = row_of<Operand>(kColumns);
+  constexpr int kVector = Vector<Storage>::kSize;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * (kColumns / kVector); i += kThreads) {
+    const int m = i / (kColumns / kVector), column = i % (kColumns / kVector) * kVector;
+    const Storage* const from = row(m);
+    Operand* const to = out + m * kRow + column;
+    if (aligned && from != nullptr && column + kVector <= columns) {
+      const auto numbers = *reinterpret_cast<const Vector<Storage>*>(from + column);
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < kVector; ++e) write(transform(m, read(numbers.values[e])), to + e);
+    } else {
+      for (int e = 0; e < kVector; ++e) {
+        const bool inside = from != nullptr && column + e < columns;
+        write(inside ? transform(m, read(from[(column + e) * stride])) : T(0), to + e);
+      }
+    }
+  }
+}
+
+// out[i] = sum over parts of parts[part * size + i], always in the same order.
+template <class Part, class T>
+__global__ void sum_parts_kernel(const Part* parts, std::int64_t count, std::int64_t size, T* out) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= size) return;
+  Part sum = 0;
+  for (std::int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
+  out[i] = static_cast<T>(sum);
+}
+
+template <class Part, class T>
+void sum_parts(const Part* parts, std::int64_t count, std::int64_t size, T* out, Stream stream) {
+  if (size == 0) return;
+  launch(sum_parts_kernel<Part, T>, grid_of(ceil_div(size, kThreads)), dim3(kThreads), 0, stream,
+         parts, count, size, out);
+}
+
+// Calls function(storage, operand) with values of the type of x and of what goes into products.
+template <class Function>
+void visit_operands(core::DType dtype, bool allow_tf32, const Function& function) {
+  if (dtype == core::DType::kFloat32 && allow_tf32) return function(float{}, Tf32{});
+  visit_storage(dtype, [&](auto storage) { function(storage, storage); });
+}
+
+}  // namespace torch_spe::cuda

@@ -1,0 +1,82 @@
+"""The encodings that are compared, and how each is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from chorales.model import ENCODINGS as CHORALES
+from chorales.model import HEADS, WIDTH, Encoding, Sinusoids
+from torch_spe import ConvSPE, PositiveFeatures, RotaryPositions, SineSPE
+
+HEAD = WIDTH // HEADS
+REALIZATIONS, MORE = 64, 256  # in training and, as a row of its own, in the test
+
+
+class LearnedPositions(nn.Module):
+    """Additive absolute positions, all of them learned."""
+
+    def __init__(self, length: int, size: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(length, size) * 0.02)
+
+    def forward(self, length: int) -> Tensor:  # [length, size]
+        return self.table[:length]
+
+
+def _rotary(label: str, **options) -> Encoding:
+    return Encoding(label, position=lambda: RotaryPositions(HEADS, HEAD, **options), spe_lr_scale=5)
+
+
+def _sine(
+    label: str, encode: str = "features", init: str = "spread", num_sines: int = 4,
+    more: bool = True, layer: dict | None = None, **options,
+) -> Encoding:  # fmt: skip
+    return Encoding(
+        label,
+        position=lambda: SineSPE(HEADS, HEAD, REALIZATIONS, num_sines, init=init, **options),
+        layer={"encode": encode, "init": init, **(layer or {})},
+        spe_lr_scale=5,
+        eval_realizations=(None, MORE) if more else (None,),
+    )
+
+
+def _conv(label: str, **options) -> Encoding:
+    return Encoding(
+        label,
+        position=lambda: ConvSPE(1, HEADS, HEAD, REALIZATIONS, 64, init="delta", **options),
+        layer={"encode": "features"},
+        spe_lr_scale=5,
+        eval_realizations=(None, MORE),
+    )
+
+
+# K divides R / 2, so that every sine of phase noise has equally many pairs.
+ENCODINGS = {
+    "none": CHORALES["none"],
+    "sinusoids": Encoding("additive sinusoids", added=Sinusoids),
+    "learned": Encoding("learned absolute", added=LearnedPositions),
+    "rotary-1e4": _rotary("rotary, base 10000"),
+    "rotary-100": _rotary("rotary, base 100", base=100.0),
+    "rotary-learned": _rotary("rotary, learned frequencies", frequencies="learned"),
+    "rotary-random": _rotary("rotary, random frequencies", frequencies="random"),
+    "paper": _sine("SineSPE as published", "inputs", "published"),
+    "paper-spread": _sine("SineSPE before the map, spread", "inputs"),
+    "paper-favor": _sine(
+        "SineSPE before positive random features, spread", "inputs",
+        layer={"feature_map": PositiveFeatures(REALIZATIONS, REALIZATIONS)}, more=False,
+    ),
+    "features-published": _sine("SineSPE after the map, published start", init="published"),
+    "gaussian": _sine("SineSPE after the map"),
+    "phase": _sine("SineSPE after the map, phase noise", noise="phase"),
+    "bandwidth": _sine(
+        "SineSPE after the map, phase noise, bandwidths", noise="phase", bandwidth=True
+    ),
+    "exact": _sine(
+        "SineSPE after the map, no noise, K = 1", num_sines=1, noise="exact", more=False
+    ),
+    "conv": _conv("ConvSPE after the map, P = 64"),
+    "conv-sparse": _conv(
+        "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
+    ),
+}  # fmt: skip

@@ -1,0 +1,379 @@
+"""Stochastic positional encoding with convolutions: relative positions up to a distance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_spe import functional, reference
+from torch_spe.modules import (
+    _GATE_STREAM,
+    SPE,
+    Code,
+    _gate_scales,
+    check_choice,
+    check_noise,
+    check_not_nan,
+    check_positive,
+    check_seed,
+    code_type,
+    draw_normal,
+)
+from torch_spe.noise import seed_tensor
+
+__all__ = ["ConvCode", "ConvSPE"]
+
+INITS = ("published", "delta")
+NOISES = ("gaussian", "rademacher")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConvCode(Code):
+    """A code of filtered noise, see `torch_spe.functional.conv_filter`.
+
+    Attributes:
+        query_kernel: taps of the query's filter, ``[H, D, *P]``, with the factor ``(R D)^(-1/4)``.
+        key_kernel: the same for keys.
+        size: largest lengths of queries and keys.
+        start: first position, of each dimension.
+        real: realizations R.
+        seed: of generated noise, one int64.
+        noise_kind: of generated noise.
+        noise_stride: of generated noise, for each dimension.
+        noise: ``[H, D, *(size + P - 1), R]``, instead of generated noise.
+    """
+
+    query_kernel: Tensor
+    key_kernel: Tensor
+    size: tuple[int, ...]
+    start: tuple[int, ...]
+    real: int
+    seed: Tensor | None = None
+    noise_kind: str = "gaussian"
+    noise_stride: tuple[int, ...] = (1,)
+    noise: Tensor | None = None
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """``(num_heads, in_features)``."""
+        return self.key_kernel.shape[0], self.key_kernel.shape[1]
+
+    @property
+    def num_realizations(self) -> int:
+        """Features R of an encoded query or key."""
+        return self.real
+
+    def at(self, start: int | Sequence[int] = 0) -> ConvCode:
+        """Return the code, same noise, at other positions: for another piece of a sequence."""
+        if self.noise is not None:
+            raise ValueError("ConvCode.at: needs generated noise; this code was given a tensor")
+        start = _starts("ConvCode.at", start, len(self.size))
+        return dataclasses.replace(self, start=start)
+
+    def draw_gate_noise(
+        self, generator: torch.Generator | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Draw unit normal numbers ``[H, D, R]``."""
+        shape = (*self.code_shape, self.real)
+        return draw_normal("SPEFilter", shape, self.key_kernel, generator, seed, _GATE_STREAM)
+
+    def encode(
+        self,
+        x: Tensor,
+        side: Literal["query", "key"],
+        gate: Tensor | None = None,
+        gate_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Encode queries or keys; see `Code.encode`."""
+        size = self._check(x, side)
+        kernel, constant = self.query_kernel if side == "query" else self.key_kernel, None
+        if code_type(x) != kernel.dtype:
+            raise TypeError(
+                f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
+                f"with a code of {kernel.dtype}; move the SPE module or the input to the other's "
+                "type"
+            )
+        if gate is not None:
+            coded, constant = _gate_scales(gate)
+            kernel = kernel * coded[(..., *[None] * len(size))]
+            scale = (self.real * self.code_shape[1]) ** -0.25
+            constant = constant[..., None] * gate_noise * scale
+        if self.noise is not None:
+            return functional.conv_filter(x, kernel, self._noise(size), constant)
+        return functional.conv_filter(
+            x, kernel, constant=constant, seed=self.seed, num_realizations=self.real,
+            noise_kind=self.noise_kind, noise_stride=self.noise_stride, start=self.start,
+        )  # fmt: skip
+
+    def _noise(self, size: tuple[int, ...]) -> Tensor:
+        """Return the given noise that codes of this size need."""
+        noise = self.noise
+        for i, (length, taps) in enumerate(zip(size, self.key_kernel.shape[2:], strict=True)):
+            noise = noise.narrow(2 + i, 0, length + taps - 1)
+        return noise
+
+    def materialize(self) -> tuple[Tensor, Tensor]:
+        """Compute ``(qbar, kbar)``, each ``[1, *size, H, D, R]``; see `Code.materialize`."""
+        noise = self.noise
+        if noise is None:
+            taps = self.key_kernel.shape[2:]
+            noise = functional.conv_noise(
+                self.seed, *self.code_shape,
+                [n + p - 1 for n, p in zip(self.size, taps, strict=True)], self.real,
+                noise_kind=self.noise_kind, noise_stride=self.noise_stride, start=self.start,
+                dtype=self.key_kernel.dtype,
+            )  # fmt: skip
+        return tuple(
+            reference.conv_code(kernel, noise).unsqueeze(0)
+            for kernel in (self.query_kernel, self.key_kernel)
+        )
+
+
+def _starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
+    """Return one first position for each dimension, after a check that they are whole."""
+    starts = tuple(start) if isinstance(start, Sequence) else (start,) * ndim
+    if len(starts) != ndim or any(isinstance(n, float) and n != int(n) for n in starts):
+        raise ValueError(
+            f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
+        )
+    return tuple(int(n) if isinstance(n, float) else n for n in starts)
+
+
+class ConvSPE(SPE):
+    r"""Stochastic positional encoding with convolutions: any relative position up to a distance.
+
+    .. math::
+        P_d(m - n) = \sum_p \kappa^q_{dp}\, \kappa^k_{d,p+m-n}
+
+    (Liutkus et al. 2021, section 3.2), with m the position of a query, n that of a key, and kernels
+    :math:`\kappa` of queries and keys: attention depends in any way on lags of less than P, and not
+    at all on what lies beyond. In one, two or three dimensions.
+
+    Same arguments and call as the class of this name in the paper's code. Its checkpoints load with
+    ``load_state_dict``: as that code makes the *query's* code with ``conv_k`` and the *key's* with
+    ``conv_q``, ``conv_k.weight`` becomes `query_kernel` and ``conv_q.weight`` `key_kernel`.
+
+    Args:
+        ndim: dimensions of the positions: 1 for sequences, 2 for images, 3.
+        num_heads: attention heads H.
+        in_features: query and key features D of a head.
+        num_realizations: realizations R of the noise, the features of an encoded query or key. The
+            error of an attention logit falls with sqrt(R).
+        kernel_size: taps P of the kernels, one number for every dimension, or one each.
+        noise: ``"gaussian"``, or ``"rademacher"``: random signs, the same template with a lower
+            variance, and quicker.
+        noise_stride: s of polyphase noise, one number for every dimension, or one each: a code
+            costs P / s products in every dimension instead of P, with practically the same error. R
+            should be a multiple of the strides' product.
+        init: ``"published"``: both kernels uniform in [0, sqrt(2 / P)]. ``"delta"``: so the
+            query's, and the key's one tap of 1 at a random place, so that every feature begins with
+            a window of lags of its own.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Parameters ``query_kernel`` and ``key_kernel``, ``[H, D, *P]``.
+
+    Raises:
+        ValueError: an argument is not what it must be; the message names it.
+
+    Example:
+        >>> from torch_spe import SPEFilter
+        >>> spe = ConvSPE(1, 4, 16, num_realizations=32, kernel_size=24, noise_stride=8)
+        >>> filt = SPEFilter(code_shape=spe.code_shape)
+        >>> q, k = torch.randn(2, 100, 4, 16), torch.randn(2, 100, 4, 16)
+        >>> qhat, khat = filt(q, k, spe(q.shape[:2]))
+        >>> qhat.shape
+        torch.Size([2, 100, 4, 32])
+    """
+
+    def __init__(
+        self,
+        ndim: int = 1,
+        num_heads: int = 8,
+        in_features: int = 64,
+        num_realizations: int = 256,
+        kernel_size: int | Sequence[int] = 200,
+        *,
+        noise: Literal["gaussian", "rademacher"] = "gaussian",
+        noise_stride: int | Sequence[int] = 1,
+        init: Literal["published", "delta"] = "published",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_heads, in_features, num_realizations, ndim)
+        check_choice("ConvSPE", "ndim", ndim, (1, 2, 3))
+        check_choice("ConvSPE", "noise", noise, NOISES)
+        check_choice("ConvSPE", "init", init, INITS)
+        self.kernel_size = _sizes("kernel_size", kernel_size, ndim)
+        self.noise_stride = _sizes("noise_stride", noise_stride, ndim)
+        self.noise = noise
+        self.init = init
+        shape = (num_heads, in_features, *self.kernel_size)
+        self.query_kernel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.key_kernel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as `init` says, from PyTorch's generator."""
+        taps = math.prod(self.kernel_size)
+        self.query_kernel.uniform_().mul_(math.sqrt(2 / taps))
+        if self.init == "published":
+            self.key_kernel.uniform_().mul_(math.sqrt(2 / taps))
+        else:
+            place = torch.randint(taps, (*self.code_shape, 1), device=self.key_kernel.device)
+            self.key_kernel.zero_()
+            self.key_kernel.flatten(2).scatter_(2, place, 1.0)
+
+    def forward(
+        self,
+        shape: Sequence[int],
+        num_realizations: int | None = None,
+        *,
+        noise: Tensor | None = None,  # [H, D, *(size + P - 1), R]
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+    ) -> ConvCode:
+        """Draw a code: new noise at every call, unless noise, a generator or a seed say otherwise.
+
+        What is drawn is one number, the seed of the noise; queries and keys share it.
+
+        Args:
+            shape: ``(batch, *size)`` of the queries and keys, their heads and features left out:
+                the batch shares a code, and each size is the largest length in that dimension.
+            num_realizations: overrides the module's.
+            noise: unit white noise ``[H, D, *(size + P - 1), R]``; entry n + p goes with tap p of
+                position n. Or the published code's, ``[R, H * D, *(size + 4 P)]``.
+            generator: for the seed, instead of PyTorch's own.
+            seed: makes the noise a function of this number, the same at every call and on every
+                device.
+            start: first position (one whole number for each dimension), for a piece of a longer
+                sequence.
+            positions: must be None: a kernel's taps are whole positions apart.
+
+        Returns:
+            The code, for `SPEFilter`.
+
+        Raises:
+            ValueError, TypeError: an argument or a parameter is not what it must be; the message
+                names it.
+
+        Example:
+            >>> code = ConvSPE(2, 4, 16, num_realizations=8, kernel_size=3)((1, 6, 7))
+            >>> [tuple(bar.shape) for bar in code.materialize()]
+            [(1, 6, 7, 4, 16, 8), (1, 6, 7, 4, 16, 8)]
+        """
+        size = self._size(shape)
+        if len(size) != self.ndim:
+            raise ValueError(
+                f"ConvSPE: shape must be (batch, *size) with {self.ndim} sizes (ndim), got "
+                f"{len(size)}: {size}"
+            )
+        if positions is not None:
+            raise ValueError(
+                "ConvSPE: positions must be None, since its positions are whole and consecutive; "
+                "start says where they begin"
+            )
+        check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
+        start = _starts("ConvSPE", start, self.ndim)
+        if noise is not None:
+            noise = self._given_noise(noise, size)
+            if any(start):
+                raise ValueError(f"ConvSPE: start must be 0 when noise is given, got {start!r}")
+        real = self._realizations(num_realizations, noise)
+        device, dtype = self.query_kernel.device, code_type(self.query_kernel)
+        if noise is not None:
+            seed, noise = None, noise.to(dtype)
+        elif seed is None:
+            seed = torch.randint(
+                -(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device
+            )
+        elif generator is not None:
+            raise ValueError("ConvSPE: give generator or seed, not both")
+        else:
+            check_seed("ConvSPE", seed)
+            seed = seed_tensor("ConvSPE", seed, device)
+        scale = (real * self.in_features) ** -0.25
+        return ConvCode(
+            self.query_kernel.to(dtype) * scale, self.key_kernel.to(dtype) * scale, size, start,
+            real, seed, self.noise, self.noise_stride, noise,
+        )  # fmt: skip
+
+    def _given_noise(self, noise: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Return given noise as ``[H, D, *(size + P - 1), R]``, a view of the published layout."""
+        needed = [n + p - 1 for n, p in zip(size, self.kernel_size, strict=True)]
+        if isinstance(noise, Tensor) and noise.dim() == self.ndim + 2:
+            published = [n + 4 * p for n, p in zip(size, self.kernel_size, strict=True)]
+            shape = (None, self.num_heads * self.in_features, *published)
+            check_noise("ConvSPE", noise, shape, "[R, H * D, *(size + 4 P)]")
+            noise = noise.unflatten(1, self.code_shape).movedim(0, -1)
+            for i, (taps, length) in enumerate(zip(self.kernel_size, needed, strict=True)):
+                noise = noise.narrow(2 + i, taps, length)
+            return noise
+        check_noise(
+            "ConvSPE", noise, (*self.code_shape, *needed, None), "[H, D, *(size + P - 1), R]"
+        )
+        return noise
+
+    def template(self, max_lag: int | Sequence[int]) -> Tensor:
+        """Return the exact position kernels ``P_d(lag)``, differentiable in the parameters.
+
+        Args:
+            max_lag: largest lag, position of the query minus position of the key, in positions; one
+                number, or one for each dimension.
+
+        Returns:
+            ``[H, D, 2 * max_lag + 1]`` (a size for each dimension), lags ``-max_lag ... max_lag``;
+            0 from a lag of P on.
+
+        Raises:
+            ValueError: max_lag is negative or not as many numbers as dimensions.
+
+        Example:
+            >>> ConvSPE(1, 4, 16, kernel_size=8).template(10).shape
+            torch.Size([4, 16, 21])
+        """
+        lags = self._lags(max_lag)
+        check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
+        dtype = code_type(self.query_kernel)
+        padding = [n for lag in reversed(lags) for n in (lag, lag)]
+        # As the noise of a code with one realization, the key's kernel gives the sums over taps.
+        keys = F.pad(self.key_kernel.to(dtype), padding).unsqueeze(-1)
+        template = reference.conv_code(self.query_kernel.to(dtype), keys).squeeze(-1)
+        return template.movedim((-2, -1), (0, 1))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # A published checkpoint: conv_k makes the query's code there, and conv_q the key's.
+        for name, published in (("query_kernel", "conv_k"), ("key_kernel", "conv_q")):
+            weight = state_dict.pop(f"{prefix}{published}.weight", None)
+            if weight is not None:
+                state_dict[prefix + name] = weight.reshape(*self.code_shape, *weight.shape[2:])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Show the arguments of the constructor."""
+        return (
+            f"ndim={self.ndim}, num_heads={self.num_heads}, in_features={self.in_features}, "
+            f"num_realizations={self.num_realizations}, kernel_size={self.kernel_size}, "
+            f"noise={self.noise!r}, noise_stride={self.noise_stride}, init={self.init!r}"
+        )
+
+
+def _sizes(name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Return one number for each dimension."""
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
+    if len(sizes) != ndim:
+        raise ValueError(
+            f"ConvSPE: {name} must be a number or {ndim} of them (ndim), got {value!r}"
+        )
+    for size in sizes:
+        check_positive("ConvSPE", **{name: size})
+    return sizes

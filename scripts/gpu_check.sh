@@ -1,0 +1,84 @@
+#!/bin/bash
+# Checks torch_spe on a machine with a GPU: builds it, runs the tests that use a GPU, compute-sanitizer
+# over a short set, and the benchmarks. Every part has a time limit; together they end within 9 minutes
+# on 16 cores. Logs, results.json and summary.txt go to OUT_DIR.
+#
+# usage: scripts/gpu_check.sh OUT_DIR [PART ...]    parts: build tests memcheck racecheck benchmarks
+# PYTHON is the interpreter that has torch (default: .venv/bin/python if there is one, else python3).
+# SPE_CHECKOUT, a checkout of aliutkus/spe, is measured beside the library.
+set -u
+if [ $# -lt 1 ]; then
+  sed -n '6,8s/^# //p' "$0" >&2
+  exit 2
+fi
+mkdir -p "$1"
+OUT_DIR=$(cd "$1" && pwd)
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+PARTS=("$@")
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests memcheck racecheck benchmarks)
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export TORCH_SPE_BUILD_DIR=${TORCH_SPE_BUILD_DIR:-$PWD/build/gpu} TORCH_SPE_CUDA=1
+for folder in "${CUDA_HOME:-/usr/local/cuda}/bin" /opt/nvidia/*/; do
+  [ -d "$folder" ] && PATH=$PATH:${folder%/}
+done
+RESULTS=()
+: > "$OUT_DIR/summary.txt"
+
+# part NAME SECONDS COMMAND...: runs it under the limit, if NAME was asked for.
+part() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  [[ " ${PARTS[*]} " == *" ${name%%-*} "* ]] || return 0
+  echo "== $name (at most $limit s): $*"
+  timeout --kill-after=10 "$limit" "$@" > "$OUT_DIR/$name.log" 2>&1
+  status=$?
+  tail -n 15 "$OUT_DIR/$name.log"
+  RESULTS+=("{\"part\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - start))}")
+  printf '%-12s %-9s %4d s\n' "$name" \
+    "$([ $status -eq 0 ] && echo passed || { [ $status -eq 124 ] && echo 'timed out' || echo failed; })" \
+    $((SECONDS - start)) >> "$OUT_DIR/summary.txt"
+  return $status
+}
+
+# Only the architecture of this machine's GPU, unless told otherwise: the build is then half as long.
+if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || {
+    echo "no GPU, or no torch that sees it: $PYTHON" | tee "$OUT_DIR/summary.txt" >&2
+    exit 1
+  }
+  export TORCH_CUDA_ARCH_LIST
+fi
+{
+  date -u +%FT%TZ
+  git rev-parse HEAD 2> /dev/null
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
+  "$PYTHON" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+  nproc
+} > "$OUT_DIR/machine.txt" 2>&1
+cat "$OUT_DIR/machine.txt"
+
+SHORT=("$PYTHON" scripts/gpu_short_set.py)
+part build 200 "$PYTHON" setup.py build_ext --inplace &&
+  "$PYTHON" -m torch_spe >> "$OUT_DIR/machine.txt" 2>&1
+part tests 120 "$PYTHON" -m pytest tests/python/test_cuda_kernels.py tests/python/test_cuda_build.py \
+  -k 'not emulated' -p no:cacheprovider --junitxml="$OUT_DIR/tests.xml" --tb=short
+if command -v compute-sanitizer > /dev/null; then
+  part memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "${SHORT[@]}"
+  part racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "${SHORT[@]}" --tiny
+else
+  echo "compute-sanitizer is not on the PATH: skipped" | tee -a "$OUT_DIR/summary.txt"
+fi
+for dtype in bfloat16 float32; do
+  part "benchmarks-$dtype" 50 "$PYTHON" -m benchmarks --device cuda --dtype "$dtype" --seconds 0.5 \
+    --batch 8 --length 4096 512 ${SPE_CHECKOUT:+--spe-checkout "$SPE_CHECKOUT"} \
+    --output "$OUT_DIR/benchmarks-$dtype.json"
+done
+
+printf '{"results": [%s]}\n' "$(IFS=,; echo "${RESULTS[*]}")" > "$OUT_DIR/results.json"
+cat "$OUT_DIR/summary.txt"
+! grep -q 'failed\|timed out' "$OUT_DIR/summary.txt"

@@ -1,0 +1,91 @@
+"""Run every CUDA kernel once on small tensors, for compute-sanitizer, which is slow."""
+
+import argparse
+
+import torch
+
+import torch_spe  # noqa: F401
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="one shape and two types only")
+    tiny = parser.parse_args().tiny
+    shapes = [(2, 70, 1, 5, 3, 9)] if tiny else [(2, 70, 1, 5, 3, 9), (1, 200, 2, 16, 4, 72)]
+    dtypes = [torch.bfloat16, torch.float32]
+    if not tiny:
+        dtypes += [torch.float16, torch.float64]
+    for dtype in dtypes:
+        for shape in shapes:
+            sine(dtype, *shape)
+            phasors(dtype, *shape)
+            conv(dtype, *shape)
+            attention(dtype, *shape)
+    torch.cuda.synchronize()
+    print("done")
+
+
+def leaf(*shape, dtype):
+    return torch.randn(*shape, dtype=dtype, device="cuda", requires_grad=True)
+
+
+def wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def sine(dtype, batch, length, heads, features, sines, real):
+    x = leaf(batch, length, heads, features, dtype=dtype)
+    freqs = leaf(heads, features, sines, dtype=wide(dtype))
+    weight = leaf(heads, features, 2 * sines, real, dtype=wide(dtype))
+    constant = leaf(heads, features, real, dtype=wide(dtype))
+    positions = leaf(length, dtype=torch.float64)
+    for p in (None, positions):
+        out = torch.ops.torch_spe.sine_filter(x, freqs, weight, constant, p)
+        out.backward(torch.randn_like(out))
+
+
+def phasors(dtype, batch, length, heads, features, sines, real):
+    x = leaf(batch, length, heads, features, dtype=dtype)
+    for count, function, coefficients in (
+        (real, torch.ops.torch_spe.phasor_filter, (2,)),
+        (sines, torch.ops.torch_spe.sine_features, ()),
+    ):
+        freqs = leaf(heads, features, count, dtype=wide(dtype))
+        values = leaf(heads, features, count, *coefficients, dtype=wide(dtype))
+        for positions in (None, leaf(length, dtype=torch.float64)):
+            out = function(x, freqs, values, positions=positions)
+            out.backward(torch.randn_like(out))
+
+
+def conv(dtype, batch, length, heads, features, taps, real):
+    x = leaf(batch, length, heads, features, dtype=dtype)
+    kernel = leaf(heads, features, taps, dtype=wide(dtype))
+    noise = leaf(heads, features, length + taps - 1, real, dtype=wide(dtype))
+    constant = leaf(heads, features, real, dtype=wide(dtype))
+    seed = torch.full((), 3, dtype=torch.int64, device="cuda")
+    conv_filter = torch.ops.torch_spe.conv_filter
+    for out in (
+        conv_filter(x, kernel, noise, constant),
+        conv_filter(x, kernel, None, constant, seed, real, "gaussian"),
+        conv_filter(x, kernel, None, None, seed, real, "rademacher", [4]),
+    ):
+        out.backward(torch.randn_like(out))
+    torch.ops.torch_spe.conv_noise(seed, heads, features, [length], real, "gaussian", [3])
+
+
+def attention(dtype, batch, length, heads, features, sines, real):
+    q, k = (leaf(batch, length, heads, features, dtype=dtype) for _ in range(2))
+    v = leaf(batch, length, heads, real, dtype=dtype)
+    s = leaf(batch, heads, features, real, dtype=wide(dtype))
+    z = torch.rand(batch, heads, features, dtype=wide(dtype), device="cuda", requires_grad=True)
+    mask = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
+    mask[:, 3:5] = True
+    for causal in (False, True):
+        out, s1, z1 = torch.ops.torch_spe.linear_attention(
+            q, k, v, "elu", causal, True, 1e-3, mask, None, s, z, True
+        )
+        (out.float().sum() + s1.sum() + z1.sum()).backward()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Runs operators through the CUDA kernels: on a GPU, or compiled for the CPU and emulated."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+import torch_spe  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+# TORCH_SPE_EMULATION=libtorch_spe_emulated_sanitized.so, with the sanitizers' libraries preloaded,
+# runs under AddressSanitizer and UBSan.
+EMULATION = os.environ.get("TORCH_SPE_EMULATION", "libtorch_spe_emulated.so")
+LIBRARY = BUILD / "tests" / "cuda_emulation" / EMULATION
+SCHEDULES = os.environ.get("TORCH_SPE_SCHEDULES", "fifo lifo random:1").split()
+# Tensors are tiny; threads that wait for each other cost more than they save.
+torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def emulated(schedule="fifo", may_launch_nothing=False):
+    """Within, operators on CPU tensors run the CUDA kernels, threads scheduled as told."""
+    if not hasattr(torch.ops.torch_spe_emulation, "enable"):
+        torch.ops.load_library(str(LIBRARY))
+    torch.ops.torch_spe_emulation.set_schedule(schedule)
+    torch.ops.torch_spe_emulation.enable(True)
+    launches = torch.ops.torch_spe_emulation.launches()
+    try:
+        yield
+        assert may_launch_nothing or torch.ops.torch_spe_emulation.launches() > launches
+    finally:
+        torch.ops.torch_spe_emulation.enable(False)
+
+
+def on(device, tensor):
+    """A tensor on a device, with the same strides, also where they overlap."""
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type == device:
+        return tensor
+    size = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    if tensor.numel() == 0:
+        return tensor.to(device)
+    flat = tensor.detach().as_strided((size,), (1,)).to(device)
+    return flat.as_strided(tensor.shape, tensor.stride())
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Within, memory that PyTorch hands out uninitialised is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(function, inputs, grads, wanted=None, device="cpu"):
+    """Outputs of ``function(*inputs)`` and, for its output gradients ``grads``, those of inputs.
+
+    ``wanted`` are the numbers of the inputs to differentiate by; default are all of a float type.
+    """
+    if wanted is None:
+        wanted = [
+            i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.is_floating_point()
+        ]
+    leaves = [on(device, t.detach() if isinstance(t, torch.Tensor) else t) for t in inputs]
+    for i in wanted:
+        leaves[i].requires_grad_()
+    with poisoned():
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not wanted:
+            return [t.detach().cpu() for t in outputs]
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        pairs = [(o, on(device, g)) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        used, grads = zip(*pairs, strict=True)
+        results = torch.autograd.grad(used, [leaves[i] for i in wanted], grads)
+    return [t.detach().cpu() for t in (*outputs, *results)]
+
+
+def check(got, expected, tolerance):
+    for actual, right in zip(got, expected, strict=True):
+        assert actual.dtype == right.dtype
+        assert actual.shape == right.shape
+        if actual.numel() == 0:
+            continue
+        scale = right.double().abs().max().clamp(min=1e-3)
+        error = (actual.double() - right.double()).abs().max() / scale
+        assert error <= tolerance, f"{error} in {list(right.shape)}"
+
+
+def compare_emulated(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):
+    """Emulated kernels agree with the CPU's under all schedules, and bit for bit among them."""
+    expected = run(function, inputs, grads, wanted)
+    first = None
+    for schedule in SCHEDULES:
+        with emulated(schedule, may_launch_nothing):
+            got = run(function, inputs, grads, wanted)
+        check(got, expected, tolerance)
+        first = first or got
+        for actual, right in zip(got, first, strict=True):
+            assert torch.equal(actual, right), f"{schedule} differs from {SCHEDULES[0]}"
+
+
+def compare_cuda(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):
+    """The GPU agrees with the CPU, and with itself bit for bit."""
+    expected = run(function, inputs, grads, wanted)
+    got = run(function, inputs, grads, wanted, "cuda")
+    check(got, expected, tolerance)
+    for actual, again in zip(got, run(function, inputs, grads, wanted, "cuda"), strict=True):
+        assert torch.equal(actual, again)

@@ -1,0 +1,495 @@
+"""The CUDA kernels against those of the CPU: on a GPU, and their own source emulated on the CPU."""
+
+import pytest
+import torch
+from cuda_backends import LIBRARY, compare_cuda, compare_emulated, on, run
+
+import torch_spe
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def compare(request):
+    if request.param == "emulated":
+        if not LIBRARY.exists():
+            pytest.skip(f"{LIBRARY.name} is not built (CMake option TORCH_SPE_TESTS)")
+        return compare_emulated
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return compare_cuda
+
+
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+DTYPES = list(TOLERANCES)
+
+
+def sine_inputs(dtype, batch, length, heads, features, sines, real, constant, ndim=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, length, heads, features, generator=g).to(dtype)
+    grid = (ndim,) if ndim else ()
+    freqs = torch.rand(heads, features, sines, *grid, generator=g).to(wide) / 2
+    weight = torch.randn(heads, features, 2 * sines, real, generator=g).to(wide)
+    scale = max(1, features * sines) ** -0.5
+    c = torch.randn(heads, features, real, generator=g).to(wide) * scale if constant else None
+    positions = torch.randn(length, ndim, generator=g).double() * 9 if ndim else None
+    grad = torch.randn(batch, length, heads, real, generator=g).to(dtype)
+    return [x, freqs, weight * scale, c, positions], grad
+
+
+SINE_SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1, 1, False),
+    "odd": (3, 37, 2, 5, 3, 7, True),
+    "several tiles": (1, 130, 1, 9, 4, 70, True),
+    "aligned": (2, 64, 1, 16, 2, 64, False),
+    "large batch": (18, 9, 1, 3, 2, 8, True),
+    "many sines": (2, 20, 1, 2, 40, 9, True),
+    "grid of positions": (2, 21, 2, 3, 2, 6, True, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SINE_SHAPES.values(), ids=SINE_SHAPES)
+def test_sine_filter(compare, shape, dtype):
+    inputs, grad = sine_inputs(dtype, *shape)
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [0, 2]], ids=str)
+def test_some_gradients_of_the_sine_filter(compare, wanted):
+    inputs, grad = sine_inputs(torch.float32, *SINE_SHAPES["several tiles"])
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[torch.float32], wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sine_filter_with_strides(compare, dtype):
+    (x, freqs, weight, constant, _), grad = sine_inputs(dtype, 2, 35, 2, 4, 2, 6, True)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:1].expand(3, -1, -1, -1)
+    grad = grad[:1, :, :, :1].expand(3, -1, -1, 6)
+    inputs = [x, freqs, weight, constant, None]
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[dtype])
+
+
+def test_sine_filter_far_from_the_origin(compare):
+    inputs, grad = sine_inputs(torch.float32, 1, 20, 1, 3, 2, 4, False)
+
+    def function(*tensors):
+        return torch.ops.torch_spe.sine_filter(*tensors, start=1e6)
+
+    compare(function, inputs, grad, TOLERANCES[torch.float32])
+
+
+@pytest.fixture(params=["fp32_precision", "allow_tf32"])
+def tf32(request):
+    """TF32 allowed, by each of PyTorch's two settings."""
+    matmul = torch.backends.cuda.matmul
+    if request.param == "allow_tf32":
+        matmul.allow_tf32 = True
+        yield
+        matmul.allow_tf32 = False
+    else:
+        old, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        yield
+        matmul.fp32_precision = old
+
+
+def test_tf32(compare, tf32):
+    inputs, grad = sine_inputs(torch.float32, 3, 37, 2, 5, 3, 7, True)
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, 4e-3)
+    with pytest.raises(AssertionError):  # it is used
+        compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[torch.float32])
+    inputs, grads = attention_inputs(torch.float32, 1, 70, 70, 2, 9, 6)
+    compare(attention(causal=True), inputs, grads, 4e-3)
+
+
+EMPTY = {
+    "no batch": (0, 9, 2, 3, 2, 4, True),
+    "no positions": (2, 0, 2, 3, 2, 4, True),
+    "no heads": (2, 9, 0, 3, 2, 4, True),
+    "no features": (2, 9, 2, 0, 2, 4, True),
+}
+
+
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
+def test_empty_tensors_in_the_sine_filter(compare, shape):
+    inputs, grad = sine_inputs(torch.float32, *shape)
+    compare(torch.ops.torch_spe.sine_filter, inputs, grad, 0, may_launch_nothing=True)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", [(0, 5, 5, 2, 3, 4), (2, 5, 5, 0, 3, 4)], ids=["batch", "heads"])
+def test_empty_tensors_in_linear_attention(compare, shape, causal):
+    inputs, grads = attention_inputs(torch.float32, *shape)
+    compare(attention(causal=causal), inputs, grads, 0, may_launch_nothing=True)
+
+
+def phasor_inputs(dtype, batch, length, heads, features, pairs, constant, ndim=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, length, heads, features, generator=g).to(dtype)
+    grid = (ndim,) if ndim else ()
+    freqs = torch.rand(heads, features, pairs, *grid, generator=g).to(wide) / 2
+    coefficients = torch.randn(heads, features, pairs, 2, generator=g).to(wide)
+    c = torch.randn(heads, features, 2 * pairs, generator=g).to(wide) if constant else None
+    positions = torch.randn(length, ndim, generator=g).double() * 9 if ndim else None
+    grad = torch.randn(batch, length, heads, 2 * pairs, generator=g).to(dtype)
+    return [x, freqs, coefficients, c, positions], grad
+
+
+def feature_inputs(dtype, batch, length, heads, features, sines, constant, ndim=0, seed=0):
+    (x, freqs, two, _, positions), _ = phasor_inputs(
+        dtype, batch, length, heads, features, sines, False, ndim, seed
+    )
+    g = torch.Generator().manual_seed(seed + 1)
+    c = torch.randn(heads, features, generator=g).to(two.dtype) if constant else None
+    outputs = (2 * sines + constant) * features
+    grad = torch.randn(batch, length, heads, outputs, generator=g).to(dtype)
+    offsets = None if ndim else two[..., 1].contiguous()
+    return [x, freqs, two[..., 0].contiguous(), offsets, c, positions], grad
+
+
+PHASOR_OPERATORS = {  # operator, inputs
+    "phasor_filter": (torch.ops.torch_spe.phasor_filter, phasor_inputs),
+    "sine_features": (torch.ops.torch_spe.sine_features, feature_inputs),
+}
+PHASOR_SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1, False),
+    "odd": (3, 37, 2, 5, 7, True),
+    "several tiles": (1, 130, 1, 40, 35, True),
+    "large batch": (9, 20, 1, 16, 8, False),
+    "grid of positions": (2, 21, 2, 3, 6, True, 2),
+    "no batch": (0, 9, 2, 3, 4, True),
+    "no positions": (2, 0, 2, 3, 4, True),
+    "no features": (2, 9, 2, 0, 4, True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PHASOR_SHAPES.values(), ids=PHASOR_SHAPES)
+@pytest.mark.parametrize("operator", PHASOR_OPERATORS)
+def test_phasors(compare, operator, shape, dtype):
+    function, make = PHASOR_OPERATORS[operator]
+    inputs, grad = make(dtype, *shape)
+    compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=inputs[0].numel() == 0)
+
+
+@pytest.mark.parametrize("operator", PHASOR_OPERATORS)
+def test_some_gradients_of_phasors(compare, operator):
+    function, make = PHASOR_OPERATORS[operator]
+    inputs, grad = make(torch.float32, *PHASOR_SHAPES["grid of positions"])
+    for wanted in range(len(inputs)):
+        if inputs[wanted] is not None:
+            compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
+
+
+@pytest.mark.parametrize("operator", PHASOR_OPERATORS)
+def test_phasors_with_strides_far_from_the_origin(compare, operator):
+    function, make = PHASOR_OPERATORS[operator]
+    (x, *rest), grad = make(torch.float32, 2, 35, 2, 4, 3, False)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:1].expand(3, -1, -1, -1)
+    grad = grad[:1, :, :, :1].expand(3, -1, -1, grad.shape[3])
+
+    def far(*tensors):
+        return function(*tensors, start=1e6)
+
+    compare(far, [x, *rest], grad, TOLERANCES[torch.float32])
+
+
+CONV_SHAPES = {  # batch, positions, heads, features, taps, realizations, constant
+    "one of everything": (1, (1,), 1, 1, (1,), 1, False),
+    "odd": (3, (37,), 2, 5, (7,), 9, True),
+    "several tiles": (1, (130,), 1, 2, (70,), 40, True),
+    "large batch": (9, (9,), 1, 2, (3,), 8, False),
+    "images": (2, (5, 6), 1, 2, (3, 2), 6, True),
+    "volumes": (1, (3, 2, 5), 1, 2, (2, 2, 3), 34, False),
+    "no batch": (0, (9,), 2, 3, (4,), 4, True),
+    "no positions": (2, (0,), 2, 3, (4,), 4, True),
+    "no features": (2, (9,), 2, 0, (4,), 4, True),
+}
+NOISE = {  # kind, strides of one and more dimensions; None for given noise
+    "gaussian": ("gaussian", [1]),
+    "signs": ("rademacher", [1]),
+    "polyphase": ("gaussian", [4, 1, 3]),
+    "polyphase signs": ("rademacher", [64, 2, 2]),
+    "given": None,
+}
+
+
+def conv_inputs(dtype, noise, batch, size, heads, features, taps, real, constant):
+    g = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, *size, heads, features, generator=g).to(dtype)
+    kernel = torch.randn(heads, features, *taps, generator=g).to(wide)
+    c = torch.randn(heads, features, real, generator=g).to(wide) if constant else None
+    grad = torch.randn(batch, *size, heads, real, generator=g).to(dtype)
+    z = None
+    if noise is None:
+        line = [n + t - 1 for n, t in zip(size, taps, strict=True)]
+        z = torch.randn(heads, features, *line, real, generator=g).to(wide)
+    return [x, kernel, z, c], grad
+
+
+def conv(noise, ndim, real, start=()):
+    def function(x, kernel, z, constant):
+        if noise is None:
+            return torch.ops.torch_spe.conv_filter(x, kernel, z, constant)
+        kind, stride = noise
+        seed = torch.full((), -7, dtype=torch.int64, device=x.device)
+        return torch.ops.torch_spe.conv_filter(
+            *(x, kernel, z, constant, seed, real, kind),
+            *(stride[:ndim] if len(stride) > 1 else stride, start),
+        )
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+@pytest.mark.parametrize("shape", CONV_SHAPES.values(), ids=CONV_SHAPES)
+def test_conv_filter(compare, shape, noise, dtype):
+    if dtype in (torch.float32, torch.float16) and shape != CONV_SHAPES["odd"]:
+        pytest.skip("the other types go the same way")
+    inputs, grad = conv_inputs(dtype, noise, *shape)
+    function = conv(noise, len(shape[1]), shape[5])
+    compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=inputs[0].numel() == 0)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
+def test_some_gradients_of_the_conv_filter(compare, noise):
+    inputs, grad = conv_inputs(torch.float32, NOISE[noise], *CONV_SHAPES["odd"])
+    for wanted in range(4):
+        if inputs[wanted] is not None:
+            function = conv(NOISE[noise], 1, 9)
+            compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
+
+
+def test_conv_filter_with_strides_and_start(compare):
+    (x, kernel, _, constant), grad = conv_inputs(torch.float32, (), 2, (35,), 2, 4, (5,), 6, True)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:1].expand(3, -1, -1, -1)
+    grad = grad[:1, :, :, :1].expand(3, -1, -1, 6)
+    function = conv(NOISE["polyphase"], 1, 6, [-(10**12)])
+    compare(function, [x, kernel, None, constant], grad, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("stride", [[], [3, 1, 5]], ids=["dense", "polyphase"])
+@pytest.mark.parametrize("size", [(9,), (3, 4), (2, 3, 4)], ids=str)
+def test_conv_noise(compare, size, stride, kind):
+    def function(seed):
+        return torch.ops.torch_spe.conv_noise(
+            seed, 2, 3, size, 130, kind, stride[: len(size)], [-5] * len(size)
+        )
+
+    compare(function, [torch.tensor(11)], None, 0)
+
+
+ATTENTION_SHAPES = {  # batch, queries, keys, heads, features, values
+    "one of everything": (1, 1, 1, 1, 1, 1),
+    "odd": (2, 37, 37, 2, 5, 7),
+    "several chunks": (1, 200, 200, 1, 33, 70),
+    "aligned": (2, 128, 128, 1, 64, 64),
+    "cross": (2, 30, 75, 1, 9, 6),
+    "no queries": (2, 0, 5, 1, 3, 4),
+    "no keys": (2, 5, 0, 1, 3, 4),
+}
+
+
+def attention_inputs(dtype, batch, queries, keys, heads, features, values, state=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    q = torch.randn(batch, queries, heads, features, generator=g).to(dtype)
+    k = torch.randn(batch, keys, heads, features, generator=g).to(dtype)
+    v = torch.randn(batch, keys, heads, values, generator=g).to(dtype)
+    grad = torch.randn(batch, queries, heads, values, generator=g).to(dtype)
+    s = torch.randn(batch, heads, features, values, generator=g).to(wide)
+    z = torch.rand(batch, heads, features, generator=g).to(wide) * 3
+    if not state:
+        return [q, k, v, None, None], (grad, None, None)
+    return [q, k, v, s, z], (grad, torch.randn(s.shape, generator=g).to(wide),
+                             torch.randn(z.shape, generator=g).to(wide))  # fmt: skip
+
+
+def attention(feature_map="elu", causal=False, normalize=True, state=False, eps=1e-3):
+    def function(q, k, v, s, z, mask=None, bounds=None):
+        return torch.ops.torch_spe.linear_attention(
+            q, k, v, feature_map, causal, normalize, eps, mask, bounds, s, z, state
+        )
+
+    return function
+
+
+ATTENTION_TOLERANCES = {**TOLERANCES, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES.values(), ids=ATTENTION_SHAPES)
+def test_linear_attention(compare, shape, causal, dtype):
+    if causal and shape[1] != shape[2]:
+        pytest.skip("causal attention has as many keys as queries")
+    inputs, grads = attention_inputs(dtype, *shape)
+    # With one key the output does not depend on the query, whose gradient is then only rounding.
+    function = attention(causal=causal, normalize=shape[2] > 1)
+    compare(function, inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("feature_map", ["identity", "relu"])
+def test_linear_attention_with_state_and_padding(compare, feature_map, causal, normalize, dtype):
+    if feature_map == "identity" and normalize:
+        pytest.skip("the denominator may vanish")
+    inputs, grads = attention_inputs(dtype, 2, 150, 150, 2, 5, 3, state=True)
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+    function = attention(feature_map, causal, normalize, state=True)
+    compare(function, [*inputs, mask], grads, ATTENTION_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 3, 3, 40], [0, 5, 39, 40]], ids=str)
+def test_linear_attention_of_packed_sequences(compare, bounds, causal):
+    # States are of the sequences: their tensors come from a batch of as many.
+    sequences = len(bounds) - 1
+    inputs, grads = attention_inputs(torch.float64, sequences, 1, 1, 2, 5, 3, state=True)
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.float64, 1, 40, 40, 2, 5, 3)
+    function = attention(causal=causal, state=True)
+    compare(function, [q, k, v, *inputs[3:], None, torch.tensor(bounds)], (grad, *grads[1:]), 1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_queries_without_any_weight(compare, causal):
+    inputs, grads = attention_inputs(torch.float32, 2, 70, 70, 2, 5, 3)
+    mask = torch.zeros(2, 70, dtype=torch.bool)
+    mask[0], mask[1, :9] = True, True
+    compare(attention("relu", causal, eps=0.0), [*inputs, mask], grads, 1e-5)
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4]], ids=str)
+def test_some_gradients_of_linear_attention(compare, wanted):
+    inputs, grads = attention_inputs(torch.float32, 1, 140, 140, 1, 3, 4, state=True)
+    compare(attention(causal=True, state=True), inputs, grads, 3e-6, wanted)
+
+
+def test_linear_attention_with_strides(compare):
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.float32, 2, 70, 70, 2, 8, 8)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    v = v[:, :, :1, :1].expand(-1, -1, 2, 8)
+    grad = grad[:1].expand(2, -1, -1, -1)
+    compare(attention(causal=True), [q, k, v, None, None], (grad, None, None), 3e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_states_beyond_the_range_of_float16(compare, causal):
+    (q, k, v, *_), grads = attention_inputs(torch.float16, 1, 300, 300, 1, 4, 4)
+    k, v = (k.abs() + 1) * 20, (v.abs() + 1) * 40  # sums of 300 products: above 240000
+    # Not by q: there the rounding of `out` to float16 is magnified.
+    compare(attention("relu", causal), [q, k, v, None, None], grads, 2e-2, wanted=[1, 2])
+
+
+@pytest.mark.parametrize("position", ["sine", "rotary", None])
+def test_layers_make_all_their_tensors_on_their_device(position):
+    # The meta device stands in for a GPU: mixed devices and reads of numbers fail there too.
+    layer = torch_spe.SPETransformerEncoderLayer(
+        16, 2, 32, batch_first=True, position=position, device="meta"
+    )
+    x = torch.randn(2, 10, 16, device="meta", requires_grad=True)
+    for mode in (True, False):
+        out = layer.train(mode)(x)
+        out.sum().backward()
+        assert out.device == x.grad.device == x.device
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def cases():
+    """An operator, inputs and output gradients, of moderate size."""
+    inputs, grad = sine_inputs(torch.bfloat16, 2, 300, 2, 16, 4, 32, True)
+    yield torch.ops.torch_spe.sine_filter, inputs, grad
+    inputs, grads = attention_inputs(torch.bfloat16, 2, 300, 300, 2, 32, 32)
+    yield attention(causal=True), inputs, grads
+    for function, make in PHASOR_OPERATORS.values():
+        yield function, *make(torch.bfloat16, 2, 300, 2, 16, 16, True)
+    for noise in ("gaussian", "polyphase signs"):
+        inputs, grad = conv_inputs(torch.bfloat16, NOISE[noise], 2, (300,), 2, 16, (100,), 32, True)
+        yield conv(NOISE[noise], 1, 32), inputs, grad
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", list(cases()) if torch.cuda.is_available() else [None])
+def test_other_streams_and_graphs(case):
+    function, inputs, grads = case
+    expected = run(function, inputs, grads, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = run(function, inputs, grads, device="cuda")
+    for actual, right in zip(got, expected, strict=True):
+        assert torch.equal(actual, right)
+
+    leaves = [on("cuda", t.detach()).requires_grad_() if t is not None else t for t in inputs]
+    grads = [on("cuda", g) for g in (grads if isinstance(grads, tuple) else (grads,))]
+
+    def step():
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [t for t in leaves if t is not None]
+        return [outputs[0], *torch.autograd.grad(outputs[0], wanted, grads[0])]
+
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].mul_(2)
+    graph.replay()
+    replayed = [t.detach().clone() for t in captured]
+    for actual, right in zip(replayed, step(), strict=True):
+        assert torch.equal(actual, right)
+
+
+@needs_gpu
+def test_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for function, inputs, grads in cases():
+        with torch.cuda.device(0):
+            got = run(function, inputs, grads, device="cuda:1")
+        for actual, right in zip(got, run(function, inputs, grads, device="cuda"), strict=True):
+            assert torch.equal(actual, right)
+
+
+@needs_gpu
+def test_tensors_of_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free memory")
+    length = (2**31 + 2**24) // 64
+    inputs, _ = sine_inputs(torch.bfloat16, 1, 128, 1, 64, 1, 64, False)
+    _, freqs, weight, _, _ = (on("cuda", t) for t in inputs)
+    x = torch.randn(1, length, 1, 64, device="cuda", dtype=torch.bfloat16)
+    out = torch.ops.torch_spe.sine_filter(x, freqs, weight)
+    last = torch.ops.torch_spe.sine_filter(
+        x[:, -100:], freqs, weight, start=float(length - 100)
+    )  # fmt: skip
+    assert torch.equal(out[:, -64:], last[:, -64:])
+    del x, last
+    attended = torch.ops.torch_spe.linear_attention(out, out, out, "elu", True)[0]
+    assert attended[:, -1000:].isfinite().all()
+
+
+@needs_gpu
+def test_packed_sequences_do_not_wait_for_the_device():
+    q = torch.randn(1, 10, 1, 4, device="cuda")
+    bounds = torch.tensor([0, 4, 10], device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.ops.torch_spe.linear_attention(q, q, q, "elu", True, cu_seqlens=bounds)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
