@@ -55,7 +55,9 @@ def forward(implementation: cases.Implementation) -> object:
 
 def forward_and_backward(implementation: cases.Implementation) -> object:
     outs = implementation.run()
-    return torch.autograd.grad(outs, implementation.inputs, [torch.ones_like(o) for o in outs])
+    if implementation.grad_outputs is None:
+        implementation.grad_outputs = [torch.ones_like(out) for out in outs]
+    return torch.autograd.grad(outs, implementation.inputs, implementation.grad_outputs)
 
 
 def measure_direction(
@@ -90,14 +92,22 @@ def measure_case(
     case: cases.Case, device: str, seconds: float, machine: measure.Machine
 ) -> list[dict]:
     """One row for each implementation."""
+    # Least bytes to move: inputs and outputs, and, backward, these and their gradients.
+    read = sum(t.nbytes for t in case.implementations[0].inputs)
+    written = sum(t.nbytes for t in forward(case.implementations[0]))
     rows = {
         i.name: {"case": case.name, **case.shape, "implementation": i.name}
         for i in case.implementations
         if i.timed
     }
-    for name, run, flops in (
-        ("forward", forward, case.flops),
-        ("forward+backward", forward_and_backward, case.flops + case.flops_backward),
+    for name, run, flops, moved in (
+        ("forward", forward, case.flops, read + written),
+        (
+            "forward+backward",
+            forward_and_backward,
+            case.flops + case.flops_backward,
+            3 * read + 2 * written,
+        ),
     ):
         measured = measure_direction(case, run, device, seconds)
         time, memory = measured["torch_spe"]
@@ -109,6 +119,7 @@ def measure_case(
             row[f"{name} memory ratio"] = its_memory / max(memory, 1)
         rows["torch_spe"][f"{name} GFLOP/s"] = flops / time / 1e9
         rows["torch_spe"][f"{name} share"] = flops / time / 1e9 / machine.gflops
+        rows["torch_spe"][f"{name} share of the bandwidth"] = moved / time / 1e9 / machine.gbytes
     return list(rows.values())
 
 
@@ -123,14 +134,15 @@ def table(rows: list[dict]) -> str:
             lines += [
                 "", f"**{head}**", "",
                 "| implementation | forward | ratio | memory | forward+backward | ratio | memory "
-                "| GFLOP/s (share of the matrix product) |",
+                "| GFLOP/s (share of the matrix product, share of the bandwidth) |",
                 "|---|---:|---:|---:|---:|---:|---:|---|",
             ]  # fmt: skip
             shown = head
         rate = ""
         if "forward share" in row:
             rate = " / ".join(
-                f"{row[f'{name} GFLOP/s']:.0f} ({row[f'{name} share']:.0%})"
+                f"{row[f'{name} GFLOP/s']:.0f} ({row[f'{name} share']:.0%}, "
+                f"{row[f'{name} share of the bandwidth']:.0%})"
                 for name in ("forward", "forward+backward")
             )
         cells = [
@@ -145,7 +157,10 @@ def main() -> None:
     """Parse the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help="sine, conv, attention, layer (default: all)"
+        "cases",
+        nargs="*",
+        metavar="CASE",
+        help="sine, phasor, exact, conv, attention, layer (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -163,6 +178,8 @@ def main() -> None:
     published = cases.published_module(args.spe_checkout) if args.spe_checkout else None
     makers = {
         "sine": lambda b, n, *a: cases.sine(b, n, *a, published=published),
+        "phasor": lambda b, n, *a: cases.phasor(b, n, *a, published=published),
+        "exact": cases.exact,
         "conv": lambda b, n, *a: cases.conv(b, n, *a, published=published),
         "attention": cases.attention,
         "layer": cases.layer,
@@ -170,7 +187,7 @@ def main() -> None:
     unknown = set(args.cases) - set(makers)
     if unknown:
         parser.error(f"unknown case {', '.join(sorted(unknown))}: expected {', '.join(makers)}")
-    machine = measure.machine(args.device)
+    machine = measure.machine(args.device, DTYPES[args.dtype])
     print(
         f"{machine.name}, {machine.threads} threads, {os.cpu_count()} cores: "
         f"matrix product {machine.gflops:.0f} GFLOP/s, copy {machine.gbytes:.0f} GB/s; "
@@ -183,21 +200,16 @@ def main() -> None:
         case = makers[name](batch, length, args.device, DTYPES[args.dtype])
         check(case, DTYPES[args.dtype])
         rows += measure_case(case, args.device, args.seconds, machine)
+        if args.output:  # at once: whoever is stopped keeps what was measured
+            result = {"machine": machine.__dict__, "torch": torch.__version__}
+            write(args.output, {**result, "dtype": args.dtype, "rows": rows})
     print(table(rows))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps(
-                {
-                    "machine": machine.__dict__,
-                    "torch": torch.__version__,
-                    "dtype": args.dtype,
-                    "rows": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+
+
+def write(file: Path, content: dict) -> None:
+    """Write JSON, in a folder that need not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Implementation:
     inputs: list[Tensor]
     function: str = ""
     timed: bool = True  # or only there to compare results with
+    grad_outputs: list[Tensor] | None = None  # what it is differentiated with; made once
 
 
 @dataclass
@@ -101,17 +102,118 @@ def sine(
         ],
     )
     if published is not None:
-        their_spe = published.SineSPE(heads, features, realizations, sines).to(device)
-        their_filter = published.SPEFilter(code_shape=their_spe.code_shape).to(device)
-        their_spe.load_state_dict(spe.state_dict())
-        their_filter.load_state_dict(filt.state_dict())
-
-        def theirs() -> tuple[Tensor, ...]:
-            return their_filter(q, k, their_spe((batch, length)))
-
-        inputs = [q, k, *their_spe.parameters(), *their_filter.parameters()]
-        case.implementations.append(Implementation("published code", theirs, inputs))
+        case.implementations.append(_published_sine(published, spe, filt, q, k, "published code"))
     return case
+
+
+def _published_sine(published, spe, filt, q: Tensor, k: Tensor, name: str) -> Implementation:
+    """The published SineSPE and filter of the same sizes and parameters."""
+    theirs = published.SineSPE(
+        spe.num_heads, spe.in_features, spe.num_realizations, spe.num_sines
+    ).to(q.device)
+    their_filter = published.SPEFilter(code_shape=theirs.code_shape).to(q.device)
+    theirs.load_state_dict(spe.state_dict())
+    their_filter.load_state_dict(filt.state_dict())
+    return Implementation(
+        name,
+        lambda: their_filter(q, k, theirs(q.shape[:2])),
+        [q, k, *theirs.parameters(), *their_filter.parameters()],
+    )
+
+
+def phasor(
+    batch: int, length: int, device: str, dtype: torch.dtype, published=None,
+    heads: int = 8, features: int = 64, realizations: int = 64, sines: int = 10,
+) -> Case:  # fmt: skip
+    """Gated SineSPE with phase noise, drawing the noise and encoding both queries and keys."""
+    q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    spe = torch_spe.SineSPE(heads, features, realizations, sines, noise="phase").to(device)
+    filt = torch_spe.SPEFilter(code_shape=spe.code_shape).to(device)
+
+    def plain() -> tuple[Tensor, ...]:
+        code = spe((batch, length))
+        gate = filt.gate.sigmoid()[..., None]
+        constant = gate.sqrt() * code.draw_gate_noise() / (realizations * features) ** 0.25
+        return tuple(
+            reference.phasor_filter(
+                x, code.freqs, (1 - gate).sqrt()[..., None] * coefficients, constant
+            )
+            for x, coefficients in (
+                (q, code.query_coefficients),
+                (k, code.key_coefficients),
+            )
+        )
+
+    inputs = [q, k, *spe.parameters(), *filt.parameters()]
+    pairs = 1.0 * length * heads * features * realizations / 2
+    # A pair's code is 5 operations, with the gate 7; a row of x takes 4. Backward, the codes again,
+    # a row takes 8, and 14 follow for the parameters.
+    case = Case(
+        "SineSPE, phase noise",
+        {"B": batch, "N": length, "H": heads, "D": features, "R": realizations, "K": sines},
+        flops=2 * pairs * (7 + 4 * batch),
+        flops_backward=2 * pairs * (7 + 8 * batch + 14),
+        implementations=[
+            Implementation("torch_spe", lambda: filt(q, k, spe((batch, length))), inputs),
+            Implementation("materializing reference", plain, inputs, timed=False),
+        ],
+    )
+    dense = torch_spe.SineSPE(heads, features, realizations, sines).to(device)
+    dense.load_state_dict(spe.state_dict())
+    case.implementations.append(
+        Implementation(
+            "(torch_spe, Gaussian noise)",
+            lambda: filt(q, k, dense((batch, length))),
+            [q, k, *dense.parameters(), *filt.parameters()],
+        )
+    )
+    if published is not None:
+        case.implementations.append(
+            _published_sine(published, spe, filt, q, k, "(published code, Gaussian noise)")
+        )
+    return case
+
+
+def exact(
+    batch: int, length: int, device: str, dtype: torch.dtype,
+    heads: int = 8, features: int = 64, sines: int = 1,
+) -> Case:  # fmt: skip
+    """Gated SineSPE without noise, beside a copy of as many numbers as it reads and writes."""
+    q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    spe = torch_spe.SineSPE(heads, features, num_sines=sines, noise="exact").to(device)
+    filt = torch_spe.SPEFilter(code_shape=spe.code_shape).to(device)
+
+    def plain() -> tuple[Tensor, ...]:
+        code = spe((batch, length))
+        gate, scale = filt.gate.sigmoid(), (2 * sines + 1) ** 0.25
+        amplitudes = scale * (1 - gate).sqrt()[..., None] * code.amplitudes
+        return tuple(
+            reference.sine_features(x, code.freqs, amplitudes, offsets, scale * gate.sqrt())
+            for x, offsets in ((q, code.offsets), (k, None))
+        )
+
+    inputs = [q, k, *spe.parameters(), *filt.parameters()]
+    with torch.no_grad():
+        qhat, khat = filt(q, k, spe((batch, length)))
+    copied = [t.detach().clone().requires_grad_() for t in (q, k, qhat, khat)]
+    numbers = 2.0 * batch * length * heads * features
+    return Case(
+        "SineSPE, no noise",
+        {"B": batch, "N": length, "H": heads, "D": features, "K": sines},
+        flops=numbers * (2 * sines + 1),
+        flops_backward=numbers * (4 * sines + 2),
+        implementations=[
+            Implementation("torch_spe", lambda: filt(q, k, spe((batch, length))), inputs),
+            Implementation("materializing reference", plain, inputs),
+            Implementation(
+                "(copy of inputs and outputs)", lambda: tuple(t.clone() for t in copied), copied
+            ),
+        ],
+    )
 
 
 def conv(
@@ -210,6 +312,16 @@ def attention(
             return ((out / normalizer[..., None]).transpose(1, 2),)
 
         case.implementations.append(Implementation("idiap/fast-transformers", theirs, inputs))
+
+    if device == "cuda" and importlib.util.find_spec("fla") is not None:
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        def fla() -> tuple[Tensor, ...]:
+            fq, fk = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+            return (chunk_linear_attn(fq, fk, v, scale=1.0, normalize=True)[0],)
+
+        # In brackets: its epsilon is another.
+        case.implementations.append(Implementation("(flash-linear-attention)", fla, inputs))
 
     def softmax() -> tuple[Tensor, ...]:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))

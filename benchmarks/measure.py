@@ -20,14 +20,14 @@ class Machine:
 
     name: str
     threads: int
-    gflops: float  # of a large float32 matrix product
+    gflops: float  # of a large matrix product: float32 on the CPU, of the type measured on a GPU
     gbytes: float  # of a large copy, bytes read plus bytes written
 
 
-def machine(device: str) -> Machine:
+def machine(device: str, dtype: torch.dtype) -> Machine:
     """Measure the limits of `device`."""
-    n = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    n, dtype = (2048, torch.float32) if device == "cpu" else (8192, dtype)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**26, device=device)
     target = torch.empty_like(source)
     product = statistics.median(times(lambda: a @ b, device, 7))

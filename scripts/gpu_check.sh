@@ -5,9 +5,10 @@
 #
 # usage: scripts/gpu_check.sh OUT_DIR [PART ...]    parts: build tests memcheck racecheck benchmarks
 # PYTHON is the interpreter that has torch (default: .venv/bin/python if there is one, else python3).
+# SPE_CHECKOUT, a checkout of aliutkus/spe, is measured beside the library.
 set -u
 if [ $# -lt 1 ]; then
-  sed -n '6,7s/^# //p' "$0" >&2
+  sed -n '6,8s/^# //p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -74,7 +75,8 @@ else
 fi
 for dtype in bfloat16 float32; do
   part "benchmarks-$dtype" 50 "$PYTHON" -m benchmarks --device cuda --dtype "$dtype" --seconds 0.5 \
-    --batch 8 --length 512 4096 --output "$OUT_DIR/benchmarks-$dtype.json"
+    --batch 8 --length 4096 512 ${SPE_CHECKOUT:+--spe-checkout "$SPE_CHECKOUT"} \
+    --output "$OUT_DIR/benchmarks-$dtype.json"
 done
 
 printf '{"results": [%s]}\n' "$(IFS=,; echo "${RESULTS[*]}")" > "$OUT_DIR/results.json"

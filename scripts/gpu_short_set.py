@@ -18,6 +18,8 @@ def main():
     for dtype in dtypes:
         for shape in shapes:
             sine(dtype, *shape)
+            phasors(dtype, *shape)
+            conv(dtype, *shape)
             attention(dtype, *shape)
     torch.cuda.synchronize()
     print("done")
@@ -40,6 +42,35 @@ def sine(dtype, batch, length, heads, features, sines, real):
     for p in (None, positions):
         out = torch.ops.torch_spe.sine_filter(x, freqs, weight, constant, p)
         out.backward(torch.randn_like(out))
+
+
+def phasors(dtype, batch, length, heads, features, sines, real):
+    x = leaf(batch, length, heads, features, dtype=dtype)
+    for count, function, coefficients in (
+        (real, torch.ops.torch_spe.phasor_filter, (2,)),
+        (sines, torch.ops.torch_spe.sine_features, ()),
+    ):
+        freqs = leaf(heads, features, count, dtype=wide(dtype))
+        values = leaf(heads, features, count, *coefficients, dtype=wide(dtype))
+        for positions in (None, leaf(length, dtype=torch.float64)):
+            out = function(x, freqs, values, positions=positions)
+            out.backward(torch.randn_like(out))
+
+
+def conv(dtype, batch, length, heads, features, taps, real):
+    x = leaf(batch, length, heads, features, dtype=dtype)
+    kernel = leaf(heads, features, taps, dtype=wide(dtype))
+    noise = leaf(heads, features, length + taps - 1, real, dtype=wide(dtype))
+    constant = leaf(heads, features, real, dtype=wide(dtype))
+    seed = torch.full((), 3, dtype=torch.int64, device="cuda")
+    conv_filter = torch.ops.torch_spe.conv_filter
+    for out in (
+        conv_filter(x, kernel, noise, constant),
+        conv_filter(x, kernel, None, constant, seed, real, "gaussian"),
+        conv_filter(x, kernel, None, None, seed, real, "rademacher", [4]),
+    ):
+        out.backward(torch.randn_like(out))
+    torch.ops.torch_spe.conv_noise(seed, heads, features, [length], real, "gaussian", [3])
 
 
 def attention(dtype, batch, length, heads, features, sines, real):

@@ -93,6 +93,11 @@ struct Words {
   typename Numbers::Word word[4];
 };
 
+// Word i; a GPU would put an array that is indexed by a variable into memory.
+TORCH_SPE_INLINE std::uint32_t word_of(const Words<ScalarNumbers>& words, std::int64_t i) {
+  return i == 0 ? words.word[0] : i == 1 ? words.word[1] : i == 2 ? words.word[2] : words.word[3];
+}
+
 template <class Numbers>
 TORCH_SPE_INLINE Words<Numbers> philox(Words<Numbers> counter, std::uint64_t key) {
   using Word = typename Numbers::Word;
@@ -169,11 +174,11 @@ TORCH_SPE_INLINE float noise_value(NoiseKind kind, std::uint64_t seed, int ndim,
       seed);
   if (kind == NoiseKind::kRademacher) {
     const std::int64_t bit = realization % 128;
-    return (words.word[bit / 32] >> (bit % 32) & 1u) != 0 ? -1.0f : 1.0f;
+    return (word_of(words, bit / 32) >> (bit % 32) & 1u) != 0 ? -1.0f : 1.0f;
   }
   const std::int64_t pair = realization % 4 / 2;
   float z0, z1;
-  normal_pair<ScalarNumbers>(words.word[2 * pair], words.word[2 * pair + 1], &z0, &z1);
+  normal_pair<ScalarNumbers>(word_of(words, 2 * pair), word_of(words, 2 * pair + 1), &z0, &z1);
   return realization % 2 == 0 ? z0 : z1;
 }
 

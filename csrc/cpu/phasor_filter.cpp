@@ -11,6 +11,15 @@ std::int64_t num_shared_rows(const PhasorFilterParams& p) {
   return min_of(p.batch, p.positions == nullptr ? 4 : 16);
 }
 
+// Heads that a thread goes through side by side, as their data lie in memory: no more than leaves
+// work for all threads, and than have their parameters and phasors in the level 2 cache.
+std::int64_t group_heads(const PhasorFilterParams& p) {
+  constexpr std::int64_t kCacheBytes = 1 << 19;
+  const std::int64_t bytes =
+      p.in_features * p.num_pairs * (12 * static_cast<std::int64_t>(sizeof(float)) + 8 * p.ndim);
+  return max_of(1, min_of(p.num_heads / p.num_threads, kCacheBytes / max_of(bytes, 1)));
+}
+
 // Features that are summed up in registers: as many as leave room for one row's three positions,
 // and for many rows more, as every row's sums are loaded and stored for a group.
 constexpr int group_size(bool one_row) { return one_row || kVectorBytes < 64 ? 2 : 4; }
@@ -29,37 +38,38 @@ class ForwardTile {
         consecutive_(p.positions == nullptr),
         features_(round_up(p.in_features, kGroup)),
         width_(round_up(p.num_pairs, kWidth)),
-        freqs_(p.ndim * features_ * width_),
-        coefficients_(2 * features_ * width_),
-        constant_(2 * features_ * width_),
-        table_(consecutive_ ? features_ : 0, width_),
+        rows_of_heads_(group_heads(p) * features_),
+        freqs_(p.ndim * rows_of_heads_ * width_),
+        coefficients_(2 * rows_of_heads_ * width_),
+        constant_(2 * rows_of_heads_ * width_),
+        table_(consecutive_ ? rows_of_heads_ : 0, width_),
         phasors_(consecutive_ ? 0 : kChunk * kGroup * 2 * kWidth),
         x_stride_(odd_lines<T>(features_)),
         x_(kChunk * num_shared_rows(p) * x_stride_),
         y_(kChunk * num_shared_rows(p) * 2 * width_) {}
 
-  // Copies a head's parameters with pairs along the lanes: freqs [ndim, D, R/2], coefficients and
-  // constant [D, 2, R/2], zero where features and pairs are filled up.
-  void set_head(std::int64_t head) {
-    const double* freqs = p_.freqs + head * p_.in_features * p_.num_pairs * p_.ndim;
-    const std::int64_t offset = head * p_.in_features * p_.num_pairs * 2;
-    const T* coefficients = static_cast<const T*>(p_.coefficients) + offset;
-    const T* constant =
-        p_.constant == nullptr ? nullptr : static_cast<const T*>(p_.constant) + offset;
-    for (std::int64_t d = 0; d < features_; ++d) {
+  // Copies the parameters of heads with pairs along the lanes: freqs [ndim, heads, D, R/2],
+  // coefficients and constant [heads, D, 2, R/2], zero where features and pairs are filled up.
+  void set_heads(std::int64_t first, std::int64_t count) {
+    const T* coefficients = static_cast<const T*>(p_.coefficients);
+    const T* constant = static_cast<const T*>(p_.constant);
+    for (std::int64_t row = 0; row < count * features_; ++row) {
+      const std::int64_t d = row % features_;
       for (std::int64_t i = 0; i < width_; ++i) {
         const bool inside = d < p_.in_features && i < p_.num_pairs;
-        const std::int64_t from = d * p_.num_pairs + i;
+        const std::int64_t from =
+            ((first + row / features_) * p_.in_features + d) * p_.num_pairs + i;
         for (std::int64_t a = 0; a < p_.ndim; ++a)
-          freqs_[(a * features_ + d) * width_ + i] = inside ? freqs[from * p_.ndim + a] : 0;
+          freqs_[(a * rows_of_heads_ + row) * width_ + i] =
+              inside ? p_.freqs[from * p_.ndim + a] : 0;
         for (std::int64_t part = 0; part < 2; ++part) {
-          const std::int64_t to = (2 * d + part) * width_ + i;
+          const std::int64_t to = (2 * row + part) * width_ + i;
           coefficients_[to] = inside ? coefficients[2 * from + part] : 0;
           constant_[to] = inside && constant != nullptr ? constant[2 * from + part] : 0;
         }
       }
     }
-    if (consecutive_) table_.set(freqs_, coefficients_, p_.length);
+    if (consecutive_) table_.set(count * features_, freqs_, coefficients_, p_.length);
   }
 
   // Goes on to the chunk at n, which starts a segment or follows the last chunk.
@@ -84,9 +94,11 @@ class ForwardTile {
     return y_ + ((i / kWidth * kChunk + t) * rows_ + b) * 2 * kWidth;
   }
 
-  // Makes y from x. Meanwhile other(step, steps) is called for steps 0 .. steps - 1.
+  // Makes y from x for one of the heads. Meanwhile other(step, steps) is called for steps 0 ..
+  // steps - 1.
   template <class Other>
-  void compute(const Other& other) {
+  void compute(std::int64_t head, const Other& other) {
+    first_row_ = head * features_;
     clear_missing_x();
     for (std::int64_t k = 0; k < kChunk * rows_ * 2 * width_; ++k) y_[k] = 0;
     const int group = group_size(rows_ == 1 && consecutive_);
@@ -125,8 +137,8 @@ class ForwardTile {
       const double* position = p_.positions + min_of(n_ + t, p_.length - 1) * p_.ndim;
       for (std::int64_t g = 0; g < kGroup; ++g) {
         T* out = phasors_ + (t * kGroup + g) * 2 * kWidth;
-        exact_phasors(p_.ndim, freqs_ + (d + g) * width_ + i, features_ * width_, kWidth, position,
-                      out, out + kWidth);
+        exact_phasors(p_.ndim, freqs_ + (first_row_ + d + g) * width_ + i, rows_of_heads_ * width_,
+                      kWidth, position, out, out + kWidth);
       }
     }
   }
@@ -139,10 +151,10 @@ class ForwardTile {
     Complex<T> coefficient[kSize], constant[kSize];
     TrioOfPhasors<T> trio[kSize];
     for (int g = 0; g < kSize; ++g) {
-      const std::int64_t at = 2 * (d + g) * width_ + i;
+      const std::int64_t at = 2 * (first_row_ + d + g) * width_ + i;
       coefficient[g] = load_complex<T>(coefficients_ + at, coefficients_ + at + width_);
       constant[g] = load_complex<T>(constant_ + at, constant_ + at + width_);
-      if constexpr (kConsecutive) trio[g].start(table_, d + g, i);
+      if constexpr (kConsecutive) trio[g].start(table_, first_row_ + d + g, i);
     }
     const T* x_row = x_ + d;
     T* y_row = y_ + i / kWidth * kChunk * rows * 2 * kWidth;
@@ -181,13 +193,14 @@ class ForwardTile {
   const PhasorFilterParams& p_;
   const bool consecutive_;
   const std::int64_t features_, width_;  // D and R/2, filled up
+  const std::int64_t rows_of_heads_;     // of the parameters: heads times features
   Workspace<double> freqs_;
   Workspace<T> coefficients_, constant_;
   PhasorTable<T> table_;
   Workspace<T> phasors_;
   const std::int64_t x_stride_;
   Workspace<T> x_, y_;
-  std::int64_t n_, size_, rows_;  // of the tile at hand
+  std::int64_t first_row_, n_, size_, rows_;  // of the tile at hand
 };
 
 template <class Storage>
@@ -197,19 +210,20 @@ class Forward {
  public:
   explicit Forward(const PhasorFilterParams& p) : p_(p), tile_(p) {}
 
-  // The positions [n0, n1) of a head, a segment.
-  void run(std::int64_t head, std::int64_t n0, std::int64_t n1) {
-    if (head != head_) tile_.set_head(head);
-    head_ = head;
-    for (Tiles tiles(p_.batch, num_shared_rows(p_), n0, n1); !tiles.done(); tiles.advance()) {
+  // The positions [n0, n1), a segment, of some heads.
+  void run(std::int64_t first_head, std::int64_t heads, std::int64_t n0, std::int64_t n1) {
+    if (first_head != first_head_) tile_.set_heads(first_head, heads);
+    first_head_ = first_head;
+    for (Tiles tiles(heads, p_.batch, num_shared_rows(p_), n0, n1); !tiles.done();
+         tiles.advance()) {
       const Tile tile = *tiles, next = tiles.next();
-      if (tile.b == 0) tile_.set_chunk(tile.n, tile.size, tile.n == n0);
+      if (tile.starts_chunk()) tile_.set_chunk(tile.n, tile.size, tile.n == n0);
       tile_.set_rows(tile.rows);
       for (std::int64_t t = 0; t < tile.size; ++t) {
         for (std::int64_t b = 0; b < tile.rows; ++b)
           load_row(x(tile, t, b), p_.x_strides[3], p_.in_features, tile_.x(t, b));
       }
-      tile_.compute([&](std::int64_t step, std::int64_t steps) {
+      tile_.compute(tile.head, [&](std::int64_t step, std::int64_t steps) {
         for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
           prefetch_row(x(next, t, b), p_.x_strides[3], p_.in_features);
         });
@@ -224,12 +238,13 @@ class Forward {
  private:
   const Storage* x(const Tile& tile, std::int64_t t, std::int64_t b) const {
     return static_cast<const Storage*>(p_.x) + (tile.b + b) * p_.x_strides[0] +
-           (tile.n + t) * p_.x_strides[1] + head_ * p_.x_strides[2];
+           (tile.n + t) * p_.x_strides[1] + (first_head_ + tile.head) * p_.x_strides[2];
   }
 
   Storage* out(const Tile& tile, std::int64_t t, std::int64_t b) const {
     return static_cast<Storage*>(p_.out) +
-           (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + head_) * 2 * p_.num_pairs;
+           (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + first_head_ + tile.head) * 2 *
+               p_.num_pairs;
   }
 
   void store_y(const Tile& tile) const {
@@ -251,19 +266,20 @@ class Forward {
 
   const PhasorFilterParams& p_;
   ForwardTile<T> tile_;
-  std::int64_t head_ = -1;
+  std::int64_t first_head_ = -1;
 };
 
 template <class Storage>
 void forward(const PhasorFilterParams& p) {
   const std::int64_t segments = (p.length + kSegment - 1) / kSegment;
+  const std::int64_t heads = group_heads(p), groups = (p.num_heads + heads - 1) / heads;
 #pragma omp parallel num_threads(p.num_threads)
   {
     Forward<Storage> worker(p);
 #pragma omp for schedule(static)
-    for (std::int64_t task = 0; task < p.num_heads * segments; ++task) {
-      const std::int64_t n0 = task % segments * kSegment;
-      worker.run(task / segments, n0, min_of(n0 + kSegment, p.length));
+    for (std::int64_t task = 0; task < groups * segments; ++task) {
+      const std::int64_t n0 = task % segments * kSegment, head = task / segments * heads;
+      worker.run(head, min_of(heads, p.num_heads - head), n0, min_of(n0 + kSegment, p.length));
     }
   }
 }
@@ -301,31 +317,32 @@ class BackwardTile {
       : p_(p),
         consecutive_(p.positions == nullptr),
         width_(filled_features<T>(p)),
-        freqs_(p.ndim * p.num_pairs * width_),
-        coefficients_(2 * p.num_pairs * width_),
-        constant_(2 * p.num_pairs * width_),
-        table_(consecutive_ ? p.num_pairs : 0, width_),
+        rows_of_heads_(group_heads(p) * p.num_pairs),
+        freqs_(p.ndim * rows_of_heads_ * width_),
+        coefficients_(2 * rows_of_heads_ * width_),
+        constant_(2 * rows_of_heads_ * width_),
+        table_(consecutive_ ? rows_of_heads_ : 0, width_),
         phasors_(consecutive_ ? 0 : kChunk * 2 * kWidth),
         grad_phase_(consecutive_ ? 0 : kChunk * kWidth),
-        x_(kChunk * num_shared_rows(p) * width_),
-        grad_x_(kChunk * num_shared_rows(p) * width_),
-        g_stride_(odd_lines<T>(2 * p.num_pairs)),
-        g_(kChunk * num_shared_rows(p) * g_stride_) {}
+        x_and_grad_x_(kChunk * num_shared_rows(p) * 2 * width_),
+        g_stride_(odd_lines<T>(2 * kChunk * num_shared_rows(p))),
+        g_(p.num_pairs * g_stride_) {}
 
-  // Copies a head's parameters with features along the lanes: freqs [ndim, R/2, D], coefficients
-  // and constant [R/2, 2, D], zero where features are filled up.
-  void set_head(std::int64_t head) {
-    const std::int64_t first = head * p_.in_features * p_.num_pairs;
+  // Copies the parameters of heads with features along the lanes: freqs [ndim, heads, R/2, D],
+  // coefficients and constant [heads, R/2, 2, D], zero where features are filled up.
+  void set_heads(std::int64_t first, std::int64_t count) {
     const T* coefficients = static_cast<const T*>(p_.coefficients);
     const T* constant = static_cast<const T*>(p_.constant);
-    for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+    for (std::int64_t row = 0; row < count * p_.num_pairs; ++row) {
+      const std::int64_t head = first + row / p_.num_pairs, i = row % p_.num_pairs;
       for (std::int64_t d = 0; d < width_; ++d) {
         const bool inside = d < p_.in_features;
-        const std::int64_t from = first + d * p_.num_pairs + i;
+        const std::int64_t from = (head * p_.in_features + d) * p_.num_pairs + i;
         for (std::int64_t a = 0; a < p_.ndim; ++a)
-          freqs_[(a * p_.num_pairs + i) * width_ + d] = inside ? p_.freqs[from * p_.ndim + a] : 0;
-        T* c = coefficients_ + 2 * i * width_ + d;
-        T* k = constant_ + 2 * i * width_ + d;
+          freqs_[(a * rows_of_heads_ + row) * width_ + d] =
+              inside ? p_.freqs[from * p_.ndim + a] : 0;
+        T* c = coefficients_ + 2 * row * width_ + d;
+        T* k = constant_ + 2 * row * width_ + d;
         for (std::int64_t part = 0; part < 2; ++part) {
           c[part * width_] = inside ? coefficients[2 * from + part] : 0;
           k[part * width_] = inside && constant != nullptr ? constant[2 * from + part] : 0;
@@ -336,13 +353,7 @@ class BackwardTile {
         }
       }
     }
-    if (consecutive_) table_.set(freqs_, coefficients_, p_.length);
-  }
-
-  // Where sums [R/2, num_sums, D filled up] and grad_positions [N, ndim] (or null) are added up.
-  void set_sums(double* sums, double* grad_positions) {
-    sums_ = sums;
-    grad_positions_ = grad_positions;
+    if (consecutive_) table_.set(count * p_.num_pairs, freqs_, coefficients_, p_.length);
   }
 
   void set_chunk(std::int64_t n, std::int64_t size, bool starts_segment) {
@@ -358,20 +369,28 @@ class BackwardTile {
 
   void set_rows(std::int64_t rows) { rows_ = rows; }
 
-  T* x(std::int64_t d, std::int64_t t, std::int64_t b) const { return x_ + offset(d, t, b); }
-  const T* grad_x(std::int64_t d, std::int64_t t, std::int64_t b) const {
-    return grad_x_ + offset(d, t, b);
+  // [D / lanes, t, b, 2, lanes]: a vector of x beside that of its gradient.
+  T* x(std::int64_t d, std::int64_t t, std::int64_t b) const {
+    return x_and_grad_x_ + ((d / kWidth * kChunk + t) * rows_ + b) * 2 * kWidth + d % kWidth;
   }
-  T* g(std::int64_t t, std::int64_t b) const {  // [t, b, R]
-    return g_ + (t * rows_ + b) * g_stride_;
+  T* grad_x(std::int64_t d, std::int64_t t, std::int64_t b) const { return x(d, t, b) + kWidth; }
+  T* g(std::int64_t i, std::int64_t t, std::int64_t b) const {  // [R/2, t, b, 2]
+    return g_ + i * g_stride_ + (t * rows_ + b) * 2;
   }
 
-  // Makes grad_x and adds to the sums. Meanwhile other(step, steps) is called for steps 0 .. steps
-  // - 1.
+  // Where sums [R/2, num_sums, D filled up] and grad_positions [N, ndim] (or null) of a head are
+  // added up.
+  void set_sums(double* sums, double* grad_positions) {
+    sums_ = sums;
+    grad_positions_ = grad_positions;
+  }
+
+  // Makes grad_x for one of the heads and adds to its sums. Meanwhile other(step, steps) is called
+  // for steps 0 .. steps - 1.
   template <class Other>
-  void compute(const Other& other) {
-    clear_missing();
-    for (std::int64_t k = 0; k < kChunk * rows_ * width_; ++k) grad_x_[k] = 0;
+  void compute(std::int64_t head, const Other& other) {
+    first_row_ = head * p_.num_pairs;
+    clear();
     const std::int64_t steps = width_ / kWidth * p_.num_pairs;
     std::int64_t step = 0;
     for (std::int64_t d = 0; d < width_; d += kWidth) {
@@ -379,28 +398,29 @@ class BackwardTile {
         other(step++, steps);
         if (!consecutive_) {
           fill_phasors(i, d);
-          add_pair<false, true, false>(i, d);
-          add_phase_gradients<T>(p_.ndim, size_, grad_phase_, p_.positions + n_ * p_.ndim,
-                                 freqs_ + i * width_ + d, p_.num_pairs * width_, sums(i, 4) + d,
-                                 width_,
-                                 grad_positions_ ? grad_positions_ + n_ * p_.ndim : nullptr);
+          add_pair<false, true, 0>(i, d);
+          add_phase_gradients<T>(
+              p_.ndim, size_, grad_phase_, p_.positions + n_ * p_.ndim,
+              freqs_ + (first_row_ + i) * width_ + d, rows_of_heads_ * width_, sums(i, 4) + d,
+              width_, p_.grad_positions == nullptr ? nullptr : grad_positions_ + n_ * p_.ndim);
         } else if (p_.constant == nullptr) {
-          rows_ == 1 ? add_pair<true, false, true>(i, d) : add_pair<true, false, false>(i, d);
+          add_pair_of_rows<false>(i, d);
         } else {
-          rows_ == 1 ? add_pair<true, true, true>(i, d) : add_pair<true, true, false>(i, d);
+          add_pair_of_rows<true>(i, d);
         }
       }
     }
   }
 
-  void finish_sums() {
+  // Turns a head's sums into gradients.
+  void finish_sums(std::int64_t head) {
     for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+      const T* coefficient = coefficients_ + 2 * (head * p_.num_pairs + i) * width_;
       double* re = sums(i, 0);
       double* im = sums(i, 1);
       for (std::int64_t d = 0; d < width_; ++d) {
         // w / conj(c) = w c / |c|^2
-        const double cr = coefficients_[2 * i * width_ + d];
-        const double ci = coefficients_[(2 * i + 1) * width_ + d];
+        const double cr = coefficient[d], ci = coefficient[width_ + d];
         const double square = cr * cr + ci * ci;
         const double wr = re[d], wi = im[d];
         re[d] = (wr * cr - wi * ci) / square;
@@ -410,53 +430,68 @@ class BackwardTile {
   }
 
  private:
-  std::int64_t offset(std::int64_t d, std::int64_t t, std::int64_t b) const {
-    // [D / lanes, t, b, lanes]
-    return ((d / kWidth * kChunk + t) * rows_ + b) * kWidth + d % kWidth;
-  }
   double* sums(std::int64_t i, std::int64_t which) const {
     return sums_ + (i * num_sums(p_) + which) * width_;
   }
 
-  // Beyond the last feature and the last position.
-  void clear_missing() {
-    for (std::int64_t d = p_.in_features; d < width_; ++d) {
-      for (std::int64_t t = 0; t < size_; ++t) {
-        for (std::int64_t b = 0; b < rows_; ++b) *x(d, t, b) = 0;
+  // The gradient of x, and what lies beyond the last feature and the last position.
+  void clear() {
+    for (std::int64_t d = 0; d < width_; d += kWidth) {
+      const std::int64_t count = min_of(kWidth, p_.in_features - d);
+      for (std::int64_t k = 0; k < size_ * rows_; ++k) {
+        T* row = x(d, 0, 0) + k * 2 * kWidth;
+        for (std::int64_t l = count; l < kWidth; ++l) row[l] = 0;
+        store_vec(row + kWidth, Vec<T>{});
       }
     }
     const std::int64_t missing = (round_up(size_, kTrio) - size_) * rows_;
     for (std::int64_t d = 0; d < width_; d += kWidth) {
-      for (std::int64_t k = 0; k < missing * kWidth; ++k) x(d, size_, 0)[k] = 0;
+      for (std::int64_t k = 0; k < missing * 2 * kWidth; ++k) x(d, size_, 0)[k] = 0;
     }
-    for (std::int64_t k = 0; k < missing * g_stride_; ++k) g(size_, 0)[k] = 0;
+    for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+      for (std::int64_t k = 0; k < missing * 2; ++k) g(i, size_, 0)[k] = 0;
+    }
   }
 
   // The exact phasors of a pair at given positions: [t, 2, lanes].
   void fill_phasors(std::int64_t i, std::int64_t d) {
     for (std::int64_t t = 0; t < round_up(size_, kTrio); ++t) {
       T* out = phasors_ + t * 2 * kWidth;
-      exact_phasors(p_.ndim, freqs_ + i * width_ + d, p_.num_pairs * width_, kWidth,
-                    p_.positions + min_of(n_ + t, p_.length - 1) * p_.ndim, out, out + kWidth);
+      exact_phasors(p_.ndim, freqs_ + (first_row_ + i) * width_ + d, rows_of_heads_ * width_,
+                    kWidth, p_.positions + min_of(n_ + t, p_.length - 1) * p_.ndim, out,
+                    out + kWidth);
+    }
+  }
+
+  template <bool kConstant>
+  void add_pair_of_rows(std::int64_t i, std::int64_t d) {
+    switch (rows_) {
+      case 1:
+        return add_pair<true, kConstant, 1>(i, d);
+      case 4:
+        return add_pair<true, kConstant, 4>(i, d);
+      default:
+        return add_pair<true, kConstant, 0>(i, d);
     }
   }
 
   // Adds the part of a pair to the gradient of x, and to the sums what the tile contributes to
-  // them; leaves the gradients of the phases in grad_phase_ when positions are given.
-  template <bool kConsecutive, bool kConstant, bool kOneRow>
+  // them; leaves the gradients of the phases in grad_phase_ when positions are given. The number of
+  // rows may be known when this is compiled.
+  template <bool kConsecutive, bool kConstant, int kRows>
   void add_pair(std::int64_t i, std::int64_t d) {
-    const std::int64_t rows = kOneRow ? 1 : rows_;
+    const std::int64_t rows = kRows > 0 ? kRows : rows_, parameters = first_row_ + i;
     const auto at = [&](const T* planes) {
-      return load_complex<T>(planes + 2 * i * width_ + d, planes + (2 * i + 1) * width_ + d);
+      const T* re = planes + 2 * parameters * width_ + d;
+      return load_complex<T>(re, re + width_);
     };
     const Complex<T> coefficient = at(coefficients_), constant = at(constant_);
     TrioOfPhasors<T> trio;
-    if constexpr (kConsecutive) trio.start(table_, i, d);
+    if constexpr (kConsecutive) trio.start(table_, parameters, d);
     Complex<T> sum = {}, sum_of_products = {};  // of w and of G
-    Vec<T> moment = {};                         // of t Im(w)
-    const T* x_row = x(d, 0, 0);
-    T* grad_x_row = grad_x_ + offset(d, 0, 0);
-    const T* g_row = g_ + 2 * i;
+    Vec<T> sum_of_sums = {};                    // of Im(w) before each position
+    T* x_row = x(d, 0, 0);
+    const T* g_row = g(i, 0, 0);
     for (std::int64_t t = 0; t < size_; t += kTrio) {
       Complex<T> z[kTrio];
       if constexpr (kConsecutive) {
@@ -468,33 +503,49 @@ class BackwardTile {
         }
       }
       for (int j = 0; j < kTrio; ++j) {
-        Complex<T> code = z[j];
-        if constexpr (kConstant) {
-          code.re += constant.re;
-          code.im += constant.im;
-        }
-        Complex<T> product = {};  // G
-        for (std::int64_t b = 0; b < rows;
-             ++b, x_row += kWidth, grad_x_row += kWidth, g_row += g_stride_) {
+        Vec<T> grad_phase;
+        if constexpr (kRows == 1) {
+          // Of a single row, g conj(z) serves both the gradient of x and w.
           const T re = g_row[0], im = g_row[1];
           const Vec<T> row = load_vec(x_row);
-          product.re += row * re;
-          product.im += row * im;
-          store_vec(grad_x_row, load_vec(grad_x_row) + code.re * re + code.im * im);
-        }
-        const Vec<T> re = product.re * z[j].re + product.im * z[j].im;
-        const Vec<T> im = product.im * z[j].re - product.re * z[j].im;
-        sum.re += re;
-        sum.im += im;
-        if constexpr (kConsecutive) {
-          moment += static_cast<T>(t + j) * im;
+          const Complex<T> turned = {z[j].re * re + z[j].im * im, z[j].re * im - z[j].im * re};
+          Vec<T> grad_x = load_vec(x_row + kWidth) + turned.re;
+          if constexpr (kConstant) {
+            grad_x += constant.re * re + constant.im * im;
+            sum_of_products.re += row * re;
+            sum_of_products.im += row * im;
+          }
+          store_vec(x_row + kWidth, grad_x);
+          sum.re += row * turned.re;
+          grad_phase = row * turned.im;
+          x_row += 2 * kWidth;
+          g_row += 2;
         } else {
-          store_vec(grad_phase_ + (t + j) * kWidth, im);
+          Complex<T> code = z[j], product = {};  // product is G
+          if constexpr (kConstant) {
+            code.re += constant.re;
+            code.im += constant.im;
+          }
+          for (std::int64_t b = 0; b < rows; ++b, x_row += 2 * kWidth, g_row += 2) {
+            const T re = g_row[0], im = g_row[1];
+            const Vec<T> row = load_vec(x_row);
+            product.re += row * re;
+            product.im += row * im;
+            store_vec(x_row + kWidth, load_vec(x_row + kWidth) + code.re * re + code.im * im);
+          }
+          if constexpr (kConstant) {
+            sum_of_products.re += product.re;
+            sum_of_products.im += product.im;
+          }
+          sum.re += product.re * z[j].re + product.im * z[j].im;
+          grad_phase = product.im * z[j].re - product.re * z[j].im;
         }
-        if constexpr (kConstant) {
-          sum_of_products.re += product.re;
-          sum_of_products.im += product.im;
+        if constexpr (kConsecutive) {
+          sum_of_sums += sum.im;
+        } else {
+          store_vec(grad_phase_ + (t + j) * kWidth, grad_phase);
         }
+        sum.im += grad_phase;
       }
     }
     add_lanes<T>(sum.re, sums(i, 0) + d);
@@ -504,25 +555,27 @@ class BackwardTile {
       add_lanes<T>(sum_of_products.im, sums(i, 3) + d);
     }
     if constexpr (kConsecutive) {
-      // The phase is 2 pi f n.
-      const T position = static_cast<T>(p_.start + static_cast<double>(n_));
-      add_lanes<T>(static_cast<T>(core::kTwoPi) * (position * sum.im + moment), sums(i, 4) + d);
+      // The phase is 2 pi f n. Position n0 + t of T takes part in T - 1 - t of the sums of sums.
+      const double last = p_.start + static_cast<double>(n_ + round_up(size_, kTrio) - 1);
+      add_lanes<T>(static_cast<T>(core::kTwoPi) * (static_cast<T>(last) * sum.im - sum_of_sums),
+                   sums(i, 4) + d);
     }
   }
 
   const PhasorFilterBackwardParams& p_;
   const bool consecutive_;
-  const std::int64_t width_;  // D, filled up
+  const std::int64_t width_;          // D, filled up
+  const std::int64_t rows_of_heads_;  // of the parameters: heads times pairs
   Workspace<double> freqs_;
   Workspace<T> coefficients_, constant_;
   PhasorTable<T> table_;
   Workspace<T> phasors_, grad_phase_;
-  Workspace<T> x_, grad_x_;
+  Workspace<T> x_and_grad_x_;
   const std::int64_t g_stride_;
   Workspace<T> g_;
   double* sums_;
   double* grad_positions_;
-  std::int64_t n_, size_, rows_;  // of the tile at hand
+  std::int64_t first_row_, n_, size_, rows_;  // of the tile at hand
 };
 
 template <class Storage>
@@ -532,18 +585,21 @@ class Backward {
  public:
   explicit Backward(const PhasorFilterBackwardParams& p) : p_(p), tile_(p) {}
 
-  // The positions [n0, n1) of a head, of which n0 starts a segment.
-  void run(std::int64_t head, std::int64_t n0, std::int64_t n1, double* sums,
-           double* grad_positions) {
-    if (head != head_) tile_.set_head(head);
-    head_ = head;
-    tile_.set_sums(sums, grad_positions);
-    for (Tiles tiles(p_.batch, num_shared_rows(p_), n0, n1); !tiles.done(); tiles.advance()) {
+  // The positions [n0, n1) of some heads, of which n0 starts a segment. The heads' sums and
+  // gradients of positions stand at the given distances.
+  void run(std::int64_t first_head, std::int64_t heads, std::int64_t n0, std::int64_t n1,
+           double* sums, std::int64_t sums_stride, double* grad_positions,
+           std::int64_t positions_stride) {
+    if (first_head != first_head_) tile_.set_heads(first_head, heads);
+    first_head_ = first_head;
+    for (Tiles tiles(heads, p_.batch, num_shared_rows(p_), n0, n1); !tiles.done();
+         tiles.advance()) {
       const Tile tile = *tiles, next = tiles.next();
-      if (tile.b == 0) tile_.set_chunk(tile.n, tile.size, (tile.n - n0) % kSegment == 0);
+      if (tile.starts_chunk()) tile_.set_chunk(tile.n, tile.size, (tile.n - n0) % kSegment == 0);
+      tile_.set_sums(sums + tile.head * sums_stride, grad_positions + tile.head * positions_stride);
       tile_.set_rows(tile.rows);
       load_tile(tile);
-      tile_.compute([&](std::int64_t step, std::int64_t steps) {
+      tile_.compute(tile.head, [&](std::int64_t step, std::int64_t steps) {
         for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
           prefetch_row(x(next, t, b), p_.x_strides[3], p_.in_features);
           prefetch_row(g(next, t, b), p_.grad_out_strides[3], 2 * p_.num_pairs);
@@ -551,28 +607,37 @@ class Backward {
       });
       if (p_.grad_x != nullptr) store_grad_x(tile);
     }
-    tile_.finish_sums();
+    for (std::int64_t head = 0; head < heads; ++head) {
+      tile_.set_sums(sums + head * sums_stride, nullptr);
+      tile_.finish_sums(head);
+    }
   }
 
  private:
   const Storage* x(const Tile& tile, std::int64_t t, std::int64_t b) const {
     return static_cast<const Storage*>(p_.x) + (tile.b + b) * p_.x_strides[0] +
-           (tile.n + t) * p_.x_strides[1] + head_ * p_.x_strides[2];
+           (tile.n + t) * p_.x_strides[1] + (first_head_ + tile.head) * p_.x_strides[2];
   }
   const Storage* g(const Tile& tile, std::int64_t t, std::int64_t b) const {
     return static_cast<const Storage*>(p_.grad_out) + (tile.b + b) * p_.grad_out_strides[0] +
-           (tile.n + t) * p_.grad_out_strides[1] + head_ * p_.grad_out_strides[2];
+           (tile.n + t) * p_.grad_out_strides[1] +
+           (first_head_ + tile.head) * p_.grad_out_strides[2];
   }
 
   void load_tile(const Tile& tile) const {
-    const std::int64_t stride = p_.x_strides[3];
+    const std::int64_t stride = p_.x_strides[3], g_stride = p_.grad_out_strides[3];
     for (std::int64_t t = 0; t < tile.size; ++t) {
       for (std::int64_t b = 0; b < tile.rows; ++b) {
         for (std::int64_t d = 0; d < p_.in_features; d += kLanes<T>) {
           load_row(x(tile, t, b) + d * stride, stride, min_of(kLanes<T>, p_.in_features - d),
                    tile_.x(d, t, b));
         }
-        load_row(g(tile, t, b), p_.grad_out_strides[3], 2 * p_.num_pairs, tile_.g(t, b));
+        const Storage* in = g(tile, t, b);
+        for (std::int64_t i = 0; i < p_.num_pairs; ++i) {
+          T* out = tile_.g(i, t, b);
+          out[0] = core::load(in[2 * i * g_stride]);
+          out[1] = core::load(in[(2 * i + 1) * g_stride]);
+        }
       }
     }
   }
@@ -582,7 +647,8 @@ class Backward {
       for (std::int64_t b = 0; b < tile.rows; ++b) {
         Storage* out =
             static_cast<Storage*>(p_.grad_x) +
-            (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + head_) * p_.in_features;
+            (((tile.b + b) * p_.length + tile.n + t) * p_.num_heads + first_head_ + tile.head) *
+                p_.in_features;
         for (std::int64_t d = 0; d < p_.in_features; d += kLanes<T>)
           store_row(tile_.grad_x(d, t, b), 1, min_of(kLanes<T>, p_.in_features - d), out + d);
       }
@@ -591,7 +657,7 @@ class Backward {
 
   const PhasorFilterBackwardParams& p_;
   BackwardTile<T> tile_;
-  std::int64_t head_ = -1;
+  std::int64_t first_head_ = -1;
 };
 
 // Writes the gradients of a head's parameters from the sums of the parts.
@@ -623,6 +689,7 @@ void backward(const PhasorFilterBackwardParams& p) {
   const Parts parts(p.length, max_of(1, kEnoughTasks / p.num_heads));
   const std::int64_t width = filled_features<core::accumulate_t<Storage>>(p);
   const std::int64_t head_size = p.num_pairs * num_sums(p) * width;
+  const std::int64_t heads = group_heads(p), groups = (p.num_heads + heads - 1) / heads;
   const std::int64_t positions = p.grad_positions == nullptr ? 0 : p.length * p.ndim;
   Workspace<double> sums(p.num_heads * parts.count * head_size);
   Workspace<double> grad_positions(p.num_heads * positions);
@@ -632,13 +699,17 @@ void backward(const PhasorFilterBackwardParams& p) {
   {
     Backward<Storage> worker(p);
 #pragma omp for schedule(static)
-    for (std::int64_t task = 0; task < p.num_heads * parts.count; ++task) {
-      const std::int64_t head = task / parts.count;
-      const std::int64_t n0 = task % parts.count * parts.length;
-      double* task_sums = sums + task * head_size;
-      for (std::int64_t k = 0; k < head_size; ++k) task_sums[k] = 0;
-      worker.run(head, n0, min_of(n0 + parts.length, p.length), task_sums,
-                 positions > 0 ? grad_positions + head * positions : nullptr);
+    for (std::int64_t task = 0; task < groups * parts.count; ++task) {
+      const std::int64_t first = task / parts.count * heads, part = task % parts.count;
+      const std::int64_t count = min_of(heads, p.num_heads - first), n0 = part * parts.length;
+      // Sums are [H, parts, head_size].
+      double* task_sums = sums + (first * parts.count + part) * head_size;
+      for (std::int64_t head = 0; head < count; ++head) {
+        for (std::int64_t k = 0; k < head_size; ++k)
+          task_sums[head * parts.count * head_size + k] = 0;
+      }
+      worker.run(first, count, n0, min_of(n0 + parts.length, p.length), task_sums,
+                 parts.count * head_size, grad_positions + first * positions, positions);
     }
 #pragma omp for schedule(static)
     for (std::int64_t head = 0; head < p.num_heads; ++head)

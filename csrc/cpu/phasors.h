@@ -13,7 +13,7 @@ namespace torch_spe::cpu::TORCH_SPE_ISA {
 // The error in float32 stays below 1e-6, wherever the positions lie.
 constexpr std::int64_t kTrio = 3;
 constexpr std::int64_t kChunk = 16 * kTrio;
-constexpr std::int64_t kSegment = 10 * kChunk;
+constexpr std::int64_t kSegment = 4 * kChunk;
 
 // cos and sin of the exact phases of `size` sines at a position with `ndim` coordinates.
 // Frequencies of coordinate a start at freqs + a * stride.
@@ -40,17 +40,17 @@ TORCH_SPE_INLINE void exact_phasors(std::int64_t ndim, const double* freqs, std:
 template <class T>
 class PhasorTable {
  public:
-  PhasorTable(std::int64_t rows, std::int64_t width)
-      : rows_(rows),
-        width_(width),
-        middle_(2 * rows * width),
-        step_(2 * rows * width),
-        trio_step_(2 * rows * width),
-        chunk_step_(2 * rows * width) {}
+  PhasorTable(std::int64_t most_rows, std::int64_t width)
+      : width_(width),
+        middle_(2 * most_rows * width),
+        step_(2 * most_rows * width),
+        trio_step_(2 * most_rows * width),
+        chunk_step_(2 * most_rows * width) {}
 
   // `freqs` is [rows, width] and `coefficients`, c, [rows, 2, width]; both must live as long as the
   // table is used. No more than `length` positions will be asked for.
-  void set(const double* freqs, const T* coefficients, std::int64_t length) {
+  void set(std::int64_t rows, const double* freqs, const T* coefficients, std::int64_t length) {
+    rows_ = rows;
     freqs_ = freqs;
     coefficients_ = coefficients;
     fill(1, step_);
@@ -93,7 +93,8 @@ class PhasorTable {
     }
   }
 
-  const std::int64_t rows_, width_;
+  const std::int64_t width_;
+  std::int64_t rows_ = 0;
   const double* freqs_ = nullptr;
   const T* coefficients_ = nullptr;
   // [rows, 2, width]: the phasors in the middle of the chunk's first three positions, and the turns
@@ -140,31 +141,36 @@ struct TrioOfPhasors {
   }
 };
 
-// Positions [n, n + size) and rows of the batch [b, b + rows).
+// Positions [n, n + size) and rows of the batch [b, b + rows) of a head of a group.
 struct Tile {
-  std::int64_t n, size, b, rows;
+  std::int64_t n, size, head, b, rows;
+
+  bool starts_chunk() const { return head == 0 && b == 0; }
 };
 
-// The tiles of the positions [n0, n1): all rows of the batch, some at a time, then the next chunk.
+// The tiles of the positions [n0, n1): all rows of the batch, some at a time, of one head after the
+// other, then the next chunk. The heads of a position lie side by side in memory.
 class Tiles {
  public:
-  Tiles(std::int64_t batch, std::int64_t shared_rows, std::int64_t n0, std::int64_t n1)
-      : batch_(batch), shared_rows_(shared_rows), n1_(n1), tile_(at(n0, 0)) {}
+  Tiles(std::int64_t heads, std::int64_t batch, std::int64_t shared_rows, std::int64_t n0,
+        std::int64_t n1)
+      : heads_(heads), batch_(batch), shared_rows_(shared_rows), n1_(n1), tile_(at(n0, 0, 0)) {}
 
   bool done() const { return tile_.size <= 0; }
   const Tile& operator*() const { return tile_; }
   Tile next() const {
     const std::int64_t b = tile_.b + tile_.rows;
-    return b < batch_ ? at(tile_.n, b) : at(tile_.n + kChunk, 0);
+    if (b < batch_) return at(tile_.n, tile_.head, b);
+    return tile_.head + 1 < heads_ ? at(tile_.n, tile_.head + 1, 0) : at(tile_.n + kChunk, 0, 0);
   }
   void advance() { tile_ = next(); }
 
  private:
-  Tile at(std::int64_t n, std::int64_t b) const {
-    return {n, min_of(kChunk, n1_ - n), b, min_of(shared_rows_, batch_ - b)};
+  Tile at(std::int64_t n, std::int64_t head, std::int64_t b) const {
+    return {n, min_of(kChunk, n1_ - n), head, b, min_of(shared_rows_, batch_ - b)};
   }
 
-  const std::int64_t batch_, shared_rows_, n1_;
+  const std::int64_t heads_, batch_, shared_rows_, n1_;
   Tile tile_;
 };
 

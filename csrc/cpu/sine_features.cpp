@@ -15,6 +15,9 @@ std::int64_t num_outputs(const SineFeaturesParams& p) {
 // A vector of the first `count` of `lanes` numbers, zero beyond.
 template <class T, class Storage>
 TORCH_SPE_INLINE Vec<T> load_lanes(const Storage* in, std::int64_t stride, std::int64_t count) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {  // the same type
+    if (count == kLanes<T> && stride == 1) return load_vec<T>(in);
+  }
   alignas(64) T lanes[kLanes<T>];
   if (count == kLanes<T>) {
     load_row(in, stride, kLanes<T>, lanes);
@@ -26,6 +29,9 @@ TORCH_SPE_INLINE Vec<T> load_lanes(const Storage* in, std::int64_t stride, std::
 }
 template <class T, class Storage>
 TORCH_SPE_INLINE void store_lanes(const Vec<T>& value, Storage* out, std::int64_t count) {
+  if constexpr (sizeof(Storage) == sizeof(T)) {  // the same type
+    if (count == kLanes<T>) return store_vec<T>(out, value);
+  }
   alignas(64) T lanes[kLanes<T>];
   store_vec(lanes, value);
   if (count == kLanes<T>) {
@@ -70,14 +76,14 @@ class FeaturePhasors {
               inside && constant != nullptr ? constant[head * p.in_features + d] : 0;
       }
     }
-    if (consecutive_) table_.set(freqs_, offsets_, p.length);
+    if (consecutive_) table_.set(rows_, freqs_, offsets_, p.length);
   }
 
   // Goes on to the tile's first position.
   void set_tile(const Tile& tile, bool starts_segment) {
     tile_ = tile;
     if (!consecutive_) return;
-    if (tile.b == 0) {
+    if (tile.starts_chunk()) {
       if (starts_segment) {
         table_.start(p_.start + static_cast<double>(tile.n));
       } else {
@@ -148,7 +154,7 @@ void forward(const SineFeaturesParams& p) {
 #pragma omp for schedule(static)
     for (std::int64_t segment = 0; segment < segments; ++segment) {
       const std::int64_t n0 = segment * kSegment, n1 = min_of(n0 + kSegment, p.length);
-      for (Tiles tiles(p.batch, kSharedRows, n0, n1); !tiles.done(); tiles.advance()) {
+      for (Tiles tiles(1, p.batch, kSharedRows, n0, n1); !tiles.done(); tiles.advance()) {
         const Tile tile = *tiles;
         phasors.set_tile(tile, tile.n == n0);
         for (std::int64_t t = 0; t < tile.size; t += kTrio) {
@@ -223,7 +229,7 @@ class Backward {
   void run(std::int64_t n0, std::int64_t n1, double* sums, double* grad_positions) {
     sums_ = sums;
     grad_positions_ = grad_positions;
-    for (Tiles tiles(p_.batch, kSharedRows, n0, n1); !tiles.done(); tiles.advance()) {
+    for (Tiles tiles(1, p_.batch, kSharedRows, n0, n1); !tiles.done(); tiles.advance()) {
       tile_ = *tiles;
       phasors_.set_tile(tile_, (tile_.n - n0) % kSegment == 0);
       clear_chunk_sums();

@@ -5,9 +5,10 @@
 // where grad_num and grad_den are the gradients of numerator and denominator. A side's state is
 // S = sum X^T Y and z = sum X w, over the tokens before a chunk (keys) or after it (queries) when
 // causal, over all otherwise. With rows on one side and columns on the other, every result is
-//   values:   X_row S + mask(X_row X_col^T) Y_col                        (out before division,
-//   grad_v) features: Y_row S^T + w_row z + mask(Y_row Y_col^T + w_row w_col) X_col     (gradients
-//   of phi)
+//   values:   X_row S + mask(X_row X_col^T) Y_col
+//             (out before division, grad_v)
+//   features: Y_row S^T + w_row z + mask(Y_row Y_col^T + w_row w_col) X_col
+//             (gradients of phi)
 // with the masked product over the row's own chunk, when causal.
 #include "linear_attention.h"
 #include "tiles.h"

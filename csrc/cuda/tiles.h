@@ -104,20 +104,20 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
 }
 
 // out[i] = sum over parts of parts[part * size + i], always in the same order.
-template <class T>
-__global__ void sum_parts_kernel(const T* parts, std::int64_t count, std::int64_t size, T* out) {
+template <class Part, class T>
+__global__ void sum_parts_kernel(const Part* parts, std::int64_t count, std::int64_t size, T* out) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= size) return;
-  T sum = 0;
+  Part sum = 0;
   for (std::int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
-  out[i] = sum;
+  out[i] = static_cast<T>(sum);
 }
 
-template <class T>
-void sum_parts(const T* parts, std::int64_t count, std::int64_t size, T* out, Stream stream) {
+template <class Part, class T>
+void sum_parts(const Part* parts, std::int64_t count, std::int64_t size, T* out, Stream stream) {
   if (size == 0) return;
-  launch(sum_parts_kernel<T>, grid_of(ceil_div(size, kThreads)), dim3(kThreads), 0, stream, parts,
-         count, size, out);
+  launch(sum_parts_kernel<Part, T>, grid_of(ceil_div(size, kThreads)), dim3(kThreads), 0, stream,
+         parts, count, size, out);
 }
 
 // Calls function(storage, operand) with values of the type of x and of what goes into products.

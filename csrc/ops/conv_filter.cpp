@@ -1,6 +1,6 @@
 // The operators torch_spe::conv_filter and torch_spe::conv_noise: checks, allocation, dispatch and
 // autograd.
-#include "cpu/conv_filter.h"
+#include "conv_filter.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -12,6 +12,7 @@
 #include <array>
 
 #include "checks.h"
+#include "cpu/conv_filter.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -140,12 +141,14 @@ void check(const at::Tensor& x, const at::Tensor& kernel, const OptionalTensor& 
 }
 
 // The generator's parameters, after a look at its limits; `size` counts the positions of the noise.
-cpu::NoiseParams noise_params(const char* op, const at::Tensor& seed, c10::string_view kind,
-                              at::IntArrayRef stride, at::IntArrayRef start, at::IntArrayRef size,
-                              int64_t num_heads, int64_t in_features, int64_t num_realizations) {
+core::NoiseParams noise_params(const char* op, const at::Tensor& seed, c10::string_view kind,
+                               at::IntArrayRef stride, at::IntArrayRef start, at::IntArrayRef size,
+                               int64_t num_heads, int64_t in_features, int64_t num_realizations) {
   const int ndim = static_cast<int>(size.size());
-  cpu::NoiseParams p{to_noise_kind(op, kind), 0, ndim, {1, 1, 1}, {0, 0, 0}};
-  p.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  core::NoiseParams p{
+      to_noise_kind(op, kind), 0, seed.const_data_ptr<int64_t>(), ndim, {1, 1, 1}, {0, 0, 0}};
+  // Reading it on another device would stall that.
+  if (seed.is_cpu()) p.seed = static_cast<uint64_t>(*p.device_seed);
   TORCH_CHECK_VALUE(num_heads <= core::kMaxNoiseHeads, op, ": noise is generated for at most ",
                     core::kMaxNoiseHeads, " heads, got ", num_heads);
   TORCH_CHECK_VALUE(in_features <= core::kMaxNoiseFeatures, op, ": noise is generated for at most ",
@@ -178,7 +181,7 @@ struct Inputs {
     if (constant.has_value()) this->constant = constant->to(type).contiguous();
   }
 
-  void fill(cpu::ConvFilterParams& p, int64_t num_realizations, const OptionalTensor& seed,
+  void fill(core::ConvFilterParams& p, int64_t num_realizations, const OptionalTensor& seed,
             c10::string_view noise_kind, at::IntArrayRef noise_stride,
             at::IntArrayRef start) const {
     const int64_t ndim = kernel.dim() - 2;
@@ -201,7 +204,8 @@ struct Inputs {
       noise_size[i] = x.size(1 + i) + kernel.size(2 + i) - 1;
     }
     if (noise.defined()) {
-      p.generated = {core::NoiseKind::kGaussian, 0, static_cast<int>(ndim), {1, 1, 1}, {0, 0, 0}};
+      p.generated = {core::NoiseKind::kGaussian, 0,         nullptr,
+                     static_cast<int>(ndim),     {1, 1, 1}, {0, 0, 0}};
       p.noise = noise.const_data_ptr();
       p.noise_dtype = to_dtype(noise.scalar_type());
       copy_strides(noise, ndim, 2, p.noise_strides);
@@ -230,10 +234,10 @@ std::vector<c10::SymInt> output_shape(const at::Tensor& x, const c10::SymInt& la
   return shape;
 }
 
-at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& kernel, const OptionalTensor& noise,
-                       const OptionalTensor& constant, const OptionalTensor& seed,
-                       std::optional<int64_t> num_realizations, c10::string_view noise_kind,
-                       at::IntArrayRef noise_stride, at::IntArrayRef start) {
+at::Tensor forward(const at::Tensor& x, const at::Tensor& kernel, const OptionalTensor& noise,
+                   const OptionalTensor& constant, const OptionalTensor& seed,
+                   std::optional<int64_t> num_realizations, c10::string_view noise_kind,
+                   at::IntArrayRef noise_stride, at::IntArrayRef start) {
   const std::optional<c10::SymInt> given =
       num_realizations.has_value() ? std::optional<c10::SymInt>(*num_realizations) : std::nullopt;
   check(x, kernel, noise, constant, seed, given, noise_kind, noise_stride,
@@ -242,14 +246,14 @@ at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& kernel, const Opti
   if (constant.has_value()) check_finite(kOp, "constant", *constant);
   const int64_t real = realizations(noise, given).expect_int();
   const Inputs inputs(x, kernel, noise, constant);
-  cpu::ConvFilterParams params;
+  core::ConvFilterParams params;
   inputs.fill(params, real, seed, noise_kind, noise_stride, start);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = real;
   at::Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();
-  cpu::conv_filter_forward(params);
+  conv_filter_kernels(x.device().type()).forward(params, x);
   return out;
 }
 
@@ -261,11 +265,10 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& kernel, const Opt
   return at::empty_symint(output_shape(x, realizations(noise, num_realizations)), x.options());
 }
 
-Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& kernel,
-                       const OptionalTensor& noise, const OptionalTensor& constant,
-                       const OptionalTensor& seed, c10::string_view noise_kind,
-                       at::IntArrayRef noise_stride, at::IntArrayRef start,
-                       std::array<bool, 4> mask) {
+Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& kernel,
+                   const OptionalTensor& noise, const OptionalTensor& constant,
+                   const OptionalTensor& seed, c10::string_view noise_kind,
+                   at::IntArrayRef noise_stride, at::IntArrayRef start, std::array<bool, 4> mask) {
   const int64_t real = grad_out.size(-1);
   check(x, kernel, noise, constant, seed, real, noise_kind, noise_stride,
         c10::fromIntArrayRefSlow(start));
@@ -278,7 +281,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
   at::Tensor grad_noise = want_noise ? at::empty(noise->sizes(), noise->options()) : at::Tensor();
   at::Tensor grad_constant = want_constant ? at::zeros_like(inputs.constant) : at::Tensor();
   if (x.numel() > 0) {
-    cpu::ConvFilterBackwardParams params;
+    core::ConvFilterBackwardParams params;
     inputs.fill(params, real, seed, noise_kind, noise_stride, start);
     params.grad_out = grad_out.const_data_ptr();
     Inputs::copy_strides(grad_out, kernel.dim() - 2, 1, params.grad_out_strides);
@@ -286,7 +289,7 @@ Gradients backward_cpu(const at::Tensor& grad_out, const at::Tensor& x, const at
     params.grad_kernel = mask[1] ? grad_kernel.mutable_data_ptr() : nullptr;
     params.grad_noise = want_noise ? grad_noise.mutable_data_ptr() : nullptr;
     params.grad_constant = want_constant ? grad_constant.mutable_data_ptr() : nullptr;
-    cpu::conv_filter_backward(params);
+    conv_filter_kernels(x.device().type()).backward(params, x);
   } else if (want_noise) {
     grad_noise.zero_();
   }
@@ -436,17 +439,17 @@ void check_noise(const at::Tensor& seed, const c10::SymInt& num_heads,
   to_dtype(dtype.value_or(at::kFloat));
 }
 
-at::Tensor noise_cpu(const at::Tensor& seed, int64_t num_heads, int64_t in_features,
-                     at::IntArrayRef size, int64_t num_realizations, c10::string_view noise_kind,
-                     at::IntArrayRef noise_stride, at::IntArrayRef start,
-                     std::optional<at::ScalarType> dtype) {
+at::Tensor make_noise(const at::Tensor& seed, int64_t num_heads, int64_t in_features,
+                      at::IntArrayRef size, int64_t num_realizations, c10::string_view noise_kind,
+                      at::IntArrayRef noise_stride, at::IntArrayRef start,
+                      std::optional<at::ScalarType> dtype) {
   check_noise(seed, num_heads, in_features, c10::fromIntArrayRefSlow(size), num_realizations,
               noise_kind, noise_stride, c10::fromIntArrayRefSlow(start), dtype);
   std::vector<int64_t> shape{num_heads, in_features};
   shape.insert(shape.end(), size.begin(), size.end());
   shape.push_back(num_realizations);
   at::Tensor out = at::empty(shape, seed.options().dtype(dtype.value_or(at::kFloat)));
-  cpu::ConvNoiseParams p;
+  core::ConvNoiseParams p;
   p.generated = noise_params(kNoiseOp, seed, noise_kind, noise_stride, start, size, num_heads,
                              in_features, num_realizations);
   if (out.numel() == 0) return out;
@@ -458,7 +461,7 @@ at::Tensor noise_cpu(const at::Tensor& seed, int64_t num_heads, int64_t in_featu
   std::copy(size.begin(), size.end(), p.size + 3 - size.size());
   p.num_threads = at::get_num_threads();
   p.out = out.mutable_data_ptr();
-  cpu::conv_noise(p);
+  conv_filter_kernels(seed.device().type()).noise(p, seed);
   return out;
 }
 
@@ -475,10 +478,17 @@ at::Tensor noise_meta(const at::Tensor& seed, c10::SymInt num_heads, c10::SymInt
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
-  m.impl("conv_filter", forward_cpu);
-  m.impl("conv_filter_backward", backward_cpu);
-  m.impl("conv_noise", noise_cpu);
+  m.impl("conv_filter", forward);
+  m.impl("conv_filter_backward", backward);
+  m.impl("conv_noise", make_noise);
 }
+#if defined(TORCH_SPE_CUDA)
+TORCH_LIBRARY_IMPL(torch_spe, CUDA, m) {
+  m.impl("conv_filter", forward);
+  m.impl("conv_filter_backward", backward);
+  m.impl("conv_noise", make_noise);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
   m.impl("conv_filter", forward_meta);
   m.impl("conv_filter_backward", backward_meta);
@@ -496,6 +506,22 @@ TORCH_LIBRARY_IMPL(torch_spe, AutocastCUDA, m) {
 }
 
 }  // namespace
+
+ConvFilterKernels& conv_filter_kernels(c10::DeviceType device) {
+  static ConvFilterKernels cpu = {
+      [](const core::ConvFilterParams& p, const at::Tensor&) { cpu::conv_filter_forward(p); },
+      [](const core::ConvFilterBackwardParams& p, const at::Tensor&) {
+        cpu::conv_filter_backward(p);
+      },
+      [](const core::ConvNoiseParams& p, const at::Tensor&) { cpu::conv_noise(p); }};
+#if defined(TORCH_SPE_CUDA)
+  static ConvFilterKernels cuda = conv_filter_cuda_kernels();
+  if (device == c10::kCUDA) return cuda;
+#endif
+  (void)device;
+  return cpu;
+}
+
 }  // namespace ops
 
 at::Tensor conv_filter(const at::Tensor& x, const at::Tensor& kernel,

@@ -399,6 +399,12 @@ class SPEMultiheadAttention(nn.Module):
         )
         self.filter = None
         if isinstance(self.position, SPE):
+            for name, value in (
+                ("num_realizations", num_realizations),
+                ("eval_realizations", eval_realizations),
+            ):
+                if value is not None:
+                    self.position.check_realizations(value, owner, name)
             self.filter = SPEFilter(gated, self.position.code_shape, init=init, **factory)
         self._reset_projections()
 

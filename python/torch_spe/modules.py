@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe import functional, reference
-from torch_spe.noise import PhaseNoise, orthogonal_noise, phase_noise, seeded_normal
+from torch_spe.noise import (
+    PhaseNoise,
+    draw_uniform,
+    orthogonal_noise,
+    phase_noise,
+    seeded_normal,
+)
 
 __all__ = [
     "SPE",
@@ -402,11 +408,12 @@ class PhaseCode(SinusoidCode):
         A sinusoid that does not turn: the gate's part of a feature's own variance has no error.
         """
         check_source("SPEFilter", generator, seed)
-        noise = phase_noise(
-            *self.code_shape, 1, self.num_realizations // 2, generator, seed=seed,
-            stream=_GATE_STREAM, dtype=self.dtype, device=self.freqs.device,
-        )  # fmt: skip
-        return math.sqrt(2) * _unit_circle(2 * math.pi * noise.cycles).flatten(-2)
+        shape = (*self.code_shape, self.num_realizations // 2)
+        # The streams of phase_noise are 5 for each of its own.
+        cycles = draw_uniform(
+            shape, generator, seed, 5 * _GATE_STREAM, dtype=self.dtype, device=self.freqs.device
+        )
+        return math.sqrt(2) * _unit_circle(2 * math.pi * cycles).flatten(-2)
 
     def _apply(self, x, side, scales, gate_noise, positions, start):
         coefficients = self.query_coefficients if side == "query" else self.key_coefficients
@@ -566,6 +573,9 @@ class SPE(nn.Module):
         """Draw a code; see `SineSPE.forward`."""
         raise NotImplementedError
 
+    def check_realizations(self, num_realizations: int, owner: str, name: str) -> None:
+        """Raise ValueError for a number of realizations that there cannot be; any is welcome."""
+
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the position kernels ``P_d(lag)``; see `SineSPE.template`."""
         raise NotImplementedError
@@ -694,7 +704,7 @@ class SineSPE(SPE):
             num_realizations = 2 * num_sines * in_features
         super().__init__(num_heads, in_features, num_realizations, ndim)
         self.noise = noise
-        self._check_realizations(num_realizations)
+        self.check_realizations(num_realizations)
         self.num_sines = num_sines
         self.init = init
         shape = (num_heads, in_features, num_sines)
@@ -741,16 +751,19 @@ class SineSPE(SPE):
             named["bandwidths"] = self.bandwidths
         check_not_nan("SineSPE", **named)
 
-    def _check_realizations(self, num_realizations: int) -> None:
+    def check_realizations(
+        self, num_realizations: int, owner: str = "SineSPE", name: str = "num_realizations"
+    ) -> None:
+        """Raise ValueError for a number of realizations that the kind of noise does not have."""
         if self.noise == "phase" and num_realizations % 2 == 1:
             raise ValueError(
-                "SineSPE: num_realizations must be even with noise='phase', whose realizations "
-                f"come in pairs, got {num_realizations}"
+                f"{owner}: {name} must be even with noise='phase', whose realizations come in "
+                f"pairs, got {num_realizations}"
             )
         if self.noise == "exact" and num_realizations != self.num_realizations:
             raise ValueError(
-                "SineSPE: num_realizations must not be given with noise='exact', which has "
-                f"2 * num_sines * in_features = {self.num_realizations}, got {num_realizations}"
+                f"{owner}: {name} must not be given with noise='exact', which has 2 * num_sines * "
+                f"in_features = {self.num_realizations}, got {num_realizations}"
             )
 
     def forward(
@@ -800,23 +813,28 @@ class SineSPE(SPE):
         if self.noise == "exact":
             if noise is not None:
                 raise ValueError("SineSPE: noise must be None with noise='exact', got a noise")
-            self._check_realizations(self._realizations(num_realizations, None))
+            self.check_realizations(self._realizations(num_realizations, None))
             fields = self._exact_fields()
             return ExactCode(*fields, size, start, positions)
         variances = self._amplitudes(code_type(self.gains)).square().sum(-1)
         if self.noise == "phase":
             if noise is None:
                 real = self._realizations(num_realizations, None)
-                self._check_realizations(real)
+                self.check_realizations(real)
                 noise = phase_noise(
                     *self.code_shape, self.num_sines, real // 2, generator, seed=seed,
-                    stream=_CODE_STREAM, ndim=self.ndim, dtype=code_type(self.gains),
-                    device=self.gains.device,
+                    stream=_CODE_STREAM, ndim=self.ndim, deviates=self.bandwidths is not None,
+                    dtype=code_type(self.gains), device=self.gains.device,
                 )  # fmt: skip
             elif num_realizations is not None or not isinstance(noise, PhaseNoise):
                 raise TypeError(
                     "SineSPE: noise must be a PhaseNoise, and num_realizations left to it, with "
                     f"noise='phase', got {type(noise).__name__} and {num_realizations}"
+                )
+            elif self.bandwidths is not None and noise.deviate is None:
+                raise ValueError(
+                    "SineSPE: noise must be a PhaseNoise with deviates when bandwidth=True, got "
+                    "deviate None"
                 )
             return PhaseCode(*self._phase_fields(noise), size, start, positions, variances)
         fields = self._dense_fields(num_realizations, noise, generator, seed)

@@ -92,19 +92,34 @@ def seeded_uniform(
     return _uniform(math.prod(shape), range(3, 4), seed, stream, device).reshape(shape)
 
 
+def draw_uniform(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    seed: int | None,
+    stream: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Tensor:  # shape
+    """Draw numbers of [0, 1) from the seed, else from the generator, else from PyTorch's own."""
+    if seed is None:
+        return torch.rand(*shape, generator=generator, dtype=dtype, device=device)
+    return seeded_uniform(shape, seed, stream, device=device).to(dtype)
+
+
 class PhaseNoise(NamedTuple):
     """One sinusoid for each feature and pair of realizations, drawn by `phase_noise`.
 
     Attributes:
         sine: which of the K sines it is, int64 ``[H, D, P]``.
-        cycles: its phase in cycles, in (0, 1), ``[H, D, P]``.
+        cycles: its phase in cycles, in [0, 1], ``[H, D, P]``.
         deviate: a unit normal number for a random frequency, ``[H, D, P]``, or ``[H, D, P, ndim]``
-            for positions with several coordinates.
+            for positions with several coordinates; None if not asked for.
     """
 
     sine: Tensor
     cycles: Tensor
-    deviate: Tensor
+    deviate: Tensor | None
 
 
 def phase_noise(
@@ -117,6 +132,7 @@ def phase_noise(
     seed: int | None = None,
     stream: int = 0,
     ndim: int = 1,
+    deviates: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> PhaseNoise:
@@ -131,9 +147,9 @@ def phase_noise(
     |m - n|^2)`.
 
     The draws are stratified, which leaves the expectations as they are: the sines of a feature
-    fall on equally many pairs, up to one, in random order; and the deviates of a sine's m pairs
-    are, in random order, one from each of the m parts of equal probability of the normal
-    distribution (in every coordinate of the positions).
+    take turns in a random order, so that they fall on equally many pairs, up to one; and the
+    deviates of a sine's m pairs are, in random order, one from each of the m parts of equal
+    probability of the normal distribution (in every coordinate of the positions).
 
     Args:
         num_heads: heads H.
@@ -144,6 +160,7 @@ def phase_noise(
         seed: makes the noise a function of this number instead, the same on every device.
         stream: distinguishes independent noises of one seed.
         ndim: coordinates of a position, and of a deviate.
+        deviates: whether to draw them; nothing else depends on it.
         dtype: of phases and deviates.
         device: of the result, and of the generator.
 
@@ -159,34 +176,30 @@ def phase_noise(
     if generator is not None and seed is not None:
         raise ValueError("phase_noise: give generator or seed, not both")
 
-    def uniform(part: int, *size: int) -> Tensor:  # [H, D, *size]
+    def uniform(part: int, *size: int, dtype: torch.dtype = dtype) -> Tensor:  # [H, D, *size]
         shape = (num_heads, in_features, *size)
-        if seed is not None:
-            return seeded_uniform(shape, seed, 5 * stream + part, device=device)
-        return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+        return draw_uniform(shape, generator, seed, 5 * stream + part, dtype=dtype, device=device)
 
-    # Slot s = j K + c is the j-th of the sine that the random order puts at c. Its stratum is the
-    # rank of a random number among those of the sine's other slots; there is none beyond P.
+    # Pair s = j K + c is the j-th of the sine that the random order puts at c.
+    turn = torch.arange(num_pairs, device=device) % num_sines
+    sine = uniform(0, num_sines).argsort(dim=-1)[..., turn]
+    cycles = uniform(4, num_pairs)
+    if not deviates:
+        return PhaseNoise(sine, cycles, None)
+    # Its stratum is the rank of a random number among those of the sine's other pairs; there is
+    # none beyond P.
     rounds = -(-num_pairs // num_sines)
-    slot = torch.arange(num_pairs, device=device)
-    column = slot % num_sines
-    sine = uniform(0, num_sines).argsort(dim=-1)[..., column]
     keys = torch.nn.functional.pad(
         uniform(1, ndim, num_pairs), (0, rounds * num_sines - num_pairs), value=2.0
     )
     ranks = keys.unflatten(-1, (rounds, num_sines)).argsort(dim=-2).argsort(dim=-2)
     stratum = ranks.flatten(-2)[..., :num_pairs]  # [H, D, ndim, P]
-    strata = torch.div(num_pairs - column + num_sines - 1, num_sines, rounding_mode="floor")
+    strata = torch.div(num_pairs - turn + num_sines - 1, num_sines, rounding_mode="floor")
     # A generator may return 0, of which the quantile is infinite.
-    quantile = ((stratum + uniform(2, ndim, num_pairs)) / strata).clamp(1e-15, 1 - 1e-15)
-    deviate = torch.special.ndtri(quantile)
-    order = uniform(3, num_pairs).argsort(dim=-1)
-    deviate = deviate.gather(-1, order.unsqueeze(-2).expand_as(deviate)).mT.to(dtype)
-    return PhaseNoise(
-        sine.gather(-1, order),
-        uniform(4, num_pairs).to(dtype),
-        deviate.squeeze(-1) if ndim == 1 else deviate,
-    )
+    within = uniform(2, ndim, num_pairs, dtype=torch.float64)
+    deviate = torch.special.ndtri(((stratum + within) / strata).clamp(1e-15, 1 - 1e-15))
+    deviate = deviate.mT.to(dtype)
+    return PhaseNoise(sine, cycles, deviate.squeeze(-1) if ndim == 1 else deviate)
 
 
 def orthogonal_noise(

@@ -70,6 +70,8 @@ def run(function, inputs, grads, wanted=None, device="cpu"):
     with poisoned():
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not wanted:
+            return [t.detach().cpu() for t in outputs]
         grads = grads if isinstance(grads, tuple) else (grads,)
         pairs = [(o, on(device, g)) for o, g in zip(outputs, grads, strict=True) if g is not None]
         used, grads = zip(*pairs, strict=True)

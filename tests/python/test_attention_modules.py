@@ -34,6 +34,13 @@ CONFIGURATIONS = [
     {"position": None, "output_norm": None},
     {"position": None, "encode": "inputs", "feature_map": torch.exp},
 ]
+NOISES = [
+    {"noise": "phase", "bandwidth": True},
+    {"noise": "phase", "encode": "inputs", "num_sines": 3},
+    {"noise": "orthogonal"},
+    {"noise": "exact", "num_realizations": None},
+    {"noise": "exact", "num_realizations": None, "encode": "inputs", "gated": False},
+]
 
 
 def make(batch_first=True, dtype=torch.float64, num_realizations=10, **options):
@@ -68,11 +75,16 @@ def plain_attention(layer, query, key, value, causal=False, padding=None, real=1
         qhat, khat = (reference.rotate(x, cycles, torch.arange(x.shape[1])) for x in (q, k))
     elif layer.position is not None:
         spe = layer.position
-        noise = seeded_normal((H, E // H, 2 * spe.num_sines, real), 0, 0, dtype=q.dtype)
         length = max(q.shape[1], k.shape[1])
-        bars = reference.sine_codes(*spe.parameters(), noise, torch.arange(length))
-        if layer.filter.gated:
+        if spe.noise == "gaussian":
+            noise = seeded_normal((H, E // H, 2 * spe.num_sines, real), 0, 0, dtype=q.dtype)
+            bars = reference.sine_codes(*spe.parameters(), noise, torch.arange(length))
             gate_noise = seeded_normal((H, E // H, real), 0, 1, dtype=q.dtype)
+        else:
+            code = spe((1, length), real, seed=0)
+            bars = [bar[0] for bar in code.materialize()]
+            gate_noise = code.draw_gate_noise(seed=0)
+        if layer.filter.gated:
             bars = [reference.gated_code(bar, layer.filter.gate, gate_noise) for bar in bars]
         qhat, khat = (
             reference.apply_code(x, bar[: x.shape[1]]) for x, bar in zip((q, k), bars, strict=True)
@@ -118,7 +130,7 @@ def test_parity_with_a_plain_composition(options, causal):
         assert_close(got, expected, factor=100)
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS[:6], ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES[:3], ids=str)
 def test_cross_attention_with_other_lengths(options):
     layer = make(**options)
     query, key = make_input(length=11), make_input(length=N)
@@ -194,7 +206,7 @@ def test_a_grid_and_its_flattened_form():
         make(batch_first=False, ndim=2)(x, x, x)
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=str)
 def test_causal_output_does_not_see_the_future(options):
     layer = make(**options)
     x = make_input()
@@ -294,11 +306,13 @@ def test_eval_noise_survives_copies_state_dicts_and_types():
     assert error(single(*[x.float()] * 3)[0], expected) < 1e-4
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "phase"])
 @pytest.mark.parametrize("encode", ["features", "inputs"])
-def test_more_realizations_at_evaluation(encode):
+def test_more_realizations_at_evaluation(encode, noise):
     x = make_input()
-    layer = make(encode=encode, eval_realizations=4000, num_realizations=40)
-    few, many = make(encode=encode, num_realizations=40), make(encode=encode)
+    options = {"encode": encode, "noise": noise}
+    layer = make(**options, eval_realizations=4000, num_realizations=40)
+    few, many = make(**options, num_realizations=40), make(**options)
     many.eval_realizations = 40000
     many.num_realizations = 40
     out = [m(x, x, x)[0] for m in (few, layer, many)]
@@ -307,8 +321,9 @@ def test_more_realizations_at_evaluation(encode):
     assert layer.train()(x, x, x)[0].shape == x.shape
 
 
-def test_checkpointing_replays_the_noise():
-    layer = make(dropout=0.2).train()
+@pytest.mark.parametrize("options", [{}, *NOISES], ids=str)
+def test_checkpointing_replays_the_noise(options):
+    layer = make(dropout=0.2, **options).train()
     results = []
     for call in (
         lambda x: layer(x, x, x)[0],
@@ -478,7 +493,7 @@ def test_dropout_acts_in_training_only():
     assert_close(make(dropout=1.0).train()(x, x, x)[0], layer.out_proj.bias.expand(x.shape))
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS[:6], ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_whole(options, training):
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, **options).train(training)
@@ -503,7 +518,7 @@ def test_compiles_with_the_default_backend():
     assert_close(compiled(x, is_causal=True), layer(x, is_causal=True), torch.float32, factor=10)
 
 
-@pytest.mark.parametrize("options", [CONFIGURATIONS[0], CONFIGURATIONS[1]], ids=str)
+@pytest.mark.parametrize("options", [*CONFIGURATIONS[:2], NOISES[0], NOISES[3]], ids=str)
 def test_exports_with_any_length(options):
     layer = make(dtype=torch.float32, **options)
     x = make_input(dtype=torch.float32)
@@ -520,7 +535,7 @@ def test_exports_with_any_length(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=str)
 def test_autocast_and_half_models(options, dtype):
     exact_layer = make(**options)
     exact_layer.feature_map = options.get("feature_map", "elu")
@@ -602,6 +617,17 @@ def test_distributed_data_parallel(tmp_path):
         ({"position": nn.Linear(1, 1)}, ValueError, "position must be"),
         ({"position": SineSPE(3, 9)}, ValueError,
          r"position must have \(num_heads, in_features\) = \(3, 8\), got \(3, 9\)"),
+        ({"noise": "phase", "num_realizations": 7}, ValueError,
+         "num_realizations must be even with noise='phase', .* got 7"),
+        ({"noise": "phase", "eval_realizations": 7}, ValueError,
+         "SPEMultiheadAttention: eval_realizations must be even with noise='phase', .* got 7"),
+        ({"noise": "exact", "num_realizations": 8}, ValueError,
+         "SPEMultiheadAttention: num_realizations must not be given with noise='exact', .* got 8"),
+        ({"noise": "exact", "eval_realizations": 8}, ValueError,
+         "eval_realizations must not be given with noise='exact', .* = 64, got 8"),
+        ({"noise": "loud"}, ValueError, "noise must be 'gaussian' or .* got 'loud'"),
+        ({"bandwidth": True}, ValueError, "bandwidth=True needs noise='phase'"),
+        ({"position": "rotary", "noise": "phase"}, TypeError, "unknown argument 'noise'"),
         ({"position": "sine", "kernel_size": 3}, TypeError,
          "unknown argument 'kernel_size'; position='sine' takes the options num_sines, ndim"),
         ({"position": None, "num_sines": 3}, TypeError, "position=NoneType takes the options none"),

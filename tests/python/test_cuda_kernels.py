@@ -199,6 +199,94 @@ def test_phasors_with_strides_far_from_the_origin(compare, operator):
     compare(far, [x, *rest], grad, TOLERANCES[torch.float32])
 
 
+CONV_SHAPES = {  # batch, positions, heads, features, taps, realizations, constant
+    "one of everything": (1, (1,), 1, 1, (1,), 1, False),
+    "odd": (3, (37,), 2, 5, (7,), 9, True),
+    "several tiles": (1, (130,), 1, 2, (70,), 40, True),
+    "large batch": (9, (9,), 1, 2, (3,), 8, False),
+    "images": (2, (5, 6), 1, 2, (3, 2), 6, True),
+    "volumes": (1, (3, 2, 5), 1, 2, (2, 2, 3), 34, False),
+    "no batch": (0, (9,), 2, 3, (4,), 4, True),
+    "no positions": (2, (0,), 2, 3, (4,), 4, True),
+    "no features": (2, (9,), 2, 0, (4,), 4, True),
+}
+NOISE = {  # kind, strides of one and more dimensions; None for given noise
+    "gaussian": ("gaussian", [1]),
+    "signs": ("rademacher", [1]),
+    "polyphase": ("gaussian", [4, 1, 3]),
+    "polyphase signs": ("rademacher", [64, 2, 2]),
+    "given": None,
+}
+
+
+def conv_inputs(dtype, noise, batch, size, heads, features, taps, real, constant):
+    g = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, *size, heads, features, generator=g).to(dtype)
+    kernel = torch.randn(heads, features, *taps, generator=g).to(wide)
+    c = torch.randn(heads, features, real, generator=g).to(wide) if constant else None
+    grad = torch.randn(batch, *size, heads, real, generator=g).to(dtype)
+    z = None
+    if noise is None:
+        line = [n + t - 1 for n, t in zip(size, taps, strict=True)]
+        z = torch.randn(heads, features, *line, real, generator=g).to(wide)
+    return [x, kernel, z, c], grad
+
+
+def conv(noise, ndim, real, start=()):
+    def function(x, kernel, z, constant):
+        if noise is None:
+            return torch.ops.torch_spe.conv_filter(x, kernel, z, constant)
+        kind, stride = noise
+        seed = torch.full((), -7, dtype=torch.int64, device=x.device)
+        return torch.ops.torch_spe.conv_filter(
+            *(x, kernel, z, constant, seed, real, kind),
+            *(stride[:ndim] if len(stride) > 1 else stride, start),
+        )
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+@pytest.mark.parametrize("shape", CONV_SHAPES.values(), ids=CONV_SHAPES)
+def test_conv_filter(compare, shape, noise, dtype):
+    if dtype in (torch.float32, torch.float16) and shape != CONV_SHAPES["odd"]:
+        pytest.skip("the other types go the same way")
+    inputs, grad = conv_inputs(dtype, noise, *shape)
+    function = conv(noise, len(shape[1]), shape[5])
+    compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=inputs[0].numel() == 0)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
+def test_some_gradients_of_the_conv_filter(compare, noise):
+    inputs, grad = conv_inputs(torch.float32, NOISE[noise], *CONV_SHAPES["odd"])
+    for wanted in range(4):
+        if inputs[wanted] is not None:
+            function = conv(NOISE[noise], 1, 9)
+            compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
+
+
+def test_conv_filter_with_strides_and_start(compare):
+    (x, kernel, _, constant), grad = conv_inputs(torch.float32, (), 2, (35,), 2, 4, (5,), 6, True)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:1].expand(3, -1, -1, -1)
+    grad = grad[:1, :, :, :1].expand(3, -1, -1, 6)
+    function = conv(NOISE["polyphase"], 1, 6, [-(10**12)])
+    compare(function, [x, kernel, None, constant], grad, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("stride", [[], [3, 1, 5]], ids=["dense", "polyphase"])
+@pytest.mark.parametrize("size", [(9,), (3, 4), (2, 3, 4)], ids=str)
+def test_conv_noise(compare, size, stride, kind):
+    def function(seed):
+        return torch.ops.torch_spe.conv_noise(
+            seed, 2, 3, size, 130, kind, stride[: len(size)], [-5] * len(size)
+        )
+
+    compare(function, [torch.tensor(11)], None, 0)
+
+
 ATTENTION_SHAPES = {  # batch, queries, keys, heads, features, values
     "one of everything": (1, 1, 1, 1, 1, 1),
     "odd": (2, 37, 37, 2, 5, 7),
@@ -325,10 +413,15 @@ def cases():
     yield torch.ops.torch_spe.sine_filter, inputs, grad
     inputs, grads = attention_inputs(torch.bfloat16, 2, 300, 300, 2, 32, 32)
     yield attention(causal=True), inputs, grads
+    for function, make in PHASOR_OPERATORS.values():
+        yield function, *make(torch.bfloat16, 2, 300, 2, 16, 16, True)
+    for noise in ("gaussian", "polyphase signs"):
+        inputs, grad = conv_inputs(torch.bfloat16, NOISE[noise], 2, (300,), 2, 16, (100,), 32, True)
+        yield conv(NOISE[noise], 1, 32), inputs, grad
 
 
 @needs_gpu
-@pytest.mark.parametrize("case", list(cases()), ids=["sine_filter", "linear_attention"])
+@pytest.mark.parametrize("case", list(cases()) if torch.cuda.is_available() else [None])
 def test_other_streams_and_graphs(case):
     function, inputs, grads = case
     expected = run(function, inputs, grads, device="cuda")

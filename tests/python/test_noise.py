@@ -78,6 +78,14 @@ def test_phases_are_uniform_and_deviates_normal():
     assert torch.isfinite(noise.deviate).all()
 
 
+def test_the_rest_is_the_same_without_deviates():
+    noise = phase_noise(2, 5, 3, 8, seed=1)
+    sine, cycles, deviate = phase_noise(2, 5, 3, 8, seed=1, deviates=False)
+    assert deviate is None
+    assert torch.equal(sine, noise.sine)
+    assert torch.equal(cycles, noise.cycles)
+
+
 def test_deviates_of_a_sine_are_stratified():
     noise = phase_noise(2, 50, 4, 34, generator(2), dtype=torch.float64)
     for sine, deviate in zip(noise.sine.flatten(0, 1), noise.deviate.flatten(0, 1), strict=True):

@@ -282,6 +282,13 @@ def test_compiles_whole():
             TypeError,
             "noise must be a PhaseNoise",
         ),
+        (
+            lambda: SineSPE(2, 4, 8, noise="phase", bandwidth=True)(
+                (1, 5), noise=phase_noise(2, 4, 1, 4, deviates=False)
+            ),
+            ValueError,
+            "noise must be a PhaseNoise with deviates when bandwidth=True",
+        ),
         (lambda: SineSPE(bandwidth=True), ValueError, "bandwidth=True needs noise='phase', got"),
         (
             lambda: SineSPE(2, 4, 8, noise="phase")((1, 5), generator=generator(0), seed=1),

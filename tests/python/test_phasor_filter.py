@@ -49,7 +49,7 @@ class TestPhasorFilter(OperatorTests):
         ]
         angles = torch.tensor(angles, dtype=torch.float64)
         expected = torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1)
-        # Consecutive positions are reached by up to 16 + 9 rotations.
+        # Consecutive positions are reached by up to 16 + 3 rotations.
         limit = (2e-15 if given else 5e-15) if dtype == torch.float64 else (4e-7 if given else 2e-6)
         assert (out - expected).abs().max() < limit
 

@@ -1,0 +1,787 @@
+// A block makes codes, sum_p kernel[p] z[n+p, r], for kTokens positions n along the last dimension
+// and kReal realizations r of one head and feature. The taps of the other dimensions come one after
+// the other; each needs a line of noise along the last dimension, which comes in windows of kWindow
+// numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the kernel. Of
+// polyphase noise a window holds one number for a period, and a code adds up its few taps.
+#include "conv_filter.h"
+#include "tiles.h"
+
+namespace torch_spe::cuda {
+namespace {
+
+constexpr int kTokens = 64;
+constexpr int kReal = 32;
+constexpr int kWindow = 32;
+// Realizations for which one thread makes noise: within one block of the generator.
+constexpr int kGaussianGroup = 4, kSignGroup = 8;
+static_assert(kReal % kSignGroup == 0 && 128 % kReal == 0);
+
+TORCH_SPE_INLINE std::int64_t num_periods(const core::NoiseParams& noise) {
+  return noise.stride[0] * noise.stride[1] * noise.stride[2];
+}
+
+// A line of positions along the last dimension, and where the tile begins on it.
+struct Place {
+  std::int64_t head, d, i0, i1, n0;
+
+  TORCH_SPE_DEVICE std::int64_t offset(const std::int64_t (&strides)[6]) const {  // of x and out
+    return i0 * strides[1] + i1 * strides[2] + n0 * strides[3] + head * strides[4];
+  }
+};
+
+// Tiles of kTokens positions.
+struct PositionTiles {
+  std::int64_t size1, per_line, count;
+
+  TORCH_SPE_INLINE PositionTiles(std::int64_t size0, std::int64_t size1, std::int64_t size2)
+      : size1(size1), per_line(ceil_div(size2, kTokens)), count(size0 * size1 * per_line) {}
+  TORCH_SPE_INLINE explicit PositionTiles(const ConvFilterParams& p)
+      : PositionTiles(p.size[0], p.size[1], p.size[2]) {}
+  TORCH_SPE_DEVICE Place place(std::int64_t tile, std::int64_t head, std::int64_t d) const {
+    const std::int64_t line = tile / per_line;
+    return {head, d, line / size1, line % size1, tile % per_line * kTokens};
+  }
+};
+
+TORCH_SPE_DEVICE double read_as(core::DType dtype, const void* data, std::int64_t i) {
+  switch (dtype) {
+    case core::DType::kFloat32:
+      return read(static_cast<const float*>(data)[i]);
+    case core::DType::kFloat64:
+      return read(static_cast<const double*>(data)[i]);
+    case core::DType::kFloat16:
+      return read(static_cast<const core::Half*>(data)[i]);
+    case core::DType::kBFloat16:
+      break;
+  }
+  return read(static_cast<const core::BFloat16*>(data)[i]);
+}
+
+template <class T>
+TORCH_SPE_DEVICE void write_as(core::DType dtype, T value, void* data, std::int64_t i) {
+  switch (dtype) {
+    case core::DType::kFloat32:
+      return write(static_cast<float>(value), static_cast<float*>(data) + i);
+    case core::DType::kFloat64:
+      return write(static_cast<double>(value), static_cast<double*>(data) + i);
+    case core::DType::kFloat16:
+      return write(static_cast<float>(value), static_cast<core::Half*>(data) + i);
+    case core::DType::kBFloat16:
+      return write(static_cast<float>(value), static_cast<core::BFloat16*>(data) + i);
+  }
+}
+
+// The noise of one head and feature that a tile of positions needs, along the line of one tap of
+// the other dimensions. Positions are relative to the tile's first; period q of realization r has
+// its noise at position q s + class(r) - origin, with s the stride of the last dimension.
+class NoiseLine {
+ public:
+  std::int64_t origin = 0;
+  std::int64_t count;  // periods
+  std::int64_t stride;
+
+  TORCH_SPE_DEVICE NoiseLine(const ConvFilterParams& p, const Place& place)
+      : count(kTokens + p.kernel_size[2] - 1), stride(p.generated.stride[2]), p_(p), place_(place) {
+    if (p.noise != nullptr) return;
+    const core::NoiseParams& noise = p.generated;
+    seed_ = static_cast<std::uint64_t>(*noise.device_seed);
+    if (num_periods(noise) > 1)
+      core::noise_shift(seed_, noise.ndim, place.head, place.d, noise.stride, shift_);
+    const std::int64_t first = noise.start[2] + place.n0 + shift_[2];
+    first_period_ = core::floor_divide(first, stride);
+    origin = first - first_period_ * stride;
+    count = (origin + kTokens + p.kernel_size[2] - 2) / stride + 1;
+  }
+
+  // Goes to a tap of the other dimensions.
+  TORCH_SPE_DEVICE void set_tap(std::int64_t tap0, std::int64_t tap1) {
+    line_[0] = place_.i0 + tap0;
+    line_[1] = place_.i1 + tap1;
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t position = p_.generated.start[i] + line_[i] + shift_[i];
+      period_[i] = core::floor_divide(position, p_.generated.stride[i]);
+      phase_[i] = position - period_[i] * p_.generated.stride[i];
+    }
+  }
+
+  // Whether realization r has noise on this line, which only polyphase noise of several dimensions
+  // may lack.
+  TORCH_SPE_DEVICE bool has(std::int64_t r) const {
+    const std::int64_t* const s = p_.generated.stride;
+    return (s[1] == 1 || r / s[2] % s[1] == phase_[1]) &&
+           (s[0] == 1 || r / (s[1] * s[2]) % s[0] == phase_[0]);
+  }
+  TORCH_SPE_DEVICE bool has_any(std::int64_t r0) const {
+    if (p_.generated.stride[0] == 1 && p_.generated.stride[1] == 1) return true;
+    for (int i = 0; i < kReal; ++i) {
+      if (has(r0 + i)) return true;
+    }
+    return false;
+  }
+
+  // out[q - first][r - r0] for kWindow periods and kReal realizations, without the factor of
+  // polyphase noise; 0 where there is none.
+  template <class Number>
+  TORCH_SPE_DEVICE void fill(std::int64_t first, std::int64_t r0, Number* out) const {
+    if (p_.noise != nullptr) {
+      fill_given(first, r0, out);
+    } else if (p_.generated.kind == core::NoiseKind::kGaussian) {
+      fill_generated<kGaussianGroup>(first, r0, out);
+    } else {
+      fill_generated<kSignGroup>(first, r0, out);
+    }
+  }
+
+ private:
+  template <class Number>
+  TORCH_SPE_DEVICE void fill_given(std::int64_t first, std::int64_t r0, Number* out) const {
+    const auto& strides = p_.noise_strides;
+    const std::int64_t base = place_.head * strides[0] + place_.d * strides[1] +
+                              line_[0] * strides[2] + line_[1] * strides[3];
+    const std::int64_t length = p_.size[2] + p_.kernel_size[2] - 1;
+    for (int i = static_cast<int>(threadIdx.x); i < kWindow * kReal; i += kThreads) {
+      const std::int64_t j = place_.n0 + first + i / kReal, r = r0 + i % kReal;
+      const bool inside = j < length && r < p_.num_realizations;
+      const double value =
+          inside ? read_as(p_.noise_dtype, p_.noise, base + j * strides[4] + r * strides[5]) : 0.0;
+      write(static_cast<accumulate<Number>>(value),
+            out + i / kReal * row_of<Number>(kReal) + i % kReal);
+    }
+  }
+
+  template <int kGroup, class Number>
+  TORCH_SPE_DEVICE void fill_generated(std::int64_t first, std::int64_t r0, Number* out) const {
+    const core::NoiseParams& noise = p_.generated;
+    constexpr int kGroups = kReal / kGroup;
+    for (int i = static_cast<int>(threadIdx.x); i < kWindow * kGroups; i += kThreads) {
+      const std::int64_t period = first + i / kGroups, r = r0 + i % kGroups * kGroup;
+      float values[kGroup] = {};
+      if (period < count && r < p_.num_realizations) {
+        const std::uint64_t position =
+            core::noise_position(noise.ndim, period_[0], period_[1], first_period_ + period);
+        const auto words = core::philox<core::ScalarNumbers>(
+            {{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
+              core::noise_source(place_.head, place_.d),
+              core::noise_block(static_cast<std::uint32_t>(noise.kind), noise.ndim,
+                                r / core::realizations_of_block(noise.kind))}},
+            seed_);
+        if constexpr (kGroup == kGaussianGroup) {
+          core::normal_pair<core::ScalarNumbers>(words.word[0], words.word[1], values, values + 1);
+          core::normal_pair<core::ScalarNumbers>(words.word[2], words.word[3], values + 2,
+                                                 values + 3);
+        } else {
+          const std::uint32_t bits = core::word_of(words, r % 128 / 32) >> r % 32;
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < kGroup; ++e) values[e] = (bits >> e & 1u) != 0 ? -1.0f : 1.0f;
+        }
+      }
+      Number* const to = out + i / kGroups * row_of<Number>(kReal) + i % kGroups * kGroup;
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < kGroup; ++e) {
+        const bool inside = r + e < p_.num_realizations && has(r + e);
+        write(static_cast<accumulate<Number>>(inside ? values[e] : 0.0f), to + e);
+      }
+    }
+  }
+
+  // The type of computation with operands of a type.
+  template <class Number>
+  using accumulate = decltype(number_of(Number{}));
+
+  const ConvFilterParams& p_;
+  Place place_;
+  std::uint64_t seed_ = 0;
+  std::int64_t shift_[3] = {0, 0, 0};
+  std::int64_t first_period_ = 0;
+  std::int64_t line_[2], period_[2], phase_[2];
+};
+
+// kernel[t][i] = kernel[first + i - t] of a line of taps: what dense noise is multiplied with, or,
+// mirrored, kernel[t - (first + i)].
+template <bool kMirrored, class T, class Operand>
+TORCH_SPE_DEVICE void fill_toeplitz(const T* taps, std::int64_t count, std::int64_t first,
+                                    Operand* out) {
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens * kWindow; i += kThreads) {
+    const std::int64_t tap = (first + i % kWindow - i / kWindow) * (kMirrored ? -1 : 1);
+    write(tap >= 0 && tap < count ? taps[tap] : T(0),
+          out + i / kWindow * row_of<Operand>(kWindow) + i % kWindow);
+  }
+}
+
+template <class T>
+TORCH_SPE_DEVICE const T* taps_of(const ConvFilterParams& p, const Place& place, std::int64_t tap0,
+                                  std::int64_t tap1) {
+  return static_cast<const T*>(p.kernel) +
+         (((place.head * p.in_features + place.d) * p.kernel_size[0] + tap0) * p.kernel_size[1] +
+          tap1) *
+             p.kernel_size[2];
+}
+
+// Shared memory of the codes of a tile.
+template <class Storage, class Operand, bool kDense>
+struct CodeShared {
+  using T = core::accumulate_t<Storage>;
+  using Number = std::conditional_t<kDense, Operand, T>;  // of noise
+  Number* noise;                                          // [period, r]
+  Operand* toeplitz;                                      // [token, period], of dense noise
+
+  TORCH_SPE_INLINE explicit CodeShared(Carver& carver)
+      : noise(carver.take<Number>(kWindow * row_of<Number>(kReal))),
+        toeplitz(kDense ? carver.take<Operand>(kTokens * row_of<Operand>(kWindow)) : nullptr) {}
+};
+
+template <class Storage, class Operand, bool kDense>
+class Codes {
+ public:
+  using T = core::accumulate_t<Storage>;
+  using Shared = CodeShared<Storage, Operand, kDense>;
+
+  TORCH_SPE_DEVICE Codes(const ConvFilterParams& p, const Shared& shared)
+      : p_(p), shared_(shared), factor_(kDense ? T(1) : sqrt_of(num_periods(p.generated))) {}
+
+  // Makes the codes of a tile and calls function(token, realization, code) for those that this
+  // thread holds, constant included. Begins with a barrier.
+  template <class Function>
+  TORCH_SPE_DEVICE void make(const Place& place, std::int64_t r0, const Function& function) {
+    NoiseLine line(p_, place);
+    product_.clear();
+    __syncthreads();  // whatever shared memory held has been used
+    for (std::int64_t tap0 = 0; tap0 < p_.kernel_size[0]; ++tap0) {
+      for (std::int64_t tap1 = 0; tap1 < p_.kernel_size[1]; ++tap1) {
+        line.set_tap(tap0, tap1);
+        if (!kDense && !line.has_any(r0)) continue;
+        const T* const taps = taps_of<T>(p_, place, tap0, tap1);
+        for (std::int64_t first = 0; first < line.count; first += kWindow) {
+          line.fill(first, r0, shared_.noise);
+          if constexpr (kDense)
+            fill_toeplitz<false>(taps, p_.kernel_size[2], first, shared_.toeplitz);
+          __syncthreads();
+          if constexpr (kDense) {
+            product_.template multiply<kWindow, Major::kDepth, Major::kOuter>(shared_.toeplitz,
+                                                                              shared_.noise);
+          } else {
+            add_taps(line, taps, first, r0);
+          }
+          __syncthreads();  // the window has been used
+        }
+      }
+    }
+    const T* const constant =
+        p_.constant == nullptr
+            ? nullptr
+            : static_cast<const T*>(p_.constant) +
+                  (place.head * p_.in_features + place.d) * p_.num_realizations + r0;
+    product_.for_each([&](int token, int r, T value) {
+      const bool adds = constant != nullptr && r0 + r < p_.num_realizations;
+      function(token, r, value * factor_ + (adds ? constant[r] : T(0)));
+    });
+  }
+
+  // Calls function(token, realization) in the order of make.
+  template <class Function>
+  TORCH_SPE_DEVICE void for_each_place(const Function& function) {
+    product_.for_each([&](int token, int r, T) { function(token, r); });
+  }
+
+ private:
+  // Tap p of token t meets period q of realization r where q s + class(r) - origin = t + p.
+  TORCH_SPE_DEVICE void add_taps(const NoiseLine& line, const T* taps, std::int64_t first,
+                                 std::int64_t r0) {
+    const int stride = static_cast<int>(line.stride), size = static_cast<int>(p_.kernel_size[2]);
+    product_.for_each([&](int token, int r, T& code) {
+      const int lag =
+          static_cast<int>(line.origin) + token -
+          static_cast<int>(static_cast<std::uint32_t>(r0 + r) % static_cast<std::uint32_t>(stride));
+      const int least = lag <= 0 ? 0 : (lag + stride - 1) / stride;
+      int q = least > first ? least - static_cast<int>(first) : 0;
+      for (std::int64_t tap = (first + q) * stride - lag; q < kWindow && tap < size;
+           ++q, tap += stride)
+        code += taps[tap] * shared_.noise[q * row_of<T>(kReal) + r];
+    });
+  }
+
+  TORCH_SPE_DEVICE static T sqrt_of(std::int64_t value) {
+    return static_cast<T>(__builtin_sqrt(static_cast<double>(value)));
+  }
+
+  const ConvFilterParams& p_;
+  const Shared& shared_;
+  const T factor_;
+  TileProduct<Operand, kTokens, kReal> product_;
+};
+
+// Forward: a block keeps the results of a tile and some batch rows, and goes through the features.
+template <class Storage>
+constexpr int kBatch = sizeof(Storage) == 8 ? 2 : 4;
+
+template <class Storage, class Operand, bool kDense>
+struct ForwardShared : CodeShared<Storage, Operand, kDense> {
+  core::accumulate_t<Storage>* x;  // [batch, token]
+
+  TORCH_SPE_INLINE explicit ForwardShared(Carver& carver)
+      : CodeShared<Storage, Operand, kDense>(carver),
+        x(carver.take<core::accumulate_t<Storage>>(kBatch<Storage> * kTokens)) {}
+};
+
+template <class Storage, class Operand, bool kDense>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const ConvFilterParams p) {
+  using T = core::accumulate_t<Storage>;
+  constexpr int kRows = kBatch<Storage>, kCount = kTokens * kReal / kThreads;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const ForwardShared<Storage, Operand, kDense> shared(carver);
+  const PositionTiles tiles(p);
+  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kReal);
+  const std::int64_t batch_tiles = ceil_div(p.batch, kRows);
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t r0 = block % real_tiles * kReal;
+  const std::int64_t b0 = block / real_tiles % batch_tiles * kRows;
+  const std::int64_t tile = block / real_tiles / batch_tiles % tiles.count;
+  Place place = tiles.place(tile, block / real_tiles / batch_tiles / tiles.count, 0);
+  const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(p.x_strides);
+
+  Codes<Storage, Operand, kDense> codes(p, shared);
+  T sums[kRows][kCount];
+  TORCH_SPE_UNROLL
+  for (int b = 0; b < kRows; ++b) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kCount; ++i) sums[b][i] = 0;
+  }
+  for (place.d = 0; place.d < p.in_features; ++place.d) {
+    __syncthreads();  // the tile of x before has been used
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kTokens; i += kThreads) {
+      const std::int64_t b = b0 + i / kTokens, t = i % kTokens;
+      shared.x[i] =
+          b < p.batch && place.n0 + t < p.size[2]
+              ? read(x[b * p.x_strides[0] + t * p.x_strides[3] + place.d * p.x_strides[5]])
+              : T(0);
+    }
+    int i = 0;
+    codes.make(place, r0, [&](int token, int, T code) {
+      TORCH_SPE_UNROLL
+      for (int b = 0; b < kRows; ++b) sums[b][i] += shared.x[b * kTokens + token] * code;
+      ++i;
+    });
+  }
+  int i = 0;
+  codes.for_each_place([&](int token, int r) {
+    TORCH_SPE_UNROLL
+    for (int b = 0; b < kRows; ++b) {
+      if (b0 + b < p.batch && place.n0 + token < p.size[2] && r0 + r < real) {
+        const std::int64_t n =
+            (((b0 + b) * p.size[0] + place.i0) * p.size[1] + place.i1) * p.size[2] + place.n0 +
+            token;
+        write(sums[b][i],
+              static_cast<Storage*>(p.out) + (n * p.num_heads + place.head) * real + r0 + r);
+      }
+    }
+    ++i;
+  });
+}
+
+// Gradient of x: a block takes a tile of one feature and some batch rows, and goes through the
+// realizations.
+constexpr int kDataBatch = 8;
+
+template <class Storage, class Operand, bool kDense>
+struct DataShared : CodeShared<Storage, Operand, kDense> {
+  static constexpr int kRow = kReal + 1;
+  core::accumulate_t<Storage>* codes;  // [token, r]
+
+  TORCH_SPE_INLINE explicit DataShared(Carver& carver)
+      : CodeShared<Storage, Operand, kDense>(carver),
+        codes(carver.take<core::accumulate_t<Storage>>(kTokens * kRow)) {}
+};
+
+template <class Storage, class Operand, bool kDense>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    data_kernel(const ConvFilterBackwardParams p) {
+  using T = core::accumulate_t<Storage>;
+  using Shared = DataShared<Storage, Operand, kDense>;
+  constexpr int kParts = kThreads / kTokens;  // of the batch rows
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const Shared shared(carver);
+  const PositionTiles tiles(p);
+  const std::int64_t real = p.num_realizations, batch_tiles = ceil_div(p.batch, kDataBatch);
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t d = block % p.in_features;
+  const std::int64_t b0 = block / p.in_features % batch_tiles * kDataBatch;
+  const std::int64_t tile = block / p.in_features / batch_tiles % tiles.count;
+  const Place place = tiles.place(tile, block / p.in_features / batch_tiles / tiles.count, d);
+  const auto& strides = p.grad_out_strides;
+  const int token = static_cast<int>(threadIdx.x) % kTokens;
+  const int part = static_cast<int>(threadIdx.x) / kTokens;
+  const bool inside = place.n0 + token < p.size[2];
+  const Storage* const grad =
+      static_cast<const Storage*>(p.grad_out) + place.offset(strides) + token * strides[3];
+
+  Codes<Storage, Operand, kDense> codes(p, shared);
+  T sums[kDataBatch / kParts] = {};
+  for (std::int64_t r0 = 0; r0 < real; r0 += kReal) {
+    codes.make(place, r0, [&](int t, int r, T code) { shared.codes[t * Shared::kRow + r] = code; });
+    __syncthreads();
+    const int count = static_cast<int>(min_of(kReal, real - r0));
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kDataBatch / kParts; ++i) {
+      const std::int64_t b = b0 + i * kParts + part;
+      if (!inside || b >= p.batch) continue;
+      for (int r = 0; r < count; ++r)
+        sums[i] += read(grad[b * strides[0] + (r0 + r) * strides[5]]) *
+                   shared.codes[token * Shared::kRow + r];
+    }
+  }
+  TORCH_SPE_UNROLL
+  for (int i = 0; i < kDataBatch / kParts; ++i) {
+    const std::int64_t b = b0 + i * kParts + part;
+    if (!inside || b >= p.batch) continue;
+    const std::int64_t n =
+        ((b * p.size[0] + place.i0) * p.size[1] + place.i1) * p.size[2] + place.n0 + token;
+    write(sums[i],
+          static_cast<Storage*>(p.grad_x) + (n * p.num_heads + place.head) * p.in_features + d);
+  }
+}
+
+// The gradient of a code: sum over the batch of x times the gradient of the output. `token` counts
+// from place.n0, and may lie outside.
+template <class Storage>
+TORCH_SPE_DEVICE core::accumulate_t<Storage> code_gradient(const ConvFilterBackwardParams& p,
+                                                           const Place& place, std::int64_t token,
+                                                           std::int64_t r) {
+  core::accumulate_t<Storage> sum = 0;
+  const std::int64_t n = place.n0 + token;
+  if (n < 0 || n >= p.size[2] || r >= p.num_realizations) return sum;
+  const auto &x_strides = p.x_strides, &strides = p.grad_out_strides;
+  const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(x_strides) +
+                           token * x_strides[3] + place.d * x_strides[5];
+  const Storage* const grad = static_cast<const Storage*>(p.grad_out) + place.offset(strides) +
+                              token * strides[3] + r * strides[5];
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    sum += read(x[b * x_strides[0]]) * read(grad[b * strides[0]]);
+  return sum;
+}
+
+// Gradients of kernel and constant: a block takes a segment of the tiles of one feature, and adds
+// up its part of the sums in global memory, which is its own.
+template <class Storage, class Operand, bool kDense>
+struct KernelShared : CodeShared<Storage, Operand, kDense> {
+  using T = core::accumulate_t<Storage>;
+  using Number = typename CodeShared<Storage, Operand, kDense>::Number;
+  static constexpr int kRow = kWindow + 1;
+  Number* grad;      // [token, r], gradients of codes
+  T* products;       // [token, period], of dense noise: sums over r of gradient and noise
+  double* constant;  // [warp, r]
+
+  TORCH_SPE_INLINE explicit KernelShared(Carver& carver)
+      : CodeShared<Storage, Operand, kDense>(carver),
+        grad(carver.take<Number>(kTokens * row_of<Number>(kReal))),
+        products(kDense ? carver.take<T>(kTokens * kRow) : nullptr),
+        constant(carver.take<double>(kThreads)) {}
+};
+
+std::int64_t kernel_segments(const ConvFilterParams& p) {
+  return max_of(1, min_of(PositionTiles(p).count,
+                          ceil_div(kWantedBlocks, max_of(1, p.num_heads * p.in_features))));
+}
+
+template <class Storage, class Operand, bool kDense>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    kernel_kernel(const ConvFilterBackwardParams p, std::int64_t segments,
+                  double* kernel_parts,      // [segment, H, D, *P], or null
+                  double* constant_parts) {  // [segment, H, D, R], or null
+  using T = core::accumulate_t<Storage>;
+  using Shared = KernelShared<Storage, Operand, kDense>;
+  using Number = typename Shared::Number;
+  constexpr int kRow = row_of<Number>(kReal);
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const Shared shared(carver);
+  const PositionTiles tiles(p);
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t segment = block % segments;
+  const std::int64_t d = block / segments % p.in_features, head = block / segments / p.in_features;
+  const std::int64_t taps = p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2];
+  const std::int64_t feature = (segment * p.num_heads + head) * p.in_features + d;
+  double* const kernel_part = kernel_parts == nullptr ? nullptr : kernel_parts + feature * taps;
+  if (kernel_part != nullptr) {
+    for (std::int64_t i = thread; i < taps; i += kThreads) kernel_part[i] = 0;
+  }
+  const double factor = __builtin_sqrt(static_cast<double>(num_periods(p.generated)));
+  const std::int64_t per_segment = ceil_div(tiles.count, segments);
+  const std::int64_t end_tile = min_of(tiles.count, (segment + 1) * per_segment);
+
+  for (std::int64_t r0 = 0; r0 < p.num_realizations; r0 += kReal) {
+    double constant = 0;  // of realization r0 + thread % kReal
+    for (std::int64_t tile = segment * per_segment; tile < end_tile; ++tile) {
+      const Place place = tiles.place(tile, head, d);
+      __syncthreads();  // the gradients before have been used
+      T tile_constant = 0;
+      for (int i = thread; i < kTokens * kReal; i += kThreads) {
+        const T grad = code_gradient<Storage>(p, place, i / kReal, r0 + i % kReal);
+        tile_constant += grad;
+        write(grad, shared.grad + i / kReal * kRow + i % kReal);
+      }
+      constant += static_cast<double>(tile_constant);
+      if (kernel_part == nullptr) continue;
+      NoiseLine line(p, place);
+      for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
+        for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
+          line.set_tap(tap0, tap1);
+          if (!kDense && !line.has_any(r0)) continue;
+          double* const sums = kernel_part + (tap0 * p.kernel_size[1] + tap1) * p.kernel_size[2];
+          for (std::int64_t first = 0; first < line.count; first += kWindow) {
+            line.fill(first, r0, shared.noise);
+            __syncthreads();
+            if constexpr (kDense) {
+              TileProduct<Operand, kTokens, kWindow> product;
+              product.clear();
+              product.template multiply<kReal, Major::kDepth, Major::kDepth>(shared.grad,
+                                                                             shared.noise);
+              product.for_each([&](int token, int period, T value) {
+                shared.products[token * Shared::kRow + period] = value;
+              });
+              __syncthreads();
+              // A tap is a diagonal.
+              const int least = thread < kTokens ? kTokens - 1 - thread : 0;  // token
+              const std::int64_t tap = first + thread - (kTokens - 1);
+              if (tap >= 0 && tap < p.kernel_size[2]) {
+                T sum = 0;
+                for (int token = least; token < kTokens; ++token) {
+                  const int period = token + thread - (kTokens - 1);
+                  if (period < kWindow) sum += shared.products[token * Shared::kRow + period];
+                }
+                sums[tap] += static_cast<double>(sum);
+              }
+            } else {
+              for (std::int64_t tap = thread; tap < p.kernel_size[2]; tap += kThreads) {
+                std::int64_t period = (line.origin + tap) / line.stride;
+                std::int64_t phase = (line.origin + tap) % line.stride;
+                T sum = 0;
+                for (int token = 0; token < kTokens; ++token) {
+                  if (period >= first && period < first + kWindow) {
+                    // The realizations of the class, which are the stride apart.
+                    std::int64_t r = core::floor_modulo(phase - r0, line.stride);
+                    for (; r < kReal; r += line.stride)
+                      sum +=
+                          shared.grad[token * kRow + r] * shared.noise[(period - first) * kRow + r];
+                  }
+                  if (++phase == line.stride) {
+                    phase = 0;
+                    ++period;
+                  }
+                }
+                sums[tap] += factor * static_cast<double>(sum);
+              }
+            }
+            __syncthreads();  // the window has been used
+          }
+        }
+      }
+    }
+    if (constant_parts == nullptr) continue;
+    shared.constant[thread] = constant;
+    __syncthreads();
+    if (thread < kReal && r0 + thread < p.num_realizations) {
+      double sum = 0;
+      for (int i = thread; i < kThreads; i += kReal) sum += shared.constant[i];
+      constant_parts[feature * p.num_realizations + r0 + thread] = sum;
+    }
+    __syncthreads();  // before the sums are written again
+  }
+}
+
+// Gradient of given noise, grad_z[j, r] = sum_p kernel[p] gradient of code[j - p, r]: a block takes
+// a tile of its positions.
+template <class Storage, class Operand>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    noise_gradient_kernel(const ConvFilterBackwardParams p) {
+  using T = core::accumulate_t<Storage>;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const CodeShared<Storage, Operand, true> shared(carver);
+  const std::int64_t size0 = p.size[0] + p.kernel_size[0] - 1;
+  const std::int64_t size1 = p.size[1] + p.kernel_size[1] - 1;
+  const std::int64_t size2 = p.size[2] + p.kernel_size[2] - 1;
+  const PositionTiles tiles(size0, size1, size2);
+  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kReal);
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t r0 = block % real_tiles * kReal;
+  const std::int64_t tile = block / real_tiles % tiles.count;
+  const std::int64_t feature = block / real_tiles / tiles.count;
+  const Place noise = tiles.place(tile, feature / p.in_features, feature % p.in_features);
+
+  TileProduct<Operand, kTokens, kReal> product;
+  product.clear();
+  for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
+    for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
+      Place place = noise;
+      place.i0 -= tap0;
+      place.i1 -= tap1;
+      place.n0 = 0;
+      if (place.i0 < 0 || place.i0 >= p.size[0] || place.i1 < 0 || place.i1 >= p.size[1]) continue;
+      const T* const taps = taps_of<T>(p, place, tap0, tap1);
+      const std::int64_t begin = max_of(0, noise.n0 - p.kernel_size[2] + 1);
+      const std::int64_t end = min_of(p.size[2], noise.n0 + kTokens);
+      for (std::int64_t n = begin; n < end; n += kWindow) {
+        __syncthreads();  // the tiles before have been used
+        fill_toeplitz<true>(taps, p.kernel_size[2], n - noise.n0, shared.toeplitz);
+        for (int i = static_cast<int>(threadIdx.x); i < kWindow * kReal; i += kThreads)
+          write(code_gradient<Storage>(p, place, n + i / kReal, r0 + i % kReal),
+                shared.noise + i / kReal * row_of<Operand>(kReal) + i % kReal);
+        __syncthreads();
+        product.template multiply<kWindow, Major::kDepth, Major::kOuter>(shared.toeplitz,
+                                                                         shared.noise);
+      }
+    }
+  }
+  product.for_each([&](int token, int r, T value) {
+    if (noise.n0 + token >= size2 || r0 + r >= real) return;
+    const std::int64_t position = ((feature * size0 + noise.i0) * size1 + noise.i1) * size2;
+    write_as(p.noise_dtype, value, p.grad_noise, (position + noise.n0 + token) * real + r0 + r);
+  });
+}
+
+// Calls function(operand, std::bool_constant<dense>) with the types of the kernels to launch.
+template <class Function>
+void visit_kernels(const ConvFilterParams& p, bool allow_tf32, const Function& function) {
+  if (num_periods(p.generated) == 1) {
+    visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+      function(storage, operand, std::true_type{});
+    });
+  } else {
+    visit_storage(p.dtype, [&](auto storage) {
+      function(storage, core::accumulate_t<decltype(storage)>{}, std::false_type{});
+    });
+  }
+}
+
+// Parts of the scratch memory of the backward pass.
+struct Workspace {
+  std::int64_t segments, taps, constants;
+  double *kernel = nullptr, *constant = nullptr;
+  std::size_t size = 0;
+
+  Workspace(const ConvFilterBackwardParams& p, void* memory)
+      : segments(kernel_segments(p)),
+        taps(p.num_heads * p.in_features * p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2]),
+        constants(p.num_heads * p.in_features * p.num_realizations) {
+    Carver carver(static_cast<unsigned char*>(memory));
+    if (p.grad_kernel != nullptr) kernel = carver.take<double>(segments * taps);
+    if (p.grad_constant != nullptr) constant = carver.take<double>(segments * constants);
+    size = carver.size();
+  }
+};
+
+template <class Storage, class Operand, bool kDense>
+void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
+  using T = core::accumulate_t<Storage>;
+  const std::int64_t features = p.num_heads * p.in_features;
+  if (p.grad_x != nullptr) {
+    Carver size;
+    DataShared<Storage, Operand, kDense>{size};
+    launch(data_kernel<Storage, Operand, kDense>,
+           grid_of(PositionTiles(p).count * ceil_div(p.batch, kDataBatch) * features),
+           dim3(kThreads), size.size(), stream, p);
+  }
+  const Workspace workspace(p, memory);
+  if (p.grad_kernel != nullptr || p.grad_constant != nullptr) {
+    Carver size;
+    KernelShared<Storage, Operand, kDense>{size};
+    launch(kernel_kernel<Storage, Operand, kDense>, grid_of(workspace.segments * features),
+           dim3(kThreads), size.size(), stream, p, workspace.segments, workspace.kernel,
+           workspace.constant);
+    if (p.grad_kernel != nullptr)
+      sum_parts(workspace.kernel, workspace.segments, workspace.taps,
+                static_cast<T*>(p.grad_kernel), stream);
+    if (p.grad_constant != nullptr)
+      sum_parts(workspace.constant, workspace.segments, workspace.constants,
+                static_cast<T*>(p.grad_constant), stream);
+  }
+  if constexpr (kDense) {
+    if (p.grad_noise == nullptr) return;
+    const PositionTiles tiles(p.size[0] + p.kernel_size[0] - 1, p.size[1] + p.kernel_size[1] - 1,
+                              p.size[2] + p.kernel_size[2] - 1);
+    Carver size;
+    CodeShared<Storage, Operand, kDense>{size};
+    launch(noise_gradient_kernel<Storage, Operand>,
+           grid_of(tiles.count * ceil_div(p.num_realizations, kReal) * features), dim3(kThreads),
+           size.size(), stream, p);
+  }
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(kThreads) noise_kernel(const ConvNoiseParams p) {
+  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  Storage* const out = static_cast<Storage*>(p.out) + i;
+  const auto next = [&](std::int64_t size) {
+    const std::int64_t index = i % size;
+    i /= size;
+    return index;
+  };
+  const std::int64_t r = next(p.num_realizations);
+  std::int64_t position[3];
+  TORCH_SPE_UNROLL
+  for (int k = 2; k >= 0; --k) position[k] = next(p.size[k]);
+  const std::int64_t d = next(p.in_features), head = i;
+  if (head >= p.num_heads) return;
+  const core::NoiseParams& noise = p.generated;
+  const auto seed = static_cast<std::uint64_t>(*noise.device_seed);
+  std::int64_t shift[3] = {0, 0, 0}, period[3];
+  if (num_periods(noise) > 1) core::noise_shift(seed, noise.ndim, head, d, noise.stride, shift);
+  bool has = true;
+  std::int64_t rest = r;
+  TORCH_SPE_UNROLL
+  for (int k = 2; k >= 0; --k) {
+    const std::int64_t shifted = noise.start[k] + position[k] + shift[k];
+    period[k] = core::floor_divide(shifted, noise.stride[k]);
+    has = has && shifted - period[k] * noise.stride[k] == rest % noise.stride[k];
+    rest /= noise.stride[k];
+  }
+  using T = core::accumulate_t<Storage>;
+  T value = 0;
+  if (has) {
+    value = static_cast<T>(__builtin_sqrt(static_cast<double>(num_periods(noise)))) *
+            static_cast<T>(core::noise_value(noise.kind, seed, noise.ndim, period[0], period[1],
+                                             period[2], head, d, r));
+  }
+  write(value, out);
+}
+
+}  // namespace
+
+void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stream) {
+  visit_kernels(p, allow_tf32, [&](auto storage, auto operand, auto dense) {
+    using Storage = decltype(storage);
+    using Operand = decltype(operand);
+    constexpr bool kDense = decltype(dense)::value;
+    Carver size;
+    ForwardShared<Storage, Operand, kDense>{size};
+    const std::int64_t blocks = PositionTiles(p).count * ceil_div(p.batch, kBatch<Storage>) *
+                                ceil_div(p.num_realizations, kReal) * p.num_heads;
+    launch(forward_kernel<Storage, Operand, kDense>, grid_of(blocks), dim3(kThreads), size.size(),
+           stream, p);
+  });
+}
+
+std::size_t conv_filter_backward_workspace(const ConvFilterBackwardParams& p) {
+  return Workspace(p, nullptr).size;
+}
+
+void conv_filter_backward(const ConvFilterBackwardParams& p, void* workspace, bool allow_tf32,
+                          Stream stream) {
+  visit_kernels(p, allow_tf32, [&](auto storage, auto operand, auto dense) {
+    backward<decltype(storage), decltype(operand), decltype(dense)::value>(p, workspace, stream);
+  });
+}
+
+void conv_noise(const ConvNoiseParams& p, Stream stream) {
+  const std::int64_t count =
+      p.num_heads * p.in_features * p.size[0] * p.size[1] * p.size[2] * p.num_realizations;
+  visit_storage(p.dtype, [&](auto storage) {
+    launch(noise_kernel<decltype(storage)>, grid_of(ceil_div(count, kThreads)), dim3(kThreads), 0,
+           stream, p);
+  });
+}
+
+}  // namespace torch_spe::cuda
