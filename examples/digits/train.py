@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), metavar="NAME",
         help=f"which of {', '.join(ENCODINGS)}",
     )  # fmt: skip
-    parser.add_argument("--epochs", type=int, default=12, help="passes over 1348 images")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over 1348 images")
     parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "digits", help="output folder")
