@@ -4,35 +4,23 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 
-#include "checks.h"
 #include "cpu/conv_filter.h"
+#include "operator.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
 namespace ops {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "conv_filter";
 constexpr const char* kLayouts[] = {"[B, N, H, D]", "[B, N1, N2, H, D]", "[B, N1, N2, N3, H, D]"};
 constexpr const char* kNoiseLayouts[] = {"[H, D, N+P-1, R]", "[H, D, N1+P1-1, N2+P2-1, R]",
                                          "[H, D, N1+P1-1, N2+P2-1, N3+P3-1, R]"};
-
-// Parameters have the type of x, or float32 beside a half-precision x.
-void check_parameter_type(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  const auto type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), kOp, ": ",
-                   name, " must be ", x.scalar_type(), " like x or ",
-                   accumulate_type(x.scalar_type()), ", got ", type);
-}
 
 core::NoiseKind to_noise_kind(const char* op, c10::string_view kind) {
   if (kind == "gaussian") return core::NoiseKind::kGaussian;
@@ -89,7 +77,7 @@ void check(const at::Tensor& x, const at::Tensor& kernel, const OptionalTensor& 
   check_data(kOp, "x", x, ndim + 3, kLayouts[ndim - 1]);
   check_data(kOp, "kernel", kernel, ndim + 2, "[H, D, *P]");
   check_same_device(kOp, "kernel", kernel, x, "x");
-  check_parameter_type("kernel", kernel, x);
+  check_parameter_type(kOp, "kernel", kernel, x);
   const auto heads = x.sym_size(ndim + 1), features = x.sym_size(ndim + 2);
   check_size(kOp, "kernel", kernel, 0, heads, "H of x");
   check_size(kOp, "kernel", kernel, 1, features, "D of x");
@@ -107,7 +95,7 @@ void check(const at::Tensor& x, const at::Tensor& kernel, const OptionalTensor& 
   if (noise.has_value()) {
     check_data(kOp, "noise", *noise, ndim + 3, kNoiseLayouts[ndim - 1]);
     check_same_device(kOp, "noise", *noise, x, "x");
-    check_parameter_type("noise", *noise, x);
+    check_parameter_type(kOp, "noise", *noise, x);
     check_size(kOp, "noise", *noise, 0, heads, "H of x");
     check_size(kOp, "noise", *noise, 1, features, "D of x");
     for (int64_t i = 0; i < ndim; ++i) {
@@ -133,7 +121,7 @@ void check(const at::Tensor& x, const at::Tensor& kernel, const OptionalTensor& 
   if (constant.has_value()) {
     check_data(kOp, "constant", *constant, 3, "[H, D, R]");
     check_same_device(kOp, "constant", *constant, x, "x");
-    check_parameter_type("constant", *constant, x);
+    check_parameter_type(kOp, "constant", *constant, x);
     check_size(kOp, "constant", *constant, 0, heads, "H of x");
     check_size(kOp, "constant", *constant, 1, features, "D of x");
     check_size(kOp, "constant", *constant, 2, real, "R of the noise");
@@ -311,41 +299,13 @@ Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const a
 }
 
 auto forward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::conv_filter", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                            const OptionalTensor&, const OptionalTensor&,
-                            std::optional<c10::SymInt>, c10::string_view, at::IntArrayRef,
-                            c10::SymIntArrayRef)>();
+  static const auto op = find_operator<decltype(forward_meta)>("torch_spe::conv_filter");
   return op;
 }
 
 auto backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::conv_filter_backward", "")
-          .typed<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                           const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                           c10::string_view, at::IntArrayRef, c10::SymIntArrayRef,
-                           std::array<bool, 4>)>();
+  static const auto op = find_operator<decltype(backward_meta)>("torch_spe::conv_filter_backward");
   return op;
-}
-
-Gradients backward_autograd(const at::Tensor& grad_out, const at::Tensor& x,
-                            const at::Tensor& kernel, const OptionalTensor& noise,
-                            const OptionalTensor& constant, const OptionalTensor& seed,
-                            c10::string_view noise_kind, at::IntArrayRef noise_stride,
-                            c10::SymIntArrayRef start, std::array<bool, 4> mask) {
-  Gradients grads;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    grads = backward_op().call(grad_out, x, kernel, noise, constant, seed, noise_kind, noise_stride,
-                               start, mask);
-  }
-  if (!at::GradMode::is_enabled()) return grads;
-  return std::apply(
-      [](const auto&... grad) { return Gradients(once_differentiable(kOp, grad)...); }, grads);
 }
 
 struct ConvFilter : torch::autograd::Function<ConvFilter> {
@@ -356,8 +316,7 @@ struct ConvFilter : torch::autograd::Function<ConvFilter> {
                             c10::string_view noise_kind, at::IntArrayRef noise_stride,
                             c10::SymIntArrayRef start) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, kernel, noise.value_or(at::Tensor()),
-                            constant.value_or(at::Tensor()), seed.value_or(at::Tensor())});
+    ctx->save_for_backward({x, kernel, to_tensor(noise), to_tensor(constant), to_tensor(seed)});
     ctx->saved_data["noise_kind"] = std::string(noise_kind);
     ctx->saved_data["noise_stride"] = noise_stride.vec();
     ctx->saved_data["start"] = start;
@@ -368,19 +327,13 @@ struct ConvFilter : torch::autograd::Function<ConvFilter> {
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const at::Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    // Edges are numbered over the tensors that were given.
-    size_t edge = 0;
-    std::array<bool, 4> mask{};
-    for (size_t i = 0; i < 4; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    const auto mask = wanted_gradients<4>(*ctx, saved);
     const std::string noise_kind = ctx->saved_data["noise_kind"].toStringRef();
     const std::vector<int64_t> noise_stride = ctx->saved_data["noise_stride"].toIntVector();
     const std::vector<c10::SymInt> start = ctx->saved_data["start"].toSymIntVector();
     auto [x, kernel, noise, constant] = backward_op().call(
-        grad_outputs[0], saved[0], saved[1], optional(saved[2]), optional(saved[3]),
-        optional(saved[4]), noise_kind, noise_stride, start, mask);
+        grad_outputs[0], saved[0], saved[1], to_optional(saved[2]), to_optional(saved[3]),
+        to_optional(saved[4]), noise_kind, noise_stride, start, mask);
     return {x,
             kernel,
             noise,
@@ -408,12 +361,9 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& kernel,
                             const OptionalTensor& seed, std::optional<c10::SymInt> num_realizations,
                             c10::string_view noise_kind, at::IntArrayRef noise_stride,
                             c10::SymIntArrayRef start) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(
-      device == c10::kCPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA));
-  // Only the data is cast: the parameters' precision is kept, they are converted on load.
-  return forward_op().call(
-      at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), kernel, noise,
-      constant, seed, std::move(num_realizations), noise_kind, noise_stride, start);
+  const BelowAutocast<device> below;
+  return forward_op().call(below.cast(x), kernel, noise, constant, seed,
+                           std::move(num_realizations), noise_kind, noise_stride, start);
 }
 
 constexpr const char* kNoiseOp = "conv_noise";
@@ -496,7 +446,8 @@ TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(torch_spe, Autograd, m) {
   m.impl("conv_filter", forward_autograd);
-  m.impl("conv_filter_backward", backward_autograd);
+  m.impl("conv_filter_backward",
+         OnceDifferentiable<backward_op, &kOp, decltype(backward_meta)>::call);
 }
 TORCH_LIBRARY_IMPL(torch_spe, AutocastCPU, m) {
   m.impl("conv_filter", forward_autocast<c10::kCPU>);
@@ -540,12 +491,7 @@ at::Tensor conv_noise(const at::Tensor& seed, int64_t num_heads, int64_t in_feat
                       at::IntArrayRef size, int64_t num_realizations, const std::string& noise_kind,
                       at::IntArrayRef noise_stride, at::IntArrayRef start,
                       std::optional<at::ScalarType> dtype) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::conv_noise", "")
-          .typed<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymIntArrayRef,
-                            c10::SymInt, c10::string_view, at::IntArrayRef, c10::SymIntArrayRef,
-                            std::optional<at::ScalarType>)>();
+  static const auto op = ops::find_operator<decltype(ops::noise_meta)>("torch_spe::conv_noise");
   return op.call(seed, num_heads, in_features, c10::fromIntArrayRefSlow(size), num_realizations,
                  noise_kind, noise_stride, c10::fromIntArrayRefSlow(start), dtype);
 }

@@ -3,22 +3,18 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <array>
 #include <cmath>
 
-#include "checks.h"
 #include "cpu/linear_attention.h"
+#include "operator.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
 namespace ops {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Mask = std::array<bool, 5>;  // gradients wanted: q, k, v, initial_s, initial_z
@@ -341,29 +337,9 @@ Gradients backward_meta(const OptionalTensor& grad_out, const OptionalTensor& gr
 }
 
 auto backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_spe::linear_attention_backward", "")
-                             .typed<decltype(backward_meta)>();
+  static const auto op =
+      find_operator<decltype(backward_meta)>("torch_spe::linear_attention_backward");
   return op;
-}
-
-Gradients backward_autograd(const OptionalTensor& grad_out, const OptionalTensor& grad_s,
-                            const OptionalTensor& grad_z, const OptionalTensor& out,
-                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            c10::string_view feature_map, bool causal, bool normalize, double eps,
-                            const OptionalTensor& key_padding_mask,
-                            const OptionalTensor& cu_seqlens, const OptionalTensor& initial_s,
-                            const OptionalTensor& initial_z, Mask mask) {
-  Gradients grads;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    grads =
-        backward_op().call(grad_out, grad_s, grad_z, out, q, k, v, feature_map, causal, normalize,
-                           eps, key_padding_mask, cu_seqlens, initial_s, initial_z, mask);
-  }
-  if (!at::GradMode::is_enabled()) return grads;
-  return std::apply(
-      [](const auto&... grad) { return Gradients(once_differentiable(kOp, grad)...); }, grads);
 }
 
 struct LinearAttention : torch::autograd::Function<LinearAttention> {
@@ -376,9 +352,9 @@ struct LinearAttention : torch::autograd::Function<LinearAttention> {
     auto [out, s, z] =
         linear_attention(q, k, v, feature_map, causal, normalize, eps, key_padding_mask, cu_seqlens,
                          initial_s, initial_z, return_state);
-    const auto tensor = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
-    ctx->save_for_backward({q, k, v, tensor(key_padding_mask), tensor(cu_seqlens),
-                            tensor(initial_s), tensor(initial_z), normalize ? out : at::Tensor()});
+    ctx->save_for_backward({q, k, v, to_tensor(key_padding_mask), to_tensor(cu_seqlens),
+                            to_tensor(initial_s), to_tensor(initial_z),
+                            normalize ? out : at::Tensor()});
     ctx->saved_data["feature_map"] = std::string(feature_map);
     ctx->saved_data["causal"] = causal;
     ctx->saved_data["normalize"] = normalize;
@@ -391,20 +367,14 @@ struct LinearAttention : torch::autograd::Function<LinearAttention> {
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const at::Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    // Edges are numbered over the tensors that were given.
-    size_t edge = 0;
-    std::array<bool, 7> needed{};
-    for (size_t i = 0; i < 7; ++i) needed[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    const auto needed = wanted_gradients<7>(*ctx, saved);
     const std::string& feature_map = ctx->saved_data["feature_map"].toStringRef();
     auto [q, k, v, initial_s, initial_z] = backward_op().call(
-        optional(grad_outputs[0]), optional(grad_outputs[1]), optional(grad_outputs[2]),
-        optional(saved[7]), saved[0], saved[1], saved[2], feature_map,
+        to_optional(grad_outputs[0]), to_optional(grad_outputs[1]), to_optional(grad_outputs[2]),
+        to_optional(saved[7]), saved[0], saved[1], saved[2], feature_map,
         ctx->saved_data["causal"].toBool(), ctx->saved_data["normalize"].toBool(),
-        ctx->saved_data["eps"].toDouble(), optional(saved[3]), optional(saved[4]),
-        optional(saved[5]), optional(saved[6]),
+        ctx->saved_data["eps"].toDouble(), to_optional(saved[3]), to_optional(saved[4]),
+        to_optional(saved[5]), to_optional(saved[6]),
         Mask{needed[0], needed[1], needed[2], needed[5], needed[6]});
     const at::Tensor none;
     return {q, k, v, none, none, none, none, none, none, initial_s, initial_z, none};
@@ -428,14 +398,10 @@ Outputs forward_autocast(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
                          const OptionalTensor& initial_s, const OptionalTensor& initial_z,
                          bool return_state) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(
-      device == c10::kCPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA));
-  // Only the data is cast: states keep their precision.
-  const auto cast = [](const at::Tensor& t) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
-  };
-  return linear_attention(cast(q), cast(k), cast(v), feature_map, causal, normalize, eps,
-                          key_padding_mask, cu_seqlens, initial_s, initial_z, return_state);
+  const BelowAutocast<device> below;
+  return linear_attention(below.cast(q), below.cast(k), below.cast(v), feature_map, causal,
+                          normalize, eps, key_padding_mask, cu_seqlens, initial_s, initial_z,
+                          return_state);
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
@@ -454,7 +420,8 @@ TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(torch_spe, Autograd, m) {
   m.impl("linear_attention", forward_autograd);
-  m.impl("linear_attention_backward", backward_autograd);
+  m.impl("linear_attention_backward",
+         OnceDifferentiable<backward_op, &kOp, decltype(backward_meta)>::call);
 }
 TORCH_LIBRARY_IMPL(torch_spe, AutocastCPU, m) {
   m.impl("linear_attention", forward_autocast<c10::kCPU>);
@@ -488,9 +455,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(
     bool causal, bool normalize, double eps, const std::optional<at::Tensor>& key_padding_mask,
     const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& initial_s,
     const std::optional<at::Tensor>& initial_z, bool return_state) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_spe::linear_attention", "")
-                             .typed<decltype(linear_attention)>();
+  static const auto op =
+      ops::find_operator<decltype(linear_attention)>("torch_spe::linear_attention");
   return op.call(q, k, v, feature_map, causal, normalize, eps, key_padding_mask, cu_seqlens,
                  initial_s, initial_z, return_state);
 }

@@ -3,21 +3,17 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <array>
 
-#include "checks.h"
 #include "cpu/phasor_filter.h"
+#include "operator.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
 namespace ops {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "phasor_filter";
 
@@ -164,26 +160,8 @@ Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const a
 
 auto backward_op() {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::phasor_filter_backward", "")
-          .typed<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                           const at::Tensor&, const OptionalTensor&, const OptionalTensor&, double,
-                           std::array<bool, 5>)>();
+      find_operator<decltype(backward_meta)>("torch_spe::phasor_filter_backward");
   return op;
-}
-
-Gradients backward_autograd(const at::Tensor& grad_out, const at::Tensor& x,
-                            const at::Tensor& freqs, const at::Tensor& coefficients,
-                            const OptionalTensor& constant, const OptionalTensor& positions,
-                            double start, std::array<bool, 5> mask) {
-  Gradients grads;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    grads = backward_op().call(grad_out, x, freqs, coefficients, constant, positions, start, mask);
-  }
-  if (!at::GradMode::is_enabled()) return grads;
-  return std::apply(
-      [](const auto&... grad) { return Gradients(once_differentiable(kOp, grad)...); }, grads);
 }
 
 struct PhasorFilter : torch::autograd::Function<PhasorFilter> {
@@ -192,8 +170,7 @@ struct PhasorFilter : torch::autograd::Function<PhasorFilter> {
                             const OptionalTensor& constant, const OptionalTensor& positions,
                             double start) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, freqs, coefficients, constant.value_or(at::Tensor()),
-                            positions.value_or(at::Tensor())});
+    ctx->save_for_backward({x, freqs, coefficients, to_tensor(constant), to_tensor(positions)});
     ctx->saved_data["start"] = start;
     return phasor_filter(x, freqs, coefficients, constant, positions, start);
   }
@@ -201,16 +178,10 @@ struct PhasorFilter : torch::autograd::Function<PhasorFilter> {
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const at::Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    // Edges are numbered over the tensors that were given.
-    size_t edge = 0;
-    std::array<bool, 5> mask{};
-    for (size_t i = 0; i < 5; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    const auto mask = wanted_gradients<5>(*ctx, saved);
     auto [x, freqs, coefficients, constant, positions] =
-        backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
-                           optional(saved[4]), ctx->saved_data["start"].toDouble(), mask);
+        backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], to_optional(saved[3]),
+                           to_optional(saved[4]), ctx->saved_data["start"].toDouble(), mask);
     return {x, freqs, coefficients, constant, positions, at::Tensor()};
   }
 };
@@ -225,12 +196,8 @@ template <c10::DeviceType device>
 at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs,
                             const at::Tensor& coefficients, const OptionalTensor& constant,
                             const OptionalTensor& positions, double start) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(
-      device == c10::kCPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA));
-  // Only the data is cast: the parameters' precision is kept, they are converted on load.
-  return phasor_filter(
-      at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), freqs,
-      coefficients, constant, positions, start);
+  const BelowAutocast<device> below;
+  return phasor_filter(below.cast(x), freqs, coefficients, constant, positions, start);
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
@@ -249,7 +216,8 @@ TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(torch_spe, Autograd, m) {
   m.impl("phasor_filter", forward_autograd);
-  m.impl("phasor_filter_backward", backward_autograd);
+  m.impl("phasor_filter_backward",
+         OnceDifferentiable<backward_op, &kOp, decltype(backward_meta)>::call);
 }
 TORCH_LIBRARY_IMPL(torch_spe, AutocastCPU, m) {
   m.impl("phasor_filter", forward_autocast<c10::kCPU>);
@@ -279,11 +247,7 @@ PhasorFilterKernels& phasor_filter_kernels(c10::DeviceType device) {
 at::Tensor phasor_filter(const at::Tensor& x, const at::Tensor& freqs,
                          const at::Tensor& coefficients, const std::optional<at::Tensor>& constant,
                          const std::optional<at::Tensor>& positions, double start) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_spe::phasor_filter", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&,
-                                               const at::Tensor&, const std::optional<at::Tensor>&,
-                                               const std::optional<at::Tensor>&, double)>();
+  static const auto op = ops::find_operator<decltype(phasor_filter)>("torch_spe::phasor_filter");
   return op.call(x, freqs, coefficients, constant, positions, start);
 }
 

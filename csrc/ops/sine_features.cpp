@@ -3,21 +3,17 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <array>
 
-#include "checks.h"
 #include "cpu/sine_features.h"
+#include "operator.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
 namespace ops {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "sine_features";
@@ -190,28 +186,8 @@ Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const a
 
 auto backward_op() {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::sine_features_backward", "")
-          .typed<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                           const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                           const OptionalTensor&, double, std::array<bool, 6>)>();
+      find_operator<decltype(backward_meta)>("torch_spe::sine_features_backward");
   return op;
-}
-
-Gradients backward_autograd(const at::Tensor& grad_out, const at::Tensor& x,
-                            const at::Tensor& freqs, const at::Tensor& amplitudes,
-                            const OptionalTensor& offsets, const OptionalTensor& constant,
-                            const OptionalTensor& positions, double start,
-                            std::array<bool, 6> mask) {
-  Gradients grads;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    grads = backward_op().call(grad_out, x, freqs, amplitudes, offsets, constant, positions, start,
-                               mask);
-  }
-  if (!at::GradMode::is_enabled()) return grads;
-  return std::apply(
-      [](const auto&... grad) { return Gradients(once_differentiable(kOp, grad)...); }, grads);
 }
 
 struct SineFeatures : torch::autograd::Function<SineFeatures> {
@@ -220,8 +196,8 @@ struct SineFeatures : torch::autograd::Function<SineFeatures> {
                             const OptionalTensor& offsets, const OptionalTensor& constant,
                             const OptionalTensor& positions, double start) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, freqs, amplitudes, offsets.value_or(at::Tensor()),
-                            constant.value_or(at::Tensor()), positions.value_or(at::Tensor())});
+    ctx->save_for_backward(
+        {x, freqs, amplitudes, to_tensor(offsets), to_tensor(constant), to_tensor(positions)});
     ctx->saved_data["start"] = start;
     return sine_features(x, freqs, amplitudes, offsets, constant, positions, start);
   }
@@ -229,16 +205,10 @@ struct SineFeatures : torch::autograd::Function<SineFeatures> {
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const at::Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    // Edges are numbered over the tensors that were given.
-    size_t edge = 0;
-    std::array<bool, 6> mask{};
-    for (size_t i = 0; i < 6; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    const auto mask = wanted_gradients<6>(*ctx, saved);
     auto [x, freqs, amplitudes, offsets, constant, positions] = backward_op().call(
-        grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]), optional(saved[4]),
-        optional(saved[5]), ctx->saved_data["start"].toDouble(), mask);
+        grad_outputs[0], saved[0], saved[1], saved[2], to_optional(saved[3]), to_optional(saved[4]),
+        to_optional(saved[5]), ctx->saved_data["start"].toDouble(), mask);
     return {x, freqs, amplitudes, offsets, constant, positions, at::Tensor()};
   }
 };
@@ -255,12 +225,8 @@ at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs,
                             const at::Tensor& amplitudes, const OptionalTensor& offsets,
                             const OptionalTensor& constant, const OptionalTensor& positions,
                             double start) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(
-      device == c10::kCPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA));
-  // Only the data is cast: the parameters' precision is kept, they are converted on load.
-  return sine_features(
-      at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), freqs,
-      amplitudes, offsets, constant, positions, start);
+  const BelowAutocast<device> below;
+  return sine_features(below.cast(x), freqs, amplitudes, offsets, constant, positions, start);
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
@@ -279,7 +245,8 @@ TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(torch_spe, Autograd, m) {
   m.impl("sine_features", forward_autograd);
-  m.impl("sine_features_backward", backward_autograd);
+  m.impl("sine_features_backward",
+         OnceDifferentiable<backward_op, &kOp, decltype(backward_meta)>::call);
 }
 TORCH_LIBRARY_IMPL(torch_spe, AutocastCPU, m) {
   m.impl("sine_features", forward_autocast<c10::kCPU>);
@@ -310,12 +277,7 @@ at::Tensor sine_features(const at::Tensor& x, const at::Tensor& freqs, const at:
                          const std::optional<at::Tensor>& offsets,
                          const std::optional<at::Tensor>& constant,
                          const std::optional<at::Tensor>& positions, double start) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::sine_features", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                            const std::optional<at::Tensor>&, double)>();
+  static const auto op = ops::find_operator<decltype(sine_features)>("torch_spe::sine_features");
   return op.call(x, freqs, amplitudes, offsets, constant, positions, start);
 }
 

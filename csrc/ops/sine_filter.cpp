@@ -3,21 +3,17 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <array>
 
-#include "checks.h"
 #include "cpu/sine_filter.h"
+#include "operator.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
 namespace ops {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 constexpr const char* kOp = "sine_filter";
 
@@ -115,22 +111,11 @@ at::Tensor forward_meta(const at::Tensor& x, const at::Tensor& freqs, const at::
                           x.options());
 }
 
-void check_grad_out(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& weight) {
-  check_data(kOp, "grad_out", grad_out, 4, "[B, N, H, R]");
-  check_same_device(kOp, "grad_out", grad_out, x, "x");
-  TORCH_CHECK_TYPE(grad_out.scalar_type() == x.scalar_type(), kOp, ": grad_out must be ",
-                   x.scalar_type(), " like x, got ", grad_out.scalar_type());
-  check_size(kOp, "grad_out", grad_out, 0, x.sym_size(0), "B of x");
-  check_size(kOp, "grad_out", grad_out, 1, x.sym_size(1), "N of x");
-  check_size(kOp, "grad_out", grad_out, 2, x.sym_size(2), "H of x");
-  check_size(kOp, "grad_out", grad_out, 3, weight.sym_size(3), "R of weight");
-}
-
 Gradients backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& freqs,
                    const at::Tensor& weight, const OptionalTensor& constant,
                    const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
-  check_grad_out(grad_out, x, weight);
+  check_grad_out(kOp, grad_out, x, weight.sym_size(3));
   const Inputs inputs(x, freqs, weight, constant, positions);
   // The kernel writes every entry, but without positions or batch rows it does not run.
   const bool empty = x.numel() == 0;
@@ -173,7 +158,7 @@ Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const a
                         const at::Tensor& weight, const OptionalTensor& constant,
                         const OptionalTensor& positions, double start, std::array<bool, 5> mask) {
   check(x, freqs, weight, constant, positions, start);
-  check_grad_out(grad_out, x, weight);
+  check_grad_out(kOp, grad_out, x, weight.sym_size(3));
   const auto like = [](bool wanted, const at::Tensor& t) {
     return wanted ? at::empty_symint(t.sym_sizes(), t.options()) : at::Tensor();
   };
@@ -183,27 +168,8 @@ Gradients backward_meta(const at::Tensor& grad_out, const at::Tensor& x, const a
 }
 
 auto backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_spe::sine_filter_backward", "")
-          .typed<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                           const at::Tensor&, const OptionalTensor&, const OptionalTensor&, double,
-                           std::array<bool, 5>)>();
+  static const auto op = find_operator<decltype(backward_meta)>("torch_spe::sine_filter_backward");
   return op;
-}
-
-Gradients backward_autograd(const at::Tensor& grad_out, const at::Tensor& x,
-                            const at::Tensor& freqs, const at::Tensor& weight,
-                            const OptionalTensor& constant, const OptionalTensor& positions,
-                            double start, std::array<bool, 5> mask) {
-  Gradients grads;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    grads = backward_op().call(grad_out, x, freqs, weight, constant, positions, start, mask);
-  }
-  if (!at::GradMode::is_enabled()) return grads;
-  return std::apply(
-      [](const auto&... grad) { return Gradients(once_differentiable(kOp, grad)...); }, grads);
 }
 
 struct SineFilter : torch::autograd::Function<SineFilter> {
@@ -212,8 +178,7 @@ struct SineFilter : torch::autograd::Function<SineFilter> {
                             const OptionalTensor& constant, const OptionalTensor& positions,
                             double start) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward(
-        {x, freqs, weight, constant.value_or(at::Tensor()), positions.value_or(at::Tensor())});
+    ctx->save_for_backward({x, freqs, weight, to_tensor(constant), to_tensor(positions)});
     ctx->saved_data["start"] = start;
     return sine_filter(x, freqs, weight, constant, positions, start);
   }
@@ -221,16 +186,10 @@ struct SineFilter : torch::autograd::Function<SineFilter> {
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const at::Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
-    // Edges are numbered over the tensors that were given.
-    size_t edge = 0;
-    std::array<bool, 5> mask{};
-    for (size_t i = 0; i < 5; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    const auto mask = wanted_gradients<5>(*ctx, saved);
     auto [x, freqs, weight, constant, positions] =
-        backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], optional(saved[3]),
-                           optional(saved[4]), ctx->saved_data["start"].toDouble(), mask);
+        backward_op().call(grad_outputs[0], saved[0], saved[1], saved[2], to_optional(saved[3]),
+                           to_optional(saved[4]), ctx->saved_data["start"].toDouble(), mask);
     return {x, freqs, weight, constant, positions, at::Tensor()};
   }
 };
@@ -245,11 +204,8 @@ template <c10::DeviceType device>
 at::Tensor forward_autocast(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
                             const OptionalTensor& constant, const OptionalTensor& positions,
                             double start) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(
-      device == c10::kCPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA));
-  // Only the data is cast: the parameters' precision is kept, they are converted on load.
-  return sine_filter(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device),
-                     freqs, weight, constant, positions, start);
+  const BelowAutocast<device> below;
+  return sine_filter(below.cast(x), freqs, weight, constant, positions, start);
 }
 
 TORCH_LIBRARY_IMPL(torch_spe, CPU, m) {
@@ -268,7 +224,8 @@ TORCH_LIBRARY_IMPL(torch_spe, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(torch_spe, Autograd, m) {
   m.impl("sine_filter", forward_autograd);
-  m.impl("sine_filter_backward", backward_autograd);
+  m.impl("sine_filter_backward",
+         OnceDifferentiable<backward_op, &kOp, decltype(backward_meta)>::call);
 }
 TORCH_LIBRARY_IMPL(torch_spe, AutocastCPU, m) {
   m.impl("sine_filter", forward_autocast<c10::kCPU>);
@@ -299,11 +256,7 @@ SineFilterKernels& sine_filter_kernels(c10::DeviceType device) {
 at::Tensor sine_filter(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight,
                        const std::optional<at::Tensor>& constant,
                        const std::optional<at::Tensor>& positions, double start) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_spe::sine_filter", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&,
-                                               const at::Tensor&, const std::optional<at::Tensor>&,
-                                               const std::optional<at::Tensor>&, double)>();
+  static const auto op = ops::find_operator<decltype(sine_filter)>("torch_spe::sine_filter");
   return op.call(x, freqs, weight, constant, positions, start);
 }
 
