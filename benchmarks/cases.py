@@ -323,13 +323,26 @@ def attention(
         # In brackets: its epsilon is another.
         case.implementations.append(Implementation("(flash-linear-attention)", fla, inputs))
 
-    def softmax() -> tuple[Tensor, ...]:
+    def softmax(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
         return (out.transpose(1, 2),)
 
-    # Another function: how long an exact softmax attention of the same size takes.
-    case.implementations.append(Implementation("(softmax attention)", softmax, inputs))
+    rates = 1e4 ** (-torch.arange(0, features, 2, device=device) / features)
+    angle = (torch.arange(length, device=device)[:, None] * rates)[:, None]  # [N, 1, D / 2]
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def rotate(x: Tensor) -> Tensor:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+    # Other functions: how long an exact softmax attention of the same size takes.
+    case.implementations += [
+        Implementation("(softmax attention)", lambda: softmax(q, k), inputs),
+        Implementation(
+            "(softmax attention, rotary)", lambda: softmax(rotate(q), rotate(k)), inputs
+        ),
+    ]
     return case
 
 
