@@ -3,7 +3,7 @@
 The scores come with the music21 package. A piece becomes ``[soprano, alto, tenor, bass]`` of the
 first sixteenth, then of the second, and so on: the same voice is four tokens back, the last beat
 sixteen, the last bar of 4/4 sixty-four. A token says that the voice strikes a pitch, holds what it
-struck before, or rests (Hadjeres et al. 2017, "DeepBach", section 2.1).
+struck before, or rests (Hadjeres et al. 2017, "DeepBach").
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from torch_spe import functional, reference
 from torch_spe.modules import (
-    _GATE_STREAM,
+    GATE_STREAM,
     SPE,
     Code,
-    _gate_scales,
     check_choice,
     check_noise,
     check_not_nan,
@@ -24,6 +23,7 @@ from torch_spe.modules import (
     check_seed,
     code_type,
     draw_normal,
+    gate_scales,
 )
 from torch_spe.noise import seed_tensor
 
@@ -81,7 +81,7 @@ class ConvCode(Code):
     ) -> Tensor:
         """Draw unit normal numbers ``[H, D, R]``."""
         shape = (*self.code_shape, self.real)
-        return draw_normal("SPEFilter", shape, self.key_kernel, generator, seed, _GATE_STREAM)
+        return draw_normal("SPEFilter", shape, self.key_kernel, generator, seed, GATE_STREAM)
 
     def encode(
         self,
@@ -100,7 +100,7 @@ class ConvCode(Code):
                 "type"
             )
         if gate is not None:
-            coded, constant = _gate_scales(gate)
+            coded, constant = gate_scales(gate)
             kernel = kernel * coded[(..., *[None] * len(size))]
             scale = (self.real * self.code_shape[1]) ** -0.25
             constant = constant[..., None] * gate_noise * scale
@@ -151,7 +151,7 @@ class ConvSPE(SPE):
     .. math::
         P_d(m - n) = \sum_p \kappa^q_{dp}\, \kappa^k_{d,p+m-n}
 
-    (Liutkus et al. 2021, section 3.2), with m the position of a query, n that of a key, and kernels
+    (Liutkus et al. 2021), with m the position of a query, n that of a key, and kernels
     :math:`\kappa` of queries and keys: attention depends in any way on lags of less than P, and not
     at all on what lies beyond. In one, two or three dimensions.
 

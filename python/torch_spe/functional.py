@@ -268,7 +268,7 @@ def conv_filter(
     .. math::
         \hat x_{bnhr} = \sum_d x_{bnhd} \Big( c_{hdr} + \sum_p \kappa_{hdp}\, z_{h,d,n+p,r} \Big)
 
-    (Liutkus et al. 2021, section 3.2), where positions n and taps p have one, two or three
+    (Liutkus et al. 2021), where positions n and taps p have one, two or three
     coordinates: ``kernel`` says how many.
 
     The noise z is given as a tensor, or generated from a seed as a function of head, feature,

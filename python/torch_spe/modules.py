@@ -45,7 +45,7 @@ __all__ = [
 INITS = ("published", "spread")
 NOISES = ("gaussian", "phase", "orthogonal", "exact")
 # What a seed is used for; different streams of one seed are independent.
-_CODE_STREAM, _GATE_STREAM = 0, 1
+CODE_STREAM, GATE_STREAM = 0, 1
 
 
 def check_positive(owner: str, **values: int) -> None:
@@ -264,7 +264,7 @@ class SinusoidCode(Code):
                 f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
                 f"with a code of {self.dtype}; move the SPE module or the input to the other's type"
             )
-        scales = None if gate is None else _gate_scales(gate)
+        scales = None if gate is None else gate_scales(gate)
         positions, start = self._positions(size)
         flat = x if len(size) == 1 else x.flatten(1, -3)
         out = self._apply(flat, side, scales, gate_noise, positions, start)
@@ -348,7 +348,7 @@ class SineCode(SinusoidCode):
         if self.gate_noise is not None:
             return self.gate_noise
         shape = (*self.code_shape, self.num_realizations)
-        return draw_normal("SPEFilter", shape, self.key_weight, generator, seed, _GATE_STREAM)
+        return draw_normal("SPEFilter", shape, self.key_weight, generator, seed, GATE_STREAM)
 
     def _apply(self, x, side, scales, gate_noise, positions, start):
         weight, constant = self.query_weight if side == "query" else self.key_weight, None
@@ -411,7 +411,7 @@ class PhaseCode(SinusoidCode):
         shape = (*self.code_shape, self.num_realizations // 2)
         # The streams of phase_noise are 5 for each of its own.
         cycles = draw_uniform(
-            shape, generator, seed, 5 * _GATE_STREAM, dtype=self.dtype, device=self.freqs.device
+            shape, generator, seed, 5 * GATE_STREAM, dtype=self.dtype, device=self.freqs.device
         )
         return math.sqrt(2) * _unit_circle(2 * math.pi * cycles).flatten(-2)
 
@@ -489,7 +489,7 @@ def _unit_circle(angle: Tensor) -> Tensor:  # [..., 2]
     return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
-def _gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:
+def gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return sqrt(1 - g) and sqrt(g), g = sigmoid(gate); derivatives are finite for any gate."""
     gate = gate.to(code_type(gate))
     return (0.5 * F.logsigmoid(-gate)).exp(), (0.5 * F.logsigmoid(gate)).exp()
@@ -823,7 +823,7 @@ class SineSPE(SPE):
                 self.check_realizations(real)
                 noise = phase_noise(
                     *self.code_shape, self.num_sines, real // 2, generator, seed=seed,
-                    stream=_CODE_STREAM, ndim=self.ndim, deviates=self.bandwidths is not None,
+                    stream=CODE_STREAM, ndim=self.ndim, deviates=self.bandwidths is not None,
                     dtype=code_type(self.gains), device=self.gains.device,
                 )  # fmt: skip
             elif num_realizations is not None or not isinstance(noise, PhaseNoise):
@@ -884,9 +884,7 @@ class SineSPE(SPE):
             check_noise("SineSPE", noise, (*shape, None), "[H, D, 2K, R]")
         real = self._realizations(num_realizations, noise)
         if noise is None and self.noise == "gaussian":
-            noise = draw_normal(
-                "SineSPE", (*shape, real), self.gains, generator, seed, _CODE_STREAM
-            )
+            noise = draw_normal("SineSPE", (*shape, real), self.gains, generator, seed, CODE_STREAM)
         elif noise is None:
             # The gate's noise is one more row of each feature, orthogonal to the others unless
             # these alone are exact.
@@ -899,9 +897,9 @@ class SineSPE(SPE):
                 )  # fmt: skip
 
             if joint:
-                noise, gate_noise = draw(rows + 1, _CODE_STREAM).split((rows, 1), dim=2)
+                noise, gate_noise = draw(rows + 1, CODE_STREAM).split((rows, 1), dim=2)
             else:
-                noise, gate_noise = draw(rows, _CODE_STREAM), draw(1, _GATE_STREAM)
+                noise, gate_noise = draw(rows, CODE_STREAM), draw(1, GATE_STREAM)
             gate_noise = gate_noise.squeeze(2)
         noise = noise.to(code_type(self.gains))
         amplitudes = self._amplitudes(noise.dtype) * _scale(self.code_shape, real)

@@ -218,7 +218,7 @@ def orthogonal_noise(
 
     The rows :math:`z_{dj}` of a head, of R numbers each, satisfy :math:`z_{dj} \cdot z_{d'j'} = R
     \delta_{dd'} \delta_{jj'}` exactly once R >= D J: an encoding with such noise in place of the
-    normal noise of Liutkus et al. 2021, has no error left. With less realizations it
+    normal noise of Liutkus et al. 2021 has no error left. With fewer realizations it
     is the columns that are orthogonal, :math:`z^\top z = D J`; the expectation of products of rows
     is the same, and their error is lower than that of normal noise by the factor
     :math:`\sqrt{(DJ - R) / (DJ + 1)}`.
