@@ -77,14 +77,19 @@ def sine(
         return filt(q, k, spe((batch, length)))
 
     def materialized() -> tuple[Tensor, ...]:
-        codes = spe((batch, length)).materialize()
+        code = spe((batch, length))
         gate = filt.gate.sigmoid()[..., None]
-        noise = torch.randn(heads, features, realizations, device=device)
-        constant = gate.sqrt() * noise / (realizations * features) ** 0.25
+        constant = gate.sqrt() * code.draw_gate_noise() / (realizations * features) ** 0.25
         return tuple(
-            torch.einsum("bnhd,nhdr->bnhr", x, ((1 - gate).sqrt() * code[0] + constant).to(x.dtype))
-            for x, code in zip((q, k), codes, strict=True)
+            torch.einsum("bnhd,nhdr->bnhr", x, ((1 - gate).sqrt() * bar[0] + constant).to(x.dtype))
+            for x, bar in zip((q, k), code.materialize(), strict=True)
         )
+
+    def given_noise() -> tuple[Tensor, ...]:
+        # What the published code draws from PyTorch's generator.
+        noise = torch.randn(heads, features, 2 * sines, realizations, device=device)
+        gate_noise = torch.randn(heads, features, realizations, device=device)
+        return filt(q, k, spe((batch, length), noise=noise), noise=gate_noise)
 
     inputs = [q, k, *spe.parameters(), *filt.parameters()]
     # A side: the codes from the basis, then the batch with the codes; backward, each of these for
@@ -102,7 +107,10 @@ def sine(
         ],
     )
     if published is not None:
-        case.implementations.append(_published_sine(published, spe, filt, q, k, "published code"))
+        theirs = _published_sine(published, spe, filt, q, k, "published code")
+        given = Implementation("torch_spe, their noise", given_noise, inputs, timed=False)
+        theirs.function = given.function = "published"
+        case.implementations += [theirs, given]
     return case
 
 

@@ -9,6 +9,9 @@ namespace {
 
 constexpr std::int64_t kTile = 64;                   // positions
 constexpr std::int64_t kCodeTileBytes = 256 * 1024;  // a tile of codes stays in the level 2 cache
+// Rows of the basis in a product. Of larger ones MKL copies the factors first, even within one
+// thread, which took a third longer where it was measured; much smaller ones are slower as well.
+constexpr std::int64_t kProductRows = 42;
 
 // Rows J of the basis of a feature: cos and sin of each sine, then 1 if there is a constant.
 std::int64_t num_rows(const SineFilterParams& p) {
@@ -16,7 +19,7 @@ std::int64_t num_rows(const SineFilterParams& p) {
 }
 
 // The basis of the features [d0, d0 + count) at the positions [n0, n0 + size): basis[d][j][t], rows
-// of kTile.
+// of kTile; the rows of a feature may be scaled by a column of x.
 //
 // At consecutive positions the phase of a tile is the exact phase of its first position turned by t
 // steps; the turns of 0 .. kTile - 1 steps are computed once for a head, exactly too, so that every
@@ -28,7 +31,9 @@ class Basis {
       : p_(p),
         steps_(p.positions == nullptr ? p.in_features * p.num_sines * 2 * kTile : 0),
         cos_first_(p.in_features * p.num_sines),
-        sin_first_(p.in_features * p.num_sines) {}
+        sin_first_(p.in_features * p.num_sines) {
+    for (T& one : ones_) one = 1;
+  }
 
   void set_head(std::int64_t head) {
     if (head == head_) return;
@@ -45,27 +50,27 @@ class Basis {
     }
   }
 
-  void fill(std::int64_t n0, std::int64_t size, std::int64_t d0, std::int64_t count, T* basis) {
+  // `columns`, if given, is [d][t].
+  void fill(std::int64_t n0, std::int64_t size, std::int64_t d0, std::int64_t count, T* basis,
+            const T* columns = nullptr) {
     const std::int64_t rows = num_rows(p_);
     if (p_.positions == nullptr) {
-      const double* freq = freqs() + d0 * p_.num_sines;
-      const double first = p_.start + static_cast<double>(n0);
-      for (std::int64_t i = 0; i < count * p_.num_sines; ++i) {
-        core::cos_sin_cycles(core::reduce_cycles(freq[i], first), cos_first_ + i, sin_first_ + i);
-      }
+      first_phases(p_.start + static_cast<double>(n0), count * p_.num_sines,
+                   freqs() + d0 * p_.num_sines, cos_first_.get(), sin_first_.get());
     }
     for (std::int64_t d = 0; d < count; ++d) {
+      const T* scale = columns == nullptr ? ones_ : columns + d * kTile;
       for (std::int64_t k = 0; k < p_.num_sines; ++k) {
         T* cos_row = basis + (d * rows + 2 * k) * kTile;
         if (p_.positions == nullptr) {
-          turn(d * p_.num_sines + k, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
+          turn(d * p_.num_sines + k, (d0 + d) * p_.num_sines + k, scale, cos_row, cos_row + kTile);
         } else {
-          at_positions(n0, size, (d0 + d) * p_.num_sines + k, cos_row, cos_row + kTile);
+          at_positions(n0, size, (d0 + d) * p_.num_sines + k, scale, cos_row, cos_row + kTile);
         }
       }
       if (p_.constant != nullptr) {
         T* row = basis + (d * rows + rows - 1) * kTile;
-        for (std::int64_t t = 0; t < kTile; ++t) row[t] = 1;
+        for (std::int64_t t = 0; t < kTile; ++t) row[t] = scale[t];
       }
     }
   }
@@ -73,18 +78,27 @@ class Basis {
  private:
   const double* freqs() const { return p_.freqs + head_ * p_.in_features * p_.num_sines * p_.ndim; }
 
+  // Exact phases of `count` sines at one position.
+  static void first_phases(double position, std::int64_t count, const double* __restrict freq,
+                           T* __restrict cos_first, T* __restrict sin_first) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      core::cos_sin_cycles(core::reduce_cycles(freq[i], position), cos_first + i, sin_first + i);
+    }
+  }
+
   // The first phase of the tile, turned by 0 .. kTile - 1 steps.
-  void turn(std::int64_t i, std::int64_t dk, T* __restrict cos_row, T* __restrict sin_row) const {
+  void turn(std::int64_t i, std::int64_t dk, const T* __restrict scale, T* __restrict cos_row,
+            T* __restrict sin_row) const {
     const T c = cos_first_[i], s = sin_first_[i];
     const T* __restrict cos_step = steps_ + dk * 2 * kTile;
     const T* __restrict sin_step = cos_step + kTile;
     for (std::int64_t t = 0; t < kTile; ++t) {
-      cos_row[t] = c * cos_step[t] - s * sin_step[t];
-      sin_row[t] = s * cos_step[t] + c * sin_step[t];
+      cos_row[t] = (c * cos_step[t] - s * sin_step[t]) * scale[t];
+      sin_row[t] = (s * cos_step[t] + c * sin_step[t]) * scale[t];
     }
   }
 
-  void at_positions(std::int64_t n0, std::int64_t size, std::int64_t dk, T* cos_row,
+  void at_positions(std::int64_t n0, std::int64_t size, std::int64_t dk, const T* scale, T* cos_row,
                     T* sin_row) const {
     const double* freq = freqs() + dk * p_.ndim;
     const double* position = p_.positions + n0 * p_.ndim;
@@ -99,11 +113,16 @@ class Basis {
     }
     for (std::int64_t t = 0; t < size; ++t)
       core::cos_sin_cycles(cycles[t], cos_row + t, sin_row + t);
+    for (std::int64_t t = 0; t < size; ++t) {
+      cos_row[t] *= scale[t];
+      sin_row[t] *= scale[t];
+    }
   }
 
   const SineFilterParams& p_;
   Workspace<T> steps_;                  // [D, K, 2, kTile]
   Workspace<T> cos_first_, sin_first_;  // [D, K], at the first position of the tile
+  T ones_[kTile];
   std::int64_t head_ = -1;
 };
 
@@ -221,53 +240,103 @@ void scale_basis(const T* x, std::int64_t size, std::int64_t count, std::int64_t
   }
 }
 
+// The output of one head at the positions of a tile.
+//
+// With one batch row it is a matrix product, (x (.) basis) W, over all features and rows of the
+// basis. With more, the codes basis W are made once for the batch and multiplied with every x.
+template <class Storage>
+class Forward {
+  using T = core::accumulate_t<Storage>;
+
+ public:
+  explicit Forward(const SineFilterParams& p)
+      : p_(p),
+        rows_(num_rows(p)),
+        width_(round_up(p.num_realizations, kLanes<T>)),
+        group_(group_size<T>(p)),
+        basis_of_(p),
+        weights_(p.in_features * rows_ * p.num_realizations),
+        basis_(group_ * rows_ * kTile),
+        code_(p.batch == 1 ? 0 : kTile * code_stride<T>(group_, width_)),
+        x_(kTile * p.batch * p.in_features),
+        columns_(p.batch == 1 ? kTile * p.in_features : 0),
+        y_(kTile * p.batch * width_) {}
+
+  void run(std::int64_t head, std::int64_t n0) {
+    const std::int64_t size = min_of(kTile, p_.length - n0);
+    basis_of_.set_head(head);
+    if (head != head_) load_weights(p_, head, 0, p_.in_features, weights_.get());
+    head_ = head;
+    load_x<Storage>(p_, head, n0, size, 0, p_.in_features, x_.get());
+    if (p_.batch == 1) {
+      one_row(n0, size);
+    } else {
+      many_rows(n0, size);
+    }
+    Storage* out = static_cast<Storage*>(p_.out);
+    for (std::int64_t b = 0; b < p_.batch; ++b) {
+      for (std::int64_t t = 0; t < size; ++t) {
+        store_row(y_ + (t * p_.batch + b) * width_, 1, p_.num_realizations,
+                  out + ((b * p_.length + n0 + t) * p_.num_heads + head) * p_.num_realizations);
+      }
+    }
+  }
+
+ private:
+  void one_row(std::int64_t n0, std::int64_t size) {
+    const std::int64_t real = p_.num_realizations;
+    for (std::int64_t d = 0; d < p_.in_features; ++d) {
+      for (std::int64_t t = 0; t < size; ++t) columns_[d * kTile + t] = x_[t * p_.in_features + d];
+    }
+    for (std::int64_t d0 = 0; d0 < p_.in_features; d0 += group_) {
+      const std::int64_t count = min_of(group_, p_.in_features - d0);
+      basis_of_.fill(n0, size, d0, count, basis_, columns_ + d0 * kTile);
+      for (std::int64_t j = 0; j < count * rows_; j += kProductRows) {
+        gemm(Op::kTransposed, Op::kPlain, size, real, min_of(kProductRows, count * rows_ - j),
+             basis_ + j * kTile, kTile, weights_ + (d0 * rows_ + j) * real, real,
+             d0 + j == 0 ? T(0) : T(1), y_, width_);
+      }
+    }
+  }
+
+  void many_rows(std::int64_t n0, std::int64_t size) {
+    for (std::int64_t i = 0; i < size * p_.batch * width_; ++i) y_[i] = 0;
+    for (std::int64_t d0 = 0; d0 < p_.in_features; d0 += group_) {
+      const std::int64_t count = min_of(group_, p_.in_features - d0);
+      const std::int64_t stride = code_stride<T>(count, width_);
+      basis_of_.fill(n0, size, d0, count, basis_);
+      for (std::int64_t d = 0; d < count; ++d) {
+        code_tile(size, p_.num_realizations, width_, rows_, basis_ + d * rows_ * kTile,
+                  weights_ + (d0 + d) * rows_ * p_.num_realizations, code_ + d * width_, stride);
+      }
+      for (std::int64_t t = 0; t < size; ++t) {
+        contract(p_.batch, count, width_, x_ + t * p_.batch * p_.in_features + d0, p_.in_features,
+                 code_ + t * stride, y_ + t * p_.batch * width_);
+      }
+    }
+  }
+
+  const SineFilterParams& p_;
+  const std::int64_t rows_, width_, group_;
+  Basis<T> basis_of_;
+  Workspace<T> weights_;  // [d, j, r], of a head
+  Workspace<T> basis_;    // [d, j, t], of a group of features
+  Workspace<T> code_;     // [t, d, r]
+  Workspace<T> x_;        // [t, b, d]
+  Workspace<T> columns_;  // [d, t]
+  Workspace<T> y_;        // [t, b, r]
+  std::int64_t head_ = -1;
+};
+
 template <class Storage>
 void forward(const SineFilterParams& p) {
-  using T = core::accumulate_t<Storage>;
-  const std::int64_t rows = num_rows(p);
-  const std::int64_t width = round_up(p.num_realizations, kLanes<T>);
-  const std::int64_t group = group_size<T>(p);
   const std::int64_t tiles = (p.length + kTile - 1) / kTile;
-  Storage* out = static_cast<Storage*>(p.out);
-
 #pragma omp parallel num_threads(p.num_threads)
   {
-    Basis<T> basis_of(p);
-    Workspace<T> weights(p.in_features * rows * p.num_realizations);  // [d, j, r], of a head
-    std::int64_t weights_head = -1;
-    Workspace<T> basis(group * rows * kTile);                 // [d, j, t]
-    Workspace<T> code(kTile * code_stride<T>(group, width));  // [t, d, r]
-    Workspace<T> x_tile(kTile * p.batch * p.in_features);     // [t, b, d]
-    Workspace<T> y_tile(kTile * p.batch * width);             // [t, b, r]
+    Forward<Storage> worker(p);
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < p.num_heads * tiles; ++task) {
-      const std::int64_t head = task / tiles;
-      const std::int64_t n0 = task % tiles * kTile;
-      const std::int64_t size = min_of(kTile, p.length - n0);
-      basis_of.set_head(head);
-      if (head != weights_head) load_weights(p, head, 0, p.in_features, weights.get());
-      weights_head = head;
-      load_x<Storage>(p, head, n0, size, 0, p.in_features, x_tile.get());
-      for (std::int64_t i = 0; i < size * p.batch * width; ++i) y_tile[i] = 0;
-      for (std::int64_t d0 = 0; d0 < p.in_features; d0 += group) {
-        const std::int64_t count = min_of(group, p.in_features - d0);
-        const std::int64_t stride = code_stride<T>(count, width);
-        basis_of.fill(n0, size, d0, count, basis);
-        for (std::int64_t d = 0; d < count; ++d) {
-          code_tile(size, p.num_realizations, width, rows, basis + d * rows * kTile,
-                    weights + (d0 + d) * rows * p.num_realizations, code + d * width, stride);
-        }
-        for (std::int64_t t = 0; t < size; ++t) {
-          contract(p.batch, count, width, x_tile + t * p.batch * p.in_features + d0, p.in_features,
-                   code + t * stride, y_tile + t * p.batch * width);
-        }
-      }
-      for (std::int64_t b = 0; b < p.batch; ++b) {
-        for (std::int64_t t = 0; t < size; ++t) {
-          store_row(y_tile + (t * p.batch + b) * width, 1, p.num_realizations,
-                    out + ((b * p.length + n0 + t) * p.num_heads + head) * p.num_realizations);
-        }
-      }
+      worker.run(task / tiles, task % tiles * kTile);
     }
   }
 }
@@ -376,6 +445,7 @@ class Backward {
         x_(kTile * p.batch * group),
         grad_x_(kTile * p.batch * group),
         g_(kTile * p.batch * width_),
+        g_columns_(p.batch == 1 ? p.num_realizations * kTile : 0),
         code_(p.batch == 1 ? 0 : kTile * code_stride<T>(group, width_)),
         positions_(p.ndim * kTile) {}
 
@@ -451,32 +521,39 @@ class Backward {
 
   void tile_of_one_row() {
     const std::int64_t real = p_.num_realizations;
-    T column[kTile];
-    if (p_.grad_x != nullptr || wants_phases()) {
-      gemm(Op::kPlain, Op::kTransposed, count_ * rows_, size_, real, weights_, real, g_, width_,
-           T(0), grad_basis_, kTile);
+    if (p_.grad_x == nullptr && !wants_phases()) {
+      scale_basis(x_.get(), size_, count_, rows_, basis_.get());
+    } else {
+      for (std::int64_t t = 0; t < size_; ++t) {
+        for (std::int64_t r = 0; r < real; ++r) g_columns_[r * kTile + t] = g_[t * width_ + r];
+      }
+      for (std::int64_t j = 0; j < count_ * rows_; j += kProductRows) {
+        gemm(Op::kPlain, Op::kPlain, min_of(kProductRows, count_ * rows_ - j), size_, real,
+             weights_ + j * real, real, g_columns_, kTile, T(0), grad_basis_ + j * kTile, kTile);
+      }
+      load_positions();
       for (std::int64_t d = 0; d < count_; ++d) {
-        T sum[kTile];
+        T column[kTile], sum[kTile];
         for (std::int64_t t = 0; t < size_; ++t) {
           column[t] = x_[t * count_ + d];
           sum[t] = 0;
         }
         for (std::int64_t j = d * rows_; j < (d + 1) * rows_; ++j) {
-          const T* basis = basis_ + j * kTile;
-          T* u = grad_basis_ + j * kTile;
+          T* basis = basis_ + j * kTile;
+          const T* u = grad_basis_ + j * kTile;
           for (std::int64_t t = 0; t < size_; ++t) {
             sum[t] += basis[t] * u[t];
-            u[t] *= column[t];
+            basis[t] *= column[t];
           }
         }
         for (std::int64_t t = 0; t < size_; ++t) grad_x_[t * count_ + d] = sum[t];
+        if (wants_phases()) add_phase_gradients(d);
       }
-      if (wants_phases()) add_phase_gradients();
     }
-    if (wants_weights()) {
-      scale_basis(x_.get(), size_, count_, rows_, basis_.get());
-      gemm(Op::kPlain, Op::kPlain, count_ * rows_, real, size_, basis_, kTile, g_, width_, T(1),
-           grad_weights_, real);
+    if (!wants_weights()) return;
+    for (std::int64_t j = 0; j < count_ * rows_; j += kProductRows) {
+      gemm(Op::kPlain, Op::kPlain, min_of(kProductRows, count_ * rows_ - j), real, size_,
+           basis_ + j * kTile, kTile, g_, width_, T(1), grad_weights_ + j * real, real);
     }
   }
 
@@ -510,36 +587,40 @@ class Backward {
              grad_code, stride, T(0), grad_basis_ + d * rows_ * kTile, kTile);
       }
     }
-    if (wants_phases()) add_phase_gradients();
+    if (!wants_phases()) return;
+    load_positions();
+    for (std::int64_t d = 0; d < count_; ++d) add_phase_gradients(d);
   }
 
-  // The phase of sine k, in cycles, is freq . position: its derivative is 2 pi (cos . dB_sin - sin
-  // . dB_cos). Sums over positions are kept in double: the terms grow with the position.
-  void add_phase_gradients() {
-    load_positions();
-    for (std::int64_t d = 0; d < count_; ++d) {
-      for (std::int64_t k = 0; k < p_.num_sines; ++k) {
-        const T* cos_row = basis_ + (d * rows_ + 2 * k) * kTile;
-        const T* sin_row = cos_row + kTile;
-        const T* grad_cos = grad_basis_ + (d * rows_ + 2 * k) * kTile;
-        const T* grad_sin = grad_cos + kTile;
-        double grad_phase[kTile] = {};
-        for (std::int64_t t = 0; t < size_; ++t) {
-          grad_phase[t] = core::kTwoPi * (cos_row[t] * grad_sin[t] - sin_row[t] * grad_cos[t]);
-        }
-        const std::int64_t dk = ((head_ * p_.in_features + d0_ + d) * p_.num_sines + k) * p_.ndim;
-        for (std::int64_t i = 0; i < p_.ndim; ++i) {
-          if (p_.grad_freqs != nullptr) {
-            Vec<double> sum = {};
-            for (std::int64_t t = 0; t < kTile; t += kLanes<double>) {
-              sum += load_vec(grad_phase + t) * load_vec(positions_ + i * kTile + t);
+  // For the sines of a feature. The phase of sine k, in cycles, is freq . position: its derivative
+  // is 2 pi (cos . dB_sin - sin . dB_cos). Either the basis or its gradient is scaled by x. Sums
+  // over positions are kept in double: the terms grow with the position.
+  void add_phase_gradients(std::int64_t d) {
+    for (std::int64_t k = 0; k < p_.num_sines; ++k) {
+      const T* cos_row = basis_ + (d * rows_ + 2 * k) * kTile;
+      const T* sin_row = cos_row + kTile;
+      const T* grad_cos = grad_basis_ + (d * rows_ + 2 * k) * kTile;
+      const T* grad_sin = grad_cos + kTile;
+      T grad_phase[kTile];
+      for (std::int64_t t = 0; t < size_; ++t) {
+        grad_phase[t] = cos_row[t] * grad_sin[t] - sin_row[t] * grad_cos[t];
+      }
+      for (std::int64_t t = size_; t < kTile; ++t) grad_phase[t] = 0;
+      const std::int64_t dk = ((head_ * p_.in_features + d0_ + d) * p_.num_sines + k) * p_.ndim;
+      for (std::int64_t i = 0; i < p_.ndim; ++i) {
+        if (p_.grad_freqs != nullptr) {
+          double sums[kLanes<double>] = {};
+          for (std::int64_t t = 0; t < kTile; t += kLanes<double>) {
+            for (std::int64_t l = 0; l < kLanes<double>; ++l) {
+              sums[l] += static_cast<double>(grad_phase[t + l]) * positions_[i * kTile + t + l];
             }
-            p_.grad_freqs[dk + i] += sum_lanes<double>(sum);
           }
-          if (grad_positions_ != nullptr) {
-            for (std::int64_t t = 0; t < size_; ++t) {
-              grad_positions_[(n0_ + t) * p_.ndim + i] += grad_phase[t] * p_.freqs[dk + i];
-            }
+          p_.grad_freqs[dk + i] += core::kTwoPi * sum_lanes<double>(load_vec(sums));
+        }
+        if (grad_positions_ != nullptr) {
+          for (std::int64_t t = 0; t < size_; ++t) {
+            grad_positions_[(n0_ + t) * p_.ndim + i] +=
+                core::kTwoPi * grad_phase[t] * p_.freqs[dk + i];
           }
         }
       }
@@ -569,6 +650,7 @@ class Backward {
   Workspace<T> basis_, grad_basis_;      // [d, j, t]
   Workspace<T> x_, grad_x_;              // [t, b, d]
   Workspace<T> g_;                       // [t, b, r]
+  Workspace<T> g_columns_;               // [r, t]
   Workspace<T> code_;                    // [t, d, r]
   Workspace<double> positions_;          // [ndim, t]
   // The task and the tile at hand.

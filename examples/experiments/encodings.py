@@ -75,6 +75,9 @@ ENCODINGS = {
     "exact": _sine(
         "SineSPE after the map, no noise, K = 1", num_sines=1, noise="exact", more=False
     ),
+    "exact-3": _sine(
+        "SineSPE after the map, no noise, K = 3", num_sines=3, noise="exact", more=False
+    ),
     "conv": _conv("ConvSPE after the map, P = 64"),
     "conv-sparse": _conv(
         "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32

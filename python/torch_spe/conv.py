@@ -21,11 +21,11 @@ from torch_spe.modules import (
     check_not_nan,
     check_positive,
     check_seed,
+    check_source,
     code_type,
-    draw_normal,
     gate_scales,
 )
-from torch_spe.noise import seed_tensor
+from torch_spe.noise import draw_normal, draw_seed, seed_tensor
 
 __all__ = ["ConvCode", "ConvSPE"]
 
@@ -80,8 +80,11 @@ class ConvCode(Code):
         self, generator: torch.Generator | None = None, seed: int | None = None
     ) -> Tensor:
         """Draw unit normal numbers ``[H, D, R]``."""
-        shape = (*self.code_shape, self.real)
-        return draw_normal("SPEFilter", shape, self.key_kernel, generator, seed, GATE_STREAM)
+        check_source("SPEFilter", generator, seed)
+        shape, kernel = (*self.code_shape, self.real), self.key_kernel
+        return draw_normal(
+            shape, generator, seed, GATE_STREAM, dtype=kernel.dtype, device=kernel.device
+        )
 
     def encode(
         self,
@@ -293,9 +296,7 @@ class ConvSPE(SPE):
         if noise is not None:
             seed, noise = None, noise.to(dtype)
         elif seed is None:
-            seed = torch.randint(
-                -(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device
-            )
+            seed = draw_seed(generator, device)
         elif generator is not None:
             raise ValueError("ConvSPE: give generator or seed, not both")
         else:

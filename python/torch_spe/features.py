@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spe.modules import Code, SPEFilter, check_choice, check_positive, check_seed, code_type
-from torch_spe.noise import orthogonal_noise, seeded_normal
+from torch_spe.noise import draw_normal, orthogonal_noise
 
 __all__ = ["PositiveFeatures", "PositiveProjection", "SPESoftmaxFilter"]
 
@@ -121,10 +121,7 @@ class PositiveFeatures(nn.Module):
         """Draw rows, each of them a unit normal vector."""
         shape = (self.num_features, self.in_features)
         dtype, device = code_type(like), like.device
-        if seed is None:
-            normal = torch.randn(shape, dtype=dtype, device=device)
-        else:
-            normal = seeded_normal(shape, seed, 0, dtype=dtype, device=device)
+        normal = draw_normal(shape, None, seed, 0, dtype=dtype, device=device)
         if not self.orthogonal:
             return normal
         blocks = -(-self.num_features // self.in_features)

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from torch_spe import functional, reference
 from torch_spe.noise import (
     PhaseNoise,
+    draw_normal,
     draw_uniform,
     orthogonal_noise,
     phase_noise,
-    seeded_normal,
 )
 
 __all__ = [
@@ -101,22 +101,6 @@ def check_source(owner: str, generator: torch.Generator | None, seed: int | None
     if generator is not None:
         raise ValueError(f"{owner}: give generator or seed, not both")
     check_seed(owner, seed)
-
-
-def draw_normal(
-    owner: str,
-    shape: Sequence[int],
-    like: Tensor,
-    generator: torch.Generator | None,
-    seed: int | None,
-    stream: int,
-) -> Tensor:
-    """Draw unit normal numbers from the seed, else from the generator, else from PyTorch's own."""
-    check_source(owner, generator, seed)
-    dtype = code_type(like)
-    if seed is None:
-        return torch.randn(*shape, generator=generator, dtype=dtype, device=like.device)
-    return seeded_normal(shape, seed, stream, dtype=dtype, device=like.device)
 
 
 def code_type(parameter: Tensor) -> torch.dtype:
@@ -347,8 +331,11 @@ class SineCode(SinusoidCode):
         """Draw unit normal numbers ``[H, D, R]``, or return those that go with the weights."""
         if self.gate_noise is not None:
             return self.gate_noise
+        check_source("SPEFilter", generator, seed)
         shape = (*self.code_shape, self.num_realizations)
-        return draw_normal("SPEFilter", shape, self.key_weight, generator, seed, GATE_STREAM)
+        return draw_normal(
+            shape, generator, seed, GATE_STREAM, dtype=self.dtype, device=self.key_weight.device
+        )
 
     def _apply(self, x, side, scales, gate_noise, positions, start):
         weight, constant = self.query_weight if side == "query" else self.key_weight, None
@@ -884,7 +871,10 @@ class SineSPE(SPE):
             check_noise("SineSPE", noise, (*shape, None), "[H, D, 2K, R]")
         real = self._realizations(num_realizations, noise)
         if noise is None and self.noise == "gaussian":
-            noise = draw_normal("SineSPE", (*shape, real), self.gains, generator, seed, CODE_STREAM)
+            noise = draw_normal(
+                (*shape, real), generator, seed, CODE_STREAM, dtype=code_type(self.gains),
+                device=self.gains.device,
+            )  # fmt: skip
         elif noise is None:
             # The gate's noise is one more row of each feature, orthogonal to the others unless
             # these alone are exact.
@@ -909,7 +899,11 @@ class SineSPE(SPE):
         offsets = self.offsets.to(noise.dtype)[..., None]
         cos, sin = offsets.cos(), offsets.sin()
         query_weight = torch.stack(
-            (cos * cos_weight + sin * sin_weight, cos * sin_weight - sin * cos_weight), dim=-2
+            (
+                torch.addcmul(cos * cos_weight, sin, sin_weight),
+                torch.addcmul(cos * sin_weight, sin, cos_weight, value=-1),
+            ),
+            dim=-2,
         )
         return self._cycles(), query_weight.flatten(2, 3), weight.flatten(2, 3), gate_noise
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_spe import _library  # noqa: F401
+
 __all__ = [
     "PhaseNoise",
     "orthogonal_noise",
@@ -33,7 +35,7 @@ def _mix(words: Tensor) -> Tensor:
 
 def seeded_normal(
     shape: Sequence[int],
-    seed: int,
+    seed: int | Tensor,
     stream: int = 0,
     *,
     dtype: torch.dtype = torch.float32,
@@ -41,13 +43,14 @@ def seeded_normal(
 ) -> Tensor:  # shape
     """Make unit normal numbers that depend on nothing but shape, seed and stream.
 
-    A counter is hashed and taken through the Box-Muller transform, in tensor operations only: no
-    generator and no state, so it repeats under ``torch.compile``, ``torch.export``, CUDA graphs,
-    checkpointing, on another device (to rounding) and on every rank.
+    They are those of `torch_spe.functional.conv_noise`: a function of a counter, without a
+    generator or a state, the same to the last bit on every device and rank, under
+    ``torch.compile``, ``torch.export``, CUDA graphs and checkpointing. Made in float32.
 
     Args:
-        shape: of the result; fewer than 2^32 numbers.
-        seed: an integer of 64 bits, -2^63 to 2^63 - 1.
+        shape: of the result, of at least one dimension; with more than two the first two are at
+            most 65536.
+        seed: an integer, of which 64 bits count, or a tensor with one int64.
         stream: 0, 1, ...: tells independent sets of numbers of one seed apart.
         dtype: floating type of the result.
         device: of the result.
@@ -56,12 +59,40 @@ def seeded_normal(
         >>> torch.equal(seeded_normal((2, 3), seed=1), seeded_normal((2, 3), seed=1))
         True
     """
-    count = math.prod(shape)
-    half = (count + 1) // 2
-    first, second = _uniform(half, range(1, 3), seed, stream, device).unbind()
-    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
-    normal = torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
-    return normal.to(dtype).reshape(shape)
+    *rows, real = shape
+    heads, features = rows[:2] if len(rows) > 1 else (1, 1)
+    count = math.prod(rows[2:] if len(rows) > 1 else rows)
+    # Streams are positions too far apart to meet.
+    numbers = torch.ops.torch_spe.conv_noise(
+        seed_tensor("seeded_normal", seed, device or "cpu"), heads, features, [count], real,
+        "gaussian", [], [stream << 48], dtype,
+    )  # fmt: skip
+    return numbers.reshape(shape)
+
+
+def draw_normal(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    seed: int | None,
+    stream: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Tensor:  # shape
+    """Draw unit normal numbers from the seed, or from one that a generator gives.
+
+    PyTorch's generators make normals on the CPU four times slower than `seeded_normal`.
+    """
+    if seed is None:
+        seed = draw_seed(generator, device)
+    return seeded_normal(shape, seed, stream, dtype=dtype, device=device)
+
+
+def draw_seed(generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+    """Draw a seed from the generator, or PyTorch's own, on the device: one int64."""
+    return torch.randint(
+        -(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device
+    )
 
 
 def _uniform(
@@ -245,15 +276,12 @@ def orthogonal_noise(
     if generator is not None and seed is not None:
         raise ValueError("orthogonal_noise: give generator or seed, not both")
     rows = in_features * num_rows
-    shape = (num_heads, max(rows, num_realizations), min(rows, num_realizations))
-    if seed is not None:
-        normal = seeded_normal(shape, seed, stream, dtype=torch.float64, device=device)
-    else:
-        normal = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+    shape = (num_heads, 1, max(rows, num_realizations), min(rows, num_realizations))
+    normal = draw_normal(shape, generator, seed, stream, dtype=torch.float64, device=device)
     columns, triangle = torch.linalg.qr(normal)
     # With this choice of signs the columns are distributed uniformly.
     columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    noise = math.sqrt(shape[1]) * (columns if rows >= num_realizations else columns.mT)
+    noise = math.sqrt(shape[2]) * (columns if rows >= num_realizations else columns.mT)
     return noise.to(dtype).reshape(num_heads, in_features, num_rows, num_realizations)
 
 

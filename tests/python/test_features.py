@@ -53,7 +53,8 @@ def test_products_estimate_the_softmax_kernel(orthogonal, count):
 
 def test_orthogonal_rows_err_less():
     torch.manual_seed(0)
-    q, k, _ = (x / 2 for x in inputs())
+    # Small inputs: the larger q + k, the heavier the tail of an estimate, and the less says a mean.
+    q, k, _ = (x / 3 for x in inputs())
     errors = {}
     for orthogonal in (True, False):
         features = positive(orthogonal=orthogonal, num_features=8 * 5000)
@@ -157,7 +158,8 @@ def test_merged_features_estimate_softmax_attention_with_relative_positions(gate
     real = 40000
     spe = SineSPE(HEADS, FEATURES, real, 2, init="spread", dtype=torch.float64)
     filt = SPESoftmaxFilter(gated, spe.code_shape, dtype=torch.float64)
-    q, k, _ = inputs()
+    # Small, for the sake of the tails: see test_orthogonal_rows_err_less.
+    q, k, _ = (x / 2 for x in inputs())
     with torch.no_grad():
         spe.gains.sub_(0.7)
         template = filt.template(spe.template(LENGTH - 1))
@@ -168,7 +170,7 @@ def test_merged_features_estimate_softmax_attention_with_relative_positions(gate
         draws = real * torch.einsum("bmhr,bnhr->rbhmn", phi_q, phi_k)
     spread = draws.std(0) / math.sqrt(real)
     assert ((draws.mean(0) - exact).abs() / spread).max() < 5
-    assert (spread / exact).median() < 0.03
+    assert (spread / exact).median() < 0.01
 
 
 def test_merged_features_approach_softmax_attention():
