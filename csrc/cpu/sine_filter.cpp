@@ -9,9 +9,8 @@ namespace {
 
 constexpr std::int64_t kTile = 64;                   // positions
 constexpr std::int64_t kCodeTileBytes = 256 * 1024;  // a tile of codes stays in the level 2 cache
-// Rows of the basis in a product. Of larger ones MKL copies the factors first, even within one
-// thread, which took a third longer where it was measured; much smaller ones are slower as well.
-constexpr std::int64_t kProductRows = 42;
+constexpr std::int64_t kOneRowBytes = 512 * 1024;    // see one_row_group_size
+constexpr std::int64_t kProductRows = 42;            // of the basis, see gemm_in_pieces
 
 // Rows J of the basis of a feature: cos and sin of each sine, then 1 if there is a constant.
 std::int64_t num_rows(const SineFilterParams& p) {
@@ -141,6 +140,15 @@ std::int64_t group_size(const SineFilterParams& p) {
   return max_of(1, min_of(p.in_features, kCodeTileBytes / bytes));
 }
 
+// Features whose weights, their gradients, basis and its gradient fit the cache in the backward
+// pass of a single row.
+template <class T>
+std::int64_t one_row_group_size(const SineFilterParams& p) {
+  const std::int64_t numbers = 2 * num_rows(p) * (p.num_realizations + kTile);
+  const std::int64_t bytes = numbers * static_cast<std::int64_t>(sizeof(T));
+  return max_of(1, min_of(p.in_features, kOneRowBytes / bytes));
+}
+
 // The weights of the features [d0, d0 + count) of a head as [d, j, r], the constant as their last
 // row.
 template <class T>
@@ -156,6 +164,27 @@ void load_weights(const SineFilterParams& p, std::int64_t head, std::int64_t d0,
     if (constant == nullptr) continue;
     std::memcpy(weights, constant + (first + d) * real, real * sizeof(T));
     weights += real;
+  }
+}
+
+struct Sizes {
+  std::int64_t m, n, k;
+};
+
+// C = op(A) B + beta C, as `gemm`, in pieces of some size. Of larger factors MKL makes copies
+// first, even within one thread: with 64 x 64 x 63 numbers, where 64 x 64 x 42 took two thirds of
+// the time.
+template <class T>
+void gemm_in_pieces(Op op_a, const Sizes& size, const Sizes& piece, const T* a, std::int64_t lda,
+                    const T* b, std::int64_t ldb, T beta, T* c, std::int64_t ldc) {
+  for (std::int64_t i = 0; i < size.m; i += piece.m) {
+    for (std::int64_t j = 0; j < size.n; j += piece.n) {
+      for (std::int64_t l = 0; l < size.k; l += piece.k) {
+        gemm(op_a, Op::kPlain, min_of(piece.m, size.m - i), min_of(piece.n, size.n - j),
+             min_of(piece.k, size.k - l), a + (op_a == Op::kPlain ? i * lda + l : l * lda + i), lda,
+             b + l * ldb + j, ldb, l == 0 ? beta : T(1), c + i * ldc + j, ldc);
+      }
+    }
   }
 }
 
@@ -291,11 +320,9 @@ class Forward {
     for (std::int64_t d0 = 0; d0 < p_.in_features; d0 += group_) {
       const std::int64_t count = min_of(group_, p_.in_features - d0);
       basis_of_.fill(n0, size, d0, count, basis_, columns_ + d0 * kTile);
-      for (std::int64_t j = 0; j < count * rows_; j += kProductRows) {
-        gemm(Op::kTransposed, Op::kPlain, size, real, min_of(kProductRows, count * rows_ - j),
-             basis_ + j * kTile, kTile, weights_ + (d0 * rows_ + j) * real, real,
-             d0 + j == 0 ? T(0) : T(1), y_, width_);
-      }
+      gemm_in_pieces(Op::kTransposed, {size, real, count * rows_}, {kTile, kTile, kProductRows},
+                     basis_.get(), kTile, weights_ + d0 * rows_ * real, real, d0 == 0 ? T(0) : T(1),
+                     y_.get(), width_);
     }
   }
 
@@ -524,13 +551,11 @@ class Backward {
     if (p_.grad_x == nullptr && !wants_phases()) {
       scale_basis(x_.get(), size_, count_, rows_, basis_.get());
     } else {
-      for (std::int64_t t = 0; t < size_; ++t) {
-        for (std::int64_t r = 0; r < real; ++r) g_columns_[r * kTile + t] = g_[t * width_ + r];
+      for (std::int64_t r = 0; r < real; ++r) {
+        for (std::int64_t t = 0; t < size_; ++t) g_columns_[r * kTile + t] = g_[t * width_ + r];
       }
-      for (std::int64_t j = 0; j < count_ * rows_; j += kProductRows) {
-        gemm(Op::kPlain, Op::kPlain, min_of(kProductRows, count_ * rows_ - j), size_, real,
-             weights_ + j * real, real, g_columns_, kTile, T(0), grad_basis_ + j * kTile, kTile);
-      }
+      gemm_in_pieces(Op::kPlain, {count_ * rows_, size_, real}, {kProductRows, kTile, kTile},
+                     weights_.get(), real, g_columns_.get(), kTile, T(0), grad_basis_.get(), kTile);
       load_positions();
       for (std::int64_t d = 0; d < count_; ++d) {
         T column[kTile], sum[kTile];
@@ -551,10 +576,8 @@ class Backward {
       }
     }
     if (!wants_weights()) return;
-    for (std::int64_t j = 0; j < count_ * rows_; j += kProductRows) {
-      gemm(Op::kPlain, Op::kPlain, min_of(kProductRows, count_ * rows_ - j), real, size_,
-           basis_ + j * kTile, kTile, g_, width_, T(1), grad_weights_ + j * real, real);
-    }
+    gemm_in_pieces(Op::kPlain, {count_ * rows_, real, size_}, {kProductRows, kTile, kTile},
+                   basis_.get(), kTile, g_.get(), width_, T(1), grad_weights_.get(), real);
   }
 
   void tile_of_many_rows() {
@@ -661,8 +684,9 @@ class Backward {
 template <class Storage>
 void backward(const SineFilterBackwardParams& p) {
   // Small enough groups that a single head keeps several threads busy.
-  const std::int64_t group = max_of(
-      1, min_of(group_size<core::accumulate_t<Storage>>(p), p.num_heads * p.in_features / 16));
+  using T = core::accumulate_t<Storage>;
+  const std::int64_t fitting = p.batch == 1 ? one_row_group_size<T>(p) : group_size<T>(p);
+  const std::int64_t group = max_of(1, min_of(fitting, p.num_heads * p.in_features / 16));
   const std::int64_t groups = (p.in_features + group - 1) / group;
   const std::int64_t tasks = p.num_heads * groups;
   const std::int64_t positions = p.grad_positions == nullptr ? 0 : p.length * p.ndim;
