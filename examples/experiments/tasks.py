@@ -62,7 +62,7 @@ def copy_task(
     return Task(
         "copy", f"copy from {lag} positions before ({vocabulary} symbols)", vocabulary,
         RandomTokens(vocabulary, length), held_out, objective, length, test_length, steps,
-        rates=(2e-3, 4e-3), chance=torch.tensor(float(vocabulary)).log().item(),
+        rates=(2e-3, 4e-3, 8e-3), chance=torch.tensor(float(vocabulary)).log().item(),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def chorales_task(steps: int = 300, length: int = 256, test_length: int = 1024) 
     held_out = {split: data.beginnings(parts[split], test_length) for split in ("valid", "test")}
     return Task(
         "chorales", "Bach chorales", data.VOCABULARY, data.Windows(parts["train"], length),
-        held_out, nll, length, test_length, steps, rates=(4e-3, 8e-3),
+        held_out, nll, length, test_length, steps, rates=(4e-3, 8e-3, 1.6e-2),
     )  # fmt: skip
 
 
