@@ -142,12 +142,20 @@ class RotaryPositions(nn.Module):
 
 def _sine(
     num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1,
-    noise="gaussian", bandwidth=False,
+    noise="phase", bandwidth=None,
 ):  # fmt: skip
     return SineSPE(
         num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, noise=noise,
-        bandwidth=bandwidth, **factory,
+        bandwidth=noise == "phase" if bandwidth is None else bandwidth, **factory,
     )  # fmt: skip
+
+
+def _paper(
+    num_heads, in_features, num_realizations, init, factory, *, num_sines=4, ndim=1,
+):  # fmt: skip
+    return SineSPE(
+        num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, **factory
+    )
 
 
 def _conv(
@@ -170,6 +178,7 @@ def _rotary(
 # name.
 POSITIONS: dict[str, Callable[..., nn.Module]] = {
     "sine": _sine,
+    "paper": _paper,
     "conv": _conv,
     "rotary": _rotary,
 }
@@ -229,7 +238,7 @@ class SPEMultiheadAttention(nn.Module):
     loads with ``strict=False``. Time and memory grow with the length, not with its square. With
     queries, keys and values of a head called q, k, v:
 
-    ``encode="features"`` (default) applies the feature map first and then the code,
+    ``encode="features"`` applies the feature map first and then the code,
 
     .. math::
         o_n = \frac{\sum_m \hat\phi(q_n) \cdot \hat\phi(k_m)\, v_m}{\sum_m \phi(q_n) \cdot
@@ -267,16 +276,20 @@ class SPEMultiheadAttention(nn.Module):
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters.
-        position: ``"sine"`` (`SineSPE`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`),
-            None, or a module of such a class.
+        position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best in
+            docs/experiments.md), ``"paper"`` (`SineSPE` as in the paper: Gaussian noise, its
+            `encode` and `init`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`), None, or
+            a module of such a class.
         encode: ``"features"`` or ``"inputs"``, see above; rotary positions as well are applied
-            after or before the feature map.
+            after or before the feature map. Default ``"features"``; ``"inputs"`` for
+            ``position="paper"``.
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"`` or a callable on ``[B, N, H,
             D]``. With ``encode="features"`` it must keep D features, or have an attribute
             ``num_features`` that says how many it makes.
         output_norm: ``"rms"`` or None; default ``"rms"`` with ``encode="features"``, else None.
         init: of the position module and of the gate: ``"spread"`` or ``"published"``, see
-            `SineSPE`; of ``position="conv"`` ``"spread"`` means ``"delta"``.
+            `SineSPE`; of ``position="conv"`` ``"spread"`` means ``"delta"``. Default ``"spread"``;
+            ``"published"`` for ``position="paper"``.
         num_realizations: R; default that of the module given as position, or 64.
         eval_realizations: R in eval mode; default the same. More of them, less noise, no other
             difference.
@@ -285,10 +298,11 @@ class SPEMultiheadAttention(nn.Module):
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
         eps: added to the denominator; under the root of the output norm.
-        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="gaussian"``,
-            ``bandwidth=False`` for ``"sine"`` (see `SineSPE`);
-            ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``, ``noise_stride=1`` for ``"conv"``;
-            ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``.
+        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="phase"``,
+            ``bandwidth`` (True with phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``,
+            ``ndim=1`` for ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``,
+            ``noise_stride=1`` for ``"conv"``; ``frequencies="fixed"``, ``base=10000`` for
+            ``"rotary"``.
 
     Raises:
         ValueError, TypeError: an argument is not what it must be; the message names it.
@@ -315,10 +329,10 @@ class SPEMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         position: str | nn.Module | None = "sine",
-        encode: Literal["features", "inputs"] = "features",
+        encode: Literal["features", "inputs"] | None = None,
         feature_map: FeatureMap = "elu",
         output_norm: Literal["rms", "default"] | None = "default",
-        init: Literal["spread", "published"] = "spread",
+        init: Literal["spread", "published"] | None = None,
         num_realizations: int | None = None,
         eval_realizations: int | None = None,
         gated: bool = True,
@@ -345,6 +359,11 @@ class SPEMultiheadAttention(nn.Module):
             raise ValueError(f"{owner}: dropout must be a probability, got {dropout!r}")
         if not eps >= 0:
             raise ValueError(f"{owner}: eps must be >= 0, got {eps!r}")
+        paper = isinstance(position, str) and position == "paper"
+        if encode is None:
+            encode = "inputs" if paper else "features"
+        if init is None:
+            init = "published" if paper else "spread"
         check_choice(owner, "encode", encode, ("features", "inputs"))
         check_choice(owner, "output_norm", output_norm, ("rms", None, "default"))
         check_choice(owner, "init", init, INITS)

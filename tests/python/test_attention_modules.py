@@ -152,10 +152,32 @@ def test_projections_load_from_multihead_attention(bias):
         layer = SPEMultiheadAttention(E, H, bias=bias, **options)
         missing, unexpected = layer.load_state_dict(softmax.state_dict(), strict=False)
         assert not unexpected
-        assert missing == ["position.freqs", "position.offsets", "position.gains", "filter.gate"]
+        names = [f"position.{name}" for name in ("freqs", "offsets", "gains", "bandwidths")]
+        assert missing == [*names, "filter.gate"]
         key, value = (torch.randn(2, 5, options.get(n, E)) for n in ("kdim", "vdim"))
         layer.batch_first = True
         assert layer(torch.randn(2, 9, E), key, value)[0].shape == (2, 9, E)
+
+
+def test_defaults_and_the_paper_one_argument_away():
+    layer = make()
+    assert (layer.position.noise, layer.position.init, layer.encode) == (
+        "phase", "spread", "features",
+    )  # fmt: skip
+    assert layer.position.bandwidths is not None
+    assert layer.filter.init == "spread"
+    paper = make(position="paper", num_sines=3)
+    assert (paper.position.noise, paper.position.init, paper.encode) == (
+        "gaussian", "published", "inputs",
+    )  # fmt: skip
+    assert paper.position.bandwidths is None
+    assert paper.position.num_sines == 3
+    assert paper.filter.init == "published"
+    assert paper.output_norm is None
+    other = make(position="paper", encode="features", init="spread")
+    assert (other.position.init, other.encode) == ("spread", "features")
+    assert make(noise="gaussian").position.bandwidths is None
+    assert make(noise="phase", bandwidth=False).position.bandwidths is None
 
 
 def test_one_head_attends_like_the_formula():
@@ -626,7 +648,10 @@ def test_distributed_data_parallel(tmp_path):
         ({"noise": "exact", "eval_realizations": 8}, ValueError,
          "eval_realizations must not be given with noise='exact', .* = 64, got 8"),
         ({"noise": "loud"}, ValueError, "noise must be 'gaussian' or .* got 'loud'"),
-        ({"bandwidth": True}, ValueError, "bandwidth=True needs noise='phase'"),
+        ({"noise": "gaussian", "bandwidth": True}, ValueError,
+         "bandwidth=True needs noise='phase'"),
+        ({"position": "paper", "noise": "phase"}, TypeError, "unknown argument 'noise'"),
+        ({"num_realizations": 7}, ValueError, "num_realizations must be even .* got 7"),
         ({"position": "rotary", "noise": "phase"}, TypeError, "unknown argument 'noise'"),
         ({"position": "sine", "kernel_size": 3}, TypeError,
          "unknown argument 'kernel_size'; position='sine' takes the options num_sines, ndim"),

@@ -229,7 +229,9 @@ def test_parameter_groups():
     names = [{named[id(p)] for p in group["params"]} for group in groups]
     assert all("position" in n or "filter" in n for n in names[1])
     assert not any("position" in n or "filter" in n for n in names[0])
-    assert {n.rpartition(".")[2] for n in names[1]} == {"freqs", "offsets", "gains", "gate"}
+    assert {n.rpartition(".")[2] for n in names[1]} == {
+        "freqs", "offsets", "gains", "bandwidths", "gate",
+    }  # fmt: skip
     assert names[0] | names[1] == set(named.values()) - {"0.linear1.bias"}
     assert [group["lr"] for group in groups] == [1e-2, pytest.approx(3e-2)]
     assert groups[1]["weight_decay"] == 0
@@ -238,7 +240,7 @@ def test_parameter_groups():
         [SPEMultiheadAttention(16, 2, position=layers[0].self_attn.position) for _ in range(2)]
     )
     positions = parameter_groups(shared, 1.0)[1]["params"]
-    assert len(positions) == len({id(p) for p in positions}) == 3 + 2
+    assert len(positions) == len({id(p) for p in positions}) == 4 + 2
     assert [g["name"] for g in parameter_groups(torch.nn.Linear(2, 2), 1.0)] == ["model"]
     with pytest.raises(ValueError, match="lr must be a number > 0, got 0"):
         parameter_groups(layers, 0)
