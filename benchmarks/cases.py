@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -29,6 +30,7 @@ class Implementation:
     inputs: list[Tensor]
     function: str = ""
     timed: bool = True  # or only there to compare results with
+    rated: bool = False  # whether its operations a second are shown, as those of "torch_spe" are
     grad_outputs: list[Tensor] | None = None  # what it is differentiated with; made once
 
 
@@ -91,6 +93,17 @@ def sine(
         gate_noise = torch.randn(heads, features, realizations, device=device)
         return filt(q, k, spe((batch, length), noise=noise), noise=gate_noise)
 
+    # The two filters and the gate, on noise and weights that were made before.
+    drawn = spe((batch, length))
+    drawn = dataclasses.replace(
+        drawn,
+        **{
+            name: getattr(drawn, name).detach().requires_grad_()
+            for name in ("freqs", "query_weight", "key_weight")
+        },
+    )
+    drawn_gate = drawn.draw_gate_noise()
+
     inputs = [q, k, *spe.parameters(), *filt.parameters()]
     # A side: the codes from the basis, then the batch with the codes; backward, each of these for
     # both of its factors.
@@ -103,6 +116,12 @@ def sine(
         flops_backward=2 * (2 * codes + 2 * batched),
         implementations=[
             Implementation("torch_spe", fast, inputs),
+            Implementation(
+                "(torch_spe, noise and weights given)",
+                lambda: filt(q, k, drawn, noise=drawn_gate),
+                [q, k, drawn.freqs, drawn.query_weight, drawn.key_weight, *filt.parameters()],
+                rated=True,
+            ),
             Implementation("materializing reference", materialized, inputs),
         ],
     )

@@ -63,9 +63,11 @@ ENCODINGS = {
     ),
     "spe-features": Encoding(
         "SineSPE on the features",
-        position=lambda: SineSPE(HEADS, WIDTH // HEADS, 64, 4, init="spread"),
-        layer={"encode": "features", "init": "spread", "output_norm": "rms"},
-        lr=4e-3,
+        # The default of the layers.
+        position=lambda: SineSPE(
+            HEADS, WIDTH // HEADS, 64, 4, init="spread", noise="phase", bandwidth=True
+        ),
+        lr=8e-3,
         spe_lr_scale=5.0,
         eval_realizations=(None, 256),
     ),
@@ -74,7 +76,6 @@ ENCODINGS = {
         position=lambda: ConvSPE(
             1, HEADS, WIDTH // HEADS, 64, 64, noise="rademacher", noise_stride=32, init="delta"
         ),
-        layer={"encode": "features", "init": "spread", "output_norm": "rms"},
         lr=4e-3,
         spe_lr_scale=5.0,
         eval_realizations=(None, 256),

@@ -48,8 +48,8 @@ def train(
     """Train with AdamW on random windows: a warm-up over a tenth of the steps, then a cosine to
     zero.
 
-    `lr` replaces the encoding's own; `objective` gives the losses of a batch. All encodings see the
-    same windows for the same seed.
+    `lr` replaces the encoding's own; `objective` gives the losses of a batch, NaN at positions that
+    have none. All encodings see the same windows for the same seed.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, lr or encoding.lr, encoding.spe_lr_scale)
@@ -65,7 +65,7 @@ def train(
     losses, begin = [], time.perf_counter()
     bar = tqdm(range(steps), encoding.label, disable=not progress, unit=" steps")
     for _ in bar:
-        loss = objective(model, windows.sample(batch, generator).to(device)).mean()
+        loss = objective(model, windows.sample(batch, generator).to(device)).nanmean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in groups:
@@ -99,7 +99,10 @@ def bin_means(
     values: Tensor,  # [pieces, N]
     edges: list[int],
 ) -> list[float]:
-    """Mean over all pieces and the positions ``edges[i] <= n < edges[i + 1]``, for every bin i."""
+    """Mean over all pieces and the positions ``edges[i] <= n < edges[i + 1]``, for every bin i.
+
+    NaN does not count.
+    """
     if sorted(set(edges)) != list(edges) or edges[0] < 0 or edges[-1] > values.shape[1]:
         raise ValueError(f"edges must rise within 0..{values.shape[1]}, got {edges}")
-    return [values[:, a:b].double().mean().item() for a, b in pairwise(edges)]
+    return [values[:, a:b].double().nanmean().item() for a, b in pairwise(edges)]

@@ -28,7 +28,7 @@ def plot_task(path: Path, task: Task, rows: list[dict], options: argparse.Namesp
     }
     panels = {title: found for title, found in panels.items() if found}
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 5.2), sharey=True, squeeze=False,
+        1, len(panels), figsize=(5.2 * len(panels), 8), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axes, (title, found) in zip(grid[0], panels.items(), strict=True):
@@ -53,7 +53,7 @@ def plot_task(path: Path, task: Task, rows: list[dict], options: argparse.Namesp
             axes.axhline(task.chance, color="0.5", linewidth=1, linestyle="-.")
         axes.set(title=title, xlabel="position (tokens)", xlim=(0, task.test_length))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     grid[0, 0].set_ylabel("NLL (nats per token)")
     figure.suptitle(
         f"{task.title}: test sequences, trained on {task.length} tokens, {options.steps} steps; "

@@ -22,7 +22,7 @@ class Task:
     vocabulary: int
     windows: object  # has `length` and `sample(batch, generator)`
     held_out: dict[str, Tensor]  # "valid" and "test": tokens of long sequences
-    objective: Callable[[nn.Module, Tensor], Tensor]
+    objective: Callable[[nn.Module, Tensor], Tensor]  # NaN where a position has none
     length: int  # of the windows
     test_length: int
     steps: int
@@ -50,8 +50,8 @@ def copy_task(
     def objective(model: nn.Module, tokens: Tensor) -> Tensor:
         logits = model(tokens).transpose(1, 2)
         losses = cross_entropy(logits[..., lag:], tokens[:, :-lag], reduction="none")
-        # Nothing to copy at the first positions; they count as what the others make on average.
-        first = losses.mean(1, keepdim=True).expand(-1, lag)
+        # Nothing to copy at the first positions.
+        first = losses.new_full((len(losses), lag), torch.nan)
         return torch.cat((first, losses), dim=1)
 
     long = RandomTokens(vocabulary, test_length)

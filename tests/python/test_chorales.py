@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -143,6 +144,8 @@ def test_bin_means():
     values = torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
     assert bin_means(values, [0, 2, 5]) == [1.5, 4.0]
     assert bin_means(values, [4, 5]) == [5.0]
+    values[0, 0] = math.nan
+    assert bin_means(values, [0, 2, 5]) == [pytest.approx(5 / 3), 4.0]
     for edges in ([0, 6], [2, 1], [0, 0, 5], [-1, 3]):
         with pytest.raises(ValueError, match=r"edges must rise within 0\.\.5"):
             bin_means(values, edges)
