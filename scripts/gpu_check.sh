@@ -66,7 +66,8 @@ SHORT=("$PYTHON" scripts/gpu_short_set.py)
 part build 200 "$PYTHON" setup.py build_ext --inplace &&
   "$PYTHON" -m torch_spe >> "$OUT_DIR/machine.txt" 2>&1
 part tests 120 "$PYTHON" -m pytest tests/python/test_cuda_kernels.py tests/python/test_cuda_build.py \
-  -k 'not emulated' -p no:cacheprovider --junitxml="$OUT_DIR/tests.xml" --tb=short
+  tests/python/test_devices.py -k 'not emulated and not cpu' -p no:cacheprovider \
+  --junitxml="$OUT_DIR/tests.xml" --tb=short
 if command -v compute-sanitizer > /dev/null; then
   part memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "${SHORT[@]}"
   part racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "${SHORT[@]}" --tiny
