@@ -276,10 +276,10 @@ class SPEMultiheadAttention(nn.Module):
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters.
-        position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best in
-            docs/experiments.md), ``"paper"`` (`SineSPE` as in the paper: Gaussian noise, its
-            `encode` and `init`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`), None, or
-            a module of such a class.
+        position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best beyond the trained
+            length in docs/experiments.md), ``"paper"`` (`SineSPE` as in the paper: Gaussian noise,
+            its `encode` and `init`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`),
+            None, or a module of such a class.
         encode: ``"features"`` or ``"inputs"``, see above; rotary positions as well are applied
             after or before the feature map. Default ``"features"``; ``"inputs"`` for
             ``position="paper"``.
