@@ -94,13 +94,12 @@ def sine(
         return filt(q, k, spe((batch, length), noise=noise), noise=gate_noise)
 
     # The two filters and the gate, on noise and weights that were made before.
-    drawn = spe((batch, length))
+    code = spe((batch, length))
     drawn = dataclasses.replace(
-        drawn,
-        **{
-            name: getattr(drawn, name).detach().requires_grad_()
-            for name in ("freqs", "query_weight", "key_weight")
-        },
+        code,
+        freqs=code.freqs.detach().requires_grad_(),
+        query_weight=code.query_weight.detach().requires_grad_(),
+        key_weight=code.key_weight.detach().requires_grad_(),
     )
     drawn_gate = drawn.draw_gate_noise()
 

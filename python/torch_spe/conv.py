@@ -20,7 +20,6 @@ from torch_spe.modules import (
     check_noise,
     check_not_nan,
     check_positive,
-    check_seed,
     check_source,
     code_type,
     gate_scales,
@@ -286,6 +285,7 @@ class ConvSPE(SPE):
                 "start says where they begin"
             )
         check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
+        check_source("ConvSPE", generator, seed)
         start = _starts("ConvSPE", start, self.ndim)
         if noise is not None:
             noise = self._given_noise(noise, size)
@@ -297,10 +297,7 @@ class ConvSPE(SPE):
             seed, noise = None, noise.to(dtype)
         elif seed is None:
             seed = draw_seed(generator, device)
-        elif generator is not None:
-            raise ValueError("ConvSPE: give generator or seed, not both")
         else:
-            check_seed("ConvSPE", seed)
             seed = seed_tensor("ConvSPE", seed, device)
         scale = (real * self.in_features) ** -0.25
         return ConvCode(

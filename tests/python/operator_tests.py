@@ -33,6 +33,19 @@ def put_nan(tensor):
     return tensor
 
 
+def random_data(batch, length, heads, features, sines, ndim):
+    """A source of normal numbers, and x, freqs and positions (None when ndim = 1) from it."""
+    generator = torch.Generator().manual_seed(batch + 10 * length + sines)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    freqs = randn(heads, features, sines, ndim).sigmoid() / 2
+    x = randn(batch, length, heads, features)
+    positions = 3 * randn(length, ndim) if ndim > 1 else None
+    return randn, x, freqs if ndim > 1 else freqs[..., 0], positions
+
+
 class OperatorTests:
     """A derived class gives `name`, and `make`: arguments in float64 from x to positions.
 
@@ -52,6 +65,13 @@ class OperatorTests:
     @property
     def reference(self):
         return getattr(reference, self.name)
+
+    def expect_error(self, change, kind, message, ndim=1):
+        """Expect that a call whose arguments were changed fails, and names the operator."""
+        arguments = self.make(ndim=ndim)
+        change(arguments)
+        with pytest.raises(kind, match=f"{self.name}: .*{message}"):
+            self.function(*arguments)
 
     def compare(self, arguments, dtype=torch.float64, start=0.0, factor=1.0):
         last = len(arguments) - 1
@@ -239,6 +259,22 @@ class OperatorTests:
         assert out.shape == self.reference(*arguments).shape
         assert out.device.type == "meta"
 
+    @pytest.mark.parametrize(
+        ("change", "kind", "message"),
+        [
+            (edit(0, lambda t: t[0]), ValueError, r"x must have 4 dimensions \[B, N, H, D\], got"),
+            (edit(0, lambda t: t.long()), TypeError, "x must be float32, .* got Long"),
+            (edit(1, lambda t: t[0]), ValueError, "freqs must have 3 dimensions .* or 4"),
+            (edit(1, lambda t: t[:1]), ValueError, r"freqs must have size 2 \(H of x\)"),
+            (edit(1, lambda t: t[:, :1]), ValueError, r"freqs must have size 5 \(D of x\)"),
+            (edit(1, lambda t: t.int()), TypeError, "freqs must be float32, .* got Int"),
+            (edit(1, put_nan), ValueError, r"freqs must be finite, got nan at index \[0, 0, 1\]"),
+            (edit(1, lambda t: t.to("meta")), ValueError, "freqs must be on the device of x, cpu"),
+        ],
+    )
+    def test_errors_of_x_and_freqs(self, change, kind, message):
+        self.expect_error(change, kind, message)
+
     def test_errors_of_positions_and_start(self):
         for ndim, change, kind, message in [
             (1, edit(-1, lambda _: torch.ones(69)), ValueError, r"positions must have size 70 \(N"),
@@ -249,10 +285,7 @@ class OperatorTests:
             (2, edit(-1, put_nan), ValueError, "positions must be finite, got nan"),
             (2, edit(-1, lambda t: t[:, 0]), ValueError, "positions must have 2 coordinates"),
         ]:
-            arguments = self.make(ndim=ndim)
-            change(arguments)
-            with pytest.raises(kind, match=f"{self.name}: .*{message}"):
-                self.function(*arguments)
+            self.expect_error(change, kind, message, ndim)
         with pytest.raises(ValueError, match="start must be 0 when positions are given, got 3"):
             self.function(*self.make(ndim=2), start=3)
         with pytest.raises(ValueError, match="start must be finite, got nan"):

@@ -4,7 +4,7 @@ from fractions import Fraction
 import pytest
 import torch
 from helpers import assert_close, leaves, outputs_and_gradients
-from operator_tests import OperatorTests, edit, put_nan
+from operator_tests import OperatorTests, edit, put_nan, random_data
 
 from torch_spe import functional, reference
 
@@ -15,18 +15,13 @@ class TestPhasorFilter(OperatorTests):
     @staticmethod
     def make(batch=2, length=70, heads=2, features=5, sines=3, ndim=1, optional=True):
         """x, freqs, coefficients, constant, positions; `sines` are pairs of realizations."""
-        generator = torch.Generator().manual_seed(batch + 10 * length + sines)
-
-        def randn(*shape):
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        freqs = randn(heads, features, sines, ndim).sigmoid() / 2
+        randn, x, freqs, positions = random_data(batch, length, heads, features, sines, ndim)
         return [
-            randn(batch, length, heads, features),
-            freqs if ndim > 1 else freqs[..., 0],
+            x,
+            freqs,
             randn(heads, features, sines, 2),
             randn(heads, features, 2 * sines) if optional else None,
-            3 * randn(length, ndim) if ndim > 1 else None,
+            positions,
         ]
 
     @pytest.mark.parametrize("first", [10, 10**6, 10**9])
@@ -76,13 +71,7 @@ class TestPhasorFilter(OperatorTests):
     @pytest.mark.parametrize(
         ("change", "kind", "message"),
         [
-            (edit(0, lambda t: t[0]), ValueError, r"x must have 4 dimensions \[B, N, H, D\], got"),
-            (edit(0, lambda t: t.long()), TypeError, "x must be float32, .* got Long"),
-            (edit(1, lambda t: t[0]), ValueError, "freqs must have 3 dimensions .* or 4"),
-            (edit(1, lambda t: t[:1]), ValueError, r"freqs must have size 2 \(H of x\)"),
-            (edit(1, lambda t: t[:, :1]), ValueError, r"freqs must have size 5 \(D of x\)"),
             (edit(1, lambda t: t[..., :0]), ValueError, r"at least one pair .* \(R >= 2\)"),
-            (edit(1, lambda t: t.int()), TypeError, "freqs must be float32, .* got Int"),
             (edit(2, lambda t: t[0]), ValueError, "coefficients must have 4 dimensions"),
             (edit(2, lambda t: t[:1]), ValueError, r"coefficients must have size 2 \(H of x\)"),
             (edit(2, lambda t: t[:, 1:]), ValueError, r"coefficients must have size 5 \(D of x\)"),
@@ -94,16 +83,11 @@ class TestPhasorFilter(OperatorTests):
             (edit(3, lambda t: t[:, 1:]), ValueError, r"constant must have size 5 \(D of x\)"),
             (edit(3, lambda t: t[..., 1:]), ValueError, r"constant must have size 6 \(R"),
             (edit(3, lambda t: t.half()), TypeError, "constant must be Double like x"),
-            (edit(1, put_nan), ValueError, r"freqs must be finite, got nan at index \[0, 0, 1\]"),
             (edit(2, put_nan), ValueError, "coefficients must be finite, got nan"),
             (edit(3, put_nan), ValueError, "constant must be finite, got nan"),
-            (edit(1, lambda t: t.to("meta")), ValueError, "freqs must be on the device of x, cpu"),
             (edit(2, lambda t: t.to("meta")), ValueError, "coefficients must be on the device of"),
             (edit(3, lambda t: t.to("meta")), ValueError, "constant must be on the device of x"),
         ],
     )
     def test_errors_name_argument_expectation_and_value(self, change, kind, message):
-        arguments = self.make()
-        change(arguments)
-        with pytest.raises(kind, match="phasor_filter: .*" + message):
-            functional.phasor_filter(*arguments)
+        self.expect_error(change, kind, message)
