@@ -121,12 +121,13 @@ class PositiveFeatures(nn.Module):
         """Draw rows, each of them a unit normal vector."""
         shape = (self.num_features, self.in_features)
         dtype, device = code_type(like), like.device
-        normal = draw_normal(shape, None, seed, 0, dtype=dtype, device=device)
+        # Streams 0 and 1 of the same seed are the noise of codes and gates.
+        normal = draw_normal(shape, None, seed, 2, dtype=dtype, device=device)
         if not self.orthogonal:
             return normal
         blocks = -(-self.num_features // self.in_features)
         directions = orthogonal_noise(
-            blocks, self.in_features, 1, self.in_features, seed=seed, stream=1, dtype=dtype,
+            blocks, self.in_features, 1, self.in_features, seed=seed, stream=3, dtype=dtype,
             device=device,
         )  # fmt: skip
         directions = directions.flatten(0, 2)[: self.num_features] / math.sqrt(self.in_features)
