@@ -33,6 +33,41 @@ __device__ __forceinline__ void from_float(float value, core::BFloat16* out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 }
 
+// Two numbers rounded into the halves of a register, the first one into the lower half, as
+// fragments of mma hold them.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ std::uint32_t pack_pair<core::Half>(float low, float high) {
+  std::uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+template <>
+__device__ __forceinline__ std::uint32_t pack_pair<core::BFloat16>(float low, float high) {
+  std::uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// Products of the numbers in two registers, half by half.
+template <class T>
+__device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b);
+template <>
+__device__ __forceinline__ std::uint32_t multiply_pairs<core::Half>(std::uint32_t a,
+                                                                    std::uint32_t b) {
+  std::uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+template <>
+__device__ __forceinline__ std::uint32_t multiply_pairs<core::BFloat16>(std::uint32_t a,
+                                                                        std::uint32_t b) {
+  std::uint32_t result;  // Before compute capability 9.0 there is only a fused multiply-add: + -0.
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0x80008000u));
+  return result;
+}
+
 // The sum over the lanes of a warp, in every lane.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {

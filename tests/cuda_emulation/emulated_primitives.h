@@ -17,6 +17,24 @@ inline void from_float(float value, core::Half* out) { core::store(value, out); 
 inline void from_float(float value, core::BFloat16* out) { core::store(value, out); }
 
 template <class T>
+std::uint32_t pack_pair(float low, float high) {
+  T pair[2];
+  core::store(low, &pair[0]);
+  core::store(high, &pair[1]);
+  return pair[0].bits | static_cast<std::uint32_t>(pair[1].bits) << 16;
+}
+
+template <class T>
+std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
+  const auto half = [](std::uint32_t pair, int i) {
+    T value;
+    value.bits = static_cast<std::uint16_t>(pair >> (16 * i));
+    return core::load(value);
+  };
+  return pack_pair<T>(half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
+}
+
+template <class T>
 T warp_sum(T value) {
   cuda_emulation::rendezvous(
       0xffffffffu, &value,
