@@ -1,5 +1,5 @@
 #include "phasor_filter.h"
-#include "phasors.h"
+#include "phasor_products.h"
 
 namespace torch_spe::cuda {
 namespace {
@@ -161,16 +161,10 @@ TORCH_SPE_DEVICE void code_gradient(const PhasorFilterBackwardParams& p, std::in
 // double: the terms of a frequency's gradient grow with the position.
 constexpr int kTile = 32;
 
-struct Parts {
-  double* freqs;         // [segment, H, D, R/2, ndim]
-  double* coefficients;  // [segment, H, D, R/2, 2]
-  double* constant;      // [segment, H, D, R]
-};
-
 template <class Storage>
 __global__ void __launch_bounds__(kThreads)
     parameters_kernel(const PhasorFilterBackwardParams p, std::int64_t segments,
-                      const Parts parts) {
+                      const PhasorParts parts) {
   using T = core::accumulate_t<Storage>;
   const std::int64_t features = p.in_features, pairs = p.num_pairs;
   const std::int64_t pair_tiles = ceil_div(pairs, kLanes);
@@ -270,8 +264,29 @@ void apply(const PhasorFilterBackwardParams& p, Stream stream) {
          stream, p);
 }
 
+template <class Storage, bool kGradient, int kTiles>
+void apply_products(const PhasorFilterBackwardParams& p, Stream stream) {
+  const CodeProductUnits<kGradient, kTiles> units(p);
+  Carver size;
+  CodeProductShared<kTiles>{size, units.inputs};
+  launch(code_product_kernel<Storage, kGradient, kTiles>, grid_of(ceil_div(units.count, kWarps)),
+         dim3(kThreads), size.size(), stream, p);
+}
+
+// Whether the kernels of phasor_products.h serve.
+bool has_products(const PhasorFilterParams& p) {
+  return p.positions == nullptr && p.in_features > 0 &&
+         (p.dtype == core::DType::kFloat16 || p.dtype == core::DType::kBFloat16);
+}
+
 template <class Storage, bool kGradient>
 void apply(const PhasorFilterBackwardParams& p, Stream stream) {
+  if constexpr (sizeof(Storage) == 2) {
+    if (has_products(p)) {
+      if (p.batch <= kMmaRows) return apply_products<Storage, kGradient, 1>(p, stream);
+      return apply_products<Storage, kGradient, 2>(p, stream);
+    }
+  }
   if (p.batch == 1) {
     apply<Storage, kGradient, 1>(p, stream);
   } else {
@@ -282,14 +297,15 @@ void apply(const PhasorFilterBackwardParams& p, Stream stream) {
 // Parts of the scratch memory of the backward pass.
 struct Workspace {
   std::int64_t blocks, segments, codes;
-  Parts parts{};
+  PhasorParts parts{};
   double* positions = nullptr;
   std::size_t size = 0;
 
   Workspace(const PhasorFilterBackwardParams& p, void* memory)
       : blocks(p.num_heads * ceil_div(p.num_pairs, kLanes) * ceil_div(p.in_features, kWarps)),
-        segments(max_of(
-            1, min_of(ceil_div(p.length, kTile), ceil_div(kWantedBlocks, max_of(1, blocks))))),
+        segments(has_products(p) ? CodeGradientTiles(p).segments
+                                 : max_of(1, min_of(ceil_div(p.length, kTile),
+                                                    ceil_div(kWantedBlocks, max_of(1, blocks))))),
         codes(p.num_heads * p.in_features * p.num_pairs) {
     Carver carver(static_cast<unsigned char*>(memory));
     if (p.grad_freqs != nullptr) parts.freqs = carver.take<double>(segments * codes * p.ndim);
@@ -303,12 +319,29 @@ struct Workspace {
 };
 
 template <class Storage>
+void sum_over_positions(const PhasorFilterBackwardParams& p, const Workspace& workspace,
+                        Stream stream) {
+  if constexpr (sizeof(Storage) == 2) {
+    if (has_products(p)) {
+      const CodeGradientTiles tiles(p);
+      Carver size;
+      CodeGradientShared<Storage>{size};
+      launch(code_gradient_kernel<Storage>,
+             grid_of(p.num_heads * tiles.feature_tiles * tiles.real_tiles * tiles.segments),
+             dim3(kThreads), size.size(), stream, p, tiles, workspace.parts);
+      return;
+    }
+  }
+  launch(parameters_kernel<Storage>, grid_of(workspace.blocks * workspace.segments), dim3(kThreads),
+         0, stream, p, workspace.segments, workspace.parts);
+}
+
+template <class Storage>
 void backward(const PhasorFilterBackwardParams& p, void* memory, Stream stream) {
   const Workspace workspace(p, memory);
   if (p.grad_x != nullptr) apply<Storage, true>(p, stream);
   if (p.grad_freqs != nullptr || p.grad_coefficients != nullptr || p.grad_constant != nullptr) {
-    launch(parameters_kernel<Storage>, grid_of(workspace.blocks * workspace.segments),
-           dim3(kThreads), 0, stream, p, workspace.segments, workspace.parts);
+    sum_over_positions<Storage>(p, workspace, stream);
   }
   const auto add = [&](const double* parts, std::int64_t size, double* out) {
     if (out != nullptr) sum_parts(parts, workspace.segments, size, out, stream);
