@@ -50,6 +50,16 @@ __device__ __forceinline__ std::uint32_t pack_pair<core::BFloat16>(float low, fl
   return result;
 }
 
+// The two numbers of a register.
+template <class T>
+__device__ __forceinline__ void unpack_pair(std::uint32_t pair, float* low, float* high) {
+  T value;
+  value.bits = static_cast<std::uint16_t>(pair);
+  *low = to_float(value);
+  value.bits = static_cast<std::uint16_t>(pair >> 16);
+  *high = to_float(value);
+}
+
 // Products of the numbers in two registers, half by half.
 template <class T>
 __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b);
@@ -74,6 +84,18 @@ __device__ __forceinline__ T warp_sum(T value) {
   for (int offset = 16; offset > 0; offset /= 2)
     value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
+}
+
+// The sum over lanes 4 g .. 4 g + 3, in each of them.
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+// Cosine and sine of an angle in [-pi, pi], to 20 bits.
+__device__ __forceinline__ void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
+  asm("cos.approx.f32 %0, %1;" : "=f"(*cos_out) : "f"(angle));
+  asm("sin.approx.f32 %0, %1;" : "=f"(*sin_out) : "f"(angle));
 }
 
 __device__ __forceinline__ float warp_max(float value) {

@@ -1,5 +1,5 @@
-#include "phasors.h"
 #include "sine_filter.h"
+#include "sine_products.h"
 
 namespace torch_spe::cuda {
 namespace {
@@ -224,9 +224,21 @@ struct FeatureGroups {
         count(ceil_div(p.in_features, features)) {}
 };
 
+// Whether the kernels of sine_products.h serve, and among them that of the gradients of x and
+// frequencies.
+bool has_products(const SineFilterParams& p) {
+  return (p.dtype == core::DType::kFloat16 || p.dtype == core::DType::kBFloat16) &&
+         p.positions == nullptr && p.in_features > 0 && p.num_sines > 0 && p.num_realizations > 0;
+}
+bool has_data_products(const SineFilterParams& p) {
+  return has_products(p) && p.in_features * p.num_sines <= kMostTurningSines;
+}
+
 template <class Operand>
 std::int64_t data_segments(const SineFilterParams& p) {
   using Shape = DataShape<Operand>;
+  if (has_data_products(p))
+    return num_segments(p.num_heads, TokenTiles(p.batch, p.length, kTileTokens).count());
   return num_segments(p.num_heads * FeatureGroups<Shape::kColumns>(p).count,
                       TokenTiles(p.batch, p.length, Shape::kTokens).count());
 }
@@ -433,14 +445,17 @@ struct WeightShared {
 template <class Operand>
 std::int64_t weight_blocks(const SineFilterParams& p) {
   using Shape = WeightShape<Operand>;
+  if (has_products(p))
+    return p.num_heads * ceil_div(Steps(p).count, kBlockSteps) *
+           ceil_div(p.num_realizations, kRealTile);
   return p.num_heads * Chunks<Shape::kColumns>(p).count *
          ceil_div(p.num_realizations, Shape::kReal);
 }
 
 template <class Operand>
 std::int64_t weight_segments(const SineFilterParams& p) {
-  return num_segments(weight_blocks<Operand>(p),
-                      TokenTiles(p.batch, p.length, WeightShape<Operand>::kTokens).count());
+  const int tokens = has_products(p) ? kWeightTokens : WeightShape<Operand>::kTokens;
+  return num_segments(weight_blocks<Operand>(p), TokenTiles(p.batch, p.length, tokens).count());
 }
 
 template <class Storage, class Operand>
@@ -529,16 +544,48 @@ struct Workspace {
 };
 
 template <class Storage, class Operand>
+void backward_data(const SineFilterBackwardParams& p, const Workspace<Operand>& workspace,
+                   Stream stream) {
+  Carver size;
+  if constexpr (sizeof(Storage) == 2) {
+    if (has_data_products(p)) {
+      SineDataShared<Storage>{size, TokenTiles(p.batch, p.length, kTileTokens), Steps(p)};
+      launch(sine_data_kernel<Storage>, grid_of(workspace.data_segments * p.num_heads),
+             dim3(kThreads), size.size(), stream, p, workspace.data_segments, workspace.freqs);
+      return;
+    }
+  }
+  DataShared<Operand>{size};
+  const std::int64_t blocks =
+      workspace.data_segments * p.num_heads * FeatureGroups<DataShape<Operand>::kColumns>(p).count;
+  launch(backward_data_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(),
+         stream, p, workspace.data_segments, workspace.freqs, workspace.positions);
+}
+
+template <class Storage, class Operand>
+void backward_weight(const SineFilterBackwardParams& p, const Workspace<Operand>& workspace,
+                     Stream stream) {
+  Carver size;
+  const dim3 grid = grid_of(workspace.weight_segments * weight_blocks<Operand>(p));
+  if constexpr (sizeof(Storage) == 2) {
+    if (has_products(p)) {
+      SineWeightShared<Storage>{size, TokenTiles(p.batch, p.length, kWeightTokens), Steps(p)};
+      launch(sine_weight_kernel<Storage>, grid, dim3(kThreads), size.size(), stream, p,
+             workspace.weight_segments, workspace.weight, workspace.constant);
+      return;
+    }
+  }
+  WeightShared<Operand>{size};
+  launch(backward_weight_kernel<Storage, Operand>, grid, dim3(kThreads), size.size(), stream, p,
+         workspace.weight_segments, workspace.weight, workspace.constant);
+}
+
+template <class Storage, class Operand>
 void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
   using T = core::accumulate_t<Storage>;
   const Workspace<Operand> workspace(p, memory);
   if (p.grad_x != nullptr || p.grad_freqs != nullptr || p.grad_positions != nullptr) {
-    Carver size;
-    DataShared<Operand>{size};
-    const std::int64_t blocks = workspace.data_segments * p.num_heads *
-                                FeatureGroups<DataShape<Operand>::kColumns>(p).count;
-    launch(backward_data_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(),
-           stream, p, workspace.data_segments, workspace.freqs, workspace.positions);
+    backward_data<Storage>(p, workspace, stream);
     if (p.grad_freqs != nullptr)
       sum_parts(workspace.freqs, workspace.data_segments, workspace.num_freqs, p.grad_freqs,
                 stream);
@@ -547,11 +594,7 @@ void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
                 p.grad_positions, stream);
   }
   if (p.grad_weight == nullptr && p.grad_constant == nullptr) return;
-  Carver size;
-  WeightShared<Operand>{size};
-  const std::int64_t blocks = workspace.weight_segments * weight_blocks<Operand>(p);
-  launch(backward_weight_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(),
-         stream, p, workspace.weight_segments, workspace.weight, workspace.constant);
+  backward_weight<Storage>(p, workspace, stream);
   if (p.grad_weight != nullptr)
     sum_parts(workspace.weight, workspace.weight_segments, workspace.num_weights,
               static_cast<T*>(p.grad_weight), stream);
@@ -560,19 +603,31 @@ void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
               static_cast<T*>(p.grad_constant), stream);
 }
 
+template <class Storage, class Operand>
+void forward(const SineFilterParams& p, Stream stream) {
+  Carver size;
+  if constexpr (sizeof(Storage) == 2) {
+    if (has_products(p)) {
+      const TokenTiles tiles(p.batch, p.length, kTileTokens);
+      SineProductShared<Storage>{size, tiles};
+      const std::int64_t blocks =
+          tiles.count() * p.num_heads * ceil_div(p.num_realizations, kRealTile);
+      launch(sine_product_kernel<Storage>, grid_of(blocks), dim3(kThreads), size.size(), stream, p);
+      return;
+    }
+  }
+  using Shape = ForwardShape<Operand>;
+  ForwardShared<Operand>{size};
+  const std::int64_t blocks = TokenTiles(p.batch, p.length, Shape::kTokens).count() * p.num_heads *
+                              ceil_div(p.num_realizations, Shape::kReal);
+  launch(forward_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream, p);
+}
+
 }  // namespace
 
 void sine_filter_forward(const SineFilterParams& p, bool allow_tf32, Stream stream) {
   visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
-    using Storage = decltype(storage);
-    using Operand = decltype(operand);
-    using Shape = ForwardShape<Operand>;
-    Carver size;
-    ForwardShared<Operand>{size};
-    const std::int64_t blocks = TokenTiles(p.batch, p.length, Shape::kTokens).count() *
-                                p.num_heads * ceil_div(p.num_realizations, Shape::kReal);
-    launch(forward_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream,
-           p);
+    forward<decltype(storage), decltype(operand)>(p, stream);
   });
 }
 

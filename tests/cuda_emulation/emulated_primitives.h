@@ -25,13 +25,20 @@ std::uint32_t pack_pair(float low, float high) {
 }
 
 template <class T>
+void unpack_pair(std::uint32_t pair, float* low, float* high) {
+  T value;
+  value.bits = static_cast<std::uint16_t>(pair);
+  *low = core::load(value);
+  value.bits = static_cast<std::uint16_t>(pair >> 16);
+  *high = core::load(value);
+}
+
+template <class T>
 std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
-  const auto half = [](std::uint32_t pair, int i) {
-    T value;
-    value.bits = static_cast<std::uint16_t>(pair >> (16 * i));
-    return core::load(value);
-  };
-  return pack_pair<T>(half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
+  float a_low, a_high, b_low, b_high;
+  unpack_pair<T>(a, &a_low, &a_high);
+  unpack_pair<T>(b, &b_low, &b_high);
+  return pack_pair<T>(a_low * b_low, a_high * b_high);
 }
 
 template <class T>
@@ -48,6 +55,26 @@ T warp_sum(T value) {
       },
       __FILE__, __LINE__);
   return value;
+}
+
+inline float quad_sum(float value) {
+  cuda_emulation::rendezvous(
+      0xffffffffu, &value,
+      [](void* const(&arguments)[32]) {
+        for (int i = 0; i < 32; i += 4) {
+          float* lanes[4];
+          for (int e = 0; e < 4; ++e) lanes[e] = static_cast<float*>(arguments[i + e]);
+          const float sum = (*lanes[0] + *lanes[1]) + (*lanes[2] + *lanes[3]);
+          for (float* lane : lanes) *lane = sum;
+        }
+      },
+      __FILE__, __LINE__);
+  return value;
+}
+
+inline void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
+  *cos_out = std::cos(angle);
+  *sin_out = std::sin(angle);
 }
 
 inline float warp_max(float value) {

@@ -48,6 +48,9 @@ SINE_SHAPES = {
     "aligned": (2, 64, 1, 16, 2, 64, False),
     "large batch": (18, 9, 1, 3, 2, 8, True),
     "many sines": (2, 20, 1, 2, 40, 9, True),
+    "aligned with a constant": (8, 70, 2, 24, 3, 64, True),
+    "odd batch": (5, 90, 1, 17, 1, 130, True),
+    "more sines than the sums of a block": (2, 20, 1, 9, 230, 9, True),
     "grid of positions": (2, 21, 2, 3, 2, 6, True, 2),
 }
 
