@@ -147,6 +147,8 @@ TORCH_SPE_DEVICE void fill_stage_basis(const SineFilterParams& p, const Steps& s
 }
 
 // Forward: a block takes a tile of tokens and 64 realizations, each warp 32 tokens.
+constexpr int kForwardBlocks = 3;  // of a multiprocessor, as many as fit without spilling registers
+
 template <class Storage>
 struct SineProductShared {
   static constexpr int kBasisRow = kStageSines + 8;
@@ -162,7 +164,7 @@ struct SineProductShared {
 };
 
 template <class Storage>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
     sine_product_kernel(const SineFilterParams p) {
   using Shared = SineProductShared<Storage>;
   constexpr int kRows = kWarpTokens / 8;  // of tokens, for a lane
@@ -564,6 +566,7 @@ struct SineWeightShared {
     std::uint32_t cos, sin;
   };
   Pairs* basis;
+  int* basis_at;  // [pair], where its basis begins
 
   TORCH_SPE_INLINE SineWeightShared(Carver& carver, const TokenTiles& tiles, const Steps& steps)
       : groups(static_cast<int>(
@@ -573,7 +576,8 @@ struct SineWeightShared {
         x(carver.take<Storage>(2 * x_size)),
         grad(carver.take<Storage>(2 * kGrad)),
         basis(carver.take<Pairs>((tiles.batch % 2 == 0 ? tiles.positions : kWeightTokens / 2) *
-                                 kBasisRow)) {}
+                                 kBasisRow)),
+        basis_at(carver.take<int>(kWeightTokens / 2)) {}
 };
 
 template <class Storage>
@@ -663,6 +667,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
   };
 
+  for (int pair = thread; pair < kWeightTokens / 2; pair += kThreads) {
+    const int t = 2 * pair / tiles.batch;
+    shared.basis_at[pair] = (!even ? pair : t < tiles.positions ? t : 0) * Shared::kBasisRow;
+  }
+
   // Columns of this warp's features in the tile of x.
   int column[kWarpSteps];
   TORCH_SPE_UNROLL
@@ -686,7 +695,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const Storage* const grad_tile = shared.grad + buffer * Shared::kGrad +
                                      lane % 16 * row_of<Storage>(kRealTile) + lane / 16 * 8;
     const typename Shared::Pairs* const basis = shared.basis + warp * kWarpSteps * kGroup + group;
-    TORCH_SPE_UNROLL
     for (int half = 0; half < kWeightTokens / kLanes; ++half) {
       // x of tokens 8 i + 2 member + {0, 1} of feature `group` of each step.
       std::uint32_t values[kWarpSteps][4];
@@ -700,12 +708,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         TORCH_SPE_UNROLL
         for (int j = 0; j < kRealTile / 16; ++j)
           ldmatrix_x4<true>(b[j], grad_tile + depth * 16 * row_of<Storage>(kRealTile) + 16 * j);
-        int at[2];
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int pair = depth * 8 + 4 * e + member, t = 2 * pair / tiles.batch;
-          at[e] = (!even ? pair : t < tiles.positions ? t : 0) * Shared::kBasisRow;
-        }
+        const int at[2] = {shared.basis_at[depth * 8 + member],
+                           shared.basis_at[depth * 8 + 4 + member]};
         TORCH_SPE_UNROLL
         for (int m = 0; m < kWarpSteps; ++m) {
           std::uint32_t a[4];

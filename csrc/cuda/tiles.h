@@ -103,21 +103,33 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
   }
 }
 
-// out[i] = sum over parts of parts[part * size + i], always in the same order.
+// out[i] = sum over parts of parts[part * size + i], always in the same order. A block takes 32
+// numbers; each warp adds up a quarter of the parts.
 template <class Part, class T>
-__global__ void sum_parts_kernel(const Part* parts, std::int64_t count, std::int64_t size, T* out) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const Part* parts, std::int64_t count, std::int64_t size, T* out) {
+  constexpr int kNumbers = 32, kQuarters = kThreads / kNumbers;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Part* const sums = reinterpret_cast<Part*>(memory);
+  const int thread = static_cast<int>(threadIdx.x), quarter = thread / kNumbers;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kNumbers + thread % kNumbers;
+  const std::int64_t each = ceil_div(count, kQuarters), end = min_of(count, (quarter + 1) * each);
   Part sum = 0;
-  for (std::int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
+  if (i < size) {
+    for (std::int64_t part = quarter * each; part < end; ++part) sum += parts[part * size + i];
+  }
+  sums[thread] = sum;
+  __syncthreads();
+  if (quarter > 0 || i >= size) return;
+  for (int q = 1; q < kQuarters; ++q) sum += sums[thread + q * kNumbers];
   out[i] = static_cast<T>(sum);
 }
 
 template <class Part, class T>
 void sum_parts(const Part* parts, std::int64_t count, std::int64_t size, T* out, Stream stream) {
   if (size == 0) return;
-  launch(sum_parts_kernel<Part, T>, grid_of(ceil_div(size, kThreads)), dim3(kThreads), 0, stream,
-         parts, count, size, out);
+  launch(sum_parts_kernel<Part, T>, grid_of(ceil_div(size, 32)), dim3(kThreads),
+         kThreads * sizeof(Part), stream, parts, count, size, out);
 }
 
 // Calls function(storage, operand) with values of the type of x and of what goes into products.
