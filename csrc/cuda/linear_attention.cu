@@ -28,8 +28,14 @@ constexpr int kDeep = 32;                               // of those that are sum
 template <class Operand>
 constexpr std::int64_t kSegment = kChunksOfSegment * kChunk<Operand>;
 
-template <class T>
+// phi(x) of numbers of a storage type; for 16 bits the hardware's exponential is precise enough.
+template <class Storage, class T>
 TORCH_SPE_DEVICE T feature_map(FeatureMap map, T x) {
+  if constexpr (sizeof(Storage) == 2) {  // without branches
+    const T positive = x < T(0) ? T(0) : x, decayed = fast_exp(x > T(0) ? T(0) : x);
+    const T elu = positive + decayed;
+    return map == FeatureMap::kElu ? elu : map == FeatureMap::kRelu ? positive : x;
+  }
   switch (map) {
     case FeatureMap::kElu:
       return core::apply_feature_map<FeatureMap::kElu>(x);
@@ -143,7 +149,7 @@ struct Side {
                      ? base + (chunk.begin + row) * x_strides[1]
                      : nullptr;
         },
-        [&](int, T value) { return feature_map(map, value); });
+        [&](int, T value) { return feature_map<Storage>(map, value); });
   }
 
   // Y of a chunk's tokens, values [e0, e0 + kColumns) of `count`.
@@ -185,12 +191,13 @@ struct States {
 template <class T>
 struct StateReader {
   const T *s_first, *s_second, *z_first, *z_second;
-  std::int64_t values;
+  std::int64_t real, values;
+  bool aligned;
 
   TORCH_SPE_DEVICE StateReader(const States<T>& states, bool causal, const Pieces& chunks,
                                const Pieces& segments, std::int64_t slot, const Piece& chunk,
                                std::int64_t head)
-      : values(states.values) {
+      : real(states.real), values(states.values) {
     const std::int64_t size = states.real * states.values;
     if (causal) {
       const std::int64_t a = slot * states.heads + head;
@@ -207,34 +214,61 @@ struct StateReader {
       z_first = states.total_z + a * states.real;
       s_second = z_second = nullptr;
     }
+    aligned = rows_are_aligned<T>(s_first, values) && rows_are_aligned<T>(s_second, values);
   }
-  TORCH_SPE_DEVICE T s(std::int64_t r, std::int64_t e) const {
-    const std::int64_t i = r * values + e;
-    return s_second == nullptr ? s_first[i] : s_first[i] + s_second[i];
+  // S[r, e .. e + 3], 0 outside.
+  TORCH_SPE_DEVICE void s(std::int64_t r, std::int64_t e, T (&out)[4]) const {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = 0;
+    if (r < real) {
+      add(s_first + r * values + e, e, out);
+      if (s_second != nullptr) add(s_second + r * values + e, e, out);
+    }
   }
   TORCH_SPE_DEVICE T z(std::int64_t r) const {
     return z_second == nullptr ? z_first[r] : z_first[r] + z_second[r];
   }
+
+ private:
+  TORCH_SPE_DEVICE void add(const T* from, std::int64_t e, T (&out)[4]) const {
+    if (aligned && e + 4 <= values) {
+      struct alignas(16) Four {
+        T numbers[4];
+      };
+      const Four four = *reinterpret_cast<const Four*>(from);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] += four.numbers[i];
+    } else {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (e + i < values) out[i] += from[i];
+      }
+    }
+  }
 };
 
-// A tile of a state as an operand, number(row, column). Sums over a long sequence can leave the
-// range of float16: then the tile is divided by a power of two, and the product is kept divided by
-// it until restore().
+// A tile of a state as an operand; numbers(row, column, out) gives four of a row. Sums over a long
+// sequence can leave the range of float16: then the tile is divided by a power of two, and the
+// product is kept divided by it until restore().
 template <class Operand>
 class StateLoader {
  public:
   using T = core::accumulate_t<Operand>;
   static constexpr bool kScales = std::is_same_v<Operand, core::Half>;
 
-  template <int kRows, int kColumns, class Product, class Number>
-  TORCH_SPE_DEVICE void load(Operand* out, T* warp_maxima, Product& product, const Number& number) {
-    constexpr int kRow = row_of<Operand>(kColumns);
+  template <int kRows, int kColumns, class Product, class Numbers>
+  TORCH_SPE_DEVICE void load(Operand* out, T* warp_maxima, Product& product,
+                             const Numbers& numbers) {
+    constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
     const int thread = static_cast<int>(threadIdx.x);
     if constexpr (kScales) {
       T largest = 0;
-      for (int i = thread; i < kRows * kColumns; i += kThreads) {
-        const T value = number(i / kColumns, i % kColumns);
-        largest = value > largest ? value : -value > largest ? -value : largest;
+      for (int i = thread; i < kRows * kFours; i += kThreads) {
+        T four[4];
+        numbers(i / kFours, i % kFours * 4, four);
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 4; ++e)
+          largest = four[e] > largest ? four[e] : -four[e] > largest ? -four[e] : largest;
       }
       largest = warp_max(largest);
       if (thread % 32 == 0) warp_maxima[thread / 32] = largest;
@@ -248,9 +282,20 @@ class StateLoader {
       }
       if (factor != T(1)) product.scale(factor);
     }
-    for (int i = thread; i < kRows * kColumns; i += kThreads) {
-      const T value = number(i / kColumns, i % kColumns);
-      write(kScales ? value * inverse_ : value, out + i / kColumns * kRow + i % kColumns);
+    for (int i = thread; i < kRows * kFours; i += kThreads) {
+      T four[4];
+      numbers(i / kFours, i % kFours * 4, four);
+      Operand* const to = out + i / kFours * kRow + i % kFours * 4;
+      if constexpr (sizeof(Operand) == 2) {
+        struct alignas(8) Pairs {
+          std::uint32_t pairs[2];
+        };
+        *reinterpret_cast<Pairs*>(to) = {
+            {scaled_pair(four[0], four[1]), scaled_pair(four[2], four[3])}};
+      } else {
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 4; ++e) write(four[e], to + e);
+      }
     }
   }
 
@@ -260,6 +305,11 @@ class StateLoader {
   }
 
  private:
+  TORCH_SPE_DEVICE std::uint32_t scaled_pair(float low, float high) const {
+    return kScales ? pack_pair<Operand>(low * inverse_, high * inverse_)
+                   : pack_pair<Operand>(low, high);
+  }
+
   T inverse_ = 1;
 };
 
@@ -444,9 +494,9 @@ __global__ void __launch_bounds__(kThreads)
     rows.template load_x<kTokens, kDeep>(chunk, head, r0, real, shared.row_x);
     if (causal) columns.template load_x<kTokens, kDeep>(chunk, head, r0, real, shared.col_x);
     if constexpr (kMakesValues) {
-      loader.template load<kDeep, kWide>(shared.state, shared.maxima, product, [&](int r, int e) {
-        return r0 + r < real && e0 + e < values ? reader.s(r0 + r, e0 + e) : T(0);
-      });
+      loader.template load<kDeep, kWide>(
+          shared.state, shared.maxima, product,
+          [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
     }
     if (normalize && thread < kDeep)
       shared.z[thread] = r0 + thread < real ? reader.z(r0 + thread) : T(0);
@@ -589,9 +639,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // the tiles before have been used
     rows.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.row_y);
     if (causal) columns.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.col_y);
-    loader.template load<kWide, kDeep>(shared.state, shared.maxima, product, [&](int r, int e) {
-      return r0 + r < real && e0 + e < values ? reader.s(r0 + r, e0 + e) : T(0);
-    });
+    loader.template load<kWide, kDeep>(
+        shared.state, shared.maxima, product,
+        [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
     __syncthreads();
     product.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
     if (causal) {
@@ -617,7 +667,7 @@ __global__ void __launch_bounds__(kThreads)
       const T x = read(rows.x[chunk.batch * rows.x_strides[0] + n * rows.x_strides[1] +
                               head * rows.x_strides[2] + r * rows.x_strides[3]]);
       result = (value + shared.row_weight[row] * shared.z[column]) *
-               feature_map_derivative(rows.map, feature_map(rows.map, x));
+               feature_map_derivative(rows.map, feature_map<Storage>(rows.map, x));
     }
     write(result, grad + rows.index(chunk.batch, n, head) * real + r);
   });

@@ -98,6 +98,13 @@ __device__ __forceinline__ void fast_cos_sin(float angle, float* cos_out, float*
   asm("sin.approx.f32 %0, %1;" : "=f"(*sin_out) : "f"(angle));
 }
 
+// e^x, to some 22 bits; what would be subnormal is 0.
+__device__ __forceinline__ float fast_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504088896341f));
+  return result;
+}
+
 __device__ __forceinline__ float warp_max(float value) {
   for (int offset = 16; offset > 0; offset /= 2)
     value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));

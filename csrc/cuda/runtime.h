@@ -43,7 +43,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 using Stream = cudaStream_t;
 constexpr std::size_t kSharedGap = 0;
 constexpr std::int64_t kWantedBlocks = 512;  // several for each multiprocessor of a large GPU
-constexpr std::int64_t kChunksOfSegment = 16;
+constexpr std::int64_t kChunksOfSegment = 8;
 #define TORCH_SPE_SHARED_MEMORY(name)                                      \
   extern __shared__ __align__(16) unsigned char torch_spe_shared_memory[]; \
   unsigned char* const name = torch_spe_shared_memory

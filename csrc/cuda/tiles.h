@@ -92,8 +92,17 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
     Operand* const to = out + m * kRow + column;
     if (aligned && from != nullptr && column + kVector <= columns) {
       const auto numbers = *reinterpret_cast<const Vector<Storage>*>(from + column);
-      TORCH_SPE_UNROLL
-      for (int e = 0; e < kVector; ++e) write(transform(m, read(numbers.values[e])), to + e);
+      if constexpr (sizeof(Operand) == 2) {
+        Vector<std::uint32_t> pairs;
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kVector; e += 2)
+          pairs.values[e / 2] = pack_pair<Operand>(transform(m, read(numbers.values[e])),
+                                                   transform(m, read(numbers.values[e + 1])));
+        *reinterpret_cast<Vector<std::uint32_t>*>(to) = pairs;
+      } else {
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kVector; ++e) write(transform(m, read(numbers.values[e])), to + e);
+      }
     } else {
       for (int e = 0; e < kVector; ++e) {
         const bool inside = from != nullptr && column + e < columns;

@@ -77,6 +77,8 @@ inline void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
   *sin_out = std::sin(angle);
 }
 
+inline float fast_exp(float x) { return std::exp(x); }
+
 inline float warp_max(float value) {
   cuda_emulation::rendezvous(
       0xffffffffu, &value,
