@@ -10,6 +10,7 @@
 //   features: Y_row S^T + w_row z + mask(Y_row Y_col^T + w_row w_col) X_col
 //             (gradients of phi)
 // with the masked product over the row's own chunk, when causal.
+#include "device_for.h"
 #include "linear_attention.h"
 #include "tiles.h"
 
@@ -393,27 +394,31 @@ __global__ void __launch_bounds__(kThreads)
   write_state(segment_slot, states.segment_s, states.segment_z);
 }
 
-// Replaces the sums of segments by the state at each one's start (end, backwards), for every number
+// Replaces the sums of segments by the state at each one's start (end, backwards), for each number
 // of the states separately, and writes the total.
 template <class T>
-__global__ void scan_kernel(const Pieces segments, std::int64_t numbers, bool backwards,
-                            const T* initial,  // [S, numbers], or null
-                            T* sums,           // [slot, numbers]
-                            T* total) {        // [S, numbers], or null
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= segments.sequences * numbers) return;
-  const std::int64_t sequence = i / numbers, number = i % numbers;
-  const std::int64_t count = ceil_div(segments.length_of(sequence), segments.size);
-  T* const own = sums + segments.first_slot(sequence) * numbers + number;
-  T state = initial == nullptr ? T(0) : initial[i];
-  for (std::int64_t j = 0; j < count; ++j) {
-    T* const entry = own + (backwards ? count - 1 - j : j) * numbers;
-    const T sum = *entry;
-    *entry = state;
-    state += sum;
+struct Scan {
+  Pieces segments;
+  std::int64_t numbers;
+  bool backwards;
+  const T* initial;  // [S, numbers], or null
+  T* sums;           // [slot, numbers]
+  T* total;          // [S, numbers]
+
+  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
+    const std::int64_t sequence = i / numbers, number = i % numbers;
+    const std::int64_t count = ceil_div(segments.length_of(sequence), segments.size);
+    T* const own = sums + segments.first_slot(sequence) * numbers + number;
+    T state = initial == nullptr ? T(0) : initial[i];
+    for (std::int64_t j = 0; j < count; ++j) {
+      T* const entry = own + (backwards ? count - 1 - j : j) * numbers;
+      const T sum = *entry;
+      *entry = state;
+      state += sum;
+    }
+    total[i] = state;
   }
-  if (total != nullptr) total[i] = state;
-}
+};
 
 // What becomes of the values of a row.
 enum class Result {
@@ -806,10 +811,11 @@ class Pass {
 
   void scan(const Pieces& segments, std::int64_t numbers, bool backwards, const void* initial,
             T* sums, T* total) const {
-    const std::int64_t threads = p_.num_sequences * numbers;
-    if (threads == 0) return;
-    launch(scan_kernel<T>, grid_of(ceil_div(threads, kThreads)), dim3(kThreads), 0, stream_,
-           segments, numbers, backwards, static_cast<const T*>(initial), sums, total);
+    const std::int64_t count = p_.num_sequences * numbers;
+    if (count == 0) return;
+    for_each_index(
+        count, Scan<T>{segments, numbers, backwards, static_cast<const T*>(initial), sums, total},
+        stream_);
   }
 
   template <Result kResult>
