@@ -22,7 +22,7 @@ from torch_spe.modules import (
     check_positive,
     check_source,
     code_type,
-    gate_scales,
+    gate_factors,
 )
 from torch_spe.noise import draw_normal, draw_seed, seed_tensor
 
@@ -46,6 +46,7 @@ class ConvCode(Code):
         noise_kind: of generated noise.
         noise_stride: of generated noise, for each dimension.
         noise: ``[H, D, *(size + P - 1), R]``, instead of generated noise.
+        constant: the gate's part of the code, ``[H, D, R]``.
     """
 
     query_kernel: Tensor
@@ -57,6 +58,7 @@ class ConvCode(Code):
     noise_kind: str = "gaussian"
     noise_stride: tuple[int, ...] = (1,)
     noise: Tensor | None = None
+    constant: Tensor | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -85,31 +87,32 @@ class ConvCode(Code):
             shape, generator, seed, GATE_STREAM, dtype=kernel.dtype, device=kernel.device
         )
 
-    def encode(
-        self,
-        x: Tensor,
-        side: Literal["query", "key"],
-        gate: Tensor | None = None,
-        gate_noise: Tensor | None = None,
-    ) -> Tensor:
+    def gated(self, gate: Tensor, noise: Tensor) -> ConvCode:
+        """Return the sum of this code and a position-independent one; see `Code.gated`."""
+        coded, constant = gate_factors(self, self.constant, gate)
+        coded = coded[(..., *[None] * len(self.size))]
+        scale = (self.real * self.code_shape[1]) ** -0.25
+        return dataclasses.replace(
+            self,
+            query_kernel=self.query_kernel * coded,
+            key_kernel=self.key_kernel * coded,
+            constant=(constant * scale)[..., None] * noise,
+        )
+
+    def encode(self, x: Tensor, side: Literal["query", "key"]) -> Tensor:
         """Encode queries or keys; see `Code.encode`."""
         size = self._check(x, side)
-        kernel, constant = self.query_kernel if side == "query" else self.key_kernel, None
+        kernel = self.query_kernel if side == "query" else self.key_kernel
         if code_type(x) != kernel.dtype:
             raise TypeError(
                 f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
                 f"with a code of {kernel.dtype}; move the SPE module or the input to the other's "
                 "type"
             )
-        if gate is not None:
-            coded, constant = gate_scales(gate)
-            kernel = kernel * coded[(..., *[None] * len(size))]
-            scale = (self.real * self.code_shape[1]) ** -0.25
-            constant = constant[..., None] * gate_noise * scale
         if self.noise is not None:
-            return functional.conv_filter(x, kernel, self._noise(size), constant)
+            return functional.conv_filter(x, kernel, self._noise(size), self.constant)
         return functional.conv_filter(
-            x, kernel, constant=constant, seed=self.seed, num_realizations=self.real,
+            x, kernel, constant=self.constant, seed=self.seed, num_realizations=self.real,
             noise_kind=self.noise_kind, noise_stride=self.noise_stride, start=self.start,
         )  # fmt: skip
 
@@ -131,8 +134,9 @@ class ConvCode(Code):
                 noise_kind=self.noise_kind, noise_stride=self.noise_stride, start=self.start,
                 dtype=self.key_kernel.dtype,
             )  # fmt: skip
+        constant = 0 if self.constant is None else self.constant
         return tuple(
-            reference.conv_code(kernel, noise).unsqueeze(0)
+            (reference.conv_code(kernel, noise) + constant).unsqueeze(0)
             for kernel in (self.query_kernel, self.key_kernel)
         )
 

@@ -137,19 +137,31 @@ class Code:
         self,
         x: Tensor,  # [B, *size, H, D]
         side: Literal["query", "key"],
-        gate: Tensor | None = None,  # [H, D]
-        gate_noise: Tensor | None = None,  # [H, D, R]
     ) -> Tensor:  # [B, *size, H, R]
         """Encode queries or keys.
 
         Args:
             x: ``[B, *size, H, D]``, in every dimension at most as long as the code.
             side: what `x` is; queries and keys have different codes.
-            gate: logits of the share of the position-independent code, ``[H, D]``.
-            gate_noise: as `draw_gate_noise` returns it; the same for queries and keys.
 
         Returns:
             ``[B, *size, H, R]``.
+        """
+        raise NotImplementedError
+
+    def gated(
+        self,
+        gate: Tensor,  # [H, D]
+        noise: Tensor | None,  # [H, D, R]
+    ) -> Code:
+        """Return the sum of this code and a position-independent one.
+
+        Args:
+            gate: logits of the share of the latter, ``[H, D]``.
+            noise: of the latter, as `draw_gate_noise` returns it, the same for queries and keys.
+
+        Raises:
+            ValueError: the code has a gate already.
         """
         raise NotImplementedError
 
@@ -160,7 +172,7 @@ class Code:
         raise NotImplementedError
 
     def materialize(self) -> tuple[Tensor, Tensor]:
-        """Compute the codes themselves, ``(qbar, kbar)``, each ``[1, *size, H, D, R]``, ungated.
+        """Compute the codes themselves, ``(qbar, kbar)``, each ``[1, *size, H, D, R]``.
 
         N * H * D * R numbers each: to look at and for tests; `encode` never makes them.
         """
@@ -201,11 +213,13 @@ class SinusoidCode(Code):
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+        constant: the gate's part of the code, if it has a gate.
     """
 
     freqs: Tensor
     start: tuple[float, ...]
     positions: Tensor | None
+    constant: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,8 +230,6 @@ class SinusoidCode(Code):
         self,
         x: Tensor,  # [B, N, H, D]
         side: Literal["query", "key"],
-        scales: tuple[Tensor, Tensor] | None,  # of the code and of the gate's noise, each [H, D]
-        gate_noise: Tensor | None,
         positions: Tensor | None,
         start: float,
     ) -> Tensor:  # [B, N, H, R]
@@ -234,13 +246,7 @@ class SinusoidCode(Code):
         )
         return dataclasses.replace(self, start=start, positions=positions)
 
-    def encode(
-        self,
-        x: Tensor,
-        side: Literal["query", "key"],
-        gate: Tensor | None = None,
-        gate_noise: Tensor | None = None,
-    ) -> Tensor:
+    def encode(self, x: Tensor, side: Literal["query", "key"]) -> Tensor:
         """Encode queries or keys; see `Code.encode`."""
         size = self._check(x, side)
         if code_type(x) != self.dtype:
@@ -248,10 +254,9 @@ class SinusoidCode(Code):
                 f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
                 f"with a code of {self.dtype}; move the SPE module or the input to the other's type"
             )
-        scales = None if gate is None else gate_scales(gate)
         positions, start = self._positions(size)
         flat = x if len(size) == 1 else x.flatten(1, -3)
-        out = self._apply(flat, side, scales, gate_noise, positions, start)
+        out = self._apply(flat, side, positions, start)
         return out if len(size) == 1 else out.unflatten(1, size)
 
     def _positions(self, size: tuple[int, ...]) -> tuple[Tensor | None, float]:
@@ -286,6 +291,19 @@ def _scale(code_shape: tuple[int, int], num_realizations: int) -> float:
     return (num_realizations * code_shape[1]) ** -0.25
 
 
+def gate_factors(
+    code: Code, constant: Tensor | None, gate: Tensor
+) -> tuple[Tensor, Tensor]:  # [H, D]
+    """Return the factors of a code that gets a gate and of its constant part.
+
+    Raises:
+        ValueError: the code has one already.
+    """
+    if constant is not None:
+        raise ValueError(f"{type(code).__name__}: the code has a gate already")
+    return gate_scales(gate)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SineCode(SinusoidCode):
     """A code of dense noise: ``basis(n) @ weight``, see `torch_spe.functional.sine_filter`.
@@ -299,6 +317,7 @@ class SineCode(SinusoidCode):
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
         variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
         gate_noise: ``[H, D, R]``, where it goes with the noise in the weights.
+        constant: the gate's part of the code, ``[H, D, R]``.
     """
 
     freqs: Tensor
@@ -309,6 +328,7 @@ class SineCode(SinusoidCode):
     positions: Tensor | None = None
     variances: Tensor | None = None
     gate_noise: Tensor | None = None
+    constant: Tensor | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -337,14 +357,21 @@ class SineCode(SinusoidCode):
             shape, generator, seed, GATE_STREAM, dtype=self.dtype, device=self.key_weight.device
         )
 
-    def _apply(self, x, side, scales, gate_noise, positions, start):
-        weight, constant = self.query_weight if side == "query" else self.key_weight, None
-        if scales is not None:
-            coded, constant = scales
-            weight = weight * coded[..., None, None]
-            scale = _scale(self.code_shape, self.num_realizations)
-            constant = constant[..., None] * gate_noise * scale
-        return functional.sine_filter(x, self.freqs, weight, constant, positions, start)
+    def gated(self, gate: Tensor, noise: Tensor) -> SineCode:
+        """Return the sum of this code and a position-independent one; see `Code.gated`."""
+        coded, constant = gate_factors(self, self.constant, gate)
+        coded = coded[..., None, None]
+        scale = _scale(self.code_shape, self.num_realizations)
+        return dataclasses.replace(
+            self,
+            query_weight=self.query_weight * coded,
+            key_weight=self.key_weight * coded,
+            constant=(constant * scale)[..., None] * noise,
+        )
+
+    def _apply(self, x, side, positions, start):
+        weight = self.query_weight if side == "query" else self.key_weight
+        return functional.sine_filter(x, self.freqs, weight, self.constant, positions, start)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -362,6 +389,7 @@ class PhaseCode(SinusoidCode):
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
         variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
+        constant: the gate's part of the code, ``[H, D, R]``.
     """
 
     freqs: Tensor
@@ -371,6 +399,7 @@ class PhaseCode(SinusoidCode):
     start: tuple[float, ...]
     positions: Tensor | None = None
     variances: Tensor | None = None
+    constant: Tensor | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -402,15 +431,23 @@ class PhaseCode(SinusoidCode):
         )
         return math.sqrt(2) * _unit_circle(2 * math.pi * cycles).flatten(-2)
 
-    def _apply(self, x, side, scales, gate_noise, positions, start):
+    def gated(self, gate: Tensor, noise: Tensor) -> PhaseCode:
+        """Return the sum of this code and a position-independent one; see `Code.gated`."""
+        coded, constant = gate_factors(self, self.constant, gate)
+        coded = coded[..., None, None]
+        scale = _scale(self.code_shape, self.num_realizations)
+        return dataclasses.replace(
+            self,
+            query_coefficients=self.query_coefficients * coded,
+            key_coefficients=self.key_coefficients * coded,
+            constant=(constant * scale)[..., None] * noise,
+        )
+
+    def _apply(self, x, side, positions, start):
         coefficients = self.query_coefficients if side == "query" else self.key_coefficients
-        constant = None
-        if scales is not None:
-            coded, constant = scales
-            coefficients = coefficients * coded[..., None, None]
-            scale = _scale(self.code_shape, self.num_realizations)
-            constant = constant[..., None] * gate_noise * scale
-        return functional.phasor_filter(x, self.freqs, coefficients, constant, positions, start)
+        return functional.phasor_filter(
+            x, self.freqs, coefficients, self.constant, positions, start
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -426,6 +463,7 @@ class ExactCode(SinusoidCode):
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+        constant: the gate's part of the code, ``[H, D]``.
     """
 
     freqs: Tensor
@@ -434,6 +472,7 @@ class ExactCode(SinusoidCode):
     size: tuple[int, ...]
     start: tuple[float, ...]
     positions: Tensor | None = None
+    constant: Tensor | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -455,19 +494,23 @@ class ExactCode(SinusoidCode):
     ) -> None:
         """Return None: the gate needs no noise either."""
 
-    def _apply(self, x, side, scales, gate_noise, positions, start):
-        if gate_noise is not None:
+    def gated(self, gate: Tensor, noise: Tensor | None) -> ExactCode:
+        """Return the sum of this code and a position-independent one; see `Code.gated`."""
+        if noise is not None:
             raise ValueError("SPEFilter: noise must be None with a code without noise")
-        amplitudes, constant = self.amplitudes, None
-        blocks = 2 * amplitudes.shape[2] + (scales is not None)
+        coded, constant = gate_factors(self, self.constant, gate)
+        return dataclasses.replace(
+            self, amplitudes=self.amplitudes * coded[..., None], constant=constant
+        )
+
+    def _apply(self, x, side, positions, start):
+        constant = self.constant
         # R / D = blocks; the products of all R numbers count, not their mean.
+        blocks = 2 * self.amplitudes.shape[2] + (constant is not None)
         scale = blocks**0.25
-        if scales is not None:
-            coded, constant = scales
-            amplitudes, constant = amplitudes * coded[..., None], constant * scale
         return functional.sine_features(
-            x, self.freqs, amplitudes * scale, self.offsets if side == "query" else None,
-            constant, positions, start,
+            x, self.freqs, self.amplitudes * scale, self.offsets if side == "query" else None,
+            None if constant is None else constant * scale, positions, start,
         )  # fmt: skip
 
 
@@ -803,7 +846,8 @@ class SineSPE(SPE):
             self.check_realizations(self._realizations(num_realizations, None))
             fields = self._exact_fields()
             return ExactCode(*fields, size, start, positions)
-        variances = self._amplitudes(code_type(self.gains)).square().sum(-1)
+        amplitudes = self._amplitudes(code_type(self.gains))
+        variances = amplitudes.square().sum(-1)
         if self.noise == "phase":
             if noise is None:
                 real = self._realizations(num_realizations, None)
@@ -823,8 +867,10 @@ class SineSPE(SPE):
                     "SineSPE: noise must be a PhaseNoise with deviates when bandwidth=True, got "
                     "deviate None"
                 )
-            return PhaseCode(*self._phase_fields(noise), size, start, positions, variances)
-        fields = self._dense_fields(num_realizations, noise, generator, seed)
+            return PhaseCode(
+                *self._phase_fields(amplitudes, noise), size, start, positions, variances
+            )
+        fields = self._dense_fields(amplitudes, num_realizations, noise, generator, seed)
         return SineCode(*fields[:3], size, start, positions, variances, fields[3])
 
     def _amplitudes(self, dtype: torch.dtype) -> Tensor:  # [H, D, K]
@@ -835,7 +881,7 @@ class SineSPE(SPE):
         dtype = code_type(self.gains)
         return self._cycles(), self._amplitudes(dtype), self.offsets.to(dtype)
 
-    def _phase_fields(self, noise: PhaseNoise) -> tuple[Tensor, Tensor, Tensor]:
+    def _phase_fields(self, amplitudes: Tensor, noise: PhaseNoise) -> tuple[Tensor, Tensor, Tensor]:
         dtype = code_type(self.gains)
         pairs = noise.sine.shape[-1]
 
@@ -850,14 +896,15 @@ class SineSPE(SPE):
                 deviation = deviation.unsqueeze(-1)
             freqs = freqs + deviation * noise.deviate.to(dtype)
         # A pair has the mean of squares of its amplitude's, and stands for all K sines.
-        amplitudes = pick(self._amplitudes(dtype)) * math.sqrt(2 * self.num_sines)
-        amplitudes = amplitudes * _scale(self.code_shape, 2 * pairs)
+        scale = math.sqrt(2 * self.num_sines) * _scale(self.code_shape, 2 * pairs)
+        amplitudes = pick(amplitudes * scale)
         angle = 2 * math.pi * noise.cycles.to(dtype)
         key, query = _unit_circle(angle), _unit_circle(angle + pick(self.offsets.to(dtype)))
         return freqs, amplitudes.unsqueeze(-1) * query, amplitudes.unsqueeze(-1) * key
 
     def _dense_fields(
         self,
+        amplitudes: Tensor,
         num_realizations: int | None,
         noise: Tensor | None,
         generator: torch.Generator | None,
@@ -892,7 +939,7 @@ class SineSPE(SPE):
                 noise, gate_noise = draw(rows, CODE_STREAM), draw(1, GATE_STREAM)
             gate_noise = gate_noise.squeeze(2)
         noise = noise.to(code_type(self.gains))
-        amplitudes = self._amplitudes(noise.dtype) * _scale(self.code_shape, real)
+        amplitudes = amplitudes * _scale(self.code_shape, real)
         weight = amplitudes[..., None, None] * noise.unflatten(2, (self.num_sines, 2))
         cos_weight, sin_weight = weight.unbind(-2)
         # The offset of a query's phase turns the pair of coefficients.
@@ -1074,10 +1121,8 @@ class SPEFilter(nn.Module):
             noise = code.draw_gate_noise(generator, seed)
         else:
             check_noise("SPEFilter", noise, (*code.code_shape, code.num_realizations), "[H, D, R]")
-        return (
-            code.encode(queries, "query", self.gate, noise),
-            code.encode(keys, "key", self.gate, noise),
-        )
+        code = code.gated(self.gate, noise)
+        return code.encode(queries, "query"), code.encode(keys, "key")
 
     def template(self, template: Tensor) -> Tensor:  # [H, D, *lags]
         """Return the kernels ``(1 - g) P_d + g`` behind the gate, from those of the SPE module."""

@@ -199,13 +199,19 @@ def test_grids(kind):
         assert_close(a.flatten(1, 2), b)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_materialized_codes_encode(kind):
-    spe, filt = make(kind, gated=False)
+def test_materialized_codes_encode(kind, gated):
+    spe, filt = make(kind, gated=gated)
     q, k = inputs()
     code = spe((3, LENGTH), seed=1)
-    for got, bar, x in zip(filt(q, k, code), code.materialize(), (q, k), strict=True):
-        assert bar.shape == (1, LENGTH, HEADS, FEATURES, code.num_realizations)
+    encoded = filt(q, k, code, seed=1)
+    if gated:
+        code = code.gated(filt.gate, code.draw_gate_noise(seed=1))
+        with pytest.raises(ValueError, match=f"{type(code).__name__}: the code has a gate already"):
+            code.gated(filt.gate, None if kind == "exact" else torch.zeros(1))
+    for got, bar, x in zip(encoded, code.materialize(), (q, k), strict=True):
+        assert bar.shape == (1, LENGTH, HEADS, FEATURES, got.shape[-1])
         assert_close(got, torch.einsum("bnhd,nhdr->bnhr", x, bar[0]))
 
 
