@@ -3,6 +3,34 @@
 import pytest
 import torch
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Run a test on every device there is: new tensors and modules are made on that one.
+
+    Random data are drawn on the CPU and moved, the same for every device: `helpers.here`.
+    A test marked with `cpu_only` runs on the CPU alone.
+    """
+    if request.param != "cpu":
+        torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the runs of `cpu_only` tests on other devices."""
+
+    def superfluous(item):
+        device = item.callspec.params.get("device", "cpu") if hasattr(item, "callspec") else "cpu"
+        return device != "cpu" and item.get_closest_marker("cpu_only") is not None
+
+    left_out = [item for item in items if superfluous(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not superfluous(item)]
+
 
 @pytest.fixture
 def one_thread():

@@ -1,5 +1,6 @@
 """What the tests share: recorded data, comparisons, and the rule for low precision."""
 
+import contextlib
 from pathlib import Path
 
 import numpy
@@ -10,10 +11,58 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
+def here(value):
+    """A tensor or module of the CPU on the device of the test; anything else as it is."""
+    if isinstance(value, torch.nn.Module) or (
+        isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested
+    ):
+        return value.to(torch.get_default_device())
+    return value
+
+
+def randn(*shape, generator=None, dtype=torch.float64):
+    """Unit normal numbers, drawn on the CPU: the same on every device."""
+    return here(torch.randn(shape, generator=generator, dtype=dtype, device="cpu"))
+
+
+def generator_here(seed):
+    """A generator of the device of the test; each device draws numbers of its own."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def rng_state():
+    """The state of PyTorch's own generator of the device of the test."""
+    on_gpu = torch.get_default_device().type == "cuda"
+    return torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state()
+
+
+@contextlib.contextmanager
+def no_default_device():
+    """Within, new tensors are of the CPU: PyTorch cannot trace every function otherwise."""
+    device = torch.get_default_device()
+    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def compiled(function, **options):
+    """The function compiled as a whole."""
+    torch._dynamo.reset()
+    compiled_function = torch.compile(function, fullgraph=True, **options)
+
+    def call(*arguments, **keywords):
+        with no_default_device():
+            return compiled_function(*arguments, **keywords)
+
+    return call
+
+
 def golden(name):
     """Tensors of tests/data/NAME.npz; a fresh copy each time."""
     with numpy.load(DATA / f"{name}.npz") as data:
-        return {key: torch.from_numpy(data[key]) for key in data}
+        return {key: here(torch.from_numpy(data[key])) for key in data}
 
 
 def error(got, expected):
@@ -28,6 +77,12 @@ def error(got, expected):
 
 def assert_close(got, expected, dtype=torch.float64, factor=1.0):
     assert error(got, expected) <= factor * TOLERANCE[dtype], error(got, expected)
+
+
+def assert_repeats(got, expected):
+    """The same bits; on a GPU PyTorch adds up the gradients of gathered numbers in any order."""
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b) or (a.is_cuda and error(a, b) < 1e-10)
 
 
 def leaves(tensors, dtype=None):

@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from helpers import assert_close, error
+from helpers import (
+    assert_close,
+    assert_repeats,
+    compiled,
+    error,
+    here,
+    no_default_device,
+    randn,
+    rng_state,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +32,8 @@ from torch_spe import (
 )
 from torch_spe.noise import seeded_normal
 
+pytestmark = pytest.mark.usefixtures("device")
+cpu_only = pytest.mark.cpu_only
 E, H, N = 24, 3, 37
 CONFIGURATIONS = [
     {"position": "sine"},
@@ -45,16 +56,18 @@ NOISES = [
 
 def make(batch_first=True, dtype=torch.float64, num_realizations=10, **options):
     torch.manual_seed(0)
-    layer = SPEMultiheadAttention(
-        E, H, batch_first=batch_first, num_realizations=num_realizations, dtype=dtype, **options
-    )
-    nn.init.normal_(layer.in_proj_bias if layer.in_proj_bias is not None else layer.out_proj.weight)
-    return layer.eval()
+    with torch.device("cpu"):
+        layer = SPEMultiheadAttention(
+            E, H, batch_first=batch_first, num_realizations=num_realizations, dtype=dtype, **options
+        )
+        bias = layer.in_proj_bias
+        nn.init.normal_(bias if bias is not None else layer.out_proj.weight)
+    return here(layer).eval()
 
 
 def make_input(batch=2, length=N, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, length, E, generator=generator, dtype=torch.float64).to(dtype)
+    return randn(batch, length, E, generator=generator).to(dtype)
 
 
 def plain_attention(layer, query, key, value, causal=False, padding=None, real=10):
@@ -77,9 +90,10 @@ def plain_attention(layer, query, key, value, causal=False, padding=None, real=1
         spe = layer.position
         length = max(q.shape[1], k.shape[1])
         if spe.noise == "gaussian":
-            noise = seeded_normal((H, E // H, 2 * spe.num_sines, real), 0, 0, dtype=q.dtype)
+            same = {"dtype": q.dtype, "device": q.device}
+            noise = seeded_normal((H, E // H, 2 * spe.num_sines, real), 0, 0, **same)
             bars = reference.sine_codes(*spe.parameters(), noise, torch.arange(length))
-            gate_noise = seeded_normal((H, E // H, real), 0, 1, dtype=q.dtype)
+            gate_noise = seeded_normal((H, E // H, real), 0, 1, **same)
         else:
             code = spe((1, length), real, seed=0)
             bars = [bar[0] for bar in code.materialize()]
@@ -303,11 +317,9 @@ def test_resampling():
         ("always", False, False), ("never", True, True), ("never", False, True),
     ):  # fmt: skip
         assert repeats(make(resample=resample).train(training)) is expected
-    state = torch.get_rng_state()
-    make_eval = make()
-    torch.set_rng_state(state)
-    make_eval(x, x, x)
-    assert torch.equal(torch.get_rng_state(), state)  # inference leaves the generator alone
+    layer, state = make(), rng_state()
+    layer(x, x, x)
+    assert torch.equal(rng_state(), state)  # inference leaves the generator alone
     assert error(make(seed=1)(x, x, x)[0], make(seed=2)(x, x, x)[0]) > 0.01
     assert error(make(seed=1)(x, x, x)[0], make(seed=1).double()(x, x, x)[0]) == 0
 
@@ -358,7 +370,7 @@ def test_checkpointing_replays_the_noise(options):
         call(x).square().sum().backward()
         results.append([x.grad, *(p.grad.clone() for p in layer.parameters())])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_repeats(other, results[0])
 
 
 # Sharing.
@@ -519,12 +531,11 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_whole(options, training):
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, **options).train(training)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    fast = compiled(layer, backend="aot_eager")
     x = make_input(dtype=torch.float32)
     padding = torch.zeros(2, N, dtype=torch.bool)
     padding[1, 20:] = True
-    out = compiled(x, src_key_padding_mask=padding, is_causal=True)
+    out = fast(x, src_key_padding_mask=padding, is_causal=True)
     out.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
     if not training:
@@ -534,10 +545,9 @@ def test_compiles_whole(options, training):
 
 def test_compiles_with_the_default_backend():
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True).eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True)
+    fast = compiled(layer)
     x = make_input(dtype=torch.float32)
-    assert_close(compiled(x, is_causal=True), layer(x, is_causal=True), torch.float32, factor=10)
+    assert_close(fast(x, is_causal=True), layer(x, is_causal=True), torch.float32, factor=10)
 
 
 @pytest.mark.parametrize("options", [*CONFIGURATIONS[:2], NOISES[0], NOISES[3]], ids=str)
@@ -545,11 +555,9 @@ def test_exports_with_any_length(options):
     layer = make(dtype=torch.float32, **options)
     x = make_input(dtype=torch.float32)
     length = torch.export.Dim("length", min=2, max=4096)
-    exported = torch.export.export(
-        layer, (x, x, x), {"is_causal": True},
-        dynamic_shapes={"query": {1: length}, "key": {1: length}, "value": {1: length},
-                        "is_causal": None},
-    )  # fmt: skip
+    shapes = {"query": {1: length}, "key": {1: length}, "value": {1: length}, "is_causal": None}
+    with no_default_device():
+        exported = torch.export.export(layer, (x, x, x), {"is_causal": True}, dynamic_shapes=shapes)
     for n in (N, 9):
         y = x[:, :n].contiguous()
         got = exported.module()(y, y, y, is_causal=True)[0]
@@ -558,12 +566,12 @@ def test_exports_with_any_length(options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=str)
-def test_autocast_and_half_models(options, dtype):
+def test_autocast_and_half_models(options, dtype, device):
     exact_layer = make(**options)
     exact_layer.feature_map = options.get("feature_map", "elu")
     x = make_input(dtype=torch.float32)
     exact = exact_layer(*[x.double()] * 3)[0]
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         layer = copy.deepcopy(exact_layer).float().train()
         out = layer(x, x, x)[0]
         assert out.dtype == dtype
@@ -603,6 +611,7 @@ def train_on_one_rank(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@cpu_only
 def test_distributed_data_parallel(tmp_path):
     import socket
 
@@ -626,6 +635,7 @@ def test_distributed_data_parallel(tmp_path):
 # Bad input.
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -697,13 +707,15 @@ def ones(*shape):
         ({"attn_mask": ones(N, N)}, ValueError, "attn_mask must be None or a causal mask"),
         ({"key_padding_mask": ones(2, 5)}, ValueError,
          r"key_padding_mask must have shape \(2, 37\), got \(2, 5\)"),
-        ({"key_padding_mask": ones(2, N)}, ValueError, "float key_padding_mask must hold 0 and -"),
+        pytest.param({"key_padding_mask": ones(2, N)}, ValueError,
+                     "float key_padding_mask must hold 0 and -", marks=cpu_only),
         ({"key_padding_mask": ones(2, N).int()}, TypeError, "key_padding_mask must be bool or flo"),
         ({"positions": ones(5)}, ValueError, r"positions must have shape \(37,\)"),
     ],
 )  # fmt: skip
 def test_errors_of_the_call(arguments, kind, message):
     x = make_input()
+    arguments = {name: here(value) for name, value in arguments.items()}
     with pytest.raises(kind, match=message):
         make()(**({"query": x, "key": x, "value": x} | arguments))
 
@@ -719,6 +731,7 @@ def test_errors_of_rotary_positions():
         rotary(torch.ones(2, 5, 3, 8), positions=torch.ones(4))
 
 
+@cpu_only  # looking for them would mean to wait for a GPU
 def test_nan_parameters_are_named():
     x, layer = make_input(), make()
     nn.init.constant_(layer.position.gains, math.nan)

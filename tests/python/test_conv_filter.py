@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import helpers
 import numpy
 import pytest
 import torch
@@ -14,8 +15,10 @@ from helpers import (
     TOLERANCE,
     assert_at_most_twice_as_far,
     assert_close,
+    compiled,
     error,
     golden,
+    here,
     leaves,
     outputs_and_gradients,
     poisoned,
@@ -23,11 +26,18 @@ from helpers import (
 
 from torch_spe import functional, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+cpu_only = pytest.mark.cpu_only
 KINDS = ["gaussian", "rademacher"]
 
 
 def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return helpers.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conv_noise(*arguments, **options):
+    """The noise, made on the device of the test."""
+    return functional.conv_noise(*arguments, device=torch.get_default_device(), **options)
 
 
 def make(batch=2, size=(70,), heads=2, features=3, taps=(9,), real=7, constant=True):
@@ -45,7 +55,7 @@ def noise_size(x, kernel):
 
 def generated(x, kernel, real, **options):
     """The noise that conv_filter uses, in float64."""
-    return functional.conv_noise(
+    return conv_noise(
         options.pop("seed", 5),
         *kernel.shape[:2],
         noise_size(x, kernel),
@@ -184,12 +194,8 @@ def test_start_is_a_slice_of_the_whole(first, stride, kind):
     whole = piece(0, 3000)
     for begin, end in ((0, 1), (1, 2), (677, 708), (699, 2999), (2998, 3000)):
         assert torch.equal(piece(begin, end), whole[:, begin:end])
-    noise = functional.conv_noise(
-        1, 1, 2, 100, 70, start=first, noise_stride=stride, noise_kind=kind
-    )
-    late = functional.conv_noise(
-        1, 1, 2, 33, 70, start=first + 67, noise_stride=stride, noise_kind=kind
-    )
+    noise = conv_noise(1, 1, 2, 100, 70, start=first, noise_stride=stride, noise_kind=kind)
+    late = conv_noise(1, 1, 2, 33, 70, start=first + 67, noise_stride=stride, noise_kind=kind)
     assert torch.equal(noise[:, :, 67:], late)
 
 
@@ -214,6 +220,7 @@ def test_rows_of_a_batch_do_not_know_of_each_other(stride):
         assert torch.equal(alone[0], whole[b])
 
 
+@cpu_only
 @pytest.mark.parametrize("stride", [1, 4, 16])
 def test_the_same_bits_with_any_number_of_threads(stride):
     arguments = leaves(make(2, (1200,), 3, 9, (20,), 70), torch.float32)
@@ -339,19 +346,18 @@ def test_compiles_whole_and_with_dynamic_sizes():
         )  # fmt: skip
         return (out * out).sum()
 
-    torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    fast = compiled(loss, dynamic=True, backend=backend)
     # No two sizes are equal in the first call, or the graph would take them for the same one.
     for batch, length, seed, start in ((5, 70, 3, 5), (6, 130, 4, 900), (4, 65, 5, 11)):
         arguments = make(batch, (length,))
         ours, plain = leaves(arguments), leaves(arguments)
-        compiled(*ours, torch.tensor([seed]), start).backward()
+        fast(*ours, torch.tensor([seed]), start).backward()
         loss(*plain, torch.tensor([seed]), start).backward()
         for got, expected in zip(ours, plain, strict=True):
             assert_close(got.grad, expected.grad)
@@ -365,9 +371,9 @@ def generated_filter(x, kernel, constant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_the_data_only(dtype):
+def test_autocast_casts_the_data_only(dtype, device):
     arguments = leaves(make(real=24), torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         out = generated_filter(*arguments)
     assert out.dtype == dtype
     out.float().square().sum().backward()
@@ -440,6 +446,7 @@ def test_nothing_is_read_before_it_is_written(monkeypatch, dtype, size, taps, st
     assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
 
 
+@cpu_only
 def test_meta_tensors_give_shapes_only():
     x, kernel, constant = (t.to("meta") for t in make(size=(7, 8), taps=(2, 3)))
     out = functional.conv_filter(x, kernel, constant=constant, seed=1, num_realizations=7)
@@ -449,6 +456,7 @@ def test_meta_tensors_give_shapes_only():
     assert noise.shape == (2, 3, 4, 5, 6)
 
 
+@cpu_only
 def test_no_memory_for_codes_or_noise():
     # Codes would take 1.9 GB here, noise as much.
     program = """
@@ -477,6 +485,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def put_nan(tensor):
+    """For tests on the CPU: on a GPU the check would have to wait for the device."""
     tensor = tensor.clone()
     tensor.view(-1)[1] = math.nan
     return tensor
@@ -493,8 +502,14 @@ def put_nan(tensor):
         ("kernel", lambda t: t[:, :1], ValueError, r"kernel must have size 3 \(D of x\)"),
         ("kernel", lambda t: t[..., :0], ValueError, r"at least one tap .*\(P >= 1\)"),
         ("kernel", lambda t: t.float(), TypeError, "kernel must be Double like x"),
-        ("kernel", put_nan, ValueError, r"kernel must be finite, got nan at index \[0, 0, 1\]"),
-        ("kernel", lambda t: t.to("meta"), ValueError, "kernel must be on the device of x, cpu"),
+        pytest.param(
+            "kernel", put_nan, ValueError, r"kernel must be finite, got nan at index \[0, 0, 1\]",
+            marks=cpu_only,
+        ),
+        (
+            "kernel", lambda t: t.to("meta"), ValueError,
+            "kernel must be on the device of x, (cpu|cuda:0), got meta",
+        ),
         ("noise", lambda t: t[0], ValueError, r"noise must have 4 dimensions \[H, D, N\+P-1, R\]"),
         ("noise", lambda t: t[:1], ValueError, r"noise must have size 2 \(H of x\)"),
         ("noise", lambda t: t[:, 1:], ValueError, r"noise must have size 3 \(D of x\)"),
@@ -513,10 +528,12 @@ def put_nan(tensor):
         ("constant", lambda t: t[:, 1:], ValueError, r"constant must have size 3 \(D of x\)"),
         ("constant", lambda t: t[..., 1:], ValueError, r"constant must have size 7 \(R of the"),
         ("constant", lambda t: t.half(), TypeError, "constant must be Double like x"),
-        ("constant", put_nan, ValueError, "constant must be finite, got nan"),
+        pytest.param(
+            "constant", put_nan, ValueError, "constant must be finite, got nan", marks=cpu_only
+        ),
         ("constant", lambda t: t.to("meta"), ValueError, "constant must be on the device of x"),
     ],
-)
+)  # fmt: skip
 def test_errors_with_given_noise(name, change, kind, message):
     arguments = dict(zip(("x", "kernel", "constant", "noise"), four_arguments(), strict=True))
     arguments[name] = change(arguments.get(name))
@@ -550,6 +567,7 @@ def test_errors_with_given_noise(name, change, kind, message):
 def test_errors_with_generated_noise(changes, kind, message):
     x, kernel, constant = make()
     arguments = {"constant": constant, "seed": 1, "num_realizations": 7, **changes}
+    arguments["seed"] = here(arguments["seed"])
     with pytest.raises(kind, match="conv_filter: .*" + message):
         functional.conv_filter(x, kernel, **arguments)
 
@@ -581,7 +599,7 @@ def test_errors_of_positions_in_several_dimensions():
 )
 def test_errors_of_conv_noise(arguments, kind, message):
     with pytest.raises(kind, match="conv_noise: .*" + message):
-        functional.conv_noise(*arguments)
+        conv_noise(*arguments)
 
 
 # The generator.
@@ -605,6 +623,7 @@ def philox(counter, key):
     return numpy.stack(numpy.broadcast_arrays(*c))
 
 
+@cpu_only
 def test_philox_gives_the_published_answers():
     words = philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], 0x299F31D0A4093822)
     assert [hex(word) for word in words] == ["0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
@@ -629,10 +648,8 @@ def test_every_number_stands_where_the_documentation_says(start):
     bit = choose(words(1, 128), r % 128 // 32) >> (r % 32).astype(numpy.uint64)
     expected = 1 - 2 * (bit & numpy.uint64(1)).astype(numpy.float32)
     options = {"start": start}
-    signs = functional.conv_noise(
-        seed, heads, features, length, real, noise_kind="rademacher", **options
-    )
-    assert torch.equal(signs, torch.from_numpy(expected))
+    signs = conv_noise(seed, heads, features, length, real, noise_kind="rademacher", **options)
+    assert torch.equal(signs.cpu(), torch.from_numpy(expected))
 
     drawn = words(0, 4)
     u = ((choose(drawn, r % 4 // 2 * 2) >> numpy.uint64(1)) + 0.5) * 2.0**-31
@@ -645,8 +662,8 @@ def test_every_number_stands_where_the_documentation_says(start):
     expected = numpy.sqrt(-2 * numpy.log(u)) * numpy.where(
         r % 2, numpy.sin(phase), numpy.cos(phase)
     )
-    normals = functional.conv_noise(seed, heads, features, length, real, **options)
-    assert numpy.abs(normals.numpy() - expected).max() < 2e-6
+    normals = conv_noise(seed, heads, features, length, real, **options)
+    assert numpy.abs(normals.cpu().numpy() - expected).max() < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -656,7 +673,7 @@ def test_every_number_stands_where_the_documentation_says(start):
 def test_polyphase_noise_is_sparse_noise(stride, start, kind):
     heads, features, real, seed, ndim = 2, 3, 26, 77, len(stride)
     size = [2 * s + 3 for s in stride]
-    noise = functional.conv_noise(
+    noise = conv_noise(
         seed, heads, features, size, real, noise_kind=kind, noise_stride=stride, start=start
     )
     expected = torch.zeros_like(noise)
@@ -664,7 +681,7 @@ def test_polyphase_noise_is_sparse_noise(stride, start, kind):
         words = philox([0, 0, h << 16 | d, 2 << 28 | ndim << 24], seed)
         shift = [int(words[3 - ndim + i]) * stride[i] >> 32 for i in range(ndim)]
         first = [(a + b) // s for a, b, s in zip(start, shift, stride, strict=True)]
-        periods = functional.conv_noise(
+        periods = conv_noise(
             seed, heads, features, [n // s + 2 for n, s in zip(size, stride, strict=True)], real,
             noise_kind=kind, start=first,
         )  # fmt: skip
@@ -679,6 +696,7 @@ def test_polyphase_noise_is_sparse_noise(stride, start, kind):
     assert torch.equal(noise, expected)
 
 
+@cpu_only
 def test_the_same_bits_on_every_instruction_set():
     """Signs and normals to the last bit; subprocesses, since the choice is made once."""
     program = """
@@ -715,7 +733,7 @@ def torch_spe_instruction_set():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_has_the_moments_of_white_noise(kind):
-    noise = functional.conv_noise(2024, 2, 4, 2048, 64, noise_kind=kind, dtype=torch.float64)
+    noise = conv_noise(2024, 2, 4, 2048, 64, noise_kind=kind, dtype=torch.float64)
     count = noise.numel()
     fourth, sixth = (3, 15) if kind == "gaussian" else (1, 1)
     eighth = 105 if kind == "gaussian" else 1
@@ -737,7 +755,7 @@ def test_noise_has_the_moments_of_white_noise(kind):
 
 
 def test_normals_are_normal():
-    noise = functional.conv_noise(7, 1, 4, 4096, 64).double().flatten().sort().values
+    noise = conv_noise(7, 1, 4, 4096, 64).double().flatten().sort().values
     uniform = 0.5 * (1 + torch.erf(noise / math.sqrt(2)))
     count = noise.numel()
     rank = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -752,7 +770,7 @@ def test_normals_are_normal():
 def test_no_repeats_across_words_of_the_counter(other):
     base = {"seed": 7, "start": 0}
     first, second = (
-        functional.conv_noise(o["seed"], 2, 8, 256, 64, noise_kind="rademacher", start=o["start"])
+        conv_noise(o["seed"], 2, 8, 256, 64, noise_kind="rademacher", start=o["start"])
         for o in (base, {**base, **other})
     )
     assert abs((first * second).mean()) < 5 / first.numel() ** 0.5
@@ -797,8 +815,12 @@ def logits(kind, stride, real, trials, kernels, features=8, length=48):
 
 def make_kernels(name, features=8, taps=40):
     """Pairs of kernels [1, D, P]: as published, and a single tap of 1 in the key's."""
-    query = torch.rand(1, features, taps, generator=torch.Generator().manual_seed(3)).double()
-    key = torch.rand(1, features, taps, generator=torch.Generator().manual_seed(4)).double()
+
+    def rand(seed):
+        source = torch.Generator().manual_seed(seed)
+        return here(torch.rand(1, features, taps, generator=source, device="cpu").double())
+
+    query, key = rand(3), rand(4)
     if name == "delta":
         key = torch.zeros_like(key)
         key[0, torch.arange(features), torch.arange(features) * 5] = 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import randn
 
 from torch_spe import (
     LinearAttention,
@@ -16,14 +17,14 @@ from torch_spe import (
     parameter_groups,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+cpu_only = pytest.mark.cpu_only
 HEADS, FEATURES, LENGTH = 2, 8, 7
 
 
 def inputs(seed=0, batch=1, length=LENGTH, features=FEATURES):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(
-        3, batch, length, HEADS, features, generator=generator, dtype=torch.float64
-    ).unbind()
+    return randn(3, batch, length, HEADS, features, generator=generator).unbind()
 
 
 def positive(**options):
@@ -216,6 +217,7 @@ def test_errors():
         filt(torch.ones(1, 2, HEADS, FEATURES), torch.ones(1, 2, HEADS, FEATURES), spe((1, 2)))
 
 
+@cpu_only
 def test_parameter_groups():
     layers = torch.nn.ModuleList(
         [

@@ -7,28 +7,42 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_close, error, golden, leaves
+from helpers import (
+    assert_close,
+    compiled,
+    error,
+    generator_here,
+    golden,
+    here,
+    leaves,
+    no_default_device,
+    randn,
+    rng_state,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torch_spe import LinearAttention, SineSPE, SPEFilter, build_info, reference
 from torch_spe.noise import seeded_normal
 
+pytestmark = pytest.mark.usefixtures("device")
+cpu_only = pytest.mark.cpu_only
 DOUBLE = {"dtype": torch.float64}
 
 
 def make(heads=2, features=5, sines=3, real=8, ndim=1, gated=True, init="spread", **factory):
     torch.manual_seed(0)
     factory = factory or DOUBLE
-    spe = SineSPE(heads, features, real, sines, ndim=ndim, init=init, **factory)
-    filt = SPEFilter(gated, spe.code_shape, **factory)
-    return spe, filt
+    with torch.device("cpu"):
+        spe = SineSPE(heads, features, real, sines, ndim=ndim, init=init, **factory)
+        filt = SPEFilter(gated, spe.code_shape, **factory)
+    return here(spe), here(filt)
 
 
 def make_inputs(size=(70,), batch=2, heads=2, features=5, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     shape = (batch, *size, heads, features)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in "qk"]
+    return [randn(*shape, generator=generator).to(dtype) for _ in "qk"]
 
 
 # The published implementation, by its recorded numbers.
@@ -87,6 +101,7 @@ def test_published_state_dict_loads():
     assert not ungated.state_dict()
 
 
+@cpu_only
 def test_published_init_draws_the_published_numbers():
     torch.manual_seed(3)
     spe, filt = SineSPE(4, 16, num_sines=5), SPEFilter(True, (4, 16))
@@ -258,11 +273,11 @@ def test_noise_is_new_at_every_call_and_follows_pytorchs_generator():
     first = draw()
     torch.manual_seed(5)
     assert torch.equal(first, draw())
-    generators = [torch.Generator().manual_seed(7) for _ in "ab"]
-    state = torch.get_rng_state()
+    generators = [generator_here(7) for _ in "ab"]
+    state = rng_state()
     assert torch.equal(draw(generator=generators[0]), draw(generator=generators[1]))
     assert torch.equal(draw(seed=3), draw(seed=3))
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, rng_state())
     assert error(draw(seed=3), draw(seed=4)) > 0.1
     # The noise of the code and of the gate are different numbers.
     code = spe((2, 70), seed=3)
@@ -307,24 +322,27 @@ def test_checkpointing_replays_the_noise():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_seeded_normal_numbers():
-    z = seeded_normal((1000, 1001), 5, dtype=torch.float64)
+def test_seeded_normal_numbers(device):
+    def normal(*arguments, **options):
+        return seeded_normal(*arguments, device=device, **options)
+
+    z = normal((1000, 1001), 5, dtype=torch.float64)
     count = z.numel()
     # Moments within five standard errors.
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((z**power).mean() - mean) < 5 * math.sqrt(variance / count)
     for other in (
-        seeded_normal((1000, 1001), 6, dtype=torch.float64),
-        seeded_normal((1000, 1001), 5, stream=1, dtype=torch.float64),
+        normal((1000, 1001), 6, dtype=torch.float64),
+        normal((1000, 1001), 5, stream=1, dtype=torch.float64),
         z.roll(1),
         z.flatten().roll(count // 2).reshape(z.shape),
     ):
         assert abs((z * other).mean()) < 5 / math.sqrt(count)
         assert abs(((z**2 - 1) * (other**2 - 1)).mean()) < 5 * 2 / math.sqrt(count)
     assert z.unique().numel() > 0.99 * count
-    assert seeded_normal((0, 3), 1).shape == (0, 3)
-    assert torch.equal(z.float(), seeded_normal((1000, 1001), 5))
-    assert not torch.equal(seeded_normal((8,), -1), seeded_normal((8,), 2**63 - 1))
+    assert normal((0, 3), 1).shape == (0, 3)
+    assert torch.equal(z.float(), normal((1000, 1001), 5))
+    assert not torch.equal(normal((8,), -1), normal((8,), 2**63 - 1))
 
 
 # Types, tools, copies.
@@ -347,10 +365,10 @@ def test_to_another_type(dtype):
     assert error(qhat, exact) < max(2 * torch.finfo(dtype).eps, 5e-6)
 
 
-def test_autocast():
+def test_autocast(device):
     spe, filt = make(dtype=torch.float32)
     q, k = make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         qhat, _ = filt(q, k, spe((2, 70), seed=0), seed=0)
     assert qhat.dtype == torch.bfloat16
     qhat.float().sum().backward()
@@ -392,12 +410,11 @@ def test_compiles_whole(seed):
     def encode(q, k):
         return filt(q, k, spe(q.shape[:2], seed=seed), seed=seed)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(encode, fullgraph=True, dynamic=True, backend="aot_eager")
+    fast = compiled(encode, dynamic=True, backend="aot_eager")
     for length in (70, 33):
         q, k = make_inputs((length,))
         torch.manual_seed(0)
-        got = compiled(q, k)
+        got = fast(q, k)
         sum(x.sum() for x in got).backward()
         torch.manual_seed(0)
         expected = encode(q, k)
@@ -418,7 +435,8 @@ def test_exports():
 
     model, (q, k) = Model(), make_inputs()
     length = torch.export.Dim("length", min=2, max=1000)
-    exported = torch.export.export(model, (q, k), dynamic_shapes=({1: length}, {1: length}))
+    with no_default_device():
+        exported = torch.export.export(model, (q, k), dynamic_shapes=({1: length}, {1: length}))
     for n in (70, 12):
         for got, expected in zip(
             exported.module()(q[:, :n], k[:, :n]), model(q[:, :n], k[:, :n]), strict=True
@@ -426,6 +444,7 @@ def test_exports():
             assert_close(got, expected)
 
 
+@cpu_only
 def test_meta_device_and_device_argument():
     spe = SineSPE(4, 16, device="meta")
     assert spe.freqs.device.type == "meta"
@@ -434,6 +453,7 @@ def test_meta_device_and_device_argument():
     assert spe.freqs.isfinite().all()
 
 
+@cpu_only
 def test_reprs():
     assert repr(SineSPE(4, 16, 32, 3)) == (
         "SineSPE(num_heads=4, in_features=16, num_realizations=32, num_sines=3, init='published')"
@@ -443,6 +463,7 @@ def test_reprs():
     assert repr(LinearAttention()) == "LinearAttention('elu', causal=False, eps=1e-06)"
 
 
+@cpu_only
 def test_build_info():
     info = build_info()
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -452,6 +473,7 @@ def test_build_info():
 # Bad input.
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -496,14 +518,14 @@ def test_errors_of_sine_spe(arguments, kind, message):
         (1, (2, 7), {"positions": torch.ones(7), "start": 1}, ValueError, "start must be 0 when"),
         (1, (2, 7), {"positions": [1, 2]}, TypeError, "positions must be a tensor, got list"),
         (1, (2, 7), {"positions": torch.ones(7, device="meta")}, ValueError,
-         "positions must be on the device of the parameters, cpu, got meta"),
+         "positions must be on the device of the parameters, (cpu|cuda:0), got meta"),
         (2, (2, 7, 9), {"start": (1, 2, 3)}, ValueError, r"start must be a number or 2 numbers"),
     ],
 )  # fmt: skip
 def test_errors_of_drawing_a_code(ndim, shape, arguments, kind, message):
     spe, _ = make(ndim=ndim)
     with pytest.raises(kind, match=message):
-        spe(shape, **arguments)
+        spe(shape, **{name: here(value) for name, value in arguments.items()})
 
 
 @pytest.mark.parametrize(
@@ -527,7 +549,8 @@ def test_errors_of_drawing_a_code(ndim, shape, arguments, kind, message):
 def test_errors_of_the_filter(change, kind, message):
     spe, filt = make()
     q, k = make_inputs()
-    arguments = {"queries": q, "keys": k, "code": spe((2, 70))} | change
+    arguments = {"queries": q, "keys": k, "code": spe((2, 70))}
+    arguments |= {name: here(value) for name, value in change.items()}
     with pytest.raises(kind, match=message):
         filt(**arguments)
 
@@ -552,6 +575,7 @@ def test_more_errors():
         LinearAttention(eps=-1)
 
 
+@cpu_only  # looking for them would mean to wait for a GPU
 @pytest.mark.parametrize("name", ["freqs", "offsets", "gains", "gate"])
 def test_nan_parameters_are_named(name):
     spe, filt = make()

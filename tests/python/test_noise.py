@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from helpers import generator_here as generator
+from helpers import rng_state
 
 from torch_spe import functional
 from torch_spe.noise import (
@@ -17,9 +19,7 @@ from torch_spe.noise import (
     seeded_uniform,
 )
 
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def phase_codes(noise, freqs, gains, offsets, positions, widths=None):
@@ -45,7 +45,7 @@ def phase_codes(noise, freqs, gains, offsets, positions, widths=None):
     return codes
 
 
-def test_seeded_uniform_is_uniform_and_repeats():
+def test_seeded_uniform_is_uniform_and_repeats(device):
     first = seeded_uniform((100, 1000), seed=3)
     assert torch.equal(first, seeded_uniform((100, 1000), seed=3))
     assert not torch.equal(first, seeded_uniform((100, 1000), seed=3, stream=1))
@@ -54,7 +54,7 @@ def test_seeded_uniform_is_uniform_and_repeats():
     counts = torch.histc(first, 50, 0, 1)
     assert (counts - 2000).abs().max() < 6 * math.sqrt(2000)
     assert abs(torch.corrcoef(first[:2])[0, 1]) < 0.2
-    normal = seeded_normal((10**5,), seed=3, dtype=torch.float64)
+    normal = seeded_normal((10**5,), seed=3, dtype=torch.float64, device=device)
     assert abs(torch.corrcoef(torch.stack((normal, first.flatten())))[0, 1]) < 0.02
 
 
@@ -106,12 +106,12 @@ def test_noise_is_a_function_of_generator_or_seed(kind):
     assert torch.equal(draw(seed=5), draw(seed=5))
     assert not torch.equal(draw(seed=5), draw(seed=6))
     assert not torch.equal(draw(seed=5), draw(seed=5, stream=1))
-    state = torch.get_rng_state()
+    state = rng_state()
     draw(seed=5)
     draw(generator(5))
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, rng_state())
     draw()
-    assert not torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(state, rng_state())
     with pytest.raises(ValueError, match="generator or seed, not both"):
         draw(generator(5), seed=5)
 

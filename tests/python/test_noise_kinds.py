@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, compiled, here, randn
+from helpers import generator_here as generator
 
 from torch_spe import (
     ExactCode,
@@ -15,30 +16,28 @@ from torch_spe import (
 )
 from torch_spe.noise import phase_noise
 
+pytestmark = pytest.mark.usefixtures("device")
 KINDS = ["gaussian", "phase", "orthogonal", "exact"]
 HEADS, FEATURES, SINES, LENGTH = 2, 6, 3, 12
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def make(kind, real=36, gated=False, heads=HEADS, features=FEATURES, sines=SINES, **options):
     torch.manual_seed(0)
-    spe = SineSPE(
-        heads, features, real, sines, noise=kind, init="spread", dtype=torch.float64, **options
-    )
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
+        spe = SineSPE(
+            heads, features, real, sines, noise=kind, init="spread", dtype=torch.float64, **options
+        )
         spe.gains.normal_()
         if gated:
             filt = SPEFilter(code_shape=spe.code_shape, dtype=torch.float64)
         else:
             filt = SPEFilter(gated=False)
-    return spe, filt
+    return here(spe), here(filt)
 
 
 def inputs(heads=HEADS, features=FEATURES, length=LENGTH):
-    return torch.randn(2, 3, length, heads, features, generator=generator(1), dtype=torch.float64)
+    source = torch.Generator().manual_seed(1)
+    return randn(2, 3, length, heads, features, generator=source)
 
 
 def exact_logits(spe, filt, q, k):
@@ -170,7 +169,8 @@ def test_gradients_of_the_parameters(kind):
         return torch.func.functional_call(filt, {"gate": gate}, (q, k, code), {"seed": 3})
 
     values = [p.detach().clone().requires_grad_() for p in (filt.gate, *spe.parameters())]
-    assert torch.autograd.gradcheck(encode, values)
+    # PyTorch adds up the gradients of gathered numbers in any order on a GPU.
+    assert torch.autograd.gradcheck(encode, values, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,9 +257,8 @@ def test_compiles_whole():
     def encode(q, k, seed):
         return filt(q, k, spe(q.shape[:2], seed=seed), seed=seed)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(q, k, 5), encode(q, k, 5), strict=True):
+    fast = compiled(encode, backend="aot_eager")
+    for got, expected in zip(fast(q, k, 5), encode(q, k, 5), strict=True):
         assert_close(got, expected)
 
 

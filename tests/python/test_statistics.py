@@ -8,21 +8,24 @@ import math
 
 import pytest
 import torch
+from helpers import here, randn
 
 from torch_spe import SineSPE, SPEFilter, SPEMultiheadAttention, reference
 
+pytestmark = pytest.mark.usefixtures("device")
 DRAWS, LENGTH, FEATURES = 20000, 5, 3
 
 
 def sample_logits(real, sines, gated, ndim=1):
     """Draws of qhat . khat / sqrt(R) [DRAWS, m, n], q, k [N, D], template [D, m, n], power [D]."""
     torch.manual_seed(1)
-    spe = SineSPE(DRAWS, FEATURES, real, sines, ndim=ndim, init="spread", dtype=torch.float64)
-    filt = SPEFilter(gated, spe.code_shape, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
+        spe = SineSPE(DRAWS, FEATURES, real, sines, ndim=ndim, init="spread", dtype=torch.float64)
+        filt = SPEFilter(gated, spe.code_shape, dtype=torch.float64)
         for parameter in (*spe.parameters(), *filt.parameters()):
             parameter.copy_(parameter[:1].clone().expand_as(parameter))
-    q, k = torch.randn(2, LENGTH, FEATURES, dtype=torch.float64)
+    spe, filt = here(spe), here(filt)
+    q, k = randn(2, LENGTH, FEATURES)
     size = (LENGTH,) if ndim == 1 else (1, LENGTH)
     heads = [x.reshape(1, *size, 1, FEATURES).expand(1, *size, DRAWS, FEATURES) for x in (q, k)]
     with torch.no_grad():
@@ -70,11 +73,13 @@ def test_mean_and_variance_of_a_logit(real, sines, gated, ndim):
 def test_encoding_the_features_estimates_relative_attention(causal):
     # Every row of the batch shares a code, so the draws are calls; inputs and weights stay.
     torch.manual_seed(0)
-    layer = SPEMultiheadAttention(
-        6, 2, batch_first=True, output_norm=None, num_realizations=32, resample="always",
-        dtype=torch.float64,
-    )  # fmt: skip
-    x = torch.randn(1, 7, 6, dtype=torch.float64)
+    with torch.device("cpu"):
+        layer = SPEMultiheadAttention(
+            6, 2, batch_first=True, output_norm=None, num_realizations=32, resample="always",
+            dtype=torch.float64,
+        )  # fmt: skip
+    layer = here(layer)
+    x = randn(1, 7, 6)
     with torch.no_grad():
         draws = torch.stack([layer(x, x, x, is_causal=causal)[0][0] for _ in range(1500)])
         phi = reference.FEATURE_MAPS["elu"]
