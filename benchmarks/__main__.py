@@ -6,6 +6,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch_spe
 from benchmarks import cases, measure
 
 SLOW = 2.0  # seconds of a call; fewer calls of such ones
+DIRECTIONS = ("forward", "forward+backward")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -27,18 +29,37 @@ def outputs(implementation: cases.Implementation) -> list[torch.Tensor]:
     return [out.detach().float() for out in implementation.run()]
 
 
+def attempt(implementation: cases.Implementation, function: Callable, *arguments: object):
+    """The result; None, and the reason in `left_out`, without memory or where a peer fails."""
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError:
+        implementation.left_out = "out of memory"
+    except Exception as failure:
+        if not implementation.name.startswith("("):
+            raise
+        print(f"{implementation.name} failed: {failure}")
+        implementation.left_out = f"failed, {type(failure).__name__}"
+    # What the failed call held is free only now.
+    measure.free_memory("cpu" if not torch.cuda.is_initialized() else "cuda")
+    return None
+
+
 def check(case: cases.Case, dtype: torch.dtype) -> None:
     """All implementations of a function must agree before any is timed."""
     if not case.exact:
         return
     functions: dict[str, list[cases.Implementation]] = {}
     for implementation in case.implementations:
-        if not implementation.name.startswith("("):
+        if not implementation.name.startswith("(") and not implementation.left_out:
             functions.setdefault(implementation.function, []).append(implementation)
     for first, *others in functions.values():
         expected = outputs(first)
         for other in others:
-            for a, b in zip(expected, outputs(other), strict=True):
+            got = attempt(other, outputs, other)
+            if got is None:
+                continue
+            for a, b in zip(expected, got, strict=True):
                 error = ((a - b).norm() / b.norm()).item()
                 if not error <= cases.tolerance(dtype):
                     raise SystemExit(
@@ -63,26 +84,34 @@ def forward_and_backward(implementation: cases.Implementation) -> object:
 def measure_direction(
     case: cases.Case, run: Callable, device: str, seconds: float
 ) -> dict[str, tuple[float, float]]:
-    """Seconds and peak bytes of each implementation.
+    """Seconds and peak bytes of each implementation that is not left out.
 
     All take turns, so that a change of the machine's speed meets all of them.
     """
-    calls = {i.name: functools.partial(run, i) for i in case.implementations if i.timed}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    single = {}
-    for name, call in calls.items():
-        (single[name],) = measure.times(call, device, 1, warm_up=False)
+    calls, single = {}, {}
+    samples: dict[str, list[float]] = {i.name: [] for i in case.implementations}
+    for implementation in case.implementations:
+        if implementation.left_out or not implementation.timed:
+            continue
+        name, call = implementation.name, functools.partial(run, implementation)
+        # A first call on a GPU may load and compile.
+        first = attempt(implementation, measure.times, call, device, 1, device != "cpu")
+        if first is None:
+            continue
+        calls[name] = call
+        (single[name],) = first
         if single[name] > SLOW:
             samples[name].append(single[name])  # warming up makes no difference
         else:
             (single[name],) = measure.times(call, device, 1, warm_up=False)
-    for _ in range(max(3, min(30, int(seconds / sum(single.values()))))):
+    repeats = {name: measure.burst(time, device) for name, time in single.items()}
+    turn = sum(time * (repeats[name] if device != "cpu" else 1) for name, time in single.items())
+    for _ in range(max(3, min(30, int(seconds / turn)))):
         for name, call in calls.items():
             if sum(samples[name]) > 5 * SLOW:
                 continue
             # As warm as a training loop would have it: the call before was of something else.
-            repeats = max(1, min(10, int(0.2 / single[name])))
-            samples[name] += measure.times(call, device, repeats, warm_up=repeats > 1)
+            samples[name] += measure.times(call, device, repeats[name], warm_up=repeats[name] > 1)
     return {
         name: (statistics.median(samples[name]), measure.peak_memory(call, device))
         for name, call in calls.items()
@@ -111,15 +140,20 @@ def measure_case(
         ),
     ):
         measured = measure_direction(case, run, device, seconds)
-        time, memory = measured["torch_spe"]
+        time, memory = measured.get("torch_spe", (math.nan, 1))
+        reasons = {i.name: i.left_out for i in case.implementations}
         for implementation, row in rows.items():
+            if implementation not in measured:
+                row[f"{name} left out"] = reasons[implementation]
+                continue
             its_time, its_memory = measured[implementation]
             row[f"{name} ms"] = its_time * 1e3
             row[f"{name} MB"] = its_memory / 1e6
             row[f"{name} ratio"] = its_time / time
             row[f"{name} memory ratio"] = its_memory / max(memory, 1)
         for implementation in case.implementations:
-            if implementation.name != "torch_spe" and not implementation.rated:
+            rated = implementation.name == "torch_spe" or implementation.rated
+            if not rated or implementation.name not in measured:
                 continue
             row, time = rows[implementation.name], measured[implementation.name][0]
             row[f"{name} GFLOP/s"] = flops / time / 1e9
@@ -128,8 +162,45 @@ def measure_case(
     return list(rows.values())
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
+def crossings(rows: list[dict], name: str, theirs: str) -> list[str]:
+    """From which length on the implementations of a case take less time than another one's."""
+    lines = []
+    rows = [row for row in rows if row["case"] == name]
+    for ours in dict.fromkeys(row["implementation"] for row in rows):
+        for direction in DIRECTIONS:
+            time = f"{direction} ms"
+            found = {}  # how many times longer theirs takes, in logarithms, at each length
+            for row in rows:
+                if row["implementation"] != ours or ours == theirs or time not in row:
+                    continue
+                shape = {key: row[key] for key in "BN"}
+                for other in rows:
+                    same = other["implementation"] == theirs and shape.items() <= other.items()
+                    if same and time in other:
+                        found[row["N"]] = math.log(other[time] / row[time])
+            lengths = sorted(found)
+            if len(lengths) < 2:
+                continue
+            if found[lengths[-1]] <= 0:
+                answer = f"is slower than {theirs} still at N = {lengths[-1]}"
+            elif all(found[n] > 0 for n in lengths):
+                answer = f"is faster than {theirs} already at N = {lengths[0]}"
+            else:
+                before = max(n for n in lengths if found[n] <= 0)
+                after = min(n for n in lengths if n > before)
+                # Between two lengths the ratio is taken to be a power of the length.
+                share = found[before] / (found[before] - found[after])
+                length = before * (after / before) ** share
+                answer = (
+                    f"is faster than {theirs} from N = {length:.0f} on "
+                    f"(measured at {before} and {after})"
+                )
+            lines.append(f"{name}, {direction}: {ours} {answer}")
+    return lines
+
+
+def table(rows: list[dict], digits: int = 2) -> str:
+    """The rows as Markdown, milliseconds with that many digits."""
     lines = []
     shown = None
     for row in rows:
@@ -148,14 +219,24 @@ def table(rows: list[dict]) -> str:
             rate = " / ".join(
                 f"{row[f'{name} GFLOP/s']:.0f} ({row[f'{name} share']:.0%}, "
                 f"{row[f'{name} share of the bandwidth']:.0%})"
-                for name in ("forward", "forward+backward")
+                for name in DIRECTIONS
+                if f"{name} share" in row
             )
         cells = [
-            f"{row[f'{name} ms']:.2f} ms | {row[f'{name} ratio']:.1f} | {row[f'{name} MB']:.1f} MB"
-            for name in ("forward", "forward+backward")
+            f"{row[f'{name} left out']} | | "
+            if f"{name} left out" in row
+            else f"{row[f'{name} ms']:.{digits}f} ms | {row[f'{name} ratio']:.1f} "
+            f"| {row[f'{name} MB']:.1f} MB"
+            for name in DIRECTIONS
         ]
         lines.append(f"| {row['implementation']} | {cells[0]} | {cells[1]} | {rate} |")
     return "\n".join(lines)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Batch and length from a text such as 8x4096."""
+    batch, length = text.split("x")
+    return int(batch), int(length)
 
 
 def main() -> None:
@@ -165,10 +246,14 @@ def main() -> None:
         "cases",
         nargs="*",
         metavar="CASE",
-        help="sine, phasor, exact, conv, attention, layer (default: all)",
+        help="sine, phasor, exact, conv, attention, attend, layer (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", metavar="BxN",
+        help="batch and length, such as 8x4096, instead of all of --batch with all of --length",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -187,6 +272,7 @@ def main() -> None:
         "exact": cases.exact,
         "conv": lambda b, n, *a: cases.conv(b, n, *a, published=published),
         "attention": cases.attention,
+        "attend": cases.attend,
         "layer": cases.layer,
     }
     unknown = set(args.cases) - set(makers)
@@ -199,16 +285,38 @@ def main() -> None:
         f"torch {torch.__version__}, {args.dtype}, "
         f"{torch_spe.build_info()['instruction_set']}, {datetime.date.today()}"
     )
+    if args.device != "cpu":
+        cache = torch.cuda.get_device_properties(args.device).L2_cache_size / 1e6
+        print(
+            "Times are those of bursts of calls between two events: tensors of up to the L2 "
+            f"cache's {cache:.0f} MB stay in it from call to call."
+        )
     rows = []
-    work = [(name, b, n) for name in args.cases or makers for b in args.batch for n in args.length]
-    for name, batch, length in tqdm(work, disable=None):
-        case = makers[name](batch, length, args.device, DTYPES[args.dtype])
-        check(case, DTYPES[args.dtype])
-        rows += measure_case(case, args.device, args.seconds, machine)
-        if args.output:  # at once: whoever is stopped keeps what was measured
-            result = {"machine": machine.__dict__, "torch": torch.__version__}
-            write(args.output, {**result, "dtype": args.dtype, "rows": rows})
-    print(table(rows))
+    shapes = args.shapes or [(b, n) for b in args.batch for n in args.length]
+    work = [(name, b, n) for name in args.cases or makers for b, n in shapes]
+    try:
+        for name, batch, length in tqdm(work, disable=None):
+            case = makers[name](batch, length, args.device, DTYPES[args.dtype])
+            memory = measure.free_memory(args.device)
+            for implementation in case.implementations:
+                if implementation.memory > memory:
+                    size = implementation.memory / 1e9
+                    implementation.left_out = f"left out: takes about {size:.0f} GB"
+            check(case, DTYPES[args.dtype])
+            rows += measure_case(case, args.device, args.seconds, machine)
+            if args.output:  # at once: whoever is stopped keeps what was measured
+                result = {"machine": machine.__dict__, "torch": torch.__version__}
+                write(args.output, {**result, "dtype": args.dtype, "rows": rows})
+    except KeyboardInterrupt:
+        print("stopped; measured until then:")
+        raise SystemExit(1) from None
+    finally:
+        print(table(rows, 2 if args.device == "cpu" else 4))
+        for line in (
+            *crossings(rows, cases.ATTEND, cases.SOFTMAX),
+            *crossings(rows, cases.LAYER, cases.SOFTMAX_LAYER),
+        ):
+            print(f"\n{line}")
 
 
 def write(file: Path, content: dict) -> None:

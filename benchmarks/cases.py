@@ -32,6 +32,8 @@ class Implementation:
     timed: bool = True  # or only there to compare results with
     rated: bool = False  # whether its operations a second are shown, as those of "torch_spe" are
     grad_outputs: list[Tensor] | None = None  # what it is differentiated with; made once
+    memory: float = 0.0  # bytes that forward and backward take about, where they may be too many
+    left_out: str = ""  # why it is neither checked nor timed
 
 
 @dataclass
@@ -58,6 +60,18 @@ def published_module(checkout: Path):
     sys.modules["published_spe"] = module
     spec.loader.exec_module(module)
     return module
+
+
+# Bytes that materializing takes for each entry of the codes of queries and keys, forward and
+# backward: codes, the same with the gate, in the type of the data, and a gradient of each.
+MATERIALIZED = 2 * 2 * 10.0
+# Where PyTorch's depthwise convolutions begin to take seconds on a GPU.
+LONG_CONVOLUTION = 4096
+# Names that `crossings` looks for.
+ATTEND = "encode and attend"
+LAYER = "self-attention layer"
+SOFTMAX = "(softmax attention, rotary)"
+SOFTMAX_LAYER = "(nn.MultiheadAttention)"
 
 
 def _leaf(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -121,9 +135,12 @@ def sine(
                 [q, k, drawn.freqs, drawn.query_weight, drawn.key_weight, *filt.parameters()],
                 rated=True,
             ),
-            Implementation("materializing reference", materialized, inputs),
+            Implementation(
+                "materializing reference", materialized, inputs,
+                memory=MATERIALIZED * length * heads * features * realizations,
+            ),
         ],
-    )
+    )  # fmt: skip
     if published is not None:
         theirs = _published_sine(published, spe, filt, q, k, "published code")
         given = Implementation("torch_spe, their noise", given_noise, inputs, timed=False)
@@ -144,6 +161,8 @@ def _published_sine(published, spe, filt, q: Tensor, k: Tensor, name: str) -> Im
         name,
         lambda: their_filter(q, k, theirs(q.shape[:2])),
         [q, k, *theirs.parameters(), *their_filter.parameters()],
+        # Codes, and the products with each row of the batch before they are summed up.
+        memory=MATERIALIZED * (1 + q.shape[0]) * q[0].numel() * spe.num_realizations,
     )
 
 
@@ -183,9 +202,13 @@ def phasor(
         flops_backward=2 * pairs * (7 + 8 * batch + 14),
         implementations=[
             Implementation("torch_spe", lambda: filt(q, k, spe((batch, length))), inputs),
-            Implementation("materializing reference", plain, inputs, timed=False),
+            Implementation(
+                "materializing reference", plain, inputs,
+                timed=device != "cpu",
+                memory=MATERIALIZED * length * heads * features * realizations,
+            ),
         ],
-    )
+    )  # fmt: skip
     dense = torch_spe.SineSPE(heads, features, realizations, sines).to(device)
     dense.load_state_dict(spe.state_dict())
     case.implementations.append(
@@ -258,6 +281,7 @@ def conv(
         flops=work,
         flops_backward=2 * work,
     )
+    slow = "takes too long" if device != "cpu" and length > LONG_CONVOLUTION else ""
     for name, options in {
         "torch_spe": {},
         "torch_spe, signs": {"noise": "rademacher"},
@@ -280,8 +304,12 @@ def conv(
         case.implementations += [
             Implementation(name, fast, inputs, function=name),
             # As slow as the published code, and of the same memory.
-            Implementation(f"{name}, materialized", materialized, inputs, name, timed=False),
-        ]
+            Implementation(
+                f"{name}, materialized", materialized, inputs, name,
+                timed=device != "cpu" and not options, left_out=slow,
+                memory=MATERIALIZED * length * heads * features * realizations,
+            ),
+        ]  # fmt: skip
     if published is not None:
         their_spe = published.ConvSPE(1, heads, features, realizations, taps).to(device)
         their_filter = published.SPEFilter(gated=False, code_shape=their_spe.code_shape)
@@ -291,8 +319,12 @@ def conv(
 
         # It draws other noise, so the numbers differ; tests compare them on recorded noise.
         case.implementations.append(
-            Implementation("(published code)", theirs, [q, k, *their_spe.parameters()])
-        )
+            Implementation(
+                "(published code)", theirs, [q, k, *their_spe.parameters()],
+                memory=MATERIALIZED * (1 + batch) * length * heads * features * realizations,
+                left_out=slow,
+            )
+        )  # fmt: skip
     return case
 
 
@@ -339,8 +371,8 @@ def attention(
 
         case.implementations.append(Implementation("idiap/fast-transformers", theirs, inputs))
 
-    if device == "cuda" and importlib.util.find_spec("fla") is not None:
-        from fla.ops.linear_attn import chunk_linear_attn
+    chunk_linear_attn = _flash_linear_attention() if device == "cuda" else None
+    if chunk_linear_attn is not None:
 
         def fla() -> tuple[Tensor, ...]:
             fq, fk = (torch.nn.functional.elu(x) + 1 for x in (q, k))
@@ -349,11 +381,35 @@ def attention(
         # In brackets: its epsilon is another.
         case.implementations.append(Implementation("(flash-linear-attention)", fla, inputs))
 
-    def softmax(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
-        return (out.transpose(1, 2),)
+    rotate = _rotary(length, features, device, dtype)
+    # Other functions: how long an exact softmax attention of the same size takes.
+    case.implementations += [
+        Implementation("(softmax attention)", lambda: _softmax(q, k, v), inputs),
+        Implementation(SOFTMAX, lambda: _softmax(rotate(q), rotate(k), v), inputs),
+    ]
+    return case
 
+
+def _flash_linear_attention():
+    """chunk_linear_attn of flash-linear-attention, None where that is not installed."""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError:
+        return None
+    return chunk_linear_attn
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Causal softmax attention of [B, N, H, D]."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
+    return (out.transpose(1, 2),)
+
+
+def _rotary(
+    length: int, features: int, device: str, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """Rotary positions, with cosines and sines made before."""
     rates = 1e4 ** (-torch.arange(0, features, 2, device=device) / features)
     angle = (torch.arange(length, device=device)[:, None] * rates)[:, None]  # [N, 1, D / 2]
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -362,14 +418,46 @@ def attention(
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
-    # Other functions: how long an exact softmax attention of the same size takes.
-    case.implementations += [
-        Implementation("(softmax attention)", lambda: softmax(q, k), inputs),
-        Implementation(
-            "(softmax attention, rotary)", lambda: softmax(rotate(q), rotate(k)), inputs
-        ),
-    ]
-    return case
+    return rotate
+
+
+def attend(
+    batch: int, length: int, device: str, dtype: torch.dtype,
+    heads: int = 8, features: int = 64, realizations: int = 64, values: int = 64,
+) -> Case:  # fmt: skip
+    """Encode queries and keys and attend to them, as a layer does, without its projections."""
+    q, k = (_leaf(batch, length, heads, features, device=device, dtype=dtype) for _ in range(2))
+    v = _leaf(batch, length, heads, values, device=device, dtype=dtype)
+    torch.manual_seed(0)
+
+    def ours(**options) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]:
+        spe = torch_spe.SineSPE(heads, features, **options).to(device)
+        filt = torch_spe.SPEFilter(code_shape=spe.code_shape).to(device)
+
+        def run() -> tuple[Tensor, ...]:
+            qhat, khat = filt(q, k, spe((batch, length)))
+            return (functional.linear_attention(qhat, khat, v, causal=True),)
+
+        return run, [q, k, v, *spe.parameters(), *filt.parameters()]
+
+    # As a layer has it: its noise and its number of sines.
+    phase = {"num_realizations": realizations, "num_sines": 4, "noise": "phase", "bandwidth": True}
+    rotate = _rotary(length, features, device, dtype)
+    # Two filters of R / 2 pairs for each feature, and the attention.
+    pairs = 1.0 * length * heads * features * realizations / 2
+    state = 4.0 * batch * length * heads * realizations * values
+    return Case(
+        ATTEND,
+        {"B": batch, "N": length, "H": heads, "D": features, "R": realizations, "E": values},
+        flops=2 * pairs * (7 + 4 * batch) + state,
+        flops_backward=2 * pairs * (7 + 8 * batch + 14) + 2 * state,
+        implementations=[
+            Implementation("torch_spe", *ours(**phase)),
+            Implementation("(torch_spe, no noise)", *ours(num_sines=1, noise="exact")),
+            Implementation(SOFTMAX, lambda: _softmax(rotate(q), rotate(k), v), [q, k, v]),
+        ],
+        exact=False,
+    )
 
 
 def layer(
@@ -381,10 +469,15 @@ def layer(
         device, dtype
     )
     plain = torch.nn.MultiheadAttention(model, heads, batch_first=True).to(device, dtype)
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(length, device=device, dtype=dtype)
+    # Only is_causal is used; a long mask would fill the memory, so it takes none then.
+    mask = (
+        torch.nn.Transformer.generate_square_subsequent_mask(length, device=device, dtype=dtype)
+        if length <= 8192
+        else torch.zeros((), dtype=torch.bool, device=device).expand(length, length)
+    )
     projections = 8.0 * batch * length * model**2
     return Case(
-        "self-attention layer",
+        LAYER,
         {"B": batch, "N": length, "model": model, "H": heads},
         flops=projections,
         flops_backward=2 * projections,
@@ -393,7 +486,7 @@ def layer(
                 "torch_spe", lambda: (ours(x, x, x, is_causal=True)[0],), [x, *ours.parameters()]
             ),
             Implementation(
-                "(nn.MultiheadAttention)",
+                SOFTMAX_LAYER,
                 lambda: (plain(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0],),
                 [x, *plain.parameters()],
             ),

@@ -30,8 +30,9 @@ def machine(device: str, dtype: torch.dtype) -> Machine:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**26, device=device)
     target = torch.empty_like(source)
-    product = statistics.median(times(lambda: a @ b, device, 7))
-    copy = statistics.median(times(lambda: target.copy_(source), device, 7))
+    repeats = 7 if device == "cpu" else 20
+    product = statistics.median(times(lambda: a @ b, device, repeats))
+    copy = statistics.median(times(lambda: target.copy_(source), device, repeats))
     if device == "cpu":
         lines = (
             Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -48,28 +49,49 @@ def machine(device: str, dtype: torch.dtype) -> Machine:
 def times(
     function: Callable[[], object], device: str, repeats: int, warm_up: bool = True
 ) -> list[float]:
-    """Seconds of each call, after one that does not count unless all is warm."""
+    """Seconds of each call, after one that does not count unless all is warm.
+
+    On a GPU one number, the mean: all calls are one burst between two events, since waiting for
+    each would add the time of a launch. So the host prepares a call while the GPU is still at the
+    one before, as when a model runs; where the host is the slower of the two, the time is its own.
+    """
     if warm_up:
         function()
+    if device != "cpu":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        return [begin.elapsed_time(end) / 1e3 / repeats]
     result = []
     for _ in range(repeats):
-        synchronize(device)
         begin = time.perf_counter()
         function()
-        synchronize(device)
         result.append(time.perf_counter() - begin)
     return result
 
 
-def synchronize(device: str) -> None:
-    """Wait for the GPU; on the CPU there is nothing to wait for."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+def burst(seconds: float, device: str) -> int:
+    """How many calls that take about `seconds` each are timed in a row."""
+    if device == "cpu":
+        return max(1, min(10, int(0.2 / seconds)))
+    return max(1, min(100, int(0.01 / seconds)))
+
+
+def free_memory(device: str) -> float:
+    """Bytes that tensors may take on a GPU; the CPU's are not counted."""
+    if device == "cpu":
+        return float("inf")
+    gc.collect()
+    torch.cuda.empty_cache()
+    return 0.9 * torch.cuda.mem_get_info()[0]
 
 
 def peak_memory(function: Callable[[], object], device: str) -> int:
     """Bytes that a call needs at its peak beyond what was allocated before, results included."""
-    gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -78,6 +100,7 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
     return _cpu_peak(function)
 
 

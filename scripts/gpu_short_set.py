@@ -39,8 +39,9 @@ def sine(dtype, batch, length, heads, features, sines, real):
     weight = leaf(heads, features, 2 * sines, real, dtype=wide(dtype))
     constant = leaf(heads, features, real, dtype=wide(dtype))
     positions = leaf(length, dtype=torch.float64)
-    for p in (None, positions):
-        out = torch.ops.torch_spe.sine_filter(x, freqs, weight, constant, p)
+    grid = leaf(heads, features, sines, 2, dtype=wide(dtype))
+    for f, p in ((freqs, None), (freqs, positions), (grid, leaf(length, 2, dtype=torch.float64))):
+        out = torch.ops.torch_spe.sine_filter(x, f, weight, constant, p)
         out.backward(torch.randn_like(out))
 
 
@@ -51,9 +52,14 @@ def phasors(dtype, batch, length, heads, features, sines, real):
         (sines, torch.ops.torch_spe.sine_features, ()),
     ):
         freqs = leaf(heads, features, count, dtype=wide(dtype))
+        grid = leaf(heads, features, count, 2, dtype=wide(dtype))
         values = leaf(heads, features, count, *coefficients, dtype=wide(dtype))
-        for positions in (None, leaf(length, dtype=torch.float64)):
-            out = function(x, freqs, values, positions=positions)
+        for f, positions in (
+            (freqs, None),
+            (freqs, leaf(length, dtype=torch.float64)),
+            (grid, leaf(length, 2, dtype=torch.float64)),
+        ):
+            out = function(x, f, values, positions=positions)
             out.backward(torch.randn_like(out))
 
 
@@ -62,12 +68,15 @@ def conv(dtype, batch, length, heads, features, taps, real):
     kernel = leaf(heads, features, taps, dtype=wide(dtype))
     noise = leaf(heads, features, length + taps - 1, real, dtype=wide(dtype))
     constant = leaf(heads, features, real, dtype=wide(dtype))
+    image = leaf(batch, 6, 7, heads, features, dtype=dtype)
+    taps_2d = leaf(heads, features, 2, 3, dtype=wide(dtype))
     seed = torch.full((), 3, dtype=torch.int64, device="cuda")
     conv_filter = torch.ops.torch_spe.conv_filter
     for out in (
         conv_filter(x, kernel, noise, constant),
         conv_filter(x, kernel, None, constant, seed, real, "gaussian"),
         conv_filter(x, kernel, None, None, seed, real, "rademacher", [4]),
+        conv_filter(image, taps_2d, None, constant, seed, real, "gaussian", [2, 1]),
     ):
         out.backward(torch.randn_like(out))
     torch.ops.torch_spe.conv_noise(seed, heads, features, [length], real, "gaussian", [3])
@@ -85,6 +94,12 @@ def attention(dtype, batch, length, heads, features, sines, real):
             q, k, v, "elu", causal, True, 1e-3, mask, None, s, z, True
         )
         (out.float().sum() + s1.sum() + z1.sum()).backward()
+    bounds = torch.tensor([0, 0, 5, length], device="cuda")
+    q, k, v = (t[:1].detach().requires_grad_() for t in (q, k, v))
+    out, _, _ = torch.ops.torch_spe.linear_attention(
+        q, k, v, "identity", True, False, 1e-3, None, bounds
+    )
+    out.float().sum().backward()
 
 
 if __name__ == "__main__":
