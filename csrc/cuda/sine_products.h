@@ -690,7 +690,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     __syncthreads();  // this tile has arrived, and the one before has been used
     fill_basis(tile);
     if (tile + 1 < end_tile) copy(tile + 1, 1 - buffer);
-    __syncthreads();  // the basis is there
+    __syncwarp();  // the basis is there: a warp makes that of its own steps
     const Storage* const x_tile = shared.x + buffer * shared.x_size + lane * shared.x_row;
     const Storage* const grad_tile = shared.grad + buffer * Shared::kGrad +
                                      lane % 16 * row_of<Storage>(kRealTile) + lane / 16 * 8;

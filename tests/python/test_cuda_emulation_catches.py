@@ -33,6 +33,19 @@ BUGS = {
         "const int low = lane % 8 + lane / 16 * 8"),
     "misaligned rows for ldmatrix": (
         "tile_product.h", "constexpr int kPadding", "? 8", "? 4"),
+    "dropped barrier between the stages of products in registers": (
+        "sine_products.h", "sine_product_kernel(", "__syncthreads();  // this stage", "//"),
+    "missing wait for a stage": (
+        "sine_products.h", "sine_data_kernel(", "copy_async_wait();", ""),
+    "dropped barrier before the sums of warps": (
+        "sine_products.h", "sine_data_kernel(", "__syncthreads();  // the sums of the last", "//"),
+    "dropped barrier between tiles of tokens": (
+        "sine_products.h", "sine_weight_kernel(", "__syncthreads();  // this tile", "//"),
+    "tokens and features of an operand exchanged": (
+        "sine_products.h", "sine_product_kernel(", "a[i / 2][i % 2 + 2 * e]",
+        "a[i / 2][2 * (i % 2) + e]"),
+    "cosines and sines of an operand exchanged": (
+        "sine_products.h", "sine_weight_kernel(", "a[2 * e + 1]", "a[3 - 2 * e]"),
 }  # fmt: skip
 # Types that the self-test does not run, left out so that it compiles in half the time.
 UNUSED = {
