@@ -2,6 +2,8 @@
 // a cycle.
 #pragma once
 
+#include <cstdint>
+
 #include "platform.h"
 
 namespace torch_spe::core {
@@ -50,22 +52,68 @@ TORCH_SPE_INLINE double cos_polynomial(double square) {
   return p * square * square - 0.5 * square + 1.0;
 }
 
-// cos(2 pi cycles) and sin(2 pi cycles) for |cycles| <= 1/2. Without branches, so that loops over
-// it vectorize.
+// cos and sin of `turns` quarter turns and an angle of at most an eighth. Without branches, so that
+// loops over it vectorize.
 template <class T>
-TORCH_SPE_INLINE void cos_sin_cycles(double cycles, T* cos_out, T* sin_out) {
-  const double quarter =
-      __builtin_rint(4.0 * cycles);  // nearest multiple of a quarter turn: -2 .. 2
-  const T angle = static_cast<T>((cycles - 0.25 * quarter) * kTwoPi);
+TORCH_SPE_INLINE void cos_sin_turned(T angle, int turns, T* cos_out, T* sin_out) {
   const T square = angle * angle;
   const T s = sin_polynomial(angle, square);
   const T c = cos_polynomial(square);
-  const int turns = static_cast<int>(quarter);
   const bool swap = (turns & 1) != 0;
   const T cos_value = swap ? s : c;
   const T sin_value = swap ? c : s;
   *cos_out = ((turns + 1) & 2) != 0 ? -cos_value : cos_value;
   *sin_out = (turns & 2) != 0 ? -sin_value : sin_value;
 }
+
+// cos(2 pi cycles) and sin(2 pi cycles) for |cycles| <= 1/2.
+template <class T>
+TORCH_SPE_INLINE void cos_sin_cycles(double cycles, T* cos_out, T* sin_out) {
+  const double quarter =
+      __builtin_rint(4.0 * cycles);  // nearest multiple of a quarter turn: -2 .. 2
+  cos_sin_turned(static_cast<T>((cycles - 0.25 * quarter) * kTwoPi), static_cast<int>(quarter),
+                 cos_out, sin_out);
+}
+
+// A phase in units of 2^-32 cycles, whose overflow is the period: GPUs are slow in double.
+TORCH_SPE_INLINE std::uint32_t fixed_phase(double cycles) {
+  // The sum's last bit is worth 2^-32.
+  const double shifted = cycles + 0x1.8p20;
+  std::uint64_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  return static_cast<std::uint32_t>(bits);
+}
+// In radians, from -pi.
+TORCH_SPE_INLINE float angle_of(std::uint32_t phase) {
+  return static_cast<float>(static_cast<std::int32_t>(phase)) *
+         static_cast<float>(kTwoPi * 0x1p-32);
+}
+TORCH_SPE_INLINE void cos_sin_fixed(std::uint32_t phase, float* cos_out, float* sin_out) {
+  const std::uint32_t turns = (phase + 0x20000000u) >> 30;
+  cos_sin_turned(angle_of(phase - (turns << 30)), static_cast<int>(turns), cos_out, sin_out);
+}
+
+// The phases of a frequency at start, start + 1, ... in units of 2^-64 cycles: without rounding
+// from one to the next.
+struct FixedPhases {
+  std::uint64_t origin = 0, step = 0;
+
+  TORCH_SPE_INLINE void set(double freq, double start) {
+    origin = fixed(reduce_cycles(freq, start));
+    step = fixed(reduce_cycles(freq, 1.0));
+  }
+  // In units of 2^-32 cycles: the n-th, and the difference of neighbours.
+  TORCH_SPE_INLINE std::uint32_t at(std::int64_t n) const {
+    return static_cast<std::uint32_t>((origin + static_cast<std::uint64_t>(n) * step) >> 32);
+  }
+  TORCH_SPE_INLINE std::uint32_t short_step() const {
+    return static_cast<std::uint32_t>(step >> 32);
+  }
+
+ private:
+  TORCH_SPE_INLINE static std::uint64_t fixed(double cycles) {
+    return static_cast<std::uint64_t>(static_cast<std::int64_t>(cycles * 0x1p63)) << 1;
+  }
+};
 
 }  // namespace torch_spe::core

@@ -21,7 +21,7 @@ struct Phasor {
   T re = 1, im = 0;
 
   TORCH_SPE_DEVICE void set(double freq, double position) {
-    core::cos_sin_cycles(core::reduce_cycles(freq, position), &re, &im);
+    set(core::reduce_cycles(freq, position));
   }
   // `freq` [ndim] at position n of an operator.
   template <class Params>
@@ -32,12 +32,21 @@ struct Phasor {
         cycles += core::reduce_cycles(freq[i], position_of(p, n, i));
       cycles = core::wrap_cycles(cycles);
     }
-    core::cos_sin_cycles(cycles, &re, &im);
+    set(cycles);
   }
   TORCH_SPE_DEVICE void turn(const Phasor& step) {
     const T next = re * step.re - im * step.im;
     im = im * step.re + re * step.im;
     re = next;
+  }
+
+ private:
+  TORCH_SPE_DEVICE void set(double cycles) {
+    if constexpr (sizeof(T) == 4) {
+      core::cos_sin_fixed(core::fixed_phase(cycles), &re, &im);
+    } else {
+      core::cos_sin_cycles(cycles, &re, &im);
+    }
   }
 };
 

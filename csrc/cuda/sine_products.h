@@ -21,31 +21,8 @@ constexpr int kRealTile = 64;
 constexpr int kTileTokens = 128;
 constexpr int kWarpTokens = kTileTokens / kWarps;
 
-// A phase in units of 2^-64 cycles, whose overflow is the period: exact at every position.
-struct FixedPhase {
-  std::uint64_t origin = 0, step = 0;
-
-  TORCH_SPE_DEVICE void set(double freq, double start) {
-    origin = fixed(core::reduce_cycles(freq, start));
-    step = fixed(core::reduce_cycles(freq, 1.0));
-  }
-  // In units of 2^-32 cycles: at position n, and from one position to the next.
-  TORCH_SPE_DEVICE std::uint32_t at(std::int64_t n) const {
-    return static_cast<std::uint32_t>((origin + static_cast<std::uint64_t>(n) * step) >> 32);
-  }
-  TORCH_SPE_DEVICE std::uint32_t short_step() const {
-    return static_cast<std::uint32_t>(step >> 32);
-  }
-
- private:
-  TORCH_SPE_DEVICE static std::uint64_t fixed(double cycles) {
-    return static_cast<std::uint64_t>(static_cast<std::int64_t>(cycles * 0x1p63)) << 1;
-  }
-};
-
 TORCH_SPE_DEVICE void cos_sin_of(std::uint32_t phase, float* cos_out, float* sin_out) {
-  constexpr float kUnit = static_cast<float>(core::kTwoPi * 0x1p-32);
-  fast_cos_sin(static_cast<float>(static_cast<std::int32_t>(phase)) * kUnit, cos_out, sin_out);
+  fast_cos_sin(core::angle_of(phase), cos_out, sin_out);
 }
 
 // Step k of a group of 8 features.
@@ -136,7 +113,7 @@ TORCH_SPE_DEVICE void fill_stage_basis(const SineFilterParams& p, const Steps& s
   const int begin = static_cast<int>(threadIdx.x) / kStageSines * quarter;
   const int end = begin + quarter < positions ? begin + quarter : positions;
   const std::int64_t sine = steps.sine(step, f);
-  FixedPhase fixed;
+  core::FixedPhases fixed;
   if (sine >= 0) fixed.set(p.freqs[head * steps.features * steps.sines + sine], p.start);
   std::uint32_t phase = fixed.at(n0 + begin);
   for (int t = begin; t < end; ++t, phase += fixed.short_step()) {
@@ -642,7 +619,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   };
 
   // The sine whose basis this thread makes.
-  FixedPhase fixed;
+  core::FixedPhases fixed;
   const std::int64_t sine = steps.sine(steps.at(first_step + thread / kGroup), thread % kGroup);
   if (sine >= 0) fixed.set(p.freqs[head * steps.features * steps.sines + sine], p.start);
   const bool even = tiles.batch % 2 == 0;  // then two neighbouring tokens share a position

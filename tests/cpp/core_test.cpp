@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <numbers>
 
@@ -32,6 +33,26 @@ TEST(Phase, CosAndSinAgreeWithTheLibrary) {
     EXPECT_NEAR(sd, static_cast<double>(std::sin(angle)), 3e-16);
     EXPECT_NEAR(cf, std::cos(kTwoPi * cycles), 1.2e-7);
     EXPECT_NEAR(sf, std::sin(kTwoPi * cycles), 1.2e-7);
+    cos_sin_fixed(fixed_phase(cycles), &cf, &sf);
+    EXPECT_NEAR(cf, std::cos(kTwoPi * cycles), 1.5e-7);
+    EXPECT_NEAR(sf, std::sin(kTwoPi * cycles), 1.5e-7);
+  }
+}
+
+TEST(Phase, FixedPhasesStayExact) {
+  for (double freq : {0.123456789, -0.4999, 1.75}) {
+    for (double start : {0.0, -3.25, 1e6}) {
+      FixedPhases phases;
+      phases.set(freq, start);
+      for (std::int64_t n : {0L, 1L, 12345L, 100000000L}) {
+        const std::uint32_t expected =
+            fixed_phase(reduce_cycles(freq, start + static_cast<double>(n)));
+        EXPECT_LE(std::abs(static_cast<std::int32_t>(phases.at(n) - expected)), 1);
+        EXPECT_LE(std::abs(static_cast<std::int32_t>(phases.at(n) + phases.short_step() -
+                                                     phases.at(n + 1))),
+                  1);
+      }
+    }
   }
 }
 
