@@ -161,28 +161,30 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   const Coefficients<Storage> coefficients(p, head);
 
   // Rows group + 8 i of the warp's tokens, and where their basis lies.
-  const Storage* x[kRows];
+  const Storage* x[kRows];  // from feature `member` on
+  bool inside[kRows];
   int basis_at[kRows];
   TORCH_SPE_UNROLL
   for (int i = 0; i < kRows; ++i) {
     const int row = warp * kWarpTokens + 8 * i + group;
     const int t = row / tiles.batch, b = row % tiles.batch;
-    const bool inside = t < tiles.positions && n0 + t < p.length && b0 + b < p.batch;
-    x[i] = inside ? static_cast<const Storage*>(p.x) + (b0 + b) * p.x_strides[0] +
-                        (n0 + t) * p.x_strides[1] + head * p.x_strides[2]
-                  : nullptr;
+    inside[i] = t < tiles.positions && n0 + t < p.length && b0 + b < p.batch;
+    x[i] = static_cast<const Storage*>(p.x) + (b0 + b) * p.x_strides[0] +
+           (n0 + t) * p.x_strides[1] + head * p.x_strides[2] + member * p.x_strides[3];
     basis_at[i] = (t < tiles.positions ? t : 0) * Shared::kBasisRow + 2 * member;
   }
   std::uint32_t values[kRows][2], next[kRows][2];  // x twice, of features member and member + 4
-  const auto load_x = [&](std::int64_t of_group) {
+  // Loads x of the next features, of which `left` are left.
+  int left = static_cast<int>(p.in_features) - member;
+  const auto load_x = [&] {
     TORCH_SPE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       TORCH_SPE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const std::int64_t d = of_group * kGroup + member + 4 * e;
-        next[i][e] = x[i] != nullptr && d < p.in_features ? x[i][d * p.x_strides[3]].bits : 0u;
-      }
+      for (int e = 0; e < 2; ++e)
+        next[i][e] = inside[i] && left > 4 * e ? x[i][4 * e * p.x_strides[3]].bits : 0u;
+      x[i] += kGroup * p.x_strides[3];
     }
+    left -= kGroup;
   };
   const auto bring_stage = [&](std::int64_t stage) {
     const std::int64_t first = stage * kStageSteps;
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   };
 
   float sums[kRows / 2][kRealTile / 8][4] = {};
-  load_x(0);
+  load_x();
   const std::int64_t stages = ceil_div(steps.count, kStageSteps);
   bring_stage(0);
   Step step{0, 0};
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
           TORCH_SPE_UNROLL
           for (int e = 0; e < 2; ++e) values[i][e] = next[i][e] | next[i][e] << 16;
         }
-        load_x(step.group + 1);
+        load_x();
       }
       std::uint32_t a[kRows / 2][4];
       TORCH_SPE_UNROLL
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
 
   TORCH_SPE_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    if (x[i] == nullptr) continue;
+    if (!inside[i]) continue;
     const int row = warp * kWarpTokens + 8 * i + group;
     const std::int64_t n = n0 + row / tiles.batch, b = b0 + row % tiles.batch;
     Storage* const out =
