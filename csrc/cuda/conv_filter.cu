@@ -4,6 +4,7 @@
 // numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the kernel. Of
 // polyphase noise a window holds one number for a period, and a code adds up its few taps.
 #include "conv_filter.h"
+#include "polyphase.h"
 #include "tiles.h"
 
 namespace torch_spe::cuda {
@@ -677,7 +678,10 @@ template <class Storage, class Operand, bool kDense>
 void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
   using T = core::accumulate_t<Storage>;
   const std::int64_t features = p.num_heads * p.in_features;
-  if (p.grad_x != nullptr) {
+  bool needs_x = p.grad_x != nullptr;
+  if constexpr (!kDense && sizeof(Storage) == 2)
+    needs_x = needs_x && !launch_polyphase_gradient<Storage>(p, stream);
+  if (needs_x) {
     Carver size;
     DataShared<Storage, Operand, kDense>{size};
     launch(data_kernel<Storage, Operand, kDense>,
@@ -755,6 +759,9 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
     using Storage = decltype(storage);
     using Operand = decltype(operand);
     constexpr bool kDense = decltype(dense)::value;
+    if constexpr (!kDense && sizeof(Storage) == 2) {
+      if (launch_polyphase<Storage, false>(p, stream)) return;
+    }
     Carver size;
     ForwardShared<Storage, Operand, kDense>{size};
     const std::int64_t blocks = PositionTiles(p).count * ceil_div(p.batch, kBatch<Storage>) *

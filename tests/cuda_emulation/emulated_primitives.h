@@ -24,6 +24,9 @@ std::uint32_t pack_pair(float low, float high) {
   return pair[0].bits | static_cast<std::uint32_t>(pair[1].bits) << 16;
 }
 
+inline std::uint32_t low_twice(std::uint32_t pair) { return (pair & 0xffffu) * 0x10001u; }
+inline std::uint32_t high_twice(std::uint32_t pair) { return (pair >> 16) * 0x10001u; }
+
 template <class T>
 void unpack_pair(std::uint32_t pair, float* low, float* high) {
   T value;

@@ -264,6 +264,44 @@ def test_conv_filter(compare, shape, noise, dtype):
     compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=inputs[0].numel() == 0)
 
 
+POLYPHASE_SHAPES = {  # batch, positions, heads, features, taps, realizations, constant; stride
+    "training": (8, 80, 2, 64, 128, 64, False, 64),
+    "one of the batch": (1, 70, 1, 5, 9, 12, True, 4),
+    "seven of the batch": (7, 33, 1, 70, 20, 33, False, 11),
+    "nine of the batch": (9, 21, 2, 18, 100, 32, True, 32),
+    "seventeen of the batch": (17, 19, 1, 16, 17, 16, False, 8),
+    "many features": (2, 40, 1, 130, 40, 48, True, 24),
+    "many realizations": (2, 67, 1, 20, 70, 136, True, 64),
+    "more classes than taps": (3, 50, 1, 9, 30, 96, False, 96),
+    "more classes than realizations": (2, 35, 1, 40, 90, 18, True, 70),
+    "few classes": (2, 35, 1, 40, 9, 66, False, 2),
+    "too many taps for shared memory": (1, 20, 1, 17, 900, 8, False, 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("shape", POLYPHASE_SHAPES.values(), ids=POLYPHASE_SHAPES)
+def test_polyphase_conv_filter_of_16_bits(compare, shape, kind):
+    batch, size, heads, features, taps, real, constant, stride = shape
+    dtype = torch.bfloat16 if kind == "gaussian" else torch.float16
+    noise = kind, [stride]
+    inputs, grad = conv_inputs(dtype, noise, batch, (size,), heads, features, (taps,), real, constant)
+    compare(conv(noise, 1, real, [-29]), inputs, grad, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
+def test_layouts_of_a_16_bit_conv_filter(compare, layout):
+    noise = "rademacher", [16]
+    (x, *rest), grad = conv_inputs(torch.bfloat16, noise, 3, (40,), 2, 24, (40,), 32, False)
+    if layout == "transposed":
+        x, grad = (t.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for t in (x, grad))
+    elif layout == "expanded":
+        x, grad = x[:1].expand(3, -1, -1, -1), grad[:, :, :, :1].expand(-1, -1, -1, 32)
+    else:
+        x, grad = (torch.cat([t, t], 3)[..., 3 : 3 + t.shape[3]] for t in (x, grad))
+    compare(conv(noise, 1, 32, [-(10**12)]), [x, *rest], grad, TOLERANCES[torch.bfloat16])
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
 def test_some_gradients_of_the_conv_filter(compare, noise):
     inputs, grad = conv_inputs(torch.float32, NOISE[noise], *CONV_SHAPES["odd"])

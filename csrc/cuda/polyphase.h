@@ -1,0 +1,569 @@
+// The convolution filter with polyphase noise along one dimension, for 16-bit storage: on tensor
+// cores.
+//
+// Take a feature and a group of s realizations, one of each class. At every position just one of
+// them has noise, so that their noise is one stream. Going on by one position and to the next class
+// at once, a code keeps its taps, and goes on by one along the stream. A diagonal is such a
+// sequence of codes: at position n diagonal i of a group stands for the realization of class (i +
+// n) mod s.
+//
+// A warp follows 16 diagonals (forward) or features (gradient of x) over some positions with the
+// codes' taps in registers. Two taps of a code, s apart, times two numbers of the stream are a pair
+// of operands; the other operand of the tensor cores is the pair (x, x), for 8 batch rows or more.
+#pragma once
+
+#include "core/conv_filter.h"
+#include "tiles.h"
+
+namespace torch_spe::cuda {
+
+using core::ConvFilterBackwardParams;
+using core::ConvFilterParams;
+
+constexpr int kPolyphaseRows = 64;  // of a block: 16 for each warp
+constexpr int kTileRows = 128;      // of positions and batch rows, whose sums a warp holds at once
+constexpr std::int64_t kMostShared = 96 * 1024;
+
+// What a block holds in shared memory.
+struct PolyphasePlan {
+  int stride, taps, pairs;  // s, P, pairs of taps of a code
+  int features, diagonals;  // at once
+  int groups;               // of s diagonals, that these lie in
+  int all_groups;           // of the realizations
+  int positions;            // noise is made for so many at once
+  int words, stream;        // of a stream: in use, and in all
+  int columns, row;         // of the tile of x or of grad_out: in use, and in all
+  int batch, pass;          // rows of the batch and positions of a tile
+  bool has_constant;
+
+  // Number of banks that a stream begins after the one of feature 0 and of the same phase: so that
+  // the codes of a warp's 32 lanes lie in different ones.
+  int feature_banks, feature_step;
+
+  TORCH_SPE_INLINE PolyphasePlan(const ConvFilterParams& p, int features, int diagonals,
+                                 int positions, int batch)
+      : stride(static_cast<int>(p.generated.stride[2])),
+        taps(static_cast<int>(p.kernel_size[2])),
+        pairs((taps + 2 * stride - 1) / (2 * stride)),
+        features(features),
+        diagonals(diagonals),
+        all_groups(static_cast<int>(ceil_div(p.num_realizations, stride))),
+        positions(positions),
+        batch(batch),
+        pass(kTileRows / batch),
+        has_constant(p.constant != nullptr) {
+    groups = stride % diagonals == 0   ? 1
+             : diagonals % stride == 0 ? diagonals / stride
+                                       : (diagonals - 2) / stride + 2;
+    if (groups > all_groups) groups = all_groups;
+    words = positions + stride - 1 + 2 * (pairs - 1) * stride;
+    stream = (words + 31 + 31) / 32 * 32;
+  }
+  TORCH_SPE_INLINE void set_columns(int count) {
+    columns = (count + 7) / 8 * 8;
+    row = columns < kPolyphaseRows ? kPolyphaseRows : columns;
+    row += row % 16 == 0 ? 8 : 16;
+  }
+};
+
+// The noise of some features and diagonals.
+struct StreamShared {
+  std::uint32_t* words;  // [feature, group, position]: the number there, and the one s later
+  std::int64_t* period;  // of the stream's first number, for each feature
+  int *origin, *phase;   // of that number within its period, and of position 0
+  int* begin;            // of the streams of a feature
+  int *group, *index;    // of each diagonal; a group that is not there has number plan.groups
+
+  TORCH_SPE_INLINE StreamShared(Carver& carver, const PolyphasePlan& plan)
+      : words(carver.take<std::uint32_t>(std::int64_t{plan.features} * plan.groups * plan.stream)),
+        period(carver.take<std::int64_t>(plan.features)),
+        origin(carver.take<int>(plan.features)),
+        phase(carver.take<int>(plan.features)),
+        begin(carver.take<int>(plan.features)),
+        group(carver.take<int>(plan.diagonals)),
+        index(carver.take<int>(plan.diagonals)) {}
+};
+
+template <class Storage>
+struct PolyphaseShared : StreamShared {
+  std::uint32_t* taps;  // [feature, pair, phase]
+  Storage* constant;    // [feature, group, class], over the factor of the noise
+  Storage* tile;        // [position, batch row, column] of x or grad_out
+
+  TORCH_SPE_INLINE PolyphaseShared(Carver& carver, const PolyphasePlan& plan)
+      : StreamShared(carver, plan),
+        taps(carver.take<std::uint32_t>(std::int64_t{plan.features} * plan.pairs * plan.stride)),
+        constant(plan.has_constant
+                     ? carver.take<Storage>(std::int64_t{plan.features} * plan.groups * plan.stride)
+                     : nullptr),
+        tile(carver.take<Storage>(std::int64_t{kTileRows} * plan.row)) {}
+};
+
+template <class Storage>
+class Streams {
+ public:
+  TORCH_SPE_DEVICE Streams(const ConvFilterParams& p, const PolyphasePlan& plan,
+                           const StreamShared& shared, std::int64_t head)
+      : p_(p),
+        plan_(plan),
+        shared_(shared),
+        head_(head),
+        seed_(static_cast<std::uint64_t>(*p.generated.device_seed)) {}
+
+  // Makes the streams of features and diagonals from the given ones on, from position n on. Has a
+  // barrier, and needs another one before the streams are used.
+  TORCH_SPE_DEVICE void make(std::int64_t feature, std::int64_t diagonal, std::int64_t n) {
+    const int s = plan_.stride;
+    const std::int64_t group = diagonal / s;
+    for (int i = static_cast<int>(threadIdx.x); i < plan_.features; i += kThreads) {
+      std::int64_t shift[3] = {0, 0, 0};
+      core::noise_shift(seed_, p_.generated.ndim, head_, feature + i, p_.generated.stride, shift);
+      const std::int64_t first = p_.generated.start[2] + shift[2];
+      const std::int64_t period = core::floor_divide(first + n, s);
+      shared_.period[i] = period;
+      shared_.origin[i] = static_cast<int>(first + n - period * s);
+      const int phase = static_cast<int>(core::floor_modulo(first, s));
+      shared_.phase[i] = phase;
+      shared_.begin[i] = i * plan_.groups * plan_.stream +
+                         (phase + i / plan_.feature_step * plan_.feature_banks) % 32;
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < plan_.diagonals; i += kThreads) {
+      const int index = static_cast<int>(diagonal - group * s) + i;
+      shared_.index[i] = index % s;
+      shared_.group[i] = static_cast<int>(min_of(index / s, plan_.groups));
+    }
+    __syncthreads();
+    if (p_.generated.kind == core::NoiseKind::kGaussian) {
+      fill<4>(feature, group);
+    } else {
+      fill<32>(feature, group);
+    }
+  }
+
+  // The first word of a code and the number of its first tap.
+  TORCH_SPE_DEVICE void find(int feature, int diagonal, int* word, int* tap) const {
+    const int lag = shared_.index[diagonal] - shared_.phase[feature];
+    *tap = lag < 0 ? lag + plan_.stride : lag;
+    *word = shared_.begin[feature] + group(diagonal) * plan_.stream + *tap;
+  }
+  // The group of a diagonal, or another one if it is not there.
+  TORCH_SPE_DEVICE int group(int diagonal) const {
+    return static_cast<int>(min_of(shared_.group[diagonal], plan_.groups - 1));
+  }
+
+ private:
+  // Noise of kRun realizations of one period: 4 normals, or 32 signs.
+  template <int kRun>
+  TORCH_SPE_DEVICE void make_run(std::int64_t feature, std::int64_t period, std::int64_t r,
+                                 std::uint32_t* signs, float (&normals)[4]) const {
+    const core::NoiseParams& noise = p_.generated;
+    const std::uint64_t position = core::noise_position(1, 0, 0, period);
+    const auto words = core::philox<core::ScalarNumbers>(
+        {{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
+          core::noise_source(head_, feature),
+          core::noise_block(static_cast<std::uint32_t>(noise.kind), 1,
+                            r / core::realizations_of_block(noise.kind))}},
+        seed_);
+    if constexpr (kRun == 4) {
+      core::normal_pair<core::ScalarNumbers>(words.word[0], words.word[1], normals, normals + 1);
+      core::normal_pair<core::ScalarNumbers>(words.word[2], words.word[3], normals + 2,
+                                             normals + 3);
+    } else {
+      *signs = core::word_of(words, r % 128 / 32);
+    }
+  }
+
+  // A thread makes the numbers of kRun realizations of a feature, for one period after the other.
+  template <int kRun>
+  TORCH_SPE_DEVICE void fill(std::int64_t feature, std::int64_t first_group) const {
+    const int s = plan_.stride;
+    const std::int64_t begin = first_group * s, end = begin + std::int64_t{plan_.groups} * s;
+    const std::int64_t first_run = begin / kRun;
+    const int runs = static_cast<int>(ceil_div(end, kRun) - first_run);
+    const std::uint32_t ones = pack_pair<Storage>(1.0f, 1.0f);
+    for (int i = static_cast<int>(threadIdx.x); i < plan_.features * runs; i += kThreads) {
+      const int d = i / runs;
+      const std::int64_t r = (first_run + i % runs) * kRun;
+      const bool inside = feature + d < p_.in_features;
+      const int real = static_cast<int>(inside ? max_of(0, min_of(kRun, p_.num_realizations - r))
+                                               : 0);  // that exist
+      const int from = static_cast<int>(max_of(0, begin - r));
+      const int to = static_cast<int>(min_of(kRun, end - r));
+      const int index = static_cast<int>(r + from - begin), first_class = index % s;
+      std::uint32_t* const out = shared_.words + shared_.begin[d] + index / s * plan_.stream;
+      const std::int64_t period = shared_.period[d];
+      const int origin = shared_.origin[d];
+      std::uint32_t signs = 0, next_signs = 0;
+      float normals[4] = {}, next_normals[4] = {};
+      if (real > 0) make_run<kRun>(feature + d, period, r, &next_signs, next_normals);
+      for (int j = 0; j * s - origin < plan_.words; ++j) {
+        signs = next_signs;
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 4; ++e) normals[e] = next_normals[e];
+        if (real > 0) make_run<kRun>(feature + d, period + j + 1, r, &next_signs, next_normals);
+        int c = first_class;
+        std::uint32_t* stream = out;
+        const auto put = [&](std::uint32_t word) {
+          const int u = j * s - origin + c;
+          if (u >= 0 && u < plan_.words) stream[u] = word;
+          if (++c == s) {
+            c = 0;
+            stream += plan_.stream;
+          }
+        };
+        if constexpr (kRun == 4) {
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < kRun; ++e) {
+            if (e >= from && e < to)
+              put(e < real ? pack_pair<Storage>(normals[e], next_normals[e]) : 0u);
+          }
+        } else {
+          for (int e = from; e < to; ++e) {
+            const std::uint32_t minus = (signs >> e & 1u) << 15 | (next_signs >> e & 1u) << 31;
+            put(e < real ? ones ^ minus : 0u);
+          }
+        }
+      }
+    }
+  }
+
+  const ConvFilterParams& p_;
+  const PolyphasePlan& plan_;
+  const StreamShared& shared_;
+  const std::int64_t head_;
+  const std::uint64_t seed_;
+};
+
+// Copies rows of `columns` numbers to shared memory: number `at(column)` of row(i), zero where it
+// is not below `count`, or the row is null. `aligned` rows can be read 8 numbers at once. The copy
+// may go on until copy_async_wait.
+template <class Storage, class Row, class At>
+TORCH_SPE_DEVICE void copy_rows(Storage* out, int rows, const PolyphasePlan& plan,
+                                std::int64_t count, std::int64_t stride, bool aligned,
+                                const Row& row, const At& at) {
+  const int step = aligned ? 8 : 1, pieces = plan.columns / step;
+  for (int i = static_cast<int>(threadIdx.x); i < rows * pieces; i += kThreads) {
+    const int m = i / pieces, column = (i - m * pieces) * step;
+    const Storage* const from = row(m);
+    const std::int64_t index = at(column);
+    Storage* const to = out + m * plan.row + column;
+    if (aligned && from != nullptr && index + 8 <= count) {
+      copy_async16(to, from + index);
+    } else {
+      for (int e = 0; e < step; ++e) {
+        to[e].bits = from != nullptr && index + e < count ? from[(index + e) * stride].bits
+                                                          : std::uint16_t(0);
+      }
+    }
+  }
+}
+
+// Whether x or grad_out can be read in pieces of 16 bytes.
+template <class Storage>
+TORCH_SPE_INLINE bool is_aligned(const void* data, const std::int64_t (&strides)[6]) {
+  return strides[5] == 1 && rows_are_aligned<Storage>(data, strides[0]) &&
+         rows_are_aligned<Storage>(data, strides[3]) && rows_are_aligned<Storage>(data, strides[4]);
+}
+
+template <class Storage>
+struct alignas(8) Four {
+  Storage values[4];
+};
+
+// Going on by one position; the index within its group of a diagonal's realization.
+TORCH_SPE_DEVICE int next_turn(int turn, int stride) { return turn + 1 == stride ? 0 : turn + 1; }
+TORCH_SPE_DEVICE int turned_index(int index, int turn, int stride) {
+  return index + turn < stride ? index + turn : index + turn - stride;
+}
+
+// The column in a tile of grad_out of a diagonal's first realization.
+TORCH_SPE_DEVICE int column_of(const StreamShared& shared, const PolyphasePlan& plan,
+                               int diagonal) {
+  const int group = shared.group[diagonal];
+  return group * (plan.stride + plan.pass) + (group < plan.groups ? shared.index[diagonal] : 0);
+}
+
+// x times codes, summed over features; or, for the gradient of x, grad_out (here p.x) times codes,
+// summed over realizations. A block makes some positions of kPolyphaseRows diagonals or features.
+template <class Storage, bool kGradient, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    polyphase_kernel(const ConvFilterParams p, const PolyphasePlan plan) {
+  constexpr int kBatch = 8 * kBatchTiles, kPass = kTileRows / kBatch;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const PolyphaseShared<Storage> shared(carver, plan);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32, group = thread % 32 / 4, member = thread % 4;
+  const int s = plan.stride, depth = kGradient ? plan.diagonals : plan.features;
+  const std::int64_t diagonals = std::int64_t{plan.all_groups} * s, length = p.size[2];
+  const std::int64_t row_count = kGradient ? p.in_features : diagonals;
+  const std::int64_t sum_count = kGradient ? diagonals : p.in_features;
+  const std::int64_t row_tiles = ceil_div(row_count, kPolyphaseRows);
+  const std::int64_t batch_tiles = ceil_div(p.batch, kBatch);
+  std::int64_t block = blockIdx.x;
+  const std::int64_t row0 = block % row_tiles * kPolyphaseRows;
+  block /= row_tiles;
+  const std::int64_t head = block % p.num_heads;
+  block /= p.num_heads;
+  const std::int64_t b0 = block % batch_tiles * kBatch;
+  const std::int64_t tile0 = block / batch_tiles * plan.positions;
+  const Storage* const in = static_cast<const Storage*>(p.x) + head * p.x_strides[4];
+  const std::int64_t in_columns = kGradient ? p.num_realizations : p.in_features;
+  const std::int64_t out_columns = kGradient ? p.in_features : p.num_realizations;
+  const bool aligned = is_aligned<Storage>(p.x, p.x_strides) && (!kGradient || s % 8 == 0);
+  const float factor = __builtin_sqrtf(static_cast<float>(s));
+  Streams<Storage> streams(p, plan, shared, head);
+
+  // Rows of the product that this lane holds numbers of.
+  int rows[2], row_index[2];
+  TORCH_SPE_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    rows[e] = warp * 16 + (kGradient ? 2 * group + e : group + 8 * e);
+    row_index[e] = static_cast<int>((row0 + rows[e]) % s);  // of a diagonal in its group
+  }
+
+  for (int pass = 0; pass < plan.positions && tile0 + pass < length; pass += kPass) {
+    const std::int64_t n0 = tile0 + pass;
+    const int turn = static_cast<int>(n0 % s);  // of the diagonals
+    float sums[kPass][kBatchTiles][4];
+    TORCH_SPE_UNROLL
+    for (int t = 0; t < kPass; ++t) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kBatchTiles; ++i) {
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 4; ++e) sums[t][i][e] = 0;
+      }
+    }
+
+    for (std::int64_t sum0 = 0; sum0 < sum_count; sum0 += depth) {
+      const std::int64_t d0 = kGradient ? row0 : sum0, diagonal0 = kGradient ? sum0 : row0;
+      const std::int64_t group0 = diagonal0 / s;
+      __syncthreads();  // shared memory has been used
+      if (pass == 0 || sum_count > depth) {
+        streams.make(d0, diagonal0, n0);
+        const float* const kernel =
+            static_cast<const float*>(p.kernel) + (head * p.in_features + d0) * plan.taps;
+        const int per_feature = plan.pairs * s;
+        for (int i = thread; i < plan.features * per_feature; i += kThreads) {
+          const int d = i / per_feature, tap = i % per_feature / s * s + i % per_feature;
+          const auto at = [&](int k) {
+            return d0 + d < p.in_features && k < plan.taps ? kernel[d * plan.taps + k] : 0.0f;
+          };
+          shared.taps[i] = pack_pair<Storage>(at(tap), at(tap + s));
+        }
+        if (plan.has_constant) {
+          const int per_feature = plan.groups * s;
+          for (int i = thread; i < plan.features * per_feature; i += kThreads) {
+            const std::int64_t d = d0 + i / per_feature, r = group0 * s + i % per_feature;
+            const float value =
+                d < p.in_features && r < p.num_realizations
+                    ? static_cast<const float*>(
+                          p.constant)[(head * p.in_features + d) * p.num_realizations + r]
+                    : 0.0f;
+            write(value / factor, shared.constant + i);
+          }
+        }
+      }
+      // Forward a column is a feature. Else a group has s + kPass columns, so that diagonal i finds
+      // its realization at i + t for the t-th position; a group that is not there has kPass zeros.
+      copy_rows(
+          shared.tile, kTileRows, plan, in_columns, p.x_strides[5], aligned,
+          [&](int i) -> const Storage* {
+            const std::int64_t b = b0 + i % kBatch, n = n0 + i / kBatch;
+            if (b >= p.batch || n >= length) return nullptr;
+            return in + b * p.x_strides[0] + n * p.x_strides[3];
+          },
+          [&](int column) -> std::int64_t {
+            if constexpr (!kGradient) return sum0 + column;
+            const int part = column / (s + kPass);
+            if (part >= plan.groups) return in_columns;
+            return (group0 + part) * s + (column - part * (s + kPass) + turn) % s;
+          });
+      copy_async_wait();
+      __syncthreads();
+
+      // A lane has 4 of 16 summands, two in each product.
+      for (int i0 = 0; i0 < depth; i0 += 16) {
+        const Storage* tile[4];
+        int words[4][2], taps[4][2], places[4][2];
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int summand = i0 + (kGradient ? 4 * i + member : 4 * member + i);
+          tile[i] = shared.tile + group * plan.row +
+                    (kGradient ? column_of(shared, plan, summand) : i0 + 4 * member);
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const int d = kGradient ? rows[e] : summand, diagonal = kGradient ? summand : rows[e];
+            streams.find(d, diagonal, &words[i][e], &taps[i][e]);
+            words[i][e] += sum_count > depth ? 0 : pass;
+            taps[i][e] += d * plan.pairs * s;
+            places[i][e] = (d * plan.groups + streams.group(diagonal)) * s;
+          }
+        }
+        // code(t, index of its realization after that of its diagonal, summand, row)
+        const auto multiply = [&](const auto& code) {
+          int turned = turn;
+          TORCH_SPE_UNROLL
+          for (int t = 0; t < kPass; ++t, turned = next_turn(turned, s)) {
+            std::uint32_t twice[kBatchTiles][4];  // (x, x) of the 4 summands
+            TORCH_SPE_UNROLL
+            for (int j = 0; j < kBatchTiles; ++j) {
+              const int at = (t * kBatch + 8 * j) * plan.row;
+              if constexpr (kGradient) {
+                TORCH_SPE_UNROLL
+                for (int i = 0; i < 4; ++i) twice[j][i] = low_twice(tile[i][at + t].bits);
+              } else {
+                const auto four = *reinterpret_cast<const Four<Storage>*>(tile[0] + at);
+                std::uint32_t pairs[2];
+                __builtin_memcpy(pairs, &four, sizeof(pairs));
+                TORCH_SPE_UNROLL
+                for (int i = 0; i < 4; ++i)
+                  twice[j][i] = i % 2 == 0 ? low_twice(pairs[i / 2]) : high_twice(pairs[i / 2]);
+              }
+            }
+            TORCH_SPE_UNROLL
+            for (int i = 0; i < 4; i += 2) {
+              const std::uint32_t a[4] = {code(t, turned, i, 0), code(t, turned, i, 1),
+                                          code(t, turned, i + 1, 0), code(t, turned, i + 1, 1)};
+              TORCH_SPE_UNROLL
+              for (int j = 0; j < kBatchTiles; ++j) {
+                const std::uint32_t b[2] = {twice[j][i], twice[j][i + 1]};
+                mma_m16n8k16<Storage>(sums[t][j], a, b);
+              }
+            }
+          }
+        };
+        for (int pair = 0; pair < plan.pairs; ++pair) {
+          std::uint32_t factors[4][2];
+          TORCH_SPE_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            TORCH_SPE_UNROLL
+            for (int e = 0; e < 2; ++e) factors[i][e] = shared.taps[taps[i][e] + pair * s];
+          }
+          multiply([&](int t, int, int i, int e) {
+            return multiply_pairs<Storage>(shared.words[words[i][e] + 2 * s * pair + t],
+                                           factors[i][e]);
+          });
+        }
+        if (plan.has_constant) {
+          multiply([&](int, int turned, int i, int e) -> std::uint32_t {
+            const int summand = i0 + (kGradient ? 4 * i + member : 4 * member + i);
+            const int index = shared.index[kGradient ? summand : rows[e]];
+            return shared.constant[places[i][e] + turned_index(index, turned, s)].bits;
+          });
+        }
+      }
+    }
+
+    // The sums go through shared memory; where the block has all realizations of its groups, it
+    // brings them into order there.
+    const bool ordered = kGradient || kPolyphaseRows % s == 0;
+    __syncthreads();  // the tile has been used
+    int turned = turn;
+    TORCH_SPE_UNROLL
+    for (int t = 0; t < kPass; ++t, turned = next_turn(turned, s)) {
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int column = kGradient || !ordered
+                               ? rows[e]
+                               : rows[e] - row_index[e] + turned_index(row_index[e], turned, s);
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kBatchTiles; ++j) {
+          TORCH_SPE_UNROLL
+          for (int i = 0; i < 2; ++i)
+            write(sums[t][j][2 * e + i] * factor,
+                  shared.tile + (t * kBatch + 8 * j + 2 * member + i) * plan.row + column);
+        }
+      }
+    }
+    __syncthreads();
+    const bool vectors =
+        ordered && out_columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0;
+    for (int i = thread; i < kTileRows * (kPolyphaseRows / 8); i += kThreads) {
+      const int m = i / (kPolyphaseRows / 8), column = i % (kPolyphaseRows / 8) * 8;
+      const std::int64_t b = b0 + m % kBatch, n = n0 + m / kBatch;
+      if (b >= p.batch || n >= length) continue;
+      const Storage* const from = shared.tile + m * plan.row + column;
+      Storage* const to =
+          static_cast<Storage*>(p.out) + ((b * length + n) * p.num_heads + head) * out_columns;
+      if (vectors && row0 + column < out_columns) {
+        *reinterpret_cast<Vector<Storage>*>(to + row0 + column) =
+            *reinterpret_cast<const Vector<Storage>*>(from);
+        continue;
+      }
+      for (int e = 0; e < 8; ++e) {
+        std::int64_t index = row0 + column + e;
+        if (!ordered)
+          index += (shared.index[column + e] + turn + m / kBatch) % s - shared.index[column + e];
+        if (index < out_columns) to[index] = from[e];
+      }
+    }
+  }
+}
+
+// Whether the kernels here may take the noise.
+inline bool is_polyphase_line(const ConvFilterParams& p) {
+  const core::NoiseParams& noise = p.generated;
+  const std::int64_t s = noise.stride[2];
+  return p.noise == nullptr && noise.ndim == 1 && s > 1 && s <= 1024 && p.kernel_size[2] <= 8192 &&
+         s <= 4 * p.num_realizations && p.num_realizations <= (1 << 20) && p.batch > 0 &&
+         p.size[2] > 0;
+}
+
+// Calls function(plan) with the first of plans for some number of features and diagonals and some
+// number of positions, `make(depth, positions)`, of which `Shared` is small enough. Returns whether
+// there is one.
+template <class Shared, class Make, class Function>
+bool choose_plan(std::int64_t sums, const Make& make, const Function& function) {
+  for (const int depth : {64, 32, 16}) {
+    if (depth > 16 && depth >= 2 * sums) continue;
+    for (const int positions : {64, 32, 16, 8}) {
+      const PolyphasePlan plan = make(depth, positions);
+      if (positions < plan.pass) continue;
+      if (positions > plan.pass && sums > depth) continue;  // noise is made again for each depth
+      Carver size;
+      Shared{size, plan};
+      if (static_cast<std::int64_t>(size.size()) > kMostShared) continue;
+      function(plan, size.size());
+      return true;
+    }
+  }
+  return false;
+}
+
+// Starts the kernel, unless it is not made for these arguments.
+template <class Storage, bool kGradient>
+bool launch_polyphase(const ConvFilterParams& p, Stream stream) {
+  if (!is_polyphase_line(p)) return false;
+  const std::int64_t s = p.generated.stride[2], diagonals = ceil_div(p.num_realizations, s) * s;
+  return choose_plan<PolyphaseShared<Storage>>(
+      kGradient ? diagonals : p.in_features,
+      [&](int depth, int positions) {
+        PolyphasePlan plan(p, kGradient ? kPolyphaseRows : depth,
+                           kGradient ? depth : kPolyphaseRows, positions, p.batch > 8 ? 16 : 8);
+        plan.set_columns(kGradient ? plan.groups * (plan.stride + plan.pass) + plan.pass : depth);
+        plan.feature_step = kGradient ? 2 : 4;
+        plan.feature_banks = kGradient ? 4 : 8;
+        return plan;
+      },
+      [&](const PolyphasePlan& plan, std::size_t shared_bytes) {
+        const std::int64_t blocks =
+            ceil_div(kGradient ? p.in_features : diagonals, kPolyphaseRows) * p.num_heads *
+            ceil_div(p.batch, plan.batch) * ceil_div(p.size[2], plan.positions);
+        launch(plan.batch > 8 ? polyphase_kernel<Storage, kGradient, 2>
+                              : polyphase_kernel<Storage, kGradient, 1>,
+               grid_of(blocks), dim3(kThreads), shared_bytes, stream, p, plan);
+      });
+}
+
+// The gradient of x is the filter of grad_out, with features and realizations exchanged.
+template <class Storage>
+bool launch_polyphase_gradient(const ConvFilterBackwardParams& p, Stream stream) {
+  ConvFilterParams exchanged = p;
+  exchanged.x = p.grad_out;
+  for (int i = 0; i < 6; ++i) exchanged.x_strides[i] = p.grad_out_strides[i];
+  exchanged.out = p.grad_x;
+  return launch_polyphase<Storage, true>(exchanged, stream);
+}
+
+}  // namespace torch_spe::cuda
