@@ -140,11 +140,22 @@ class Streams {
     }
   }
 
-  // The first word of a code and the number of its first tap.
-  TORCH_SPE_DEVICE void find(int feature, int diagonal, int* word, int* tap) const {
-    const int lag = shared_.index[diagonal] - shared_.phase[feature];
-    *tap = lag < 0 ? lag + plan_.stride : lag;
-    *word = shared_.begin[feature] + group(diagonal) * plan_.stream + *tap;
+  // Where the streams of a feature begin, and where a code with the class of position 0 would be.
+  struct Feature {
+    int begin, phase;
+  };
+  TORCH_SPE_DEVICE Feature feature(int i) const { return {shared_.begin[i], shared_.phase[i]}; }
+  // Where a stream begins after that of the first group, and the index within the group.
+  struct Diagonal {
+    int begin, index;
+  };
+  TORCH_SPE_DEVICE Diagonal diagonal(int i) const {
+    return {group(i) * plan_.stream, shared_.index[i]};
+  }
+  // The number of the first tap of a code; its first word is that far from where the stream begins.
+  TORCH_SPE_DEVICE int tap(Feature feature, Diagonal diagonal) const {
+    const int lag = diagonal.index - feature.phase;
+    return lag < 0 ? lag + plan_.stride : lag;
   }
   // The group of a diagonal, or another one if it is not there.
   TORCH_SPE_DEVICE int group(int diagonal) const {
@@ -201,30 +212,38 @@ class Streams {
         TORCH_SPE_UNROLL
         for (int e = 0; e < 4; ++e) normals[e] = next_normals[e];
         if (real > 0) make_run<kRun>(feature + d, period + j + 1, r, &next_signs, next_normals);
-        int c = first_class;
+        // One stretch for each group that the run has realizations of.
+        int c = first_class, next = to;
         std::uint32_t* stream = out;
-        const auto put = [&](std::uint32_t word) {
-          const int u = j * s - origin + c;
-          if (u >= 0 && u < plan_.words) stream[u] = word;
-          if (++c == s) {
-            c = 0;
-            stream += plan_.stream;
-          }
-        };
-        if constexpr (kRun == 4) {
-          TORCH_SPE_UNROLL
-          for (int e = 0; e < kRun; ++e) {
-            if (e >= from && e < to)
-              put(e < real ? pack_pair<Storage>(normals[e], next_normals[e]) : 0u);
-          }
-        } else {
-          for (int e = from; e < to; ++e) {
-            const std::uint32_t minus = (signs >> e & 1u) << 15 | (next_signs >> e & 1u) << 31;
-            put(e < real ? ones ^ minus : 0u);
+        for (int e = from; e < to; e = next, c = 0, stream += plan_.stream) {
+          next = static_cast<int>(min_of(to, e + s - c));
+          const int u = j * s - origin + c - e;  // of number 0 of the run
+          const int first = static_cast<int>(max_of(e, -u));
+          const int last = static_cast<int>(min_of(next, plan_.words - u));
+          if constexpr (kRun == 4) {
+            TORCH_SPE_UNROLL
+            for (int k = 0; k < kRun; ++k) {
+              if (k >= first && k < last)
+                stream[u + k] = k < real ? pack_pair<Storage>(normals[k], next_normals[k]) : 0u;
+            }
+          } else {
+            const int last_real = static_cast<int>(min_of(last, real));
+            // The signs of number k in the highest bits of both halves.
+            std::uint32_t low = rotate(signs, first + 17), high = rotate(next_signs, first + 1);
+            for (int k = first; k < last_real; ++k) {
+              stream[u + k] = ones ^ (low & 0x8000u) ^ (high & 0x80000000u);
+              low = rotate(low, 1);
+              high = rotate(high, 1);
+            }
+            for (int k = static_cast<int>(max_of(first, real)); k < last; ++k) stream[u + k] = 0;
           }
         }
       }
     }
+  }
+
+  TORCH_SPE_DEVICE static std::uint32_t rotate(std::uint32_t bits, int right) {
+    return bits >> (right & 31) | bits << (-right & 31);
   }
 
   const ConvFilterParams& p_;
@@ -242,17 +261,22 @@ TORCH_SPE_DEVICE void copy_rows(Storage* out, int rows, const PolyphasePlan& pla
                                 std::int64_t count, std::int64_t stride, bool aligned,
                                 const Row& row, const At& at) {
   const int step = aligned ? 8 : 1, pieces = plan.columns / step;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * pieces; i += kThreads) {
-    const int m = i / pieces, column = (i - m * pieces) * step;
-    const Storage* const from = row(m);
+  const int width = pieces < kThreads ? pieces : kThreads, height = kThreads / width;
+  const int first = static_cast<int>(threadIdx.x) / width;
+  if (first >= height) return;
+  for (int piece = static_cast<int>(threadIdx.x) % width; piece < pieces; piece += width) {
+    const int column = piece * step;
     const std::int64_t index = at(column);
-    Storage* const to = out + m * plan.row + column;
-    if (aligned && from != nullptr && index + 8 <= count) {
-      copy_async16(to, from + index);
-    } else {
-      for (int e = 0; e < step; ++e) {
-        to[e].bits = from != nullptr && index + e < count ? from[(index + e) * stride].bits
-                                                          : std::uint16_t(0);
+    for (int i = first; i < rows; i += height) {
+      const Storage* const from = row(i);
+      Storage* const to = out + i * plan.row + column;
+      if (aligned && from != nullptr && index + 8 <= count) {
+        copy_async16(to, from + index);
+      } else {
+        for (int e = 0; e < step; ++e) {
+          to[e].bits = from != nullptr && index + e < count ? from[(index + e) * stride].bits
+                                                            : std::uint16_t(0);
+        }
       }
     }
   }
@@ -343,13 +367,17 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         streams.make(d0, diagonal0, n0);
         const float* const kernel =
             static_cast<const float*>(p.kernel) + (head * p.in_features + d0) * plan.taps;
-        const int per_feature = plan.pairs * s;
-        for (int i = thread; i < plan.features * per_feature; i += kThreads) {
-          const int d = i / per_feature, tap = i % per_feature / s * s + i % per_feature;
-          const auto at = [&](int k) {
-            return d0 + d < p.in_features && k < plan.taps ? kernel[d * plan.taps + k] : 0.0f;
-          };
-          shared.taps[i] = pack_pair<Storage>(at(tap), at(tap + s));
+        for (int d = warp; d < plan.features; d += kThreads / 32) {
+          const int count = d0 + d < p.in_features ? plan.taps : 0;
+          const float* const from = kernel + d * plan.taps;
+          std::uint32_t* to = shared.taps + d * plan.pairs * s;
+          for (int pair = 0; pair < 2 * s * plan.pairs; pair += 2 * s, to += s) {
+            for (int i = thread % 32; i < s; i += 32) {
+              const int tap = pair + i;
+              to[i] = pack_pair<Storage>(tap < count ? from[tap] : 0.0f,
+                                         tap + s < count ? from[tap + s] : 0.0f);
+            }
+          }
         }
         if (plan.has_constant) {
           const int per_feature = plan.groups * s;
@@ -382,22 +410,39 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       copy_async_wait();
       __syncthreads();
 
-      // A lane has 4 of 16 summands, two in each product.
+      // A lane has two rows and 4 of 16 summands, two in each product.
+      typename Streams<Storage>::Feature features[4];
+      typename Streams<Storage>::Diagonal lines[4];
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if constexpr (kGradient) {
+          features[e] = streams.feature(rows[e]);
+        } else {
+          lines[e] = streams.diagonal(rows[e]);
+        }
+      }
       for (int i0 = 0; i0 < depth; i0 += 16) {
         const Storage* tile[4];
-        int words[4][2], taps[4][2], places[4][2];
+        int words[4][2], taps[4][2];
+        const int summand0 = i0 + (kGradient ? member : 4 * member);
+        constexpr int kStep = kGradient ? 4 : 1;
         TORCH_SPE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int summand = i0 + (kGradient ? 4 * i + member : 4 * member + i);
+          const int summand = summand0 + kStep * i;
           tile[i] = shared.tile + group * plan.row +
-                    (kGradient ? column_of(shared, plan, summand) : i0 + 4 * member);
+                    (kGradient ? column_of(shared, plan, summand) : summand0);
+          if constexpr (kGradient) {
+            lines[i] = streams.diagonal(summand);
+          } else {
+            features[i] = streams.feature(summand);
+          }
           TORCH_SPE_UNROLL
           for (int e = 0; e < 2; ++e) {
-            const int d = kGradient ? rows[e] : summand, diagonal = kGradient ? summand : rows[e];
-            streams.find(d, diagonal, &words[i][e], &taps[i][e]);
-            words[i][e] += sum_count > depth ? 0 : pass;
-            taps[i][e] += d * plan.pairs * s;
-            places[i][e] = (d * plan.groups + streams.group(diagonal)) * s;
+            const auto feature = features[kGradient ? e : i];
+            const auto line = lines[kGradient ? i : e];
+            const int tap = streams.tap(feature, line);
+            words[i][e] = feature.begin + line.begin + tap + (sum_count > depth ? 0 : pass);
+            taps[i][e] = (kGradient ? rows[e] : summand) * plan.pairs * s + tap;
           }
         }
         // code(t, index of its realization after that of its diagonal, summand, row)
@@ -447,9 +492,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
         if (plan.has_constant) {
           multiply([&](int, int turned, int i, int e) -> std::uint32_t {
-            const int summand = i0 + (kGradient ? 4 * i + member : 4 * member + i);
-            const int index = shared.index[kGradient ? summand : rows[e]];
-            return shared.constant[places[i][e] + turned_index(index, turned, s)].bits;
+            const int summand = summand0 + kStep * i;
+            const int d = kGradient ? rows[e] : summand, diagonal = kGradient ? summand : rows[e];
+            return shared
+                .constant[(d * plan.groups + streams.group(diagonal)) * s +
+                          turned_index(shared.index[diagonal], turned, s)]
+                .bits;
           });
         }
       }
@@ -479,8 +527,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     __syncthreads();
     const bool vectors =
         ordered && out_columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0;
-    for (int i = thread; i < kTileRows * (kPolyphaseRows / 8); i += kThreads) {
-      const int m = i / (kPolyphaseRows / 8), column = i % (kPolyphaseRows / 8) * 8;
+    const int column = thread % (kPolyphaseRows / 8) * 8;
+    for (int m = thread / (kPolyphaseRows / 8); m < kTileRows;
+         m += kThreads / (kPolyphaseRows / 8)) {
       const std::int64_t b = b0 + m % kBatch, n = n0 + m / kBatch;
       if (b >= p.batch || n >= length) continue;
       const Storage* const from = shared.tile + m * plan.row + column;
