@@ -659,16 +659,19 @@ void visit_kernels(const ConvFilterParams& p, bool allow_tf32, const Function& f
 
 // Parts of the scratch memory of the backward pass.
 struct Workspace {
-  std::int64_t segments, taps, constants;
+  PolyphaseTaps polyphase;
+  std::int64_t segments, taps, constants, kernel_parts;
   double *kernel = nullptr, *constant = nullptr;
   std::size_t size = 0;
 
   Workspace(const ConvFilterBackwardParams& p, void* memory)
-      : segments(kernel_segments(p)),
+      : polyphase(p),
+        segments(kernel_segments(p)),
         taps(p.num_heads * p.in_features * p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2]),
-        constants(p.num_heads * p.in_features * p.num_realizations) {
+        constants(p.num_heads * p.in_features * p.num_realizations),
+        kernel_parts(polyphase.tiles > 0 ? polyphase.parts() : segments) {
     Carver carver(static_cast<unsigned char*>(memory));
-    if (p.grad_kernel != nullptr) kernel = carver.take<double>(segments * taps);
+    if (p.grad_kernel != nullptr) kernel = carver.take<double>(kernel_parts * taps);
     if (p.grad_constant != nullptr) constant = carver.take<double>(segments * constants);
     size = carver.size();
   }
@@ -689,19 +692,26 @@ void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
            dim3(kThreads), size.size(), stream, p);
   }
   const Workspace workspace(p, memory);
-  if (p.grad_kernel != nullptr || p.grad_constant != nullptr) {
+  bool needs_kernel = p.grad_kernel != nullptr;
+  if constexpr (!kDense && sizeof(Storage) == 2) {
+    if (needs_kernel && workspace.polyphase.tiles > 0) {
+      launch_polyphase_taps<Storage>(p, workspace.polyphase, workspace.kernel, stream);
+      needs_kernel = false;
+    }
+  }
+  if (needs_kernel || p.grad_constant != nullptr) {
     Carver size;
     KernelShared<Storage, Operand, kDense>{size};
     launch(kernel_kernel<Storage, Operand, kDense>, grid_of(workspace.segments * features),
-           dim3(kThreads), size.size(), stream, p, workspace.segments, workspace.kernel,
-           workspace.constant);
-    if (p.grad_kernel != nullptr)
-      sum_parts(workspace.kernel, workspace.segments, workspace.taps,
-                static_cast<T*>(p.grad_kernel), stream);
+           dim3(kThreads), size.size(), stream, p, workspace.segments,
+           needs_kernel ? workspace.kernel : nullptr, workspace.constant);
     if (p.grad_constant != nullptr)
       sum_parts(workspace.constant, workspace.segments, workspace.constants,
                 static_cast<T*>(p.grad_constant), stream);
   }
+  if (p.grad_kernel != nullptr)
+    sum_parts(workspace.kernel, workspace.kernel_parts, workspace.taps,
+              static_cast<T*>(p.grad_kernel), stream);
   if constexpr (kDense) {
     if (p.grad_noise == nullptr) return;
     const PositionTiles tiles(p.size[0] + p.kernel_size[0] - 1, p.size[1] + p.kernel_size[1] - 1,

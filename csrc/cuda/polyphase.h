@@ -59,6 +59,9 @@ struct PolyphasePlan {
     words = positions + stride - 1 + 2 * (pairs - 1) * stride;
     stream = (words + 31 + 31) / 32 * 32;
   }
+  TORCH_SPE_INLINE std::int64_t diagonal_tiles() const {
+    return ceil_div(std::int64_t{all_groups} * stride, diagonals);
+  }
   TORCH_SPE_INLINE void set_columns(int count) {
     columns = (count + 7) / 8 * 8;
     row = columns < kPolyphaseRows ? kPolyphaseRows : columns;
@@ -257,10 +260,10 @@ class Streams {
 // is not below `count`, or the row is null. `aligned` rows can be read 8 numbers at once. The copy
 // may go on until copy_async_wait.
 template <class Storage, class Row, class At>
-TORCH_SPE_DEVICE void copy_rows(Storage* out, int rows, const PolyphasePlan& plan,
+TORCH_SPE_DEVICE void copy_rows(Storage* out, int row_stride, int rows, int columns,
                                 std::int64_t count, std::int64_t stride, bool aligned,
                                 const Row& row, const At& at) {
-  const int step = aligned ? 8 : 1, pieces = plan.columns / step;
+  const int step = aligned ? 8 : 1, pieces = columns / step;
   const int width = pieces < kThreads ? pieces : kThreads, height = kThreads / width;
   const int first = static_cast<int>(threadIdx.x) / width;
   if (first >= height) return;
@@ -269,7 +272,7 @@ TORCH_SPE_DEVICE void copy_rows(Storage* out, int rows, const PolyphasePlan& pla
     const std::int64_t index = at(column);
     for (int i = first; i < rows; i += height) {
       const Storage* const from = row(i);
-      Storage* const to = out + i * plan.row + column;
+      Storage* const to = out + i * row_stride + column;
       if (aligned && from != nullptr && index + 8 <= count) {
         copy_async16(to, from + index);
       } else {
@@ -305,6 +308,17 @@ TORCH_SPE_DEVICE int column_of(const StreamShared& shared, const PolyphasePlan& 
                                int diagonal) {
   const int group = shared.group[diagonal];
   return group * (plan.stride + plan.pass) + (group < plan.groups ? shared.index[diagonal] : 0);
+}
+
+// The realization in a column of a tile of grad_out, or `none`. A group has s + pass columns, so
+// that a diagonal finds its realization of position t of the tile t columns after the first; a
+// group that is not there has `pass` zeros.
+TORCH_SPE_DEVICE std::int64_t realization_of(const PolyphasePlan& plan, int column,
+                                             std::int64_t first_group, int turn,
+                                             std::int64_t none) {
+  const int width = plan.stride + plan.pass, group = column / width;
+  if (group >= plan.groups) return none;
+  return (first_group + group) * plan.stride + (column - group * width + turn) % plan.stride;
 }
 
 // x times codes, summed over features; or, for the gradient of x, grad_out (here p.x) times codes,
@@ -392,10 +406,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           }
         }
       }
-      // Forward a column is a feature. Else a group has s + kPass columns, so that diagonal i finds
-      // its realization at i + t for the t-th position; a group that is not there has kPass zeros.
       copy_rows(
-          shared.tile, kTileRows, plan, in_columns, p.x_strides[5], aligned,
+          shared.tile, plan.row, kTileRows, plan.columns, in_columns, p.x_strides[5], aligned,
           [&](int i) -> const Storage* {
             const std::int64_t b = b0 + i % kBatch, n = n0 + i / kBatch;
             if (b >= p.batch || n >= length) return nullptr;
@@ -403,9 +415,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           },
           [&](int column) -> std::int64_t {
             if constexpr (!kGradient) return sum0 + column;
-            const int part = column / (s + kPass);
-            if (part >= plan.groups) return in_columns;
-            return (group0 + part) * s + (column - part * (s + kPass) + turn) % s;
+            return realization_of(plan, column, group0, turn, in_columns);
           });
       copy_async_wait();
       __syncthreads();
@@ -580,6 +590,174 @@ bool choose_plan(std::int64_t sums, const Make& make, const Function& function) 
   return false;
 }
 
+// Columns of a tile of x with the features of `kTiles` products.
+template <int kTiles>
+constexpr int kFeatureRow = 16 * kTiles + 8;
+
+template <class Storage, int kTiles>
+struct PolyphaseTapsShared : StreamShared {
+  Storage *x, *grad;  // [position, batch row, column]
+
+  TORCH_SPE_INLINE PolyphaseTapsShared(Carver& carver, const PolyphasePlan& plan)
+      : StreamShared(carver, plan),
+        x(carver.take<Storage>(std::int64_t{kTileRows} * kFeatureRow<kTiles>)),
+        grad(carver.take<Storage>(std::int64_t{kTileRows} * plan.row)) {}
+};
+
+// Gradient of the kernel. A block takes 16 kTiles features, kPolyphaseRows diagonals and a segment
+// of the positions. The gradients of codes, products of x and grad_out summed over the batch, are
+// made on tensor cores; a lane adds each, times the stream, to sums of its taps.
+template <class Storage, int kTiles, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    polyphase_taps_kernel(const ConvFilterBackwardParams p, const PolyphasePlan plan,
+                          std::int64_t segments, double* parts) {  // [segment, group, H, D, P]
+  constexpr int kBatch = 8 * kBatchTiles, kPass = kTileRows / kBatch, kFeatures = 16 * kTiles;
+  constexpr int kRow = kFeatureRow<kTiles>;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const PolyphaseTapsShared<Storage, kTiles> shared(carver, plan);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int group = lane / 4, member = lane % 4, s = plan.stride;
+  const std::int64_t diagonals = std::int64_t{plan.all_groups} * s, length = p.size[2];
+  const std::int64_t diagonal_tiles = ceil_div(diagonals, kPolyphaseRows);
+  const std::int64_t feature_tiles = ceil_div(p.in_features, kFeatures);
+  std::int64_t block = blockIdx.x;
+  const std::int64_t segment = block % segments;
+  block /= segments;
+  const std::int64_t diagonal0 = block % diagonal_tiles * kPolyphaseRows;
+  block /= diagonal_tiles;
+  const std::int64_t d0 = block % feature_tiles * kFeatures, head = block / feature_tiles;
+  const std::int64_t tiles = ceil_div(length, plan.positions);
+  const std::int64_t first_tile = segment * ceil_div(tiles, segments);
+  const std::int64_t end_tile = min_of(tiles, first_tile + ceil_div(tiles, segments));
+  const Storage* const x =
+      static_cast<const Storage*>(p.x) + head * p.x_strides[4] + d0 * p.x_strides[5];
+  const Storage* const grad =
+      static_cast<const Storage*>(p.grad_out) + head * p.grad_out_strides[4];
+  const bool x_aligned = is_aligned<Storage>(p.x, p.x_strides);
+  const bool grad_aligned = is_aligned<Storage>(p.grad_out, p.grad_out_strides) && s % 8 == 0;
+  const double factor = __builtin_sqrt(static_cast<double>(s));
+  Streams<Storage> streams(p, plan, shared, head);
+  // The lane's codes: of feature tile i, diagonal tile j and number e of the product, these are.
+  const int warp_diagonal = thread / 32 * 16;
+  const auto feature_of = [&](int i, int e) { return 16 * i + group + 8 * (e / 2); };
+  const auto diagonal_of = [&](int j, int e) {
+    return warp_diagonal + 8 * j + member + 4 * (e % 2);
+  };
+
+  for (int pair = 0; pair < plan.pairs; ++pair) {
+    float sums[kTiles][2][4][2];
+    for (std::int64_t tile = first_tile; tile < end_tile; ++tile) {
+      const std::int64_t tile0 = tile * plan.positions;
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTiles * 16; ++i) sums[i / 16][i / 8 % 2][i / 2 % 4][i % 2] = 0;
+      __syncthreads();  // the streams before have been used
+      streams.make(d0, diagonal0, tile0);
+      __syncthreads();
+      int words[kTiles][2][4];
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTiles * 8; ++i) {
+        const auto feature = streams.feature(feature_of(i / 8, i % 4));
+        const auto line = streams.diagonal(diagonal_of(i / 4 % 2, i % 4));
+        words[i / 8][i / 4 % 2][i % 4] =
+            feature.begin + line.begin + streams.tap(feature, line) + 2 * s * pair;
+      }
+      for (std::int64_t b0 = 0; b0 < p.batch; b0 += kBatch) {
+        for (int pass = 0; pass < plan.positions && tile0 + pass < length; pass += kPass) {
+          const std::int64_t n0 = tile0 + pass;
+          const int turn = static_cast<int>(n0 % s);
+          const auto row = [&](const Storage* data, const std::int64_t (&strides)[6], int i) {
+            const std::int64_t b = b0 + i % kBatch, n = n0 + i / kBatch;
+            return b < p.batch && n < length ? data + b * strides[0] + n * strides[3] : nullptr;
+          };
+          __syncthreads();  // the tiles have been used
+          copy_rows(
+              shared.x, kRow, kTileRows, kFeatures, p.in_features - d0, p.x_strides[5], x_aligned,
+              [&](int i) { return row(x, p.x_strides, i); },
+              [&](int column) -> std::int64_t { return column; });
+          copy_rows(
+              shared.grad, plan.row, kTileRows, plan.columns, p.num_realizations,
+              p.grad_out_strides[5], grad_aligned,
+              [&](int i) { return row(grad, p.grad_out_strides, i); },
+              [&](int column) {
+                return realization_of(plan, column, diagonal0 / s, turn, p.num_realizations);
+              });
+          copy_async_wait();
+          __syncthreads();
+          const Storage* columns[2];  // number `group` of a product's columns
+          TORCH_SPE_UNROLL
+          for (int j = 0; j < 2; ++j)
+            columns[j] =
+                shared.grad + 2 * member * plan.row +
+                column_of(shared, plan, warp_diagonal + 8 * j + group / 2 + 4 * (group % 2));
+          for (int t = 0; t < kPass; ++t) {
+            std::uint32_t a[kTiles][4] = {}, b[2][2] = {};
+            if constexpr (kBatchTiles == 1) {
+              TORCH_SPE_UNROLL
+              for (int i = 0; i < kTiles; i += 2) {
+                std::uint32_t four[4];
+                ldmatrix_x4<true>(
+                    four, shared.x + (t * kBatch + lane % 8) * kRow + 16 * i + lane / 8 * 8);
+                TORCH_SPE_UNROLL
+                for (int e = 0; e < 4; ++e) a[i + e / 2][e % 2] = four[e];
+              }
+            } else {
+              TORCH_SPE_UNROLL
+              for (int i = 0; i < kTiles; ++i)
+                ldmatrix_x4<true>(a[i], shared.x + (t * kBatch + lane % 8 + lane / 16 * 8) * kRow +
+                                            16 * i + lane / 8 % 2 * 8);
+            }
+            TORCH_SPE_UNROLL
+            for (int j = 0; j < 2; ++j) {
+              TORCH_SPE_UNROLL
+              for (int k = 0; k < kBatchTiles; ++k) {
+                const Storage* const at = columns[j] + (t * kBatch + 8 * k) * plan.row + t;
+                b[j][k] = join_halves(at[0].bits, at[plan.row].bits);
+              }
+            }
+            TORCH_SPE_UNROLL
+            for (int i = 0; i < kTiles; ++i) {
+              TORCH_SPE_UNROLL
+              for (int j = 0; j < 2; ++j) {
+                float codes[4] = {};
+                mma_m16n8k16<Storage>(codes, a[i], b[j]);
+                TORCH_SPE_UNROLL
+                for (int e = 0; e < 4; ++e) {
+                  const std::uint32_t word = shared.words[words[i][j][e] + pass + t];
+                  const Storage low{static_cast<std::uint16_t>(word)};
+                  const Storage high{static_cast<std::uint16_t>(word >> 16)};
+                  sums[i][j][e][0] += codes[e] * read(low);
+                  sums[i][j][e][1] += codes[e] * read(high);
+                }
+              }
+            }
+          }
+        }
+      }
+      // Every tap of a group is one lane's.
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kTiles * 8; ++i) {
+        const int local = feature_of(i / 8, i % 4), line = diagonal_of(i / 4 % 2, i % 4);
+        const std::int64_t d = d0 + local, diagonal = diagonal0 + line;
+        if (d >= p.in_features || diagonal >= diagonals) continue;
+        const int tap = streams.tap(streams.feature(local), streams.diagonal(line)) + 2 * s * pair;
+        double* const part =
+            parts +
+            (((segment * plan.all_groups + diagonal / s) * p.num_heads + head) * p.in_features +
+             d) *
+                plan.taps;
+        TORCH_SPE_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          if (tap + k * s >= plan.taps) continue;
+          const double before = tile == first_tile ? 0.0 : part[tap + k * s];
+          part[tap + k * s] =
+              before + factor * static_cast<double>(sums[i / 8][i / 4 % 2][i % 4][k]);
+        }
+      }
+    }
+  }
+}
+
 // Starts the kernel, unless it is not made for these arguments.
 template <class Storage, bool kGradient>
 bool launch_polyphase(const ConvFilterParams& p, Stream stream) {
@@ -613,6 +791,60 @@ bool launch_polyphase_gradient(const ConvFilterBackwardParams& p, Stream stream)
   for (int i = 0; i < 6; ++i) exchanged.x_strides[i] = p.grad_out_strides[i];
   exchanged.out = p.grad_x;
   return launch_polyphase<Storage, true>(exchanged, stream);
+}
+
+// How the gradient of the kernel is made, unless `tiles` is 0: products of features a block, and
+// segments of the positions.
+struct PolyphaseTaps {
+  int tiles = 0;
+  PolyphasePlan plan;
+  std::int64_t segments = 0;
+  std::size_t shared_bytes = 0;
+
+  explicit PolyphaseTaps(const ConvFilterBackwardParams& p)
+      : plan(p, 16, kPolyphaseRows, 16, p.batch > 8 ? 16 : 8) {
+    if ((p.dtype != core::DType::kFloat16 && p.dtype != core::DType::kBFloat16) ||
+        !is_polyphase_line(p))
+      return;
+    if (p.in_features > 32) choose<4>(p);
+    if (tiles == 0) choose<2>(p);
+  }
+  std::int64_t parts() const { return segments * plan.all_groups; }
+  std::int64_t blocks(const ConvFilterBackwardParams& p) const {
+    return p.num_heads * ceil_div(p.in_features, 16 * tiles) * plan.diagonal_tiles();
+  }
+
+ private:
+  template <int kTiles>
+  void choose(const ConvFilterBackwardParams& p) {
+    for (const int positions : {64, 32, 16}) {
+      plan = PolyphasePlan(p, 16 * kTiles, kPolyphaseRows, positions, plan.batch);
+      plan.set_columns(plan.groups * (plan.stride + plan.pass) + plan.pass);
+      plan.feature_step = 1;
+      plan.feature_banks = 4;
+      Carver size;
+      PolyphaseTapsShared<core::Half, kTiles>{size, plan};
+      shared_bytes = size.size();
+      if (static_cast<std::int64_t>(shared_bytes) > kMostShared) continue;
+      tiles = kTiles;
+      const std::int64_t count = ceil_div(p.size[2], positions);
+      segments = min_of(count, ceil_div(kWantedBlocks / 2, max_of(1, blocks(p))));
+      segments = ceil_div(count, ceil_div(count, segments));  // none is empty
+      return;
+    }
+  }
+};
+
+template <class Storage>
+void launch_polyphase_taps(const ConvFilterBackwardParams& p, const PolyphaseTaps& taps,
+                           double* parts, Stream stream) {
+  const bool wide = taps.plan.batch > 8;
+  const auto kernel = taps.tiles == 4 ? wide ? polyphase_taps_kernel<Storage, 4, 2>
+                                             : polyphase_taps_kernel<Storage, 4, 1>
+                      : wide          ? polyphase_taps_kernel<Storage, 2, 2>
+                                      : polyphase_taps_kernel<Storage, 2, 1>;
+  launch(kernel, grid_of(taps.blocks(p) * taps.segments), dim3(kThreads), taps.shared_bytes, stream,
+         p, taps.plan, taps.segments, parts);
 }
 
 }  // namespace torch_spe::cuda

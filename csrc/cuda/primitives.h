@@ -65,6 +65,9 @@ __device__ __forceinline__ std::uint32_t low_twice(std::uint32_t pair) {
 __device__ __forceinline__ std::uint32_t high_twice(std::uint32_t pair) {
   return __byte_perm(pair, 0u, 0x3232u);
 }
+__device__ __forceinline__ std::uint32_t join_halves(std::uint16_t low, std::uint16_t high) {
+  return __byte_perm(low, high, 0x5410u);
+}
 
 // Products of the numbers in two registers, half by half.
 template <class T>

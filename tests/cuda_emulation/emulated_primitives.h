@@ -26,6 +26,9 @@ std::uint32_t pack_pair(float low, float high) {
 
 inline std::uint32_t low_twice(std::uint32_t pair) { return (pair & 0xffffu) * 0x10001u; }
 inline std::uint32_t high_twice(std::uint32_t pair) { return (pair >> 16) * 0x10001u; }
+inline std::uint32_t join_halves(std::uint16_t low, std::uint16_t high) {
+  return low | static_cast<std::uint32_t>(high) << 16;
+}
 
 template <class T>
 void unpack_pair(std::uint32_t pair, float* low, float* high) {
