@@ -669,7 +669,7 @@ struct Workspace {
         segments(kernel_segments(p)),
         taps(p.num_heads * p.in_features * p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2]),
         constants(p.num_heads * p.in_features * p.num_realizations),
-        kernel_parts(polyphase.tiles > 0 ? polyphase.parts() : segments) {
+        kernel_parts(polyphase.fits ? polyphase.parts() : segments) {
     Carver carver(static_cast<unsigned char*>(memory));
     if (p.grad_kernel != nullptr) kernel = carver.take<double>(kernel_parts * taps);
     if (p.grad_constant != nullptr) constant = carver.take<double>(segments * constants);
@@ -694,7 +694,7 @@ void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
   const Workspace workspace(p, memory);
   bool needs_kernel = p.grad_kernel != nullptr;
   if constexpr (!kDense && sizeof(Storage) == 2) {
-    if (needs_kernel && workspace.polyphase.tiles > 0) {
+    if (needs_kernel && workspace.polyphase.fits) {
       launch_polyphase_taps<Storage>(p, workspace.polyphase, workspace.kernel, stream);
       needs_kernel = false;
     }

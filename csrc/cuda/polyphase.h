@@ -590,32 +590,31 @@ bool choose_plan(std::int64_t sums, const Make& make, const Function& function) 
   return false;
 }
 
-// Columns of a tile of x with the features of `kTiles` products.
-template <int kTiles>
-constexpr int kFeatureRow = 16 * kTiles + 8;
+// For the gradient of the kernel: products of 16 features each, and columns of a tile of x.
+constexpr int kUnrolled = 4;  // positions
+constexpr int kTiles = 2, kFeatures = 16 * kTiles, kFeatureRow = kFeatures + 8;
 
-template <class Storage, int kTiles>
+template <class Storage>
 struct PolyphaseTapsShared : StreamShared {
   Storage *x, *grad;  // [position, batch row, column]
 
   TORCH_SPE_INLINE PolyphaseTapsShared(Carver& carver, const PolyphasePlan& plan)
       : StreamShared(carver, plan),
-        x(carver.take<Storage>(std::int64_t{kTileRows} * kFeatureRow<kTiles>)),
+        x(carver.take<Storage>(std::int64_t{kTileRows} * kFeatureRow)),
         grad(carver.take<Storage>(std::int64_t{kTileRows} * plan.row)) {}
 };
 
-// Gradient of the kernel. A block takes 16 kTiles features, kPolyphaseRows diagonals and a segment
+// Gradient of the kernel. A block takes kFeatures features, kPolyphaseRows diagonals and a segment
 // of the positions. The gradients of codes, products of x and grad_out summed over the batch, are
 // made on tensor cores; a lane adds each, times the stream, to sums of its taps.
-template <class Storage, int kTiles, int kBatchTiles>
+template <class Storage, int kBatchTiles>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     polyphase_taps_kernel(const ConvFilterBackwardParams p, const PolyphasePlan plan,
                           std::int64_t segments, double* parts) {  // [segment, group, H, D, P]
-  constexpr int kBatch = 8 * kBatchTiles, kPass = kTileRows / kBatch, kFeatures = 16 * kTiles;
-  constexpr int kRow = kFeatureRow<kTiles>;
+  constexpr int kBatch = 8 * kBatchTiles, kPass = kTileRows / kBatch;
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
-  const PolyphaseTapsShared<Storage, kTiles> shared(carver, plan);
+  const PolyphaseTapsShared<Storage> shared(carver, plan);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int group = lane / 4, member = lane % 4, s = plan.stride;
   const std::int64_t diagonals = std::int64_t{plan.all_groups} * s, length = p.size[2];
@@ -672,8 +671,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           };
           __syncthreads();  // the tiles have been used
           copy_rows(
-              shared.x, kRow, kTileRows, kFeatures, p.in_features - d0, p.x_strides[5], x_aligned,
-              [&](int i) { return row(x, p.x_strides, i); },
+              shared.x, kFeatureRow, kTileRows, kFeatures, p.in_features - d0, p.x_strides[5],
+              x_aligned, [&](int i) { return row(x, p.x_strides, i); },
               [&](int column) -> std::int64_t { return column; });
           copy_rows(
               shared.grad, plan.row, kTileRows, plan.columns, p.num_realizations,
@@ -690,47 +689,58 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             columns[j] =
                 shared.grad + 2 * member * plan.row +
                 column_of(shared, plan, warp_diagonal + 8 * j + group / 2 + 4 * (group % 2));
-          for (int t = 0; t < kPass; ++t) {
-            std::uint32_t a[kTiles][4] = {}, b[2][2] = {};
-            if constexpr (kBatchTiles == 1) {
-              TORCH_SPE_UNROLL
-              for (int i = 0; i < kTiles; i += 2) {
-                std::uint32_t four[4];
-                ldmatrix_x4<true>(
-                    four, shared.x + (t * kBatch + lane % 8) * kRow + 16 * i + lane / 8 * 8);
+          int at[kTiles][2][4];
+          TORCH_SPE_UNROLL
+          for (int i = 0; i < kTiles * 8; ++i)
+            at[i / 8][i / 4 % 2][i % 4] = words[i / 8][i / 4 % 2][i % 4] + pass;
+          for (int t0 = 0; t0 < kPass; t0 += kUnrolled) {
+            TORCH_SPE_UNROLL
+            for (int step = 0; step < kUnrolled; ++step) {
+              const int t = t0 + step;
+              std::uint32_t a[kTiles][4] = {}, b[2][2] = {};
+              if constexpr (kBatchTiles == 1) {
                 TORCH_SPE_UNROLL
-                for (int e = 0; e < 4; ++e) a[i + e / 2][e % 2] = four[e];
+                for (int i = 0; i < kTiles; i += 2) {
+                  std::uint32_t four[4];
+                  ldmatrix_x4<true>(four, shared.x + (t * kBatch + lane % 8) * kFeatureRow +
+                                              16 * i + lane / 8 * 8);
+                  TORCH_SPE_UNROLL
+                  for (int e = 0; e < 4; ++e) a[i + e / 2][e % 2] = four[e];
+                }
+              } else {
+                TORCH_SPE_UNROLL
+                for (int i = 0; i < kTiles; ++i)
+                  ldmatrix_x4<true>(
+                      a[i], shared.x + (t * kBatch + lane % 8 + lane / 16 * 8) * kFeatureRow +
+                                16 * i + lane / 8 % 2 * 8);
               }
-            } else {
-              TORCH_SPE_UNROLL
-              for (int i = 0; i < kTiles; ++i)
-                ldmatrix_x4<true>(a[i], shared.x + (t * kBatch + lane % 8 + lane / 16 * 8) * kRow +
-                                            16 * i + lane / 8 % 2 * 8);
-            }
-            TORCH_SPE_UNROLL
-            for (int j = 0; j < 2; ++j) {
-              TORCH_SPE_UNROLL
-              for (int k = 0; k < kBatchTiles; ++k) {
-                const Storage* const at = columns[j] + (t * kBatch + 8 * k) * plan.row + t;
-                b[j][k] = join_halves(at[0].bits, at[plan.row].bits);
-              }
-            }
-            TORCH_SPE_UNROLL
-            for (int i = 0; i < kTiles; ++i) {
               TORCH_SPE_UNROLL
               for (int j = 0; j < 2; ++j) {
-                float codes[4] = {};
-                mma_m16n8k16<Storage>(codes, a[i], b[j]);
                 TORCH_SPE_UNROLL
-                for (int e = 0; e < 4; ++e) {
-                  const std::uint32_t word = shared.words[words[i][j][e] + pass + t];
-                  const Storage low{static_cast<std::uint16_t>(word)};
-                  const Storage high{static_cast<std::uint16_t>(word >> 16)};
-                  sums[i][j][e][0] += codes[e] * read(low);
-                  sums[i][j][e][1] += codes[e] * read(high);
+                for (int k = 0; k < kBatchTiles; ++k) {
+                  const Storage* const pair_at = columns[j] + (t * kBatch + 8 * k) * plan.row + t;
+                  b[j][k] = join_halves(pair_at[0].bits, pair_at[plan.row].bits);
+                }
+              }
+              TORCH_SPE_UNROLL
+              for (int i = 0; i < kTiles; ++i) {
+                TORCH_SPE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                  float codes[4] = {};
+                  mma_m16n8k16<Storage>(codes, a[i], b[j]);
+                  TORCH_SPE_UNROLL
+                  for (int e = 0; e < 4; ++e) {
+                    const std::uint32_t word = shared.words[at[i][j][e] + step];
+                    const Storage low{static_cast<std::uint16_t>(word)};
+                    const Storage high{static_cast<std::uint16_t>(word >> 16)};
+                    sums[i][j][e][0] += codes[e] * read(low);
+                    sums[i][j][e][1] += codes[e] * read(high);
+                  }
                 }
               }
             }
+            TORCH_SPE_UNROLL
+            for (int i = 0; i < kTiles * 8; ++i) at[i / 8][i / 4 % 2][i % 4] += kUnrolled;
           }
         }
       }
@@ -793,58 +803,49 @@ bool launch_polyphase_gradient(const ConvFilterBackwardParams& p, Stream stream)
   return launch_polyphase<Storage, true>(exchanged, stream);
 }
 
-// How the gradient of the kernel is made, unless `tiles` is 0: products of features a block, and
-// segments of the positions.
+// How the gradient of the kernel is made, if it `fits`, with segments of the positions.
 struct PolyphaseTaps {
-  int tiles = 0;
+  bool fits = false;
   PolyphasePlan plan;
-  std::int64_t segments = 0;
+  std::int64_t blocks = 0, segments = 0;  // blocks of a segment
   std::size_t shared_bytes = 0;
 
-  explicit PolyphaseTaps(const ConvFilterBackwardParams& p)
-      : plan(p, 16, kPolyphaseRows, 16, p.batch > 8 ? 16 : 8) {
+  explicit PolyphaseTaps(const ConvFilterBackwardParams& p) : plan(make_plan(p, 64)) {
     if ((p.dtype != core::DType::kFloat16 && p.dtype != core::DType::kBFloat16) ||
         !is_polyphase_line(p))
       return;
-    if (p.in_features > 32) choose<4>(p);
-    if (tiles == 0) choose<2>(p);
+    for (const int positions : {64, 32, 16}) {
+      plan = make_plan(p, positions);
+      Carver size;
+      PolyphaseTapsShared<core::Half>{size, plan};
+      shared_bytes = size.size();
+      fits = static_cast<std::int64_t>(shared_bytes) <= kMostShared;
+      if (fits) break;
+    }
+    blocks = p.num_heads * ceil_div(p.in_features, kFeatures) * plan.diagonal_tiles();
+    const std::int64_t count = ceil_div(p.size[2], plan.positions);
+    segments = min_of(count, ceil_div(kWantedBlocks, max_of(1, blocks)));
+    segments = ceil_div(count, ceil_div(count, segments));  // none is empty
   }
   std::int64_t parts() const { return segments * plan.all_groups; }
-  std::int64_t blocks(const ConvFilterBackwardParams& p) const {
-    return p.num_heads * ceil_div(p.in_features, 16 * tiles) * plan.diagonal_tiles();
-  }
 
  private:
-  template <int kTiles>
-  void choose(const ConvFilterBackwardParams& p) {
-    for (const int positions : {64, 32, 16}) {
-      plan = PolyphasePlan(p, 16 * kTiles, kPolyphaseRows, positions, plan.batch);
-      plan.set_columns(plan.groups * (plan.stride + plan.pass) + plan.pass);
-      plan.feature_step = 1;
-      plan.feature_banks = 4;
-      Carver size;
-      PolyphaseTapsShared<core::Half, kTiles>{size, plan};
-      shared_bytes = size.size();
-      if (static_cast<std::int64_t>(shared_bytes) > kMostShared) continue;
-      tiles = kTiles;
-      const std::int64_t count = ceil_div(p.size[2], positions);
-      segments = min_of(count, ceil_div(kWantedBlocks / 2, max_of(1, blocks(p))));
-      segments = ceil_div(count, ceil_div(count, segments));  // none is empty
-      return;
-    }
+  static PolyphasePlan make_plan(const ConvFilterBackwardParams& p, int positions) {
+    PolyphasePlan plan(p, kFeatures, kPolyphaseRows, positions, p.batch > 8 ? 16 : 8);
+    plan.set_columns(plan.groups * (plan.stride + plan.pass) + plan.pass);
+    plan.feature_step = 1;
+    plan.feature_banks = 4;
+    return plan;
   }
 };
 
 template <class Storage>
 void launch_polyphase_taps(const ConvFilterBackwardParams& p, const PolyphaseTaps& taps,
                            double* parts, Stream stream) {
-  const bool wide = taps.plan.batch > 8;
-  const auto kernel = taps.tiles == 4 ? wide ? polyphase_taps_kernel<Storage, 4, 2>
-                                             : polyphase_taps_kernel<Storage, 4, 1>
-                      : wide          ? polyphase_taps_kernel<Storage, 2, 2>
-                                      : polyphase_taps_kernel<Storage, 2, 1>;
-  launch(kernel, grid_of(taps.blocks(p) * taps.segments), dim3(kThreads), taps.shared_bytes, stream,
-         p, taps.plan, taps.segments, parts);
+  launch(
+      taps.plan.batch > 8 ? polyphase_taps_kernel<Storage, 2> : polyphase_taps_kernel<Storage, 1>,
+      grid_of(taps.blocks * taps.segments), dim3(kThreads), taps.shared_bytes, stream, p, taps.plan,
+      taps.segments, parts);
 }
 
 }  // namespace torch_spe::cuda
