@@ -209,12 +209,12 @@ class Streams {
       const int origin = shared_.origin[d];
       std::uint32_t signs = 0, next_signs = 0;
       float normals[4] = {}, next_normals[4] = {};
-      if (real > 0) make_run<kRun>(feature + d, period, r, &next_signs, next_normals);
-      for (int j = 0; j * s - origin < plan_.words; ++j) {
+      for (int j = -1; j * s - origin < plan_.words; ++j) {
         signs = next_signs;
         TORCH_SPE_UNROLL
         for (int e = 0; e < 4; ++e) normals[e] = next_normals[e];
         if (real > 0) make_run<kRun>(feature + d, period + j + 1, r, &next_signs, next_normals);
+        if (j < 0) continue;
         // One stretch for each group that the run has realizations of.
         int c = first_class, next = to;
         std::uint32_t* stream = out;
