@@ -127,9 +127,9 @@ class NoiseLine {
     if (p_.noise != nullptr) {
       fill_given(first, r0, out);
     } else if (p_.generated.kind == core::NoiseKind::kGaussian) {
-      fill_generated<kGaussianGroup>(first, r0, out);
+      fill_generated<core::NoiseKind::kGaussian>(first, r0, out);
     } else {
-      fill_generated<kSignGroup>(first, r0, out);
+      fill_generated<core::NoiseKind::kRademacher>(first, r0, out);
     }
   }
 
@@ -150,10 +150,12 @@ class NoiseLine {
     }
   }
 
-  template <int kGroup, class Number>
+  template <core::NoiseKind kKind, class Number>
   TORCH_SPE_DEVICE void fill_generated(std::int64_t first, std::int64_t r0, Number* out) const {
     const core::NoiseParams& noise = p_.generated;
+    constexpr int kGroup = kKind == core::NoiseKind::kGaussian ? kGaussianGroup : kSignGroup;
     constexpr int kGroups = kReal / kGroup;
+    const bool always = noise.stride[0] == 1 && noise.stride[1] == 1;
     for (int i = static_cast<int>(threadIdx.x); i < kWindow * kGroups; i += kThreads) {
       const std::int64_t period = first + i / kGroups, r = r0 + i % kGroups * kGroup;
       float values[kGroup] = {};
@@ -163,10 +165,10 @@ class NoiseLine {
         const auto words = core::philox<core::ScalarNumbers>(
             {{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
               core::noise_source(place_.head, place_.d),
-              core::noise_block(static_cast<std::uint32_t>(noise.kind), noise.ndim,
-                                r / core::realizations_of_block(noise.kind))}},
+              core::noise_block(static_cast<std::uint32_t>(kKind), noise.ndim,
+                                r / core::realizations_of_block(kKind))}},
             seed_);
-        if constexpr (kGroup == kGaussianGroup) {
+        if constexpr (kKind == core::NoiseKind::kGaussian) {
           core::normal_pair<core::ScalarNumbers>(words.word[0], words.word[1], values, values + 1);
           core::normal_pair<core::ScalarNumbers>(words.word[2], words.word[3], values + 2,
                                                  values + 3);
@@ -179,7 +181,7 @@ class NoiseLine {
       Number* const to = out + i / kGroups * row_of<Number>(kReal) + i % kGroups * kGroup;
       TORCH_SPE_UNROLL
       for (int e = 0; e < kGroup; ++e) {
-        const bool inside = r + e < p_.num_realizations && has(r + e);
+        const bool inside = r + e < p_.num_realizations && (always || has(r + e));
         write(static_cast<accumulate<Number>>(inside ? values[e] : 0.0f), to + e);
       }
     }
@@ -197,15 +199,16 @@ class NoiseLine {
   std::int64_t line_[2], period_[2], phase_[2];
 };
 
-// kernel[t][i] = kernel[first + i - t] of a line of taps: what dense noise is multiplied with, or,
-// mirrored, kernel[t - (first + i)].
+// The Toeplitz tile kernel[t][i] = kernel[first + i - t] of a line of taps: what dense noise is
+// multiplied with, or, mirrored, kernel[t - (first + i)].
 template <bool kMirrored, class T, class Operand>
 TORCH_SPE_DEVICE void fill_toeplitz(const T* taps, std::int64_t count, std::int64_t first,
                                     Operand* out) {
-  for (int i = static_cast<int>(threadIdx.x); i < kTokens * kWindow; i += kThreads) {
-    const std::int64_t tap = (first + i % kWindow - i / kWindow) * (kMirrored ? -1 : 1);
-    write(tap >= 0 && tap < count ? taps[tap] : T(0),
-          out + i / kWindow * row_of<Operand>(kWindow) + i % kWindow);
+  constexpr int kSize = toeplitz_copy_size<Operand>(kTokens, kWindow);
+  for (int i = static_cast<int>(threadIdx.x); i < kToeplitzCopies<Operand> * kSize; i += kThreads) {
+    const std::int64_t lag = first + i / kSize + i % kSize - (kTokens - 1);
+    const std::int64_t tap = kMirrored ? -lag : lag;
+    write(tap >= 0 && tap < count ? taps[tap] : T(0), out + i);
   }
 }
 
@@ -228,7 +231,8 @@ struct CodeShared {
 
   TORCH_SPE_INLINE explicit CodeShared(Carver& carver)
       : noise(carver.take<Number>(kWindow * row_of<Number>(kReal))),
-        toeplitz(kDense ? carver.take<Operand>(kTokens * row_of<Operand>(kWindow)) : nullptr) {}
+        toeplitz(kDense ? carver.take<Operand>(toeplitz_size<Operand>(kTokens, kWindow))
+                        : nullptr) {}
 };
 
 template <class Storage, class Operand, bool kDense>
@@ -258,8 +262,8 @@ class Codes {
             fill_toeplitz<false>(taps, p_.kernel_size[2], first, shared_.toeplitz);
           __syncthreads();
           if constexpr (kDense) {
-            product_.template multiply<kWindow, Major::kDepth, Major::kOuter>(shared_.toeplitz,
-                                                                              shared_.noise);
+            product_.template multiply<kWindow, Major::kToeplitz, Major::kOuter>(shared_.toeplitz,
+                                                                                 shared_.noise);
           } else {
             add_taps(line, taps, first, r0);
           }
@@ -631,8 +635,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           write(code_gradient<Storage>(p, place, n + i / kReal, r0 + i % kReal),
                 shared.noise + i / kReal * row_of<Operand>(kReal) + i % kReal);
         __syncthreads();
-        product.template multiply<kWindow, Major::kDepth, Major::kOuter>(shared.toeplitz,
-                                                                         shared.noise);
+        product.template multiply<kWindow, Major::kToeplitz, Major::kOuter>(shared.toeplitz,
+                                                                            shared.noise);
       }
     }
   }

@@ -30,7 +30,8 @@ TORCH_SPE_DEVICE core::accumulate_t<Operand> number_of(Operand operand) {
 }
 
 // Which index of an operand is contiguous in shared memory: that of the sum, or the outer one.
-enum class Major { kDepth, kOuter };
+// Numbers of a Toeplitz matrix A depend on column - row only, see toeplitz_size.
+enum class Major { kDepth, kOuter, kToeplitz };
 
 // Elements between the rows of an operand, so that the rows which a warp reads at once lie in
 // different banks (and, for ldmatrix, at multiples of 16 bytes).
@@ -41,6 +42,21 @@ constexpr int kPadding = sizeof(Operand) == 2            ? 8
 template <class Operand>
 TORCH_SPE_INLINE constexpr int row_of(int contiguous) {
   return contiguous + kPadding<Operand>;
+}
+
+// A Toeplitz matrix [rows, columns] in shared memory: number i is that with column - row equal to
+// i - (rows - 1). As ldmatrix takes rows at multiples of 16 bytes, there are 8 copies of 16-bit
+// numbers, copy c without its first c numbers.
+template <class Operand>
+constexpr int kToeplitzCopies = sizeof(Operand) == 2 ? 8 : 1;
+template <class Operand>
+TORCH_SPE_INLINE constexpr int toeplitz_copy_size(int rows, int columns) {
+  // An odd multiple of 16 bytes: the rows that ldmatrix reads at once lie in different banks.
+  return sizeof(Operand) == 2 ? (rows + columns) / 16 * 16 - 8 : rows + columns - 1;
+}
+template <class Operand>
+TORCH_SPE_INLINE constexpr int toeplitz_size(int rows, int columns) {
+  return kToeplitzCopies<Operand> * toeplitz_copy_size<Operand>(rows, columns);
 }
 
 template <class Operand, int kM, int kN>
@@ -121,7 +137,11 @@ class TileProduct {
       std::uint32_t fa[kTilesM][4], fb[kTilesN / 2][4];
       TORCH_SPE_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
-        if constexpr (kA == Major::kDepth) {
+        if constexpr (kA == Major::kToeplitz) {
+          const int skipped = kM - 1 - (m0 + 16 * i + low), copy = skipped % 8;
+          ldmatrix_x4<false>(
+              fa[i], a + copy * toeplitz_copy_size<Operand>(kM, kK) + skipped - copy + k0 + high);
+        } else if constexpr (kA == Major::kDepth) {
           ldmatrix_x4<false>(fa[i], a + (m0 + 16 * i + low) * kRowA + k0 + high);
         } else {
           ldmatrix_x4<true>(fa[i],
@@ -193,6 +213,7 @@ class TileProduct {
 
   template <int kK, Major kA>
   TORCH_SPE_DEVICE static Operand at_a(const Operand* a, int m, int k) {
+    if constexpr (kA == Major::kToeplitz) return a[kM - 1 - m + k];
     return kA == Major::kDepth ? a[m * row_of<Operand>(kK) + k] : a[k * row_of<Operand>(kM) + m];
   }
   template <int kK, Major kB>
