@@ -4,6 +4,7 @@
 // numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the kernel. Of
 // polyphase noise a window holds one number for a period, and a code adds up its few taps.
 #include "conv_filter.h"
+#include "device_for.h"
 #include "polyphase.h"
 #include "tiles.h"
 
@@ -122,14 +123,14 @@ class NoiseLine {
 
   // out[q - first][r - r0] for kWindow periods and kReal realizations, without the factor of
   // polyphase noise; 0 where there is none.
-  template <class Number>
+  template <bool kDense, class Number>
   TORCH_SPE_DEVICE void fill(std::int64_t first, std::int64_t r0, Number* out) const {
     if (p_.noise != nullptr) {
       fill_given(first, r0, out);
     } else if (p_.generated.kind == core::NoiseKind::kGaussian) {
-      fill_generated<core::NoiseKind::kGaussian>(first, r0, out);
+      fill_generated<kDense, core::NoiseKind::kGaussian>(first, r0, out);
     } else {
-      fill_generated<core::NoiseKind::kRademacher>(first, r0, out);
+      fill_generated<kDense, core::NoiseKind::kRademacher>(first, r0, out);
     }
   }
 
@@ -140,6 +141,7 @@ class NoiseLine {
     const std::int64_t base = place_.head * strides[0] + place_.d * strides[1] +
                               line_[0] * strides[2] + line_[1] * strides[3];
     const std::int64_t length = p_.size[2] + p_.kernel_size[2] - 1;
+    TORCH_SPE_KEEP_LOOP
     for (int i = static_cast<int>(threadIdx.x); i < kWindow * kReal; i += kThreads) {
       const std::int64_t j = place_.n0 + first + i / kReal, r = r0 + i % kReal;
       const bool inside = j < length && r < p_.num_realizations;
@@ -150,12 +152,12 @@ class NoiseLine {
     }
   }
 
-  template <core::NoiseKind kKind, class Number>
+  template <bool kDense, core::NoiseKind kKind, class Number>
   TORCH_SPE_DEVICE void fill_generated(std::int64_t first, std::int64_t r0, Number* out) const {
     const core::NoiseParams& noise = p_.generated;
     constexpr int kGroup = kKind == core::NoiseKind::kGaussian ? kGaussianGroup : kSignGroup;
     constexpr int kGroups = kReal / kGroup;
-    const bool always = noise.stride[0] == 1 && noise.stride[1] == 1;
+    TORCH_SPE_KEEP_LOOP
     for (int i = static_cast<int>(threadIdx.x); i < kWindow * kGroups; i += kThreads) {
       const std::int64_t period = first + i / kGroups, r = r0 + i % kGroups * kGroup;
       float values[kGroup] = {};
@@ -181,7 +183,7 @@ class NoiseLine {
       Number* const to = out + i / kGroups * row_of<Number>(kReal) + i % kGroups * kGroup;
       TORCH_SPE_UNROLL
       for (int e = 0; e < kGroup; ++e) {
-        const bool inside = r + e < p_.num_realizations && (always || has(r + e));
+        const bool inside = r + e < p_.num_realizations && (kDense || has(r + e));
         write(static_cast<accumulate<Number>>(inside ? values[e] : 0.0f), to + e);
       }
     }
@@ -257,7 +259,7 @@ class Codes {
         if (!kDense && !line.has_any(r0)) continue;
         const T* const taps = taps_of<T>(p_, place, tap0, tap1);
         for (std::int64_t first = 0; first < line.count; first += kWindow) {
-          line.fill(first, r0, shared_.noise);
+          line.template fill<kDense>(first, r0, shared_.noise);
           if constexpr (kDense)
             fill_toeplitz<false>(taps, p_.kernel_size[2], first, shared_.toeplitz);
           __syncthreads();
@@ -316,8 +318,11 @@ class Codes {
 };
 
 // Forward: a block keeps the results of a tile and some batch rows, and goes through the features.
-template <class Storage>
-constexpr int kBatch = sizeof(Storage) == 8 ? 2 : 4;
+// Dense noise of 16-bit tensors leaves registers for more rows.
+template <class Storage, bool kDense>
+constexpr int kBatch = sizeof(Storage) == 8             ? 2
+                       : sizeof(Storage) == 2 && kDense ? 8
+                                                        : 4;
 
 template <class Storage, class Operand, bool kDense>
 struct ForwardShared : CodeShared<Storage, Operand, kDense> {
@@ -325,13 +330,13 @@ struct ForwardShared : CodeShared<Storage, Operand, kDense> {
 
   TORCH_SPE_INLINE explicit ForwardShared(Carver& carver)
       : CodeShared<Storage, Operand, kDense>(carver),
-        x(carver.take<core::accumulate_t<Storage>>(kBatch<Storage> * kTokens)) {}
+        x(carver.take<core::accumulate_t<Storage>>(kBatch<Storage, kDense> * kTokens)) {}
 };
 
 template <class Storage, class Operand, bool kDense>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const ConvFilterParams p) {
   using T = core::accumulate_t<Storage>;
-  constexpr int kRows = kBatch<Storage>, kCount = kTokens * kReal / kThreads;
+  constexpr int kRows = kBatch<Storage, kDense>, kCount = kTokens * kReal / kThreads;
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
   const ForwardShared<Storage, Operand, kDense> shared(carver);
@@ -354,6 +359,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const C
   }
   for (place.d = 0; place.d < p.in_features; ++place.d) {
     __syncthreads();  // the tile of x before has been used
+    TORCH_SPE_KEEP_LOOP
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kTokens; i += kThreads) {
       const std::int64_t b = b0 + i / kTokens, t = i % kTokens;
       shared.x[i] =
@@ -536,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           if (!kDense && !line.has_any(r0)) continue;
           double* const sums = kernel_part + (tap0 * p.kernel_size[1] + tap1) * p.kernel_size[2];
           for (std::int64_t first = 0; first < line.count; first += kWindow) {
-            line.fill(first, r0, shared.noise);
+            line.template fill<kDense>(first, r0, shared.noise);
             __syncthreads();
             if constexpr (kDense) {
               TileProduct<Operand, kTokens, kWindow> product;
@@ -728,43 +734,46 @@ void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
   }
 }
 
+// The i-th number of a noise.
 template <class Storage>
-__global__ void __launch_bounds__(kThreads) noise_kernel(const ConvNoiseParams p) {
-  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  Storage* const out = static_cast<Storage*>(p.out) + i;
-  const auto next = [&](std::int64_t size) {
-    const std::int64_t index = i % size;
-    i /= size;
-    return index;
-  };
-  const std::int64_t r = next(p.num_realizations);
-  std::int64_t position[3];
-  TORCH_SPE_UNROLL
-  for (int k = 2; k >= 0; --k) position[k] = next(p.size[k]);
-  const std::int64_t d = next(p.in_features), head = i;
-  if (head >= p.num_heads) return;
-  const core::NoiseParams& noise = p.generated;
-  const auto seed = static_cast<std::uint64_t>(*noise.device_seed);
-  std::int64_t shift[3] = {0, 0, 0}, period[3];
-  if (num_periods(noise) > 1) core::noise_shift(seed, noise.ndim, head, d, noise.stride, shift);
-  bool has = true;
-  std::int64_t rest = r;
-  TORCH_SPE_UNROLL
-  for (int k = 2; k >= 0; --k) {
-    const std::int64_t shifted = noise.start[k] + position[k] + shift[k];
-    period[k] = core::floor_divide(shifted, noise.stride[k]);
-    has = has && shifted - period[k] * noise.stride[k] == rest % noise.stride[k];
-    rest /= noise.stride[k];
+struct MakeNoise {
+  ConvNoiseParams p;
+
+  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
+    Storage* const out = static_cast<Storage*>(p.out) + i;
+    const auto next = [&](std::int64_t size) {
+      const std::int64_t index = i % size;
+      i /= size;
+      return index;
+    };
+    const std::int64_t r = next(p.num_realizations);
+    std::int64_t position[3];
+    TORCH_SPE_UNROLL
+    for (int k = 2; k >= 0; --k) position[k] = next(p.size[k]);
+    const std::int64_t d = next(p.in_features), head = i;
+    const core::NoiseParams& noise = p.generated;
+    const auto seed = static_cast<std::uint64_t>(*noise.device_seed);
+    std::int64_t shift[3] = {0, 0, 0}, period[3];
+    if (num_periods(noise) > 1) core::noise_shift(seed, noise.ndim, head, d, noise.stride, shift);
+    bool has = true;
+    std::int64_t rest = r;
+    TORCH_SPE_UNROLL
+    for (int k = 2; k >= 0; --k) {
+      const std::int64_t shifted = noise.start[k] + position[k] + shift[k];
+      period[k] = core::floor_divide(shifted, noise.stride[k]);
+      has = has && shifted - period[k] * noise.stride[k] == rest % noise.stride[k];
+      rest /= noise.stride[k];
+    }
+    using T = core::accumulate_t<Storage>;
+    T value = 0;
+    if (has) {
+      value = static_cast<T>(__builtin_sqrt(static_cast<double>(num_periods(noise)))) *
+              static_cast<T>(core::noise_value(noise.kind, seed, noise.ndim, period[0], period[1],
+                                               period[2], head, d, r));
+    }
+    write(value, out);
   }
-  using T = core::accumulate_t<Storage>;
-  T value = 0;
-  if (has) {
-    value = static_cast<T>(__builtin_sqrt(static_cast<double>(num_periods(noise)))) *
-            static_cast<T>(core::noise_value(noise.kind, seed, noise.ndim, period[0], period[1],
-                                             period[2], head, d, r));
-  }
-  write(value, out);
-}
+};
 
 }  // namespace
 
@@ -778,7 +787,8 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
     }
     Carver size;
     ForwardShared<Storage, Operand, kDense>{size};
-    const std::int64_t blocks = PositionTiles(p).count * ceil_div(p.batch, kBatch<Storage>) *
+    const std::int64_t blocks = PositionTiles(p).count *
+                                ceil_div(p.batch, kBatch<Storage, kDense>) *
                                 ceil_div(p.num_realizations, kReal) * p.num_heads;
     launch(forward_kernel<Storage, Operand, kDense>, grid_of(blocks), dim3(kThreads), size.size(),
            stream, p);
@@ -800,8 +810,7 @@ void conv_noise(const ConvNoiseParams& p, Stream stream) {
   const std::int64_t count =
       p.num_heads * p.in_features * p.size[0] * p.size[1] * p.size[2] * p.num_realizations;
   visit_storage(p.dtype, [&](auto storage) {
-    launch(noise_kernel<decltype(storage)>, grid_of(ceil_div(count, kThreads)), dim3(kThreads), 0,
-           stream, p);
+    for_each_index(count, MakeNoise<decltype(storage)>{p}, stream);
   });
 }
 

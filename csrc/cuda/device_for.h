@@ -20,6 +20,7 @@ void for_each_kernel(std::int64_t count, const Function function) {
 
 template <class Function>
 void for_each_index(std::int64_t count, const Function& function, Stream stream) {
+  if (count == 0) return;
   launch(for_each_kernel<Function>, grid_of(ceil_div(count, 128)), dim3(128), 0, stream, count,
          function);
 }
@@ -29,6 +30,7 @@ void for_each_index(std::int64_t count, const Function& function, Stream stream)
 // Calls function(i) for each i < count, in any order.
 template <class Function>
 void for_each_index(std::int64_t count, const Function& function, Stream stream) {
+  if (count == 0) return;
   check_cuda(cub::DeviceFor::Bulk(count, function, stream), "launching a loop of CUB");
 }
 

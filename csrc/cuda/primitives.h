@@ -58,6 +58,8 @@ __device__ __forceinline__ void unpack_pair(std::uint32_t pair, float* low, floa
   *low = to_float(value);
   value.bits = static_cast<std::uint16_t>(pair >> 16);
   *high = to_float(value);
+}
+
 // The lower, or higher, half of a register in both halves.
 __device__ __forceinline__ std::uint32_t low_twice(std::uint32_t pair) {
   return __byte_perm(pair, 0u, 0x1010u);

@@ -30,6 +30,7 @@ constexpr std::int64_t kWantedBlocks = 4;
 constexpr std::int64_t kChunksOfSegment = 2;  // of linear attention
 #define TORCH_SPE_SHARED_MEMORY(name) unsigned char* const name = ::cuda_emulation::shared_memory()
 #define TORCH_SPE_UNROLL
+#define TORCH_SPE_KEEP_LOOP
 #define TORCH_SPE_DEVICE inline
 
 template <class... Parameters, class... Arguments>
@@ -48,6 +49,7 @@ constexpr std::int64_t kChunksOfSegment = 8;
   extern __shared__ __align__(16) unsigned char torch_spe_shared_memory[]; \
   unsigned char* const name = torch_spe_shared_memory
 #define TORCH_SPE_UNROLL _Pragma("unroll")
+#define TORCH_SPE_KEEP_LOOP _Pragma("unroll 1")  // where registers are short
 #define TORCH_SPE_DEVICE __device__ __forceinline__
 
 inline void check_cuda(cudaError_t error, const char* what) {

@@ -138,6 +138,7 @@ class TileProduct {
       TORCH_SPE_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
         if constexpr (kA == Major::kToeplitz) {
+          static_assert((kM + kK) % 16 == 0);
           const int skipped = kM - 1 - (m0 + 16 * i + low), copy = skipped % 8;
           ldmatrix_x4<false>(
               fa[i], a + copy * toeplitz_copy_size<Operand>(kM, kK) + skipped - copy + k0 + high);
