@@ -413,8 +413,10 @@ def test_autocast_casts_the_data_only(dtype, device):
     rounded = [t.detach().to(dtype).double() for t in arguments[:3]]
     exact = case.plain(*rounded, *(t.detach().double() for t in arguments[3:]))
     assert error(out, exact[0]) < torch.finfo(dtype).eps
+    # Tensor cores take phi(k) in the type of the data.
+    limit = TOLERANCE[torch.float32] if device == "cpu" else torch.finfo(dtype).eps
     for got, expected in zip((s, z), exact[1:], strict=True):
-        assert error(got, expected) < TOLERANCE[torch.float32]
+        assert error(got, expected) < limit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
