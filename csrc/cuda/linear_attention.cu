@@ -811,10 +811,9 @@ class Pass {
 
   void scan(const Pieces& segments, std::int64_t numbers, bool backwards, const void* initial,
             T* sums, T* total) const {
-    const std::int64_t count = p_.num_sequences * numbers;
-    if (count == 0) return;
     for_each_index(
-        count, Scan<T>{segments, numbers, backwards, static_cast<const T*>(initial), sums, total},
+        p_.num_sequences * numbers,
+        Scan<T>{segments, numbers, backwards, static_cast<const T*>(initial), sums, total},
         stream_);
   }
 
