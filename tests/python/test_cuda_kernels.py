@@ -285,7 +285,8 @@ def test_polyphase_conv_filter_of_16_bits(compare, shape, kind):
     batch, size, heads, features, taps, real, constant, stride = shape
     dtype = torch.bfloat16 if kind == "gaussian" else torch.float16
     noise = kind, [stride]
-    inputs, grad = conv_inputs(dtype, noise, batch, (size,), heads, features, (taps,), real, constant)
+    sizes = batch, (size,), heads, features, (taps,), real, constant
+    inputs, grad = conv_inputs(dtype, noise, *sizes)
     compare(conv(noise, 1, real, [-29]), inputs, grad, TOLERANCES[dtype])
 
 
