@@ -21,6 +21,8 @@ def main():
             phasors(dtype, *shape)
             conv(dtype, *shape)
             attention(dtype, *shape)
+            if wide(dtype) == dtype:
+                codes(dtype, *shape[2:])
     torch.cuda.synchronize()
     print("done")
 
@@ -61,6 +63,25 @@ def phasors(dtype, batch, length, heads, features, sines, real):
         ):
             out = function(x, f, values, positions=positions)
             out.backward(torch.randn_like(out))
+
+
+def codes(dtype, heads, features, sines, real):
+    ops = torch.ops.torch_spe
+    seed = torch.full((1,), 3, dtype=torch.int64, device="cuda")
+    for grid in ((), (2,)):
+        freqs = leaf(heads, features, sines, *grid, dtype=dtype)
+        offsets, gains, widths = (leaf(heads, features, sines, dtype=dtype) for _ in range(3))
+        noise = leaf(heads, features, 2 * sines, real, dtype=dtype)
+        sine, phases, deviates = ops.phase_noise(seed, heads, features, sines, real, 0, 2, dtype)
+        deviates = deviates if grid else deviates[..., 0]
+        gate, constant = leaf(heads, features, dtype=dtype), leaf(heads, features, 8, dtype=dtype)
+        for cycles, query, key in (
+            ops.sine_code(freqs, offsets, gains, noise, 0.5),
+            ops.phase_code(freqs, offsets, gains, widths, sine, phases, deviates, 0.5),
+        ):
+            outputs = (cycles, *ops.gate_code(query, key, gate, constant, 0.5))
+            sum(t.sum() for t in outputs).backward()
+    ops.circle_noise(seed, heads, features, real, 0, dtype)
 
 
 def conv(dtype, batch, length, heads, features, taps, real):

@@ -8,7 +8,7 @@
 //               two's complement;
 //   word 2      head * 2^16 + feature;
 //   word 3      the block of realizations in the lowest 24 bits, the number of dimensions in the
-//               next 4, the purpose (NoiseKind, or kShiftPurpose) in the highest 4.
+//               next 4, the purpose (NoiseKind, or one of those below it) in the highest 4.
 // A block is 4 realizations of Gaussian noise, one from each word (a pair of words makes a pair of
 // normals), or 128 of Rademacher noise, one from each bit, the lowest first; a set bit is -1.
 //
@@ -26,7 +26,7 @@
 namespace torch_spe::core {
 
 enum class NoiseKind : std::uint32_t { kGaussian = 0, kRademacher = 1 };
-constexpr std::uint32_t kShiftPurpose = 2;
+constexpr std::uint32_t kShiftPurpose = 2, kPhasePurpose = 3;  // the latter: core/codes.h
 
 // Limits of the index.
 constexpr std::int64_t kMaxNoiseHeads = 1 << 16;

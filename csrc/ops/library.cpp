@@ -48,6 +48,38 @@ TORCH_LIBRARY(torch_spe, m) {
       "sine_features_backward(Tensor grad_out, Tensor x, Tensor freqs, Tensor amplitudes, Tensor? "
       "offsets, Tensor? constant, Tensor? positions, float start, bool[6] output_mask) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // What the modules make codes with, see core/codes.h.
+  m.def(
+      "sine_code(Tensor freqs, Tensor offsets, Tensor gains, Tensor noise, float scale) -> (Tensor "
+      "cycles, Tensor query, Tensor key)");
+  m.def(
+      "sine_code_backward(Tensor grad_cycles, Tensor grad_query, Tensor grad_key, Tensor freqs, "
+      "Tensor offsets, Tensor gains, Tensor noise, float scale, bool[4] output_mask) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "phase_code(Tensor freqs, Tensor offsets, Tensor gains, Tensor? bandwidths, Tensor sine, "
+      "Tensor phases, Tensor? deviates, float scale) -> (Tensor cycles, Tensor query, Tensor key)");
+  m.def(
+      "phase_code_backward(Tensor grad_cycles, Tensor grad_query, Tensor grad_key, Tensor freqs, "
+      "Tensor offsets, Tensor gains, Tensor? bandwidths, Tensor sine, Tensor phases, Tensor? "
+      "deviates, float scale, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gate_code(Tensor query, Tensor key, Tensor gate, Tensor noise, float scale) -> (Tensor "
+      "gated_query, Tensor gated_key, Tensor constant)");
+  m.def(
+      "gate_code_backward(Tensor grad_query, Tensor grad_key, Tensor grad_constant, Tensor query, "
+      "Tensor key, Tensor gate, Tensor noise, float scale, bool[4] output_mask) -> (Tensor, "
+      "Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "phase_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt num_sines, SymInt "
+      "num_pairs, int stream=0, int ndim=1, ScalarType? dtype=None) -> (Tensor sine, Tensor "
+      "phases, "
+      "Tensor deviates)");
+  m.def(
+      "circle_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt num_pairs, int "
+      "stream=0, ScalarType? dtype=None) -> Tensor");
 }
 
 #if !defined(TORCH_SPE_CUDA)

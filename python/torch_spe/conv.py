@@ -22,7 +22,7 @@ from torch_spe.modules import (
     check_positive,
     check_source,
     code_type,
-    gate_factors,
+    gate_code,
 )
 from torch_spe.noise import draw_normal, draw_seed, seed_tensor
 
@@ -89,15 +89,10 @@ class ConvCode(Code):
 
     def gated(self, gate: Tensor, noise: Tensor) -> ConvCode:
         """Return the sum of this code and a position-independent one; see `Code.gated`."""
-        coded, constant = gate_factors(self, self.constant, gate)
-        coded = coded[(..., *[None] * len(self.size))]
-        scale = (self.real * self.code_shape[1]) ** -0.25
-        return dataclasses.replace(
-            self,
-            query_kernel=self.query_kernel * coded,
-            key_kernel=self.key_kernel * coded,
-            constant=(constant * scale)[..., None] * noise,
+        query, key, constant = gate_code(
+            self, self.constant, self.query_kernel, self.key_kernel, gate, noise
         )
+        return dataclasses.replace(self, query_kernel=query, key_kernel=key, constant=constant)
 
     def encode(self, x: Tensor, side: Literal["query", "key"]) -> Tensor:
         """Encode queries or keys; see `Code.encode`."""

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from torch_spe import functional, reference
 from torch_spe.noise import (
     PhaseNoise,
+    draw_circle,
     draw_normal,
-    draw_uniform,
     orthogonal_noise,
     phase_noise,
 )
@@ -291,17 +291,26 @@ def _scale(code_shape: tuple[int, int], num_realizations: int) -> float:
     return (num_realizations * code_shape[1]) ** -0.25
 
 
-def gate_factors(
-    code: Code, constant: Tensor | None, gate: Tensor
-) -> tuple[Tensor, Tensor]:  # [H, D]
-    """Return the factors of a code that gets a gate and of its constant part.
-
-    Raises:
-        ValueError: the code has one already.
-    """
+def check_no_gate(code: Code, constant: Tensor | None) -> None:
+    """Raise ValueError if a code has a gate, of which the constant part is given."""
     if constant is not None:
         raise ValueError(f"{type(code).__name__}: the code has a gate already")
-    return gate_scales(gate)
+
+
+def gate_code(
+    code: Code,
+    constant: Tensor | None,
+    query: Tensor,  # [H, D, ...]
+    key: Tensor,  # [H, D, ...]
+    gate: Tensor,  # [H, D]
+    noise: Tensor,  # [H, D, R]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a code's query and key become behind a gate, and its new constant part."""
+    check_no_gate(code, constant)
+    scale = _scale(code.code_shape, code.num_realizations)
+    return torch.ops.torch_spe.gate_code(
+        query, key, gate.to(query.dtype), noise.to(query.dtype), scale
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -315,7 +324,7 @@ class SineCode(SinusoidCode):
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
-        variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
+        gains: of the position kernel, ``[H, D, K]``.
         gate_noise: ``[H, D, R]``, where it goes with the noise in the weights.
         constant: the gate's part of the code, ``[H, D, R]``.
     """
@@ -326,7 +335,7 @@ class SineCode(SinusoidCode):
     size: tuple[int, ...]
     start: tuple[float, ...]
     positions: Tensor | None = None
-    variances: Tensor | None = None
+    gains: Tensor | None = None
     gate_noise: Tensor | None = None
     constant: Tensor | None = None
 
@@ -345,6 +354,11 @@ class SineCode(SinusoidCode):
         """Type of the code's numbers."""
         return self.key_weight.dtype
 
+    @property
+    def variances(self) -> Tensor | None:
+        """Variances of the codes, ``P_d(0)`` before the offset and the gate, ``[H, D]``."""
+        return None if self.gains is None else kernel_amplitudes(self.gains).square().sum(-1)
+
     def draw_gate_noise(
         self, generator: torch.Generator | None = None, seed: int | None = None
     ) -> Tensor:
@@ -359,15 +373,10 @@ class SineCode(SinusoidCode):
 
     def gated(self, gate: Tensor, noise: Tensor) -> SineCode:
         """Return the sum of this code and a position-independent one; see `Code.gated`."""
-        coded, constant = gate_factors(self, self.constant, gate)
-        coded = coded[..., None, None]
-        scale = _scale(self.code_shape, self.num_realizations)
-        return dataclasses.replace(
-            self,
-            query_weight=self.query_weight * coded,
-            key_weight=self.key_weight * coded,
-            constant=(constant * scale)[..., None] * noise,
+        query, key, constant = gate_code(
+            self, self.constant, self.query_weight, self.key_weight, gate, noise
         )
+        return dataclasses.replace(self, query_weight=query, key_weight=key, constant=constant)
 
     def _apply(self, x, side, positions, start):
         weight = self.query_weight if side == "query" else self.key_weight
@@ -388,7 +397,7 @@ class PhaseCode(SinusoidCode):
         size: largest lengths of queries and keys.
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
-        variances: of the codes, ``P_d(0)`` before the offset, ``[H, D]``.
+        gains: of the position kernel, ``[H, D, K]``.
         constant: the gate's part of the code, ``[H, D, R]``.
     """
 
@@ -398,7 +407,7 @@ class PhaseCode(SinusoidCode):
     size: tuple[int, ...]
     start: tuple[float, ...]
     positions: Tensor | None = None
-    variances: Tensor | None = None
+    gains: Tensor | None = None
     constant: Tensor | None = None
 
     @property
@@ -416,6 +425,11 @@ class PhaseCode(SinusoidCode):
         """Type of the code's numbers."""
         return self.key_coefficients.dtype
 
+    @property
+    def variances(self) -> Tensor | None:
+        """Variances of the codes, ``P_d(0)`` before the offset and the gate, ``[H, D]``."""
+        return None if self.gains is None else kernel_amplitudes(self.gains).square().sum(-1)
+
     def draw_gate_noise(
         self, generator: torch.Generator | None = None, seed: int | None = None
     ) -> Tensor:
@@ -424,23 +438,18 @@ class PhaseCode(SinusoidCode):
         A sinusoid that does not turn: the gate's part of a feature's own variance has no error.
         """
         check_source("SPEFilter", generator, seed)
-        shape = (*self.code_shape, self.num_realizations // 2)
-        # The streams of phase_noise are 5 for each of its own.
-        cycles = draw_uniform(
-            shape, generator, seed, 5 * GATE_STREAM, dtype=self.dtype, device=self.freqs.device
-        )
-        return math.sqrt(2) * _unit_circle(2 * math.pi * cycles).flatten(-2)
+        return draw_circle(
+            *self.code_shape, self.num_realizations // 2, generator, seed, GATE_STREAM,
+            dtype=self.dtype, device=self.freqs.device,
+        )  # fmt: skip
 
     def gated(self, gate: Tensor, noise: Tensor) -> PhaseCode:
         """Return the sum of this code and a position-independent one; see `Code.gated`."""
-        coded, constant = gate_factors(self, self.constant, gate)
-        coded = coded[..., None, None]
-        scale = _scale(self.code_shape, self.num_realizations)
+        query, key, constant = gate_code(
+            self, self.constant, self.query_coefficients, self.key_coefficients, gate, noise
+        )
         return dataclasses.replace(
-            self,
-            query_coefficients=self.query_coefficients * coded,
-            key_coefficients=self.key_coefficients * coded,
-            constant=(constant * scale)[..., None] * noise,
+            self, query_coefficients=query, key_coefficients=key, constant=constant
         )
 
     def _apply(self, x, side, positions, start):
@@ -498,7 +507,8 @@ class ExactCode(SinusoidCode):
         """Return the sum of this code and a position-independent one; see `Code.gated`."""
         if noise is not None:
             raise ValueError("SPEFilter: noise must be None with a code without noise")
-        coded, constant = gate_factors(self, self.constant, gate)
+        check_no_gate(self, self.constant)
+        coded, constant = gate_scales(gate)
         return dataclasses.replace(
             self, amplitudes=self.amplitudes * coded[..., None], constant=constant
         )
@@ -514,9 +524,9 @@ class ExactCode(SinusoidCode):
         )  # fmt: skip
 
 
-def _unit_circle(angle: Tensor) -> Tensor:  # [..., 2]
-    """Return cosine and sine."""
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+def kernel_amplitudes(gains: Tensor) -> Tensor:  # [H, D, K]
+    """Return the amplitudes of the sines whose products have the position kernel as their sum."""
+    return F.softplus(gains.to(code_type(gains))) / math.sqrt(2 * gains.shape[-1])
 
 
 def gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -846,8 +856,6 @@ class SineSPE(SPE):
             self.check_realizations(self._realizations(num_realizations, None))
             fields = self._exact_fields()
             return ExactCode(*fields, size, start, positions)
-        amplitudes = self._amplitudes(code_type(self.gains))
-        variances = amplitudes.square().sum(-1)
         if self.noise == "phase":
             if noise is None:
                 real = self._realizations(num_realizations, None)
@@ -867,49 +875,35 @@ class SineSPE(SPE):
                     "SineSPE: noise must be a PhaseNoise with deviates when bandwidth=True, got "
                     "deviate None"
                 )
-            return PhaseCode(
-                *self._phase_fields(amplitudes, noise), size, start, positions, variances
-            )
-        fields = self._dense_fields(amplitudes, num_realizations, noise, generator, seed)
-        return SineCode(*fields[:3], size, start, positions, variances, fields[3])
+            return PhaseCode(*self._phase_fields(noise), size, start, positions, self.gains)
+        fields, gate_noise = self._dense_fields(num_realizations, noise, generator, seed)
+        return SineCode(*fields, size, start, positions, self.gains, gate_noise)
 
-    def _amplitudes(self, dtype: torch.dtype) -> Tensor:  # [H, D, K]
-        """Return the amplitudes of the sines whose products have the kernel as their sum."""
-        return F.softplus(self.gains.to(dtype)) / math.sqrt(2 * self.num_sines)
+    def _wide_parameters(self) -> list[Tensor]:
+        """Return frequencies' logits, offsets and gains in the type of a code's numbers."""
+        return [p.to(code_type(p)) for p in (self.freqs, self.offsets, self.gains)]
 
     def _exact_fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._cycles(), kernel_amplitudes(self.gains), self._wide_parameters()[1]
+
+    def _phase_fields(self, noise: PhaseNoise) -> tuple[Tensor, Tensor, Tensor]:
         dtype = code_type(self.gains)
-        return self._cycles(), self._amplitudes(dtype), self.offsets.to(dtype)
-
-    def _phase_fields(self, amplitudes: Tensor, noise: PhaseNoise) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = code_type(self.gains)
-        pairs = noise.sine.shape[-1]
-
-        def pick(values: Tensor) -> Tensor:  # [H, D, K, ...] -> [H, D, P, ...]
-            index = noise.sine[(...,) + (None,) * (values.dim() - 3)]
-            return values.gather(2, index.expand(-1, -1, -1, *values.shape[3:]))
-
-        freqs = pick(self._cycles())
+        bandwidths = deviates = None
         if self.bandwidths is not None:
-            deviation = pick(self.bandwidths.to(dtype).exp())
-            if self.ndim > 1:
-                deviation = deviation.unsqueeze(-1)
-            freqs = freqs + deviation * noise.deviate.to(dtype)
+            bandwidths, deviates = self.bandwidths.to(dtype), noise.deviate.to(dtype)
         # A pair has the mean of squares of its amplitude's, and stands for all K sines.
-        scale = math.sqrt(2 * self.num_sines) * _scale(self.code_shape, 2 * pairs)
-        amplitudes = pick(amplitudes * scale)
-        angle = 2 * math.pi * noise.cycles.to(dtype)
-        key, query = _unit_circle(angle), _unit_circle(angle + pick(self.offsets.to(dtype)))
-        return freqs, amplitudes.unsqueeze(-1) * query, amplitudes.unsqueeze(-1) * key
+        return torch.ops.torch_spe.phase_code(
+            *self._wide_parameters(), bandwidths, noise.sine, noise.cycles.to(dtype), deviates,
+            _scale(self.code_shape, 2 * noise.sine.shape[-1]),
+        )  # fmt: skip
 
     def _dense_fields(
         self,
-        amplitudes: Tensor,
         num_realizations: int | None,
         noise: Tensor | None,
         generator: torch.Generator | None,
         seed: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         rows, gate_noise = 2 * self.num_sines, None
         shape = (*self.code_shape, rows)
         if noise is not None:
@@ -939,20 +933,9 @@ class SineSPE(SPE):
                 noise, gate_noise = draw(rows, CODE_STREAM), draw(1, GATE_STREAM)
             gate_noise = gate_noise.squeeze(2)
         noise = noise.to(code_type(self.gains))
-        amplitudes = amplitudes * _scale(self.code_shape, real)
-        weight = amplitudes[..., None, None] * noise.unflatten(2, (self.num_sines, 2))
-        cos_weight, sin_weight = weight.unbind(-2)
-        # The offset of a query's phase turns the pair of coefficients.
-        offsets = self.offsets.to(noise.dtype)[..., None]
-        cos, sin = offsets.cos(), offsets.sin()
-        query_weight = torch.stack(
-            (
-                torch.addcmul(cos * cos_weight, sin, sin_weight),
-                torch.addcmul(cos * sin_weight, sin, cos_weight, value=-1),
-            ),
-            dim=-2,
-        )
-        return self._cycles(), query_weight.flatten(2, 3), weight.flatten(2, 3), gate_noise
+        scale = _scale(self.code_shape, real) / math.sqrt(2 * self.num_sines)
+        fields = torch.ops.torch_spe.sine_code(*self._wide_parameters(), noise, scale)
+        return fields, gate_noise
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the exact position kernels ``P_d(lag)``, differentiable in the parameters.
@@ -985,7 +968,7 @@ class SineSPE(SPE):
             deviation = self.bandwidths.to(freqs.dtype).exp()
             fading = torch.exp(-2 * math.pi**2 * deviation.square() * square)  # [n, H, D, K]
             basis = basis * fading.unsqueeze(-1)
-        power = self._amplitudes(freqs.dtype) ** 2
+        power = kernel_amplitudes(self.gains) ** 2
         template = torch.einsum(
             "nhdkc,hdkc->hdn",
             basis,

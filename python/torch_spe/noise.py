@@ -17,20 +17,7 @@ __all__ = [
     "phase_noise",
     "seed_tensor",
     "seeded_normal",
-    "seeded_uniform",
 ]
-
-_MASK = 0xFFFFFFFF
-
-
-def _mix(words: Tensor) -> Tensor:
-    """Mix the bits of 32-bit words, which are kept in int64, where no product overflows.
-
-    Constants: C. Wellons' and T. Ettinger's search for 32-bit mixers of least bias.
-    """
-    words = ((words ^ (words >> 16)) * 0x21F0AAAD) & _MASK
-    words = ((words ^ (words >> 15)) * 0x735A2D97) & _MASK
-    return words ^ (words >> 15)
 
 
 def seeded_normal(
@@ -64,7 +51,7 @@ def seeded_normal(
     count = math.prod(rows[2:] if len(rows) > 1 else rows)
     # Streams are positions too far apart to meet.
     numbers = torch.ops.torch_spe.conv_noise(
-        seed_tensor("seeded_normal", seed, device or "cpu"), heads, features, [count], real,
+        seed_tensor("seeded_normal", seed, device), heads, features, [count], real,
         "gaussian", [], [stream << 48], dtype,
     )  # fmt: skip
     return numbers.reshape(shape)
@@ -83,9 +70,7 @@ def draw_normal(
 
     PyTorch's generators make normals on the CPU four times slower than `seeded_normal`.
     """
-    if seed is None:
-        seed = draw_seed(generator, device)
-    return seeded_normal(shape, seed, stream, dtype=dtype, device=device)
+    return seeded_normal(shape, _seed(generator, seed, device), stream, dtype=dtype, device=device)
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
@@ -95,47 +80,30 @@ def draw_seed(generator: torch.Generator | None, device: torch.device | str | No
     )
 
 
-def _uniform(
-    count: int, sets: range, seed: int, stream: int, device: torch.device | str | None
-) -> Tensor:  # [len(sets), count]
-    """Make numbers of (0, 1), exclusive, in float64: sets 1, 2, ... of a stream of a seed."""
-    # The keys are computed in tensors too, so that a compiled graph serves every seed.
-    seeds = torch.full((), seed, dtype=torch.int64, device=device)
-    key = _mix(((seeds & _MASK) + 0x3C6EF372 + stream) & _MASK)
-    key = _mix(key ^ ((seeds >> 32) & _MASK))
-    keys = _mix(key ^ torch.arange(sets.start, sets.stop, device=device))
-    words = _mix(_mix(torch.arange(count, device=device)) ^ keys[:, None])
-    # In float64, so that what is computed from them rounds to the same number everywhere.
-    return (words.double() + 0.5) * 2.0**-32
-
-
-def seeded_uniform(
-    shape: Sequence[int],
-    seed: int,
-    stream: int = 0,
-    *,
-    device: torch.device | str | None = None,
-) -> Tensor:  # shape
-    """Make float64 numbers of (0, 1) that depend on nothing but shape, seed and stream.
-
-    As `seeded_normal`, of which see the arguments; never 0 nor 1.
-    """
-    return _uniform(math.prod(shape), range(3, 4), seed, stream, device).reshape(shape)
-
-
-def draw_uniform(
-    shape: Sequence[int],
+def draw_circle(
+    num_heads: int,
+    in_features: int,
+    num_pairs: int,
     generator: torch.Generator | None,
     seed: int | None,
     stream: int,
     *,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
-) -> Tensor:  # shape
-    """Draw numbers of [0, 1) from the seed, else from the generator, else from PyTorch's own."""
+) -> Tensor:  # [H, D, 2P]
+    """Draw pairs of variance 1: points of the circle with radius sqrt(2)."""
+    return torch.ops.torch_spe.circle_noise(
+        _seed(generator, seed, device), num_heads, in_features, num_pairs, stream, dtype
+    )
+
+
+def _seed(
+    generator: torch.Generator | None, seed: int | None, device: torch.device | str | None
+) -> Tensor:
+    """Return the seed as a tensor, or one that the generator gives."""
     if seed is None:
-        return torch.rand(*shape, generator=generator, dtype=dtype, device=device)
-    return seeded_uniform(shape, seed, stream, device=device).to(dtype)
+        return draw_seed(generator, device)
+    return seed_tensor("noise", seed, device)
 
 
 class PhaseNoise(NamedTuple):
@@ -192,7 +160,7 @@ def phase_noise(
         stream: distinguishes independent noises of one seed.
         ndim: coordinates of a position, and of a deviate.
         deviates: whether to draw them; nothing else depends on it.
-        dtype: of phases and deviates.
+        dtype: of phases and deviates, float32 or float64.
         device: of the result, and of the generator.
 
     Raises:
@@ -207,29 +175,12 @@ def phase_noise(
     if generator is not None and seed is not None:
         raise ValueError("phase_noise: give generator or seed, not both")
 
-    def uniform(part: int, *size: int, dtype: torch.dtype = dtype) -> Tensor:  # [H, D, *size]
-        shape = (num_heads, in_features, *size)
-        return draw_uniform(shape, generator, seed, 5 * stream + part, dtype=dtype, device=device)
-
-    # Pair s = j K + c is the j-th of the sine that the random order puts at c.
-    turn = torch.arange(num_pairs, device=device) % num_sines
-    sine = uniform(0, num_sines).argsort(dim=-1)[..., turn]
-    cycles = uniform(4, num_pairs)
+    sine, cycles, deviate = torch.ops.torch_spe.phase_noise(
+        _seed(generator, seed, device), num_heads, in_features, num_sines, num_pairs, stream,
+        ndim if deviates else 0, dtype,
+    )  # fmt: skip
     if not deviates:
         return PhaseNoise(sine, cycles, None)
-    # Its stratum is the rank of a random number among those of the sine's other pairs; there is
-    # none beyond P.
-    rounds = -(-num_pairs // num_sines)
-    keys = torch.nn.functional.pad(
-        uniform(1, ndim, num_pairs), (0, rounds * num_sines - num_pairs), value=2.0
-    )
-    ranks = keys.unflatten(-1, (rounds, num_sines)).argsort(dim=-2).argsort(dim=-2)
-    stratum = ranks.flatten(-2)[..., :num_pairs]  # [H, D, ndim, P]
-    strata = torch.div(num_pairs - turn + num_sines - 1, num_sines, rounding_mode="floor")
-    # A generator may return 0, of which the quantile is infinite.
-    within = uniform(2, ndim, num_pairs, dtype=torch.float64)
-    deviate = torch.special.ndtri(((stratum + within) / strata).clamp(1e-15, 1 - 1e-15))
-    deviate = deviate.mT.to(dtype)
     return PhaseNoise(sine, cycles, deviate.squeeze(-1) if ndim == 1 else deviate)
 
 
@@ -285,13 +236,15 @@ def orthogonal_noise(
     return noise.to(dtype).reshape(num_heads, in_features, num_rows, num_realizations)
 
 
-def seed_tensor(owner: str, seed: int | Tensor | None, device: torch.device | str) -> Tensor | None:
+def seed_tensor(
+    owner: str, seed: int | Tensor | None, device: torch.device | str | None
+) -> Tensor | None:
     """Return a seed as a tensor with one int64, without a copy from the host; a tensor as it is.
 
     Args:
         owner: who asks, for the error message.
         seed: any integer, of which 64 bits count; None stays None.
-        device: of the result.
+        device: of the result; None is PyTorch's default.
 
     Raises:
         TypeError: the seed is neither an integer nor a tensor.

@@ -1,10 +1,12 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <numbers>
 
+#include "core/codes.h"
 #include "core/feature_map.h"
 #include "core/phase.h"
 
@@ -92,6 +94,34 @@ TEST(FeatureMap, MapsAndDerivatives) {
                                [](double x) { return x > 0 ? 1.0 : 0.0; });
   check_map<FeatureMap::kElu>([](double x) { return x >= 0 ? x + 1 : std::exp(x); },
                               [](double x) { return x >= 0 ? 1.0 : std::exp(x); });
+}
+
+TEST(Codes, SigmoidAndSoftplusAgreeWithTheLibrary) {
+  for (double x : {-700.0, -40.0, -1.5, -1e-9, 0.0, 1e-9, 2.0, 40.0, 700.0}) {
+    const double expected = x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x));
+    EXPECT_NEAR(sigmoid(x) / expected, 1.0, 1e-15) << x;
+    const double plus = std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x)));
+    EXPECT_NEAR(softplus(x) / plus, 1.0, 1e-15) << x;
+    const auto narrow = static_cast<float>(x);
+    EXPECT_NEAR(sigmoid(narrow), expected, 2e-7) << x;
+    EXPECT_NEAR(softplus(narrow), plus, 2e-7 * (1 + plus)) << x;
+  }
+}
+
+TEST(Codes, QuantileInvertsTheNormalDistribution) {
+  const auto distribution = [](double z) { return std::erfc(-z / std::numbers::sqrt2) / 2; };
+  for (double u : {1e-10, 1e-6, 0.01, 0.075, 0.3, 0.5, 0.77, 0.925, 0.99, 1 - 1e-6}) {
+    const double z = normal_quantile(u);
+    EXPECT_NEAR(distribution(z) / u, 1.0, 3e-6) << u;
+    EXPECT_NEAR(normal_quantile(1 - u), -z, 1e-6 * (1 + std::abs(z))) << u;
+  }
+}
+
+TEST(Codes, RanksCountWhatComesBefore) {
+  const std::uint32_t keys[] = {5, 3, 5, 9, 3};
+  const int expected[] = {2, 0, 3, 4, 1};  // equal keys in the order of their places
+  for (int i = 0; i < 5; ++i)
+    EXPECT_EQ(rank_of(i, 5, [&](int j) { return keys[j]; }), expected[i]) << i;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda_emulation.h"
+#include "ops/codes.h"
 #include "ops/conv_filter.h"
 #include "ops/linear_attention.h"
 #include "ops/phasor_filter.h"
@@ -25,6 +26,7 @@ void enable(bool wanted) {
   if (wanted == enabled) return;
   enabled = wanted;
   using namespace torch_spe::ops;
+  swap_kernels(code_kernels(c10::kCPU), code_cuda_kernels());
   swap_kernels(conv_filter_kernels(c10::kCPU), conv_filter_cuda_kernels());
   swap_kernels(linear_attention_kernels(c10::kCPU), linear_attention_cuda_kernels());
   swap_kernels(phasor_filter_kernels(c10::kCPU), phasor_filter_cuda_kernels());

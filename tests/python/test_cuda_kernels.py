@@ -192,6 +192,51 @@ def test_some_gradients_of_phasors(compare, operator):
             compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
 
 
+CODE_SHAPES = {  # heads, features, sines, pairs, ndim
+    "one of everything": (1, 1, 1, 1, 0),
+    "odd": (2, 5, 7, 37, 0),
+    "fewer pairs than sines": (2, 3, 9, 4, 0),
+    "grid of positions": (1, 3, 3, 12, 2),
+    "no features": (2, 0, 3, 4, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", CODE_SHAPES.values(), ids=CODE_SHAPES)
+def test_codes(compare, shape, dtype):
+    heads, features, sines, pairs, ndim = shape
+    g = torch.Generator().manual_seed(pairs)
+
+    def draw(*sizes):
+        return torch.randn(heads, features, *sizes, generator=g).to(dtype)
+
+    def check(function, inputs, wanted):
+        outputs = run(function, inputs, None, [])
+        grads = tuple(torch.randn(o.shape, generator=g).to(dtype) for o in outputs)
+        compare(function, inputs, grads, TOLERANCES[dtype], wanted, features == 0)
+
+    ops = torch.ops.torch_spe
+    grid = (ndim,) if ndim else ()
+    parameters = [draw(sines, *grid), draw(sines), draw(sines)]
+    sine = torch.randint(sines, (heads, features, pairs), generator=g)
+    noise = [sine, draw(pairs).sigmoid(), draw(pairs, *grid)]
+    check(lambda *t: ops.sine_code(*t, 0.3), [*parameters, draw(2 * sines, pairs)], [0, 1, 2, 3])
+    check(lambda *t: ops.phase_code(*t, 0.3), [*parameters, draw(sines), *noise], [0, 1, 2, 3])
+    without_bandwidths = [*parameters, None, *noise[:2], None]
+    check(lambda *t: ops.phase_code(*t, 0.3), without_bandwidths, [0, 1, 2])
+    code = [draw(pairs, 2), draw(pairs, 2), draw(), draw(2 * pairs)]
+    check(lambda *t: ops.gate_code(*t, 0.3), code, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("ndim", [0, 1, 2])
+@pytest.mark.parametrize(("sines", "pairs"), [(1, 37), (5, 33), (9, 4)])
+def test_phase_noise_is_that_of_the_cpu(compare, sines, pairs, ndim):
+    seed = torch.tensor([-3])
+    ops = torch.ops.torch_spe
+    compare(lambda s: ops.phase_noise(s, 2, 3, sines, pairs, 1, ndim), [seed], None, 3e-6, [])
+    compare(lambda s: ops.circle_noise(s, 2, 3, pairs, 1), [seed], None, 3e-6, [])
+
+
 @pytest.mark.parametrize("operator", PHASOR_OPERATORS)
 def test_phasors_with_strides_far_from_the_origin(compare, operator):
     function, make = PHASOR_OPERATORS[operator]

@@ -13,10 +13,9 @@ from helpers import rng_state
 
 from torch_spe import functional
 from torch_spe.noise import (
+    draw_circle,
     orthogonal_noise,
     phase_noise,
-    seeded_normal,
-    seeded_uniform,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -45,17 +44,23 @@ def phase_codes(noise, freqs, gains, offsets, positions, widths=None):
     return codes
 
 
-def test_seeded_uniform_is_uniform_and_repeats(device):
-    first = seeded_uniform((100, 1000), seed=3)
-    assert torch.equal(first, seeded_uniform((100, 1000), seed=3))
-    assert not torch.equal(first, seeded_uniform((100, 1000), seed=3, stream=1))
-    assert first.min() > 0
-    assert first.max() < 1
-    counts = torch.histc(first, 50, 0, 1)
+def test_pairs_on_a_circle(device):
+    def draw(**options):
+        return draw_circle(4, 50, 500, dtype=torch.float64, device=device, **options)
+
+    pairs = draw(generator=None, seed=3, stream=0)
+    assert pairs.shape == (4, 50, 1000)
+    assert torch.equal(pairs, draw(generator=None, seed=3, stream=0))
+    assert not torch.equal(pairs, draw(generator=None, seed=3, stream=1))
+    assert not torch.equal(pairs, draw(generator=None, seed=4, stream=0))
+    pairs = pairs.unflatten(-1, (-1, 2))
+    torch.testing.assert_close(pairs.square().sum(-1), torch.full_like(pairs[..., 0], 2))
+    angles = torch.atan2(pairs[..., 1], pairs[..., 0])
+    counts = torch.histc(angles, 50, -math.pi, math.pi)
     assert (counts - 2000).abs().max() < 6 * math.sqrt(2000)
-    assert abs(torch.corrcoef(first[:2])[0, 1]) < 0.2
-    normal = seeded_normal((10**5,), seed=3, dtype=torch.float64, device=device)
-    assert abs(torch.corrcoef(torch.stack((normal, first.flatten())))[0, 1]) < 0.02
+    assert torch.corrcoef(angles[:, 0]).fill_diagonal_(0).abs().max() < 0.25
+    phases = phase_noise(4, 50, 3, 500, seed=3, dtype=torch.float64, device=device).cycles
+    assert abs(torch.corrcoef(torch.stack((phases.flatten(), angles.flatten())))[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize(("sines", "pairs"), [(1, 1), (3, 12), (3, 32), (10, 32), (7, 3)])
