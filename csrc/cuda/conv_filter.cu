@@ -3,6 +3,7 @@
 // the other; each needs a line of noise along the last dimension, which comes in windows of kWindow
 // numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the kernel. Of
 // polyphase noise a window holds one number for a period, and a code adds up its few taps.
+#include "constant_gradient.h"
 #include "conv_filter.h"
 #include "device_for.h"
 #include "polyphase.h"
@@ -472,34 +473,30 @@ TORCH_SPE_DEVICE core::accumulate_t<Storage> code_gradient(const ConvFilterBackw
   return sum;
 }
 
-// Gradients of kernel and constant: a block takes a segment of the tiles of one feature, and adds
-// up its part of the sums in global memory, which is its own.
+// Gradient of the kernel: a block takes a segment of the tiles of one feature, and adds up its part
+// of the sums in global memory, which is its own.
 template <class Storage, class Operand, bool kDense>
 struct KernelShared : CodeShared<Storage, Operand, kDense> {
   using T = core::accumulate_t<Storage>;
   using Number = typename CodeShared<Storage, Operand, kDense>::Number;
   static constexpr int kRow = kWindow + 1;
-  Number* grad;      // [token, r], gradients of codes
-  T* products;       // [token, period], of dense noise: sums over r of gradient and noise
-  double* constant;  // [warp, r]
+  Number* grad;  // [token, r], gradients of codes
+  T* products;   // [token, period], of dense noise: sums over r of gradient and noise
 
   TORCH_SPE_INLINE explicit KernelShared(Carver& carver)
       : CodeShared<Storage, Operand, kDense>(carver),
         grad(carver.take<Number>(kTokens * row_of<Number>(kReal))),
-        products(kDense ? carver.take<T>(kTokens * kRow) : nullptr),
-        constant(carver.take<double>(kThreads)) {}
+        products(kDense ? carver.take<T>(kTokens * kRow) : nullptr) {}
 };
 
 std::int64_t kernel_segments(const ConvFilterParams& p) {
-  return max_of(1, min_of(PositionTiles(p).count,
-                          ceil_div(kWantedBlocks, max_of(1, p.num_heads * p.in_features))));
+  return num_segments(p.num_heads * p.in_features, PositionTiles(p).count);
 }
 
 template <class Storage, class Operand, bool kDense>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     kernel_kernel(const ConvFilterBackwardParams p, std::int64_t segments,
-                  double* kernel_parts,      // [segment, H, D, *P], or null
-                  double* constant_parts) {  // [segment, H, D, R], or null
+                  double* parts) {  // [segment, H, D, *P]
   using T = core::accumulate_t<Storage>;
   using Shared = KernelShared<Storage, Operand, kDense>;
   using Number = typename Shared::Number;
@@ -513,34 +510,25 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t segment = block % segments;
   const std::int64_t d = block / segments % p.in_features, head = block / segments / p.in_features;
   const std::int64_t taps = p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2];
-  const std::int64_t feature = (segment * p.num_heads + head) * p.in_features + d;
-  double* const kernel_part = kernel_parts == nullptr ? nullptr : kernel_parts + feature * taps;
-  if (kernel_part != nullptr) {
-    for (std::int64_t i = thread; i < taps; i += kThreads) kernel_part[i] = 0;
-  }
+  double* const part = parts + ((segment * p.num_heads + head) * p.in_features + d) * taps;
+  for (std::int64_t i = thread; i < taps; i += kThreads) part[i] = 0;
   const double factor = __builtin_sqrt(static_cast<double>(num_periods(p.generated)));
   const std::int64_t per_segment = ceil_div(tiles.count, segments);
   const std::int64_t end_tile = min_of(tiles.count, (segment + 1) * per_segment);
 
   for (std::int64_t r0 = 0; r0 < p.num_realizations; r0 += kReal) {
-    double constant = 0;  // of realization r0 + thread % kReal
     for (std::int64_t tile = segment * per_segment; tile < end_tile; ++tile) {
       const Place place = tiles.place(tile, head, d);
       __syncthreads();  // the gradients before have been used
-      T tile_constant = 0;
-      for (int i = thread; i < kTokens * kReal; i += kThreads) {
-        const T grad = code_gradient<Storage>(p, place, i / kReal, r0 + i % kReal);
-        tile_constant += grad;
-        write(grad, shared.grad + i / kReal * kRow + i % kReal);
-      }
-      constant += static_cast<double>(tile_constant);
-      if (kernel_part == nullptr) continue;
+      for (int i = thread; i < kTokens * kReal; i += kThreads)
+        write(code_gradient<Storage>(p, place, i / kReal, r0 + i % kReal),
+              shared.grad + i / kReal * kRow + i % kReal);
       NoiseLine line(p, place);
       for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
         for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
           line.set_tap(tap0, tap1);
           if (!kDense && !line.has_any(r0)) continue;
-          double* const sums = kernel_part + (tap0 * p.kernel_size[1] + tap1) * p.kernel_size[2];
+          double* const sums = part + (tap0 * p.kernel_size[1] + tap1) * p.kernel_size[2];
           for (std::int64_t first = 0; first < line.count; first += kWindow) {
             line.template fill<kDense>(first, r0, shared.noise);
             __syncthreads();
@@ -590,15 +578,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
       }
     }
-    if (constant_parts == nullptr) continue;
-    shared.constant[thread] = constant;
-    __syncthreads();
-    if (thread < kReal && r0 + thread < p.num_realizations) {
-      double sum = 0;
-      for (int i = thread; i < kThreads; i += kReal) sum += shared.constant[i];
-      constant_parts[feature * p.num_realizations + r0 + thread] = sum;
-    }
-    __syncthreads();  // before the sums are written again
   }
 }
 
@@ -670,7 +649,7 @@ void visit_kernels(const ConvFilterParams& p, bool allow_tf32, const Function& f
 // Parts of the scratch memory of the backward pass.
 struct Workspace {
   PolyphaseTaps polyphase;
-  std::int64_t segments, taps, constants, kernel_parts;
+  std::int64_t segments, taps, kernel_parts;
   double *kernel = nullptr, *constant = nullptr;
   std::size_t size = 0;
 
@@ -678,11 +657,15 @@ struct Workspace {
       : polyphase(p),
         segments(kernel_segments(p)),
         taps(p.num_heads * p.in_features * p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2]),
-        constants(p.num_heads * p.in_features * p.num_realizations),
         kernel_parts(polyphase.fits ? polyphase.parts() : segments) {
     Carver carver(static_cast<unsigned char*>(memory));
     if (p.grad_kernel != nullptr) kernel = carver.take<double>(kernel_parts * taps);
-    if (p.grad_constant != nullptr) constant = carver.take<double>(segments * constants);
+    if (p.grad_constant != nullptr) {
+      // The same whether tf32 is allowed or not: tiles of both have the same shapes.
+      visit_storage(p.dtype, [&](auto storage) {
+        constant = carver.take<double>(ConstantBlocks<decltype(storage)>(p).num_parts());
+      });
+    }
     size = carver.size();
   }
 };
@@ -709,15 +692,11 @@ void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
       needs_kernel = false;
     }
   }
-  if (needs_kernel || p.grad_constant != nullptr) {
+  if (needs_kernel) {
     Carver size;
     KernelShared<Storage, Operand, kDense>{size};
     launch(kernel_kernel<Storage, Operand, kDense>, grid_of(workspace.segments * features),
-           dim3(kThreads), size.size(), stream, p, workspace.segments,
-           needs_kernel ? workspace.kernel : nullptr, workspace.constant);
-    if (p.grad_constant != nullptr)
-      sum_parts(workspace.constant, workspace.segments, workspace.constants,
-                static_cast<T*>(p.grad_constant), stream);
+           dim3(kThreads), size.size(), stream, p, workspace.segments, workspace.kernel);
   }
   if (p.grad_kernel != nullptr)
     sum_parts(workspace.kernel, workspace.kernel_parts, workspace.taps,
@@ -803,6 +782,11 @@ void conv_filter_backward(const ConvFilterBackwardParams& p, void* workspace, bo
                           Stream stream) {
   visit_kernels(p, allow_tf32, [&](auto storage, auto operand, auto dense) {
     backward<decltype(storage), decltype(operand), decltype(dense)::value>(p, workspace, stream);
+  });
+  if (p.grad_constant == nullptr) return;
+  visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+    launch_constant_gradient<decltype(storage), decltype(operand)>(
+        p, Workspace(p, workspace).constant, stream);
   });
 }
 

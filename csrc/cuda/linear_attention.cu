@@ -678,12 +678,6 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <class Storage>
-bool is_aligned(const void* data, const std::int64_t (&strides)[4]) {
-  return strides[3] == 1 && rows_are_aligned<Storage>(data, strides[0]) &&
-         rows_are_aligned<Storage>(data, strides[1]) && rows_are_aligned<Storage>(data, strides[2]);
-}
-
 // The scratch memory of one pass, and its launches.
 template <class Storage, class Operand>
 class Pass {

@@ -304,8 +304,7 @@ struct Workspace {
   Workspace(const PhasorFilterBackwardParams& p, void* memory)
       : blocks(p.num_heads * ceil_div(p.num_pairs, kLanes) * ceil_div(p.in_features, kWarps)),
         segments(has_products(p) ? CodeGradientTiles(p).segments
-                                 : max_of(1, min_of(ceil_div(p.length, kTile),
-                                                    ceil_div(kWantedBlocks, max_of(1, blocks))))),
+                                 : num_segments(blocks, ceil_div(p.length, kTile))),
         codes(p.num_heads * p.in_features * p.num_pairs) {
     Carver carver(static_cast<unsigned char*>(memory));
     if (p.grad_freqs != nullptr) parts.freqs = carver.take<double>(segments * codes * p.ndim);

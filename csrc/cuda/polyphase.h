@@ -285,13 +285,6 @@ TORCH_SPE_DEVICE void copy_rows(Storage* out, int row_stride, int rows, int colu
   }
 }
 
-// Whether x or grad_out can be read in pieces of 16 bytes.
-template <class Storage>
-TORCH_SPE_INLINE bool is_aligned(const void* data, const std::int64_t (&strides)[6]) {
-  return strides[5] == 1 && rows_are_aligned<Storage>(data, strides[0]) &&
-         rows_are_aligned<Storage>(data, strides[3]) && rows_are_aligned<Storage>(data, strides[4]);
-}
-
 template <class Storage>
 struct alignas(8) Four {
   Storage values[4];

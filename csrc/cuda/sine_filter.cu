@@ -179,12 +179,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const SineFilterParam
   });
 }
 
-// The backward pass is cut into segments of the tokens, so that there are enough blocks; each
-// writes its part of the sums over tokens.
-std::int64_t num_segments(std::int64_t blocks, std::int64_t tiles) {
-  return max_of(1, min_of(tiles, ceil_div(kWantedBlocks, max_of(1, blocks))));
-}
-
+// The backward pass is cut into segments of the tokens; each writes its part of the sums over them.
+//
 // Gradients of x, frequencies and positions: a block takes a group of features of one head, whose
 // rows of weight make one tile (or several, when one feature has more rows), and walks over tokens.
 template <class Operand>

@@ -28,12 +28,27 @@ struct TokenTiles {
   }
 };
 
+// Into how many segments to cut sums over `tiles` tiles, where each has `blocks` blocks.
+TORCH_SPE_INLINE std::int64_t num_segments(std::int64_t blocks, std::int64_t tiles) {
+  return max_of(1, min_of(tiles, ceil_div(kWantedBlocks, max_of(1, blocks))));
+}
+
 // Whether rows that begin at `base` and multiples of `stride` elements from it can be copied in
 // pieces of 16 bytes.
 template <class Storage>
 TORCH_SPE_INLINE bool rows_are_aligned(const void* base, std::int64_t stride) {
   constexpr std::int64_t kVector = 16 / static_cast<std::int64_t>(sizeof(Storage));
   return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && stride % kVector == 0;
+}
+
+// Whether that is so for all rows, along its last dimension, of a tensor.
+template <class Storage, int kDims>
+TORCH_SPE_INLINE bool is_aligned(const void* data, const std::int64_t (&strides)[kDims]) {
+  bool aligned = strides[kDims - 1] == 1;
+  TORCH_SPE_UNROLL
+  for (int i = 0; i + 1 < kDims; ++i)
+    aligned = aligned && rows_are_aligned<Storage>(data, strides[i]);
+  return aligned;
 }
 
 // Copies a tile [kRows, kColumns] to shared memory as operands, zero from column `columns` on and

@@ -107,6 +107,8 @@ def test_tf32(compare, tf32):
         compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[torch.float32])
     inputs, grads = attention_inputs(torch.float32, 1, 70, 70, 2, 9, 6)
     compare(attention(causal=True), inputs, grads, 4e-3)
+    inputs, grad = conv_inputs(torch.float32, (), *CONV_SHAPES["odd"])
+    compare(conv(NOISE["gaussian"], 1, 9), inputs, grad, 4e-3)
 
 
 EMPTY = {
@@ -355,6 +357,41 @@ def test_some_gradients_of_the_conv_filter(compare, noise):
         if inputs[wanted] is not None:
             function = conv(NOISE[noise], 1, 9)
             compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
+
+
+CONSTANT_SHAPES = {  # batch, positions, heads, features, realizations
+    "one token": (1, (1,), 1, 3, 5),
+    "less than a tile": (3, (7,), 2, 9, 17),
+    "one tile": (2, (32,), 1, 64, 64),
+    "segments of one head": (3, (150,), 1, 24, 40),
+    "several tiles of features": (2, (50,), 2, 130, 8),
+    "several tiles of realizations": (1, (70,), 1, 16, 72),
+    "images": (3, (5, 19), 2, 8, 6),
+    "volumes": (2, (3, 7, 5), 1, 40, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CONSTANT_SHAPES.values(), ids=CONSTANT_SHAPES)
+def test_gradient_of_the_constant(compare, shape, dtype):
+    batch, size, heads, features, real = shape
+    taps = (1,) * len(size)
+    inputs, grad = conv_inputs(dtype, (), batch, size, heads, features, taps, real, True)
+    function = conv(NOISE["signs"], len(size), real)
+    compare(function, inputs, grad, TOLERANCES[dtype], [3])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_in_the_gradient_of_the_constant(compare, layout, dtype):
+    (x, *rest), grad = conv_inputs(dtype, (), 3, (5, 14), 2, 24, (1, 1), 32, True)
+    if layout == "transposed":
+        x, grad = (t.permute(4, 2, 0, 3, 1).contiguous().permute(2, 4, 1, 3, 0) for t in (x, grad))
+    elif layout == "expanded":
+        x, grad = x[:1].expand_as(x), grad[:, :, :, :, :1].expand_as(grad)
+    else:
+        x, grad = (torch.cat([t, t], 4)[..., 3 : 3 + t.shape[4]] for t in (x, grad))
+    compare(conv(NOISE["signs"], 2, 32), [x, *rest], grad, TOLERANCES[dtype], [3])
 
 
 def test_conv_filter_with_strides_and_start(compare):
