@@ -172,9 +172,7 @@ class NoiseLine {
                                 r / core::realizations_of_block(kKind))}},
             seed_);
         if constexpr (kKind == core::NoiseKind::kGaussian) {
-          core::normal_pair<core::ScalarNumbers>(words.word[0], words.word[1], values, values + 1);
-          core::normal_pair<core::ScalarNumbers>(words.word[2], words.word[3], values + 2,
-                                                 values + 3);
+          normals_of<Number>(words, values);
         } else {
           const std::uint32_t bits = core::word_of(words, r % 128 / 32) >> r % 32;
           TORCH_SPE_UNROLL
@@ -208,10 +206,15 @@ template <bool kMirrored, class T, class Operand>
 TORCH_SPE_DEVICE void fill_toeplitz(const T* taps, std::int64_t count, std::int64_t first,
                                     Operand* out) {
   constexpr int kSize = toeplitz_copy_size<Operand>(kTokens, kWindow);
-  for (int i = static_cast<int>(threadIdx.x); i < kToeplitzCopies<Operand> * kSize; i += kThreads) {
-    const std::int64_t lag = first + i / kSize + i % kSize - (kTokens - 1);
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens + kWindow - 1; i += kThreads) {
+    const std::int64_t lag = first + i - (kTokens - 1);
     const std::int64_t tap = kMirrored ? -lag : lag;
-    write(tap >= 0 && tap < count ? taps[tap] : T(0), out + i);
+    Operand value;
+    write(tap >= 0 && tap < count ? taps[tap] : T(0), &value);
+    TORCH_SPE_UNROLL
+    for (int copy = 0; copy < kToeplitzCopies<Operand>; ++copy) {
+      if (i >= copy && i - copy < kSize) out[copy * kSize + i - copy] = value;
+    }
   }
 }
 

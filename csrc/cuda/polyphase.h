@@ -13,6 +13,7 @@
 #pragma once
 
 #include "core/conv_filter.h"
+#include "normals.h"
 #include "tiles.h"
 
 namespace torch_spe::cuda {
@@ -179,9 +180,7 @@ class Streams {
                             r / core::realizations_of_block(noise.kind))}},
         seed_);
     if constexpr (kRun == 4) {
-      core::normal_pair<core::ScalarNumbers>(words.word[0], words.word[1], normals, normals + 1);
-      core::normal_pair<core::ScalarNumbers>(words.word[2], words.word[3], normals + 2,
-                                             normals + 3);
+      normals_of<Storage>(words, normals);
     } else {
       *signs = core::word_of(words, r % 128 / 32);
     }

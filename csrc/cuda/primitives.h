@@ -105,8 +105,20 @@ __device__ __forceinline__ float quad_sum(float value) {
 
 // Cosine and sine of an angle in [-pi, pi], to 20 bits.
 __device__ __forceinline__ void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
-  asm("cos.approx.f32 %0, %1;" : "=f"(*cos_out) : "f"(angle));
-  asm("sin.approx.f32 %0, %1;" : "=f"(*sin_out) : "f"(angle));
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cos_out) : "f"(angle));
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(*sin_out) : "f"(angle));
+}
+
+// The logarithm to base 2 of x in (0, 1], and the root, to some 22 bits.
+__device__ __forceinline__ float fast_log2(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float fast_sqrt(float x) {
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 // e^x, to some 22 bits; what would be subnormal is 0.

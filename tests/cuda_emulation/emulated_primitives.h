@@ -83,6 +83,9 @@ inline void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
   *sin_out = std::sin(angle);
 }
 
+inline float fast_log2(float x) { return std::log2(x); }
+inline float fast_sqrt(float x) { return std::sqrt(x); }
+
 inline float fast_exp(float x) { return std::exp(x); }
 
 inline float warp_max(float value) {
