@@ -147,7 +147,8 @@ class Workspace {
     // Thrown exceptions cannot leave a parallel region; there is nothing to be done without scratch
     // memory.
     if (data_ == nullptr) std::abort();
-    if (std::getenv("TORCH_SPE_POISON") != nullptr) std::memset(static_cast<void*>(data_), 0xff, bytes);
+    if (std::getenv("TORCH_SPE_POISON") != nullptr)
+      std::memset(static_cast<void*>(data_), 0xff, bytes);
   }
   ~Workspace() { std::free(data_); }
   Workspace(const Workspace&) = delete;
