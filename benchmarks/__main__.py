@@ -104,6 +104,8 @@ def measure_direction(
             samples[name].append(single[name])  # warming up makes no difference
         else:
             (single[name],) = measure.times(call, device, 1, warm_up=False)
+    if not calls:
+        return {}
     repeats = {name: measure.burst(time, device) for name, time in single.items()}
     turn = sum(time * (repeats[name] if device != "cpu" else 1) for name, time in single.items())
     for _ in range(max(3, min(30, int(seconds / turn)))):

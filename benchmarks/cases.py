@@ -473,7 +473,7 @@ def layer(
     mask = (
         torch.nn.Transformer.generate_square_subsequent_mask(length, device=device, dtype=dtype)
         if length <= 8192
-        else torch.zeros((), dtype=torch.bool, device=device).expand(length, length)
+        else torch.zeros((), dtype=dtype, device=device).expand(length, length)
     )
     projections = 8.0 * batch * length * model**2
     return Case(

@@ -11,7 +11,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="one shape and two types only")
     tiny = parser.parse_args().tiny
-    shapes = [(2, 70, 1, 5, 3, 9)] if tiny else [(2, 70, 1, 5, 3, 9), (1, 200, 2, 16, 4, 72)]
+    # Batch, length, heads, features, sines, realizations.
+    shapes = [(2, 70, 1, 5, 3, 9)]
+    if not tiny:
+        shapes += [(1, 200, 2, 16, 4, 72), (9, 70, 1, 9, 1, 72)]
     dtypes = [torch.bfloat16, torch.float32]
     if not tiny:
         dtypes += [torch.float16, torch.float64]

@@ -23,7 +23,6 @@ using core::ConvFilterParams;
 
 constexpr int kPolyphaseRows = 64;  // of a block: 16 for each warp
 constexpr int kTileRows = 128;      // of positions and batch rows, whose sums a warp holds at once
-constexpr std::int64_t kMostShared = 96 * 1024;
 
 // What a block holds in shared memory.
 struct PolyphasePlan {
@@ -558,7 +557,7 @@ inline bool is_polyphase_line(const ConvFilterParams& p) {
   const std::int64_t s = noise.stride[2];
   return p.noise == nullptr && noise.ndim == 1 && s > 1 && s <= 1024 && p.kernel_size[2] <= 8192 &&
          s <= 4 * p.num_realizations && p.num_realizations <= (1 << 20) && p.batch > 0 &&
-         p.size[2] > 0;
+         p.in_features > 0 && p.size[2] > 0;
 }
 
 // Calls function(plan) with the first of plans for some number of features and diagonals and some

@@ -19,6 +19,11 @@
 
 namespace torch_spe::cuda {
 
+TORCH_SPE_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// Bytes of shared memory that kernels whose tiles have a choice take at most.
+constexpr std::int64_t kMostShared = 96 * 1024;
+
 #if defined(TORCH_SPE_CUDA_EMULATION)
 
 using Stream = void*;
@@ -54,6 +59,7 @@ constexpr std::int64_t kChunksOfSegment = 8;
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or it would be taken for one of a later launch
   std::string message = std::string("torch_spe: ") + what + ": " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {
     message +=
@@ -64,16 +70,19 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
-// Starts a kernel on the stream and reports an invalid launch. Does not wait.
+// Starts a kernel on the stream and reports an invalid launch. Does not wait. The limit of shared
+// memory is always the same, since it belongs to the kernel and not to the launch: two threads may
+// launch one with different sizes.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             Stream stream, const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments));
   if (shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "asking for shared memory");
+    check_cuda(
+        cudaFuncSetAttribute(
+            reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(max_of(static_cast<std::int64_t>(shared_bytes), kMostShared))),
+        "asking for shared memory");
   }
   [&](Parameters... converted) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&converted))...};
@@ -111,7 +120,6 @@ class Carver {
 
 TORCH_SPE_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 TORCH_SPE_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-TORCH_SPE_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 // The first dimension of a grid, the only one that goes beyond 65535.
 inline dim3 grid_of(std::int64_t blocks) {

@@ -350,21 +350,26 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           p, steps, {own.group, own.k}, head, n0, tiles.positions,
           shared.basis + stage % 2 * shared.basis_size);
     };
-    // Adds up the four warps' sums of a stage.
+    // Adds up the four warps' sums of a stage. Steps of several tiles of realizations may have the
+    // same sine: they take turns.
+    static_assert(kStageSines == kLanes);
     const auto fold = [&](std::int64_t stage) {
       if (freqs_parts == nullptr || thread >= kStageSines) return;
       const std::int64_t step = stage * kStageSteps + thread / kGroup;
-      if (step >= count) return;
       const Place place = place_at(step);
-      const std::int64_t sine = steps.sine({place.group, place.k}, thread % kGroup);
-      if (sine < 0) return;
+      const std::int64_t sine =
+          step < count ? steps.sine({place.group, place.k}, thread % kGroup) : -1;
       const float* const sums = shared.sums + stage % 2 * (kWarps * kStageSines * 2) + 2 * thread;
       double sum = 0, slope = 0;
       for (int w = 0; w < kWarps; ++w) {
         sum += static_cast<double>(sums[w * kStageSines * 2]);
         slope += static_cast<double>(sums[w * kStageSines * 2 + 1]);
       }
-      shared.totals[sine] += slope + (p.start + static_cast<double>(n0)) * sum;
+      for (int turn = 0; turn < kStageSteps; ++turn) {
+        if (sine >= 0 && thread / kGroup == turn)
+          shared.totals[sine] += slope + (p.start + static_cast<double>(n0)) * sum;
+        __syncwarp();
+      }
     };
 
     // Tokens 8 j + 2 member + e of the warp's: 16 times the position, plus the batch row, both
