@@ -62,7 +62,12 @@ struct ScalarNumbers {
   using Float = float;
 
   TORCH_SPE_INLINE static void multiply(Word a, std::uint32_t b, Word* high, Word* low) {
+#if defined(__CUDA_ARCH__)
+    std::uint64_t product;  // nvcc would also multiply b with the upper half of a, which is 0
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+#else
     const std::uint64_t product = static_cast<std::uint64_t>(a) * b;
+#endif
     *high = static_cast<Word>(product >> 32);
     *low = static_cast<Word>(product);
   }

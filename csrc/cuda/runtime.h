@@ -105,7 +105,9 @@ class Carver {
     const std::size_t begin = offset_;
     const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
     offset_ = (begin + size + kSharedGap + 15) / 16 * 16;
+#if !defined(__CUDA_ARCH__)  // where the test would hide that this is shared memory
     if (base_ == nullptr) return nullptr;
+#endif
 #if defined(TORCH_SPE_CUDA_EMULATION)
     ::cuda_emulation::poison(base_ + begin + size, offset_ - begin - size);
 #endif
