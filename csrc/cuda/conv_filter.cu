@@ -1,8 +1,9 @@
-// A block makes codes, sum_p kernel[p] z[n+p, r], for kTokens positions n along the last dimension
-// and kReal realizations r of one head and feature. The taps of the other dimensions come one after
-// the other; each needs a line of noise along the last dimension, which comes in windows of kWindow
-// numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the kernel. Of
-// polyphase noise a window holds one number for a period, and a code adds up its few taps.
+// A block makes codes, sum_p kernel[p] z[n+p, r], for a tile of positions n along the last
+// dimension and of realizations r, of one head and feature. The taps of the other dimensions come
+// one after the other; each needs a line of noise along the last dimension, which comes in windows
+// of some numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the
+// kernel. Of polyphase noise a window holds one number for a period, and a code adds up its few
+// taps.
 #include "constant_gradient.h"
 #include "conv_filter.h"
 #include "device_for.h"
@@ -12,12 +13,22 @@
 namespace torch_spe::cuda {
 namespace {
 
-constexpr int kTokens = 64;
-constexpr int kReal = 32;
-constexpr int kWindow = 32;
 // Realizations for which one thread makes noise: within one block of the generator.
 constexpr int kGaussianGroup = 4, kSignGroup = 8;
-static_assert(kReal % kSignGroup == 0 && 128 % kReal == 0);
+
+// Positions and realizations of a tile of codes, and periods of a window.
+template <bool kDenseNoise, int kNumTokens = 64, int kNumReal = 32, int kNumPeriods = 32>
+struct CodeTile {
+  static constexpr bool kDense = kDenseNoise;
+  static constexpr int kTokens = kNumTokens, kReal = kNumReal, kWindow = kNumPeriods;
+  static_assert(kReal % kSignGroup == 0 && 128 % kReal == 0);
+};
+
+// Where tensor cores make the codes, noise costs most, of which a long tile needs less: it has the
+// same number of codes. Elsewhere products cost most, and a long tile multiplies more zeros.
+template <class Operand, bool kDense>
+using LongTile = std::conditional_t<kDense && TileProduct<Operand, 128, 16>::kTensorCores,
+                                    CodeTile<kDense, 128, 16, 128>, CodeTile<kDense>>;
 
 TORCH_SPE_INLINE std::int64_t num_periods(const core::NoiseParams& noise) {
   return noise.stride[0] * noise.stride[1] * noise.stride[2];
@@ -32,7 +43,7 @@ struct Place {
   }
 };
 
-// Tiles of kTokens positions.
+template <int kTokens>
 struct PositionTiles {
   std::int64_t size1, per_line, count;
 
@@ -77,23 +88,30 @@ TORCH_SPE_DEVICE void write_as(core::DType dtype, T value, void* data, std::int6
 // The noise of one head and feature that a tile of positions needs, along the line of one tap of
 // the other dimensions. Positions are relative to the tile's first; period q of realization r has
 // its noise at position q s + class(r) - origin, with s the stride of the last dimension.
+template <class Tile>
 class NoiseLine {
  public:
+  static constexpr bool kDense = Tile::kDense;
+  static constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal, kWindow = Tile::kWindow;
   std::int64_t origin = 0;
-  std::int64_t count;  // periods
+  int count;  // periods
   std::int64_t stride;
 
-  TORCH_SPE_DEVICE NoiseLine(const ConvFilterParams& p, const Place& place)
-      : count(kTokens + p.kernel_size[2] - 1), stride(p.generated.stride[2]), p_(p), place_(place) {
-    if (p.noise != nullptr) return;
-    const core::NoiseParams& noise = p.generated;
-    seed_ = static_cast<std::uint64_t>(*noise.device_seed);
-    if (num_periods(noise) > 1)
+  TORCH_SPE_DEVICE NoiseLine(const ConvFilterParams& p, const Place& place, std::uint64_t seed)
+      : count(static_cast<int>(min_of(kTokens, p.size[2] - place.n0) + p.kernel_size[2] - 1)),
+        stride(p.generated.stride[2]),
+        p_(p),
+        place_(place),
+        seed_(seed),
+        first_period_(p.generated.start[2] + place.n0) {
+    if constexpr (!kDense) {
+      const core::NoiseParams& noise = p.generated;
       core::noise_shift(seed_, noise.ndim, place.head, place.d, noise.stride, shift_);
-    const std::int64_t first = noise.start[2] + place.n0 + shift_[2];
-    first_period_ = core::floor_divide(first, stride);
-    origin = first - first_period_ * stride;
-    count = (origin + kTokens + p.kernel_size[2] - 2) / stride + 1;
+      const std::int64_t first = first_period_ + shift_[2];
+      first_period_ = core::floor_divide(first, stride);
+      origin = first - first_period_ * stride;
+      count = static_cast<int>((origin + count - 1) / stride) + 1;
+    }
   }
 
   // Goes to a tap of the other dimensions.
@@ -102,8 +120,9 @@ class NoiseLine {
     line_[1] = place_.i1 + tap1;
     for (int i = 0; i < 2; ++i) {
       const std::int64_t position = p_.generated.start[i] + line_[i] + shift_[i];
-      period_[i] = core::floor_divide(position, p_.generated.stride[i]);
-      phase_[i] = position - period_[i] * p_.generated.stride[i];
+      const std::int64_t s = p_.generated.stride[i];
+      period_[i] = kDense ? position : core::floor_divide(position, s);
+      phase_[i] = kDense ? 0 : position - period_[i] * s;
     }
   }
 
@@ -123,21 +142,21 @@ class NoiseLine {
   }
 
   // out[q - first][r - r0] for kWindow periods and kReal realizations, without the factor of
-  // polyphase noise; 0 where there is none.
-  template <bool kDense, class Number>
-  TORCH_SPE_DEVICE void fill(std::int64_t first, std::int64_t r0, Number* out) const {
+  // polyphase noise; 0 where there is none, and some number beyond the last realization.
+  template <class Number>
+  TORCH_SPE_DEVICE void fill(int first, std::int64_t r0, Number* out) const {
     if (p_.noise != nullptr) {
       fill_given(first, r0, out);
     } else if (p_.generated.kind == core::NoiseKind::kGaussian) {
-      fill_generated<kDense, core::NoiseKind::kGaussian>(first, r0, out);
+      fill_generated<core::NoiseKind::kGaussian>(first, r0, out);
     } else {
-      fill_generated<kDense, core::NoiseKind::kRademacher>(first, r0, out);
+      fill_generated<core::NoiseKind::kRademacher>(first, r0, out);
     }
   }
 
  private:
   template <class Number>
-  TORCH_SPE_DEVICE void fill_given(std::int64_t first, std::int64_t r0, Number* out) const {
+  TORCH_SPE_DEVICE void fill_given(int first, std::int64_t r0, Number* out) const {
     const auto& strides = p_.noise_strides;
     const std::int64_t base = place_.head * strides[0] + place_.d * strides[1] +
                               line_[0] * strides[2] + line_[1] * strides[3];
@@ -153,23 +172,30 @@ class NoiseLine {
     }
   }
 
-  template <bool kDense, core::NoiseKind kKind, class Number>
-  TORCH_SPE_DEVICE void fill_generated(std::int64_t first, std::int64_t r0, Number* out) const {
+  template <core::NoiseKind kKind, class Number>
+  TORCH_SPE_DEVICE void fill_generated(int first, std::int64_t r0, Number* out) const {
     const core::NoiseParams& noise = p_.generated;
     constexpr int kGroup = kKind == core::NoiseKind::kGaussian ? kGaussianGroup : kSignGroup;
     constexpr int kGroups = kReal / kGroup;
+    // A thread keeps to its realizations.
+    const int column = static_cast<int>(threadIdx.x) % kGroups * kGroup;
+    const std::int64_t r = r0 + column;
+    const std::uint32_t source = core::noise_source(place_.head, place_.d);
+    const std::uint32_t block = core::noise_block(static_cast<std::uint32_t>(kKind), noise.ndim,
+                                                  r / core::realizations_of_block(kKind));
+    const std::uint64_t position0 =
+        core::noise_position(noise.ndim, period_[0], period_[1], first_period_ + first);
+    const std::uint64_t mask = core::noise_position(noise.ndim, 0, 0, -1);
+    const int periods = r < p_.num_realizations ? count - first : 0;
     TORCH_SPE_KEEP_LOOP
-    for (int i = static_cast<int>(threadIdx.x); i < kWindow * kGroups; i += kThreads) {
-      const std::int64_t period = first + i / kGroups, r = r0 + i % kGroups * kGroup;
+    for (int q = static_cast<int>(threadIdx.x) / kGroups; q < kWindow; q += kThreads / kGroups) {
       float values[kGroup] = {};
-      if (period < count && r < p_.num_realizations) {
+      if (q < periods) {
         const std::uint64_t position =
-            core::noise_position(noise.ndim, period_[0], period_[1], first_period_ + period);
+            (position0 & ~mask) | ((position0 + static_cast<std::uint64_t>(q)) & mask);
         const auto words = core::philox<core::ScalarNumbers>(
             {{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
-              core::noise_source(place_.head, place_.d),
-              core::noise_block(static_cast<std::uint32_t>(kKind), noise.ndim,
-                                r / core::realizations_of_block(kKind))}},
+              source, block}},
             seed_);
         if constexpr (kKind == core::NoiseKind::kGaussian) {
           normals_of<Number>(words, values);
@@ -178,13 +204,28 @@ class NoiseLine {
           TORCH_SPE_UNROLL
           for (int e = 0; e < kGroup; ++e) values[e] = (bits >> e & 1u) != 0 ? -1.0f : 1.0f;
         }
+        if constexpr (!kDense) {
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < kGroup; ++e) values[e] = has(r + e) ? values[e] : 0.0f;
+        }
       }
-      Number* const to = out + i / kGroups * row_of<Number>(kReal) + i % kGroups * kGroup;
+      write_numbers(values, out + q * row_of<Number>(kReal) + column);
+    }
+  }
+
+  template <int kCount, class Number>
+  TORCH_SPE_DEVICE static void write_numbers(const float (&values)[kCount], Number* out) {
+    if constexpr (sizeof(Number) == 2) {
+      struct alignas(2 * kCount) Pairs {
+        std::uint32_t of[kCount / 2];
+      } pairs;
       TORCH_SPE_UNROLL
-      for (int e = 0; e < kGroup; ++e) {
-        const bool inside = r + e < p_.num_realizations && (kDense || has(r + e));
-        write(static_cast<accumulate<Number>>(inside ? values[e] : 0.0f), to + e);
-      }
+      for (int e = 0; e < kCount; e += 2)
+        pairs.of[e / 2] = pack_pair<Number>(values[e], values[e + 1]);
+      *reinterpret_cast<Pairs*>(out) = pairs;
+    } else {
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < kCount; ++e) write(static_cast<accumulate<Number>>(values[e]), out + e);
     }
   }
 
@@ -194,28 +235,33 @@ class NoiseLine {
 
   const ConvFilterParams& p_;
   Place place_;
-  std::uint64_t seed_ = 0;
+  std::uint64_t seed_;
   std::int64_t shift_[3] = {0, 0, 0};
-  std::int64_t first_period_ = 0;
+  std::int64_t first_period_;
   std::int64_t line_[2], period_[2], phase_[2];
 };
 
 // The Toeplitz tile kernel[t][i] = kernel[first + i - t] of a line of taps: what dense noise is
 // multiplied with, or, mirrored, kernel[t - (first + i)].
-template <bool kMirrored, class T, class Operand>
+template <class Tile, bool kMirrored, class T, class Operand>
 TORCH_SPE_DEVICE void fill_toeplitz(const T* taps, std::int64_t count, std::int64_t first,
                                     Operand* out) {
-  constexpr int kSize = toeplitz_copy_size<Operand>(kTokens, kWindow);
-  for (int i = static_cast<int>(threadIdx.x); i < kTokens + kWindow - 1; i += kThreads) {
-    const std::int64_t lag = first + i - (kTokens - 1);
+  constexpr int kSize = toeplitz_copy_size<Operand>(Tile::kTokens, Tile::kWindow);
+  TORCH_SPE_KEEP_LOOP
+  for (int i = static_cast<int>(threadIdx.x); i < Tile::kTokens + Tile::kWindow - 1;
+       i += kThreads) {
+    const std::int64_t lag = first + i - (Tile::kTokens - 1);
     const std::int64_t tap = kMirrored ? -lag : lag;
-    Operand value;
-    write(tap >= 0 && tap < count ? taps[tap] : T(0), &value);
-    TORCH_SPE_UNROLL
-    for (int copy = 0; copy < kToeplitzCopies<Operand>; ++copy) {
-      if (i >= copy && i - copy < kSize) out[copy * kSize + i - copy] = value;
-    }
+    Operand number;
+    write(tap >= 0 && tap < count ? taps[tap] : T(0), &number);
+    out[i] = number;
+    if (kToeplitzCopies<Operand> == 2 && i > 0) out[kSize + i - 1] = number;
   }
+}
+
+TORCH_SPE_DEVICE std::uint64_t seed_of(const ConvFilterParams& p) {
+  const std::int64_t* const seed = p.generated.device_seed;
+  return seed == nullptr ? 0 : static_cast<std::uint64_t>(*seed);
 }
 
 template <class T>
@@ -227,53 +273,62 @@ TORCH_SPE_DEVICE const T* taps_of(const ConvFilterParams& p, const Place& place,
              p.kernel_size[2];
 }
 
-// Shared memory of the codes of a tile.
-template <class Storage, class Operand, bool kDense>
+// Shared memory of windows of noise, one or two in turn.
+template <class Storage, class Operand, class Tile>
 struct CodeShared {
   using T = core::accumulate_t<Storage>;
-  using Number = std::conditional_t<kDense, Operand, T>;  // of noise
-  Number* noise;                                          // [period, r]
-  Operand* toeplitz;                                      // [token, period], of dense noise
+  using Number = std::conditional_t<Tile::kDense, Operand, T>;  // of noise
+  static constexpr int kNoise = Tile::kWindow * row_of<Number>(Tile::kReal);
+  static constexpr int kToeplitz =
+      Tile::kDense ? toeplitz_size<Operand>(Tile::kTokens, Tile::kWindow) : 0;
+  Number* noise;      // [window, period, r]
+  Operand* toeplitz;  // [window, token, period], of dense noise
 
-  TORCH_SPE_INLINE explicit CodeShared(Carver& carver)
-      : noise(carver.take<Number>(kWindow * row_of<Number>(kReal))),
-        toeplitz(kDense ? carver.take<Operand>(toeplitz_size<Operand>(kTokens, kWindow))
-                        : nullptr) {}
+  TORCH_SPE_INLINE CodeShared(Carver& carver, int windows)
+      : noise(carver.take<Number>(windows * kNoise)),
+        toeplitz(carver.take<Operand>(windows * kToeplitz)) {}
 };
 
-template <class Storage, class Operand, bool kDense>
+template <class Storage, class Operand, class Tile>
 class Codes {
  public:
   using T = core::accumulate_t<Storage>;
-  using Shared = CodeShared<Storage, Operand, kDense>;
+  using Shared = CodeShared<Storage, Operand, Tile>;
+  static constexpr bool kDense = Tile::kDense;
+  static constexpr int kReal = Tile::kReal, kWindow = Tile::kWindow;
 
-  TORCH_SPE_DEVICE Codes(const ConvFilterParams& p, const Shared& shared)
-      : p_(p), shared_(shared), factor_(kDense ? T(1) : sqrt_of(num_periods(p.generated))) {}
+  TORCH_SPE_DEVICE explicit Codes(const ConvFilterParams& p)
+      : p_(p), factor_(kDense ? T(1) : sqrt_of(num_periods(p.generated))), seed_(seed_of(p)) {}
 
   // Makes the codes of a tile and calls function(token, realization, code) for those that this
   // thread holds, constant included. Begins with a barrier.
   template <class Function>
-  TORCH_SPE_DEVICE void make(const Place& place, std::int64_t r0, const Function& function) {
-    NoiseLine line(p_, place);
+  TORCH_SPE_DEVICE void make(const Shared& shared, const Place& place, std::int64_t r0,
+                             const Function& function) {
+    NoiseLine<Tile> line(p_, place, seed_);
     product_.clear();
     __syncthreads();  // whatever shared memory held has been used
+    int window = 0;
     for (std::int64_t tap0 = 0; tap0 < p_.kernel_size[0]; ++tap0) {
       for (std::int64_t tap1 = 0; tap1 < p_.kernel_size[1]; ++tap1) {
         line.set_tap(tap0, tap1);
         if (!kDense && !line.has_any(r0)) continue;
         const T* const taps = taps_of<T>(p_, place, tap0, tap1);
-        for (std::int64_t first = 0; first < line.count; first += kWindow) {
-          line.template fill<kDense>(first, r0, shared_.noise);
+        for (int first = 0; first < line.count; first += kWindow) {
+          auto* const noise = shared.noise + window * Shared::kNoise;
+          Operand* const toeplitz = shared.toeplitz + window * Shared::kToeplitz;
+          line.fill(first, r0, noise);
           if constexpr (kDense)
-            fill_toeplitz<false>(taps, p_.kernel_size[2], first, shared_.toeplitz);
+            fill_toeplitz<Tile, false>(taps, p_.kernel_size[2], first, toeplitz);
+          // One barrier is enough: a window is filled again only after the next one, which no warp
+          // passes before all have used this window.
           __syncthreads();
           if constexpr (kDense) {
-            product_.template multiply<kWindow, Major::kToeplitz, Major::kOuter>(shared_.toeplitz,
-                                                                                 shared_.noise);
+            product_.template multiply<kWindow, Major::kToeplitz, Major::kOuter>(toeplitz, noise);
           } else {
-            add_taps(line, taps, first, r0);
+            add_taps(line, taps, first, r0, noise);
           }
-          __syncthreads();  // the window has been used
+          window = 1 - window;
         }
       }
     }
@@ -296,8 +351,8 @@ class Codes {
 
  private:
   // Tap p of token t meets period q of realization r where q s + class(r) - origin = t + p.
-  TORCH_SPE_DEVICE void add_taps(const NoiseLine& line, const T* taps, std::int64_t first,
-                                 std::int64_t r0) {
+  TORCH_SPE_DEVICE void add_taps(const NoiseLine<Tile>& line, const T* taps, std::int64_t first,
+                                 std::int64_t r0, const T* noise) {
     const int stride = static_cast<int>(line.stride), size = static_cast<int>(p_.kernel_size[2]);
     product_.for_each([&](int token, int r, T& code) {
       const int lag =
@@ -307,7 +362,7 @@ class Codes {
       int q = least > first ? least - static_cast<int>(first) : 0;
       for (std::int64_t tap = (first + q) * stride - lag; q < kWindow && tap < size;
            ++q, tap += stride)
-        code += taps[tap] * shared_.noise[q * row_of<T>(kReal) + r];
+        code += taps[tap] * noise[q * row_of<T>(kReal) + r];
     });
   }
 
@@ -316,9 +371,9 @@ class Codes {
   }
 
   const ConvFilterParams& p_;
-  const Shared& shared_;
   const T factor_;
-  TileProduct<Operand, kTokens, kReal> product_;
+  const std::uint64_t seed_;
+  TileProduct<Operand, Tile::kTokens, kReal> product_;
 };
 
 // Forward: a block keeps the results of a tile and some batch rows, and goes through the features.
@@ -328,23 +383,34 @@ constexpr int kBatch = sizeof(Storage) == 8             ? 2
                        : sizeof(Storage) == 2 && kDense ? 8
                                                         : 4;
 
+// The numbers of a token, in some batch rows.
+template <class T, int kRows>
+struct alignas(16) BatchRows {
+  T row[kRows];
+};
+
 template <class Storage, class Operand, bool kDense>
-struct ForwardShared : CodeShared<Storage, Operand, kDense> {
-  core::accumulate_t<Storage>* x;  // [batch, token]
+struct ForwardShared : CodeShared<Storage, Operand, LongTile<Operand, kDense>> {
+  using Tile = LongTile<Operand, kDense>;
+  using Rows = BatchRows<core::accumulate_t<Storage>, kBatch<Storage, kDense>>;
+  Rows* x;  // [2, token], of two features in turn
 
   TORCH_SPE_INLINE explicit ForwardShared(Carver& carver)
-      : CodeShared<Storage, Operand, kDense>(carver),
-        x(carver.take<core::accumulate_t<Storage>>(kBatch<Storage, kDense> * kTokens)) {}
+      : CodeShared<Storage, Operand, Tile>(carver, 2), x(carver.take<Rows>(2 * Tile::kTokens)) {}
 };
 
 template <class Storage, class Operand, bool kDense>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const ConvFilterParams p) {
   using T = core::accumulate_t<Storage>;
+  using Shared = ForwardShared<Storage, Operand, kDense>;
+  using Tile = typename Shared::Tile;
+  using Rows = typename Shared::Rows;
+  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal;
   constexpr int kRows = kBatch<Storage, kDense>, kCount = kTokens * kReal / kThreads;
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
-  const ForwardShared<Storage, Operand, kDense> shared(carver);
-  const PositionTiles tiles(p);
+  const Shared shared(carver);
+  const PositionTiles<kTokens> tiles(p);
   const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kReal);
   const std::int64_t batch_tiles = ceil_div(p.batch, kRows);
   const std::int64_t block = blockIdx.x;
@@ -354,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const C
   Place place = tiles.place(tile, block / real_tiles / batch_tiles / tiles.count, 0);
   const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(p.x_strides);
 
-  Codes<Storage, Operand, kDense> codes(p, shared);
+  Codes<Storage, Operand, Tile> codes(p);
   T sums[kRows][kCount];
   TORCH_SPE_UNROLL
   for (int b = 0; b < kRows; ++b) {
@@ -362,19 +428,24 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const C
     for (int i = 0; i < kCount; ++i) sums[b][i] = 0;
   }
   for (place.d = 0; place.d < p.in_features; ++place.d) {
-    __syncthreads();  // the tile of x before has been used
+    Rows* const x_tile = shared.x + place.d % 2 * kTokens;
     TORCH_SPE_KEEP_LOOP
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kTokens; i += kThreads) {
-      const std::int64_t b = b0 + i / kTokens, t = i % kTokens;
-      shared.x[i] =
-          b < p.batch && place.n0 + t < p.size[2]
-              ? read(x[b * p.x_strides[0] + t * p.x_strides[3] + place.d * p.x_strides[5]])
-              : T(0);
+    for (int t = static_cast<int>(threadIdx.x); t < kTokens; t += kThreads) {
+      Rows rows;
+      TORCH_SPE_UNROLL
+      for (int b = 0; b < kRows; ++b) {
+        rows.row[b] =
+            b0 + b < p.batch && place.n0 + t < p.size[2]
+                ? read(x[(b0 + b) * p.x_strides[0] + t * p.x_strides[3] + place.d * p.x_strides[5]])
+                : T(0);
+      }
+      x_tile[t] = rows;
     }
     int i = 0;
-    codes.make(place, r0, [&](int token, int, T code) {
+    codes.make(shared, place, r0, [&](int token, int, T code) {
+      const Rows rows = x_tile[token];
       TORCH_SPE_UNROLL
-      for (int b = 0; b < kRows; ++b) sums[b][i] += shared.x[b * kTokens + token] * code;
+      for (int b = 0; b < kRows; ++b) sums[b][i] += rows.row[b] * code;
       ++i;
     });
   }
@@ -399,13 +470,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) forward_kernel(const C
 constexpr int kDataBatch = 8;
 
 template <class Storage, class Operand, bool kDense>
-struct DataShared : CodeShared<Storage, Operand, kDense> {
-  static constexpr int kRow = kReal + 1;
+struct DataShared : CodeShared<Storage, Operand, LongTile<Operand, kDense>> {
+  using Tile = LongTile<Operand, kDense>;
+  static constexpr int kRow = Tile::kReal + 1;
   core::accumulate_t<Storage>* codes;  // [token, r]
 
   TORCH_SPE_INLINE explicit DataShared(Carver& carver)
-      : CodeShared<Storage, Operand, kDense>(carver),
-        codes(carver.take<core::accumulate_t<Storage>>(kTokens * kRow)) {}
+      : CodeShared<Storage, Operand, Tile>(carver, 2),
+        codes(carver.take<core::accumulate_t<Storage>>(Tile::kTokens * kRow)) {}
 };
 
 template <class Storage, class Operand, bool kDense>
@@ -413,11 +485,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     data_kernel(const ConvFilterBackwardParams p) {
   using T = core::accumulate_t<Storage>;
   using Shared = DataShared<Storage, Operand, kDense>;
+  using Tile = typename Shared::Tile;
+  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal;
   constexpr int kParts = kThreads / kTokens;  // of the batch rows
+  constexpr int kVector = Vector<Storage>::kSize;
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
   const Shared shared(carver);
-  const PositionTiles tiles(p);
+  const PositionTiles<kTokens> tiles(p);
   const std::int64_t real = p.num_realizations, batch_tiles = ceil_div(p.batch, kDataBatch);
   const std::int64_t block = blockIdx.x;
   const std::int64_t d = block % p.in_features;
@@ -428,22 +503,39 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const int token = static_cast<int>(threadIdx.x) % kTokens;
   const int part = static_cast<int>(threadIdx.x) / kTokens;
   const bool inside = place.n0 + token < p.size[2];
+  const bool aligned = is_aligned<Storage>(p.grad_out, strides);
   const Storage* const grad =
       static_cast<const Storage*>(p.grad_out) + place.offset(strides) + token * strides[3];
 
-  Codes<Storage, Operand, kDense> codes(p, shared);
+  Codes<Storage, Operand, Tile> codes(p);
   T sums[kDataBatch / kParts] = {};
   for (std::int64_t r0 = 0; r0 < real; r0 += kReal) {
-    codes.make(place, r0, [&](int t, int r, T code) { shared.codes[t * Shared::kRow + r] = code; });
+    codes.make(shared, place, r0,
+               [&](int t, int r, T code) { shared.codes[t * Shared::kRow + r] = code; });
     __syncthreads();
     const int count = static_cast<int>(min_of(kReal, real - r0));
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < kDataBatch / kParts; ++i) {
-      const std::int64_t b = b0 + i * kParts + part;
-      if (!inside || b >= p.batch) continue;
-      for (int r = 0; r < count; ++r)
-        sums[i] += read(grad[b * strides[0] + (r0 + r) * strides[5]]) *
-                   shared.codes[token * Shared::kRow + r];
+    TORCH_SPE_KEEP_LOOP
+    for (int r = 0; r < count; r += kVector) {
+      T code[kVector];
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < kVector; ++e) code[e] = shared.codes[token * Shared::kRow + r + e];
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kDataBatch / kParts; ++i) {
+        const std::int64_t b = b0 + i * kParts + part;
+        if (!inside || b >= p.batch) continue;
+        const Storage* const from = grad + b * strides[0] + (r0 + r) * strides[5];
+        Vector<Storage> numbers{};
+        if (aligned && r + kVector <= count) {
+          numbers = *reinterpret_cast<const Vector<Storage>*>(from);
+        } else {
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < kVector; ++e) {
+            if (r + e < count) numbers.values[e] = from[e * strides[5]];
+          }
+        }
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kVector; ++e) sums[i] += read(numbers.values[e]) * code[e];
+      }
     }
   }
   TORCH_SPE_UNROLL
@@ -479,21 +571,23 @@ TORCH_SPE_DEVICE core::accumulate_t<Storage> code_gradient(const ConvFilterBackw
 // Gradient of the kernel: a block takes a segment of the tiles of one feature, and adds up its part
 // of the sums in global memory, which is its own.
 template <class Storage, class Operand, bool kDense>
-struct KernelShared : CodeShared<Storage, Operand, kDense> {
+struct KernelShared {
   using T = core::accumulate_t<Storage>;
-  using Number = typename CodeShared<Storage, Operand, kDense>::Number;
-  static constexpr int kRow = kWindow + 1;
-  Number* grad;  // [token, r], gradients of codes
-  T* products;   // [token, period], of dense noise: sums over r of gradient and noise
+  using Tile = CodeTile<kDense>;
+  using Number = std::conditional_t<kDense, Operand, T>;
+  static constexpr int kRow = Tile::kWindow + 1;
+  Number* noise;  // [period, r]
+  Number* grad;   // [token, r], gradients of codes
+  T* products;    // [token, period], of dense noise: sums over r of gradient and noise
 
   TORCH_SPE_INLINE explicit KernelShared(Carver& carver)
-      : CodeShared<Storage, Operand, kDense>(carver),
-        grad(carver.take<Number>(kTokens * row_of<Number>(kReal))),
-        products(kDense ? carver.take<T>(kTokens * kRow) : nullptr) {}
+      : noise(carver.take<Number>(Tile::kWindow * row_of<Number>(Tile::kReal))),
+        grad(carver.take<Number>(Tile::kTokens * row_of<Number>(Tile::kReal))),
+        products(kDense ? carver.take<T>(Tile::kTokens * kRow) : nullptr) {}
 };
 
 std::int64_t kernel_segments(const ConvFilterParams& p) {
-  return num_segments(p.num_heads * p.in_features, PositionTiles(p).count);
+  return num_segments(p.num_heads * p.in_features, PositionTiles<CodeTile<true>::kTokens>(p).count);
 }
 
 template <class Storage, class Operand, bool kDense>
@@ -502,12 +596,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                   double* parts) {  // [segment, H, D, *P]
   using T = core::accumulate_t<Storage>;
   using Shared = KernelShared<Storage, Operand, kDense>;
+  using Tile = typename Shared::Tile;
   using Number = typename Shared::Number;
+  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal, kWindow = Tile::kWindow;
   constexpr int kRow = row_of<Number>(kReal);
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
   const Shared shared(carver);
-  const PositionTiles tiles(p);
+  const PositionTiles<kTokens> tiles(p);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t block = blockIdx.x;
   const std::int64_t segment = block % segments;
@@ -516,6 +612,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   double* const part = parts + ((segment * p.num_heads + head) * p.in_features + d) * taps;
   for (std::int64_t i = thread; i < taps; i += kThreads) part[i] = 0;
   const double factor = __builtin_sqrt(static_cast<double>(num_periods(p.generated)));
+  const std::uint64_t seed = seed_of(p);
   const std::int64_t per_segment = ceil_div(tiles.count, segments);
   const std::int64_t end_tile = min_of(tiles.count, (segment + 1) * per_segment);
 
@@ -526,14 +623,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       for (int i = thread; i < kTokens * kReal; i += kThreads)
         write(code_gradient<Storage>(p, place, i / kReal, r0 + i % kReal),
               shared.grad + i / kReal * kRow + i % kReal);
-      NoiseLine line(p, place);
+      NoiseLine<Tile> line(p, place, seed);
       for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
         for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
           line.set_tap(tap0, tap1);
           if (!kDense && !line.has_any(r0)) continue;
           double* const sums = part + (tap0 * p.kernel_size[1] + tap1) * p.kernel_size[2];
-          for (std::int64_t first = 0; first < line.count; first += kWindow) {
-            line.template fill<kDense>(first, r0, shared.noise);
+          for (int first = 0; first < line.count; first += kWindow) {
+            line.fill(first, r0, shared.noise);
             __syncthreads();
             if constexpr (kDense) {
               TileProduct<Operand, kTokens, kWindow> product;
@@ -576,7 +673,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                 sums[tap] += factor * static_cast<double>(sum);
               }
             }
-            __syncthreads();  // the window has been used
+            // Dense noise was last used before the barrier above, products are before the next one.
+            if (!kDense) __syncthreads();  // the window has been used
           }
         }
       }
@@ -592,11 +690,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   using T = core::accumulate_t<Storage>;
   TORCH_SPE_SHARED_MEMORY(memory);
   Carver carver(memory);
-  const CodeShared<Storage, Operand, true> shared(carver);
+  using Tile = CodeTile<true>;
+  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal, kWindow = Tile::kWindow;
+  const CodeShared<Storage, Operand, Tile> shared(carver, 1);
   const std::int64_t size0 = p.size[0] + p.kernel_size[0] - 1;
   const std::int64_t size1 = p.size[1] + p.kernel_size[1] - 1;
   const std::int64_t size2 = p.size[2] + p.kernel_size[2] - 1;
-  const PositionTiles tiles(size0, size1, size2);
+  const PositionTiles<kTokens> tiles(size0, size1, size2);
   const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kReal);
   const std::int64_t block = blockIdx.x;
   const std::int64_t r0 = block % real_tiles * kReal;
@@ -618,7 +718,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       const std::int64_t end = min_of(p.size[2], noise.n0 + kTokens);
       for (std::int64_t n = begin; n < end; n += kWindow) {
         __syncthreads();  // the tiles before have been used
-        fill_toeplitz<true>(taps, p.kernel_size[2], n - noise.n0, shared.toeplitz);
+        fill_toeplitz<Tile, true>(taps, p.kernel_size[2], n - noise.n0, shared.toeplitz);
         for (int i = static_cast<int>(threadIdx.x); i < kWindow * kReal; i += kThreads)
           write(code_gradient<Storage>(p, place, n + i / kReal, r0 + i % kReal),
                 shared.noise + i / kReal * row_of<Operand>(kReal) + i % kReal);
@@ -638,6 +738,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 // Calls function(operand, std::bool_constant<dense>) with the types of the kernels to launch.
 template <class Function>
 void visit_kernels(const ConvFilterParams& p, bool allow_tf32, const Function& function) {
+  if (p.kernel_size[2] > 1 << 30)  // a tile counts its periods with 32 bits
+    throw std::runtime_error("torch_spe: conv_filter on a GPU takes at most 2^30 taps in a line");
   if (num_periods(p.generated) == 1) {
     visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
       function(storage, operand, std::true_type{});
@@ -681,10 +783,12 @@ void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
   if constexpr (!kDense && sizeof(Storage) == 2)
     needs_x = needs_x && !launch_polyphase_gradient<Storage>(p, stream);
   if (needs_x) {
+    using Shared = DataShared<Storage, Operand, kDense>;
     Carver size;
-    DataShared<Storage, Operand, kDense>{size};
+    Shared{size};
     launch(data_kernel<Storage, Operand, kDense>,
-           grid_of(PositionTiles(p).count * ceil_div(p.batch, kDataBatch) * features),
+           grid_of(PositionTiles<Shared::Tile::kTokens>(p).count * ceil_div(p.batch, kDataBatch) *
+                   features),
            dim3(kThreads), size.size(), stream, p);
   }
   const Workspace workspace(p, memory);
@@ -706,13 +810,15 @@ void backward(const ConvFilterBackwardParams& p, void* memory, Stream stream) {
               static_cast<T*>(p.grad_kernel), stream);
   if constexpr (kDense) {
     if (p.grad_noise == nullptr) return;
-    const PositionTiles tiles(p.size[0] + p.kernel_size[0] - 1, p.size[1] + p.kernel_size[1] - 1,
-                              p.size[2] + p.kernel_size[2] - 1);
+    using Tile = CodeTile<true>;
+    const PositionTiles<Tile::kTokens> tiles(p.size[0] + p.kernel_size[0] - 1,
+                                             p.size[1] + p.kernel_size[1] - 1,
+                                             p.size[2] + p.kernel_size[2] - 1);
     Carver size;
-    CodeShared<Storage, Operand, kDense>{size};
+    CodeShared<Storage, Operand, Tile>{size, 1};
     launch(noise_gradient_kernel<Storage, Operand>,
-           grid_of(tiles.count * ceil_div(p.num_realizations, kReal) * features), dim3(kThreads),
-           size.size(), stream, p);
+           grid_of(tiles.count * ceil_div(p.num_realizations, Tile::kReal) * features),
+           dim3(kThreads), size.size(), stream, p);
   }
 }
 
@@ -767,11 +873,13 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
     if constexpr (!kDense && sizeof(Storage) == 2) {
       if (launch_polyphase<Storage, false>(p, stream)) return;
     }
+    using Shared = ForwardShared<Storage, Operand, kDense>;
+    using Tile = typename Shared::Tile;
     Carver size;
-    ForwardShared<Storage, Operand, kDense>{size};
-    const std::int64_t blocks = PositionTiles(p).count *
+    Shared{size};
+    const std::int64_t blocks = PositionTiles<Tile::kTokens>(p).count *
                                 ceil_div(p.batch, kBatch<Storage, kDense>) *
-                                ceil_div(p.num_realizations, kReal) * p.num_heads;
+                                ceil_div(p.num_realizations, Tile::kReal) * p.num_heads;
     launch(forward_kernel<Storage, Operand, kDense>, grid_of(blocks), dim3(kThreads), size.size(),
            stream, p);
   });

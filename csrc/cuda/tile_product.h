@@ -45,14 +45,14 @@ TORCH_SPE_INLINE constexpr int row_of(int contiguous) {
 }
 
 // A Toeplitz matrix [rows, columns] in shared memory: number i is that with column - row equal to
-// i - (rows - 1). As ldmatrix takes rows at multiples of 16 bytes, there are 8 copies of 16-bit
-// numbers, copy c without its first c numbers.
+// i - (rows - 1). As 16-bit numbers are read in pairs, there are 2 copies of them, copy 1 without
+// the first number.
 template <class Operand>
-constexpr int kToeplitzCopies = sizeof(Operand) == 2 ? 8 : 1;
+constexpr int kToeplitzCopies = sizeof(Operand) == 2 ? 2 : 1;
 template <class Operand>
 TORCH_SPE_INLINE constexpr int toeplitz_copy_size(int rows, int columns) {
-  // An odd multiple of 16 bytes: the rows that ldmatrix reads at once lie in different banks.
-  return sizeof(Operand) == 2 ? (rows + columns) / 16 * 16 - 8 : rows + columns - 1;
+  // The pairs that a warp reads at once, at most 7 words of each copy, lie in different banks.
+  return sizeof(Operand) == 2 ? (rows + columns) / 32 * 32 + 16 : rows + columns - 1;
 }
 template <class Operand>
 TORCH_SPE_INLINE constexpr int toeplitz_size(int rows, int columns) {
@@ -132,16 +132,27 @@ class TileProduct {
     const int m0 = warp / kWarpsN * kWarpM, n0 = warp % kWarpsN * kWarpN;
     // The lane's row within the 16 x 16 numbers that one ldmatrix brings, for each of both orders.
     const int low = lane % 8 + lane / 8 % 2 * 8, high = lane / 16 * 8;
+    // Of a Toeplitz matrix, blocks of 8 x 8 numbers along a diagonal are the same.
+    constexpr int kBlocks = kA == Major::kToeplitz ? (kWarpM + kK) / 8 - 1 : 1;
+    std::uint32_t blocks[kBlocks];
+    if constexpr (kA == Major::kToeplitz) {
+      static_assert((kM + kK) % 32 == 0);
+      const int i = kM - 1 - (m0 + lane / 4) + lane % 4 * 2, copy = i % 2;
+      const Operand* const pairs = a + copy * toeplitz_copy_size<Operand>(kM, kK) + i - copy;
+      TORCH_SPE_UNROLL
+      for (int block = 0; block < kBlocks; ++block)
+        blocks[block] = *reinterpret_cast<const std::uint32_t*>(pairs + 8 * (block + 1) - kWarpM);
+    }
     TORCH_SPE_UNROLL
     for (int k0 = 0; k0 < kK; k0 += 16) {
       std::uint32_t fa[kTilesM][4], fb[kTilesN / 2][4];
       TORCH_SPE_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
         if constexpr (kA == Major::kToeplitz) {
-          static_assert((kM + kK) % 16 == 0);
-          const int skipped = kM - 1 - (m0 + 16 * i + low), copy = skipped % 8;
-          ldmatrix_x4<false>(
-              fa[i], a + copy * toeplitz_copy_size<Operand>(kM, kK) + skipped - copy + k0 + high);
+          const int block = (kWarpM + k0) / 8 - 1 - 2 * i;
+          fa[i][0] = fa[i][3] = blocks[block];
+          fa[i][1] = blocks[block - 1];
+          fa[i][2] = blocks[block + 1];
         } else if constexpr (kA == Major::kDepth) {
           ldmatrix_x4<false>(fa[i], a + (m0 + 16 * i + low) * kRowA + k0 + high);
         } else {

@@ -107,8 +107,10 @@ def test_tf32(compare, tf32):
         compare(torch.ops.torch_spe.sine_filter, inputs, grad, TOLERANCES[torch.float32])
     inputs, grads = attention_inputs(torch.float32, 1, 70, 70, 2, 9, 6)
     compare(attention(causal=True), inputs, grads, 4e-3)
-    inputs, grad = conv_inputs(torch.float32, (), *CONV_SHAPES["odd"])
-    compare(conv(NOISE["gaussian"], 1, 9), inputs, grad, 4e-3)
+    for name in ("odd", "several tiles"):
+        shape = CONV_SHAPES[name]
+        inputs, grad = conv_inputs(torch.float32, (), *shape)
+        compare(conv(NOISE["gaussian"], 1, shape[5]), inputs, grad, 4e-3)
 
 
 EMPTY = {
@@ -400,6 +402,15 @@ def test_conv_filter_with_strides_and_start(compare):
     grad = grad[:1, :, :, :1].expand(3, -1, -1, 6)
     function = conv(NOISE["polyphase"], 1, 6, [-(10**12)])
     compare(function, [x, kernel, None, constant], grad, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "signs", "polyphase"])
+@pytest.mark.parametrize("size", [(150,), (3, 9), (2, 3, 9)], ids=str)
+def test_conv_filter_around_the_origin(compare, size, noise):
+    taps = (3,) * len(size)
+    inputs, grad = conv_inputs(torch.bfloat16, (), 9, size, 1, 3, taps, 20, True)
+    function = conv(NOISE[noise], len(size), 20, [-2, -3, -5][-len(size) :])
+    compare(function, inputs, grad, TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
