@@ -85,6 +85,27 @@ TORCH_SPE_DEVICE void write_as(core::DType dtype, T value, void* data, std::int6
   }
 }
 
+// The type of computation with operands of a type.
+template <class Number>
+using accumulate = decltype(number_of(Number{}));
+
+// Writes a group of numbers, of 16 bits all at once.
+template <int kCount, class T, class Number>
+TORCH_SPE_DEVICE void write_numbers(const T (&values)[kCount], Number* out) {
+  if constexpr (sizeof(Number) == 2) {
+    struct alignas(2 * kCount) Pairs {
+      std::uint32_t of[kCount / 2];
+    } pairs;
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < kCount; e += 2)
+      pairs.of[e / 2] = pack_pair<Number>(values[e], values[e + 1]);
+    *reinterpret_cast<Pairs*>(out) = pairs;
+  } else {
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < kCount; ++e) write(static_cast<accumulate<Number>>(values[e]), out + e);
+  }
+}
+
 // The noise of one head and feature that a tile of positions needs, along the line of one tap of
 // the other dimensions. Positions are relative to the tile's first; period q of realization r has
 // its noise at position q s + class(r) - origin, with s the stride of the last dimension.
@@ -212,26 +233,6 @@ class NoiseLine {
       write_numbers(values, out + q * row_of<Number>(kReal) + column);
     }
   }
-
-  template <int kCount, class Number>
-  TORCH_SPE_DEVICE static void write_numbers(const float (&values)[kCount], Number* out) {
-    if constexpr (sizeof(Number) == 2) {
-      struct alignas(2 * kCount) Pairs {
-        std::uint32_t of[kCount / 2];
-      } pairs;
-      TORCH_SPE_UNROLL
-      for (int e = 0; e < kCount; e += 2)
-        pairs.of[e / 2] = pack_pair<Number>(values[e], values[e + 1]);
-      *reinterpret_cast<Pairs*>(out) = pairs;
-    } else {
-      TORCH_SPE_UNROLL
-      for (int e = 0; e < kCount; ++e) write(static_cast<accumulate<Number>>(values[e]), out + e);
-    }
-  }
-
-  // The type of computation with operands of a type.
-  template <class Number>
-  using accumulate = decltype(number_of(Number{}));
 
   const ConvFilterParams& p_;
   Place place_;
@@ -549,23 +550,49 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   }
 }
 
-// The gradient of a code: sum over the batch of x times the gradient of the output. `token` counts
-// from place.n0, and may lie outside.
-template <class Storage>
-TORCH_SPE_DEVICE core::accumulate_t<Storage> code_gradient(const ConvFilterBackwardParams& p,
-                                                           const Place& place, std::int64_t token,
-                                                           std::int64_t r) {
-  core::accumulate_t<Storage> sum = 0;
-  const std::int64_t n = place.n0 + token;
-  if (n < 0 || n >= p.size[2] || r >= p.num_realizations) return sum;
+// The gradients of codes, sums over the batch of x times the gradient of the output:
+// out[row][r - r0] for kRows positions from place.n0 + first on, which may lie outside, and kReal
+// realizations.
+template <int kRows, int kReal, class Storage, class Number>
+TORCH_SPE_DEVICE void fill_code_gradients(const ConvFilterBackwardParams& p, const Place& place,
+                                          std::int64_t first, std::int64_t r0, Number* out) {
+  using T = core::accumulate_t<Storage>;
+  constexpr int kVector = Vector<Storage>::kSize, kVectors = kReal / kVector;
   const auto &x_strides = p.x_strides, &strides = p.grad_out_strides;
-  const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(x_strides) +
-                           token * x_strides[3] + place.d * x_strides[5];
-  const Storage* const grad = static_cast<const Storage*>(p.grad_out) + place.offset(strides) +
-                              token * strides[3] + r * strides[5];
-  for (std::int64_t b = 0; b < p.batch; ++b)
-    sum += read(x[b * x_strides[0]]) * read(grad[b * strides[0]]);
-  return sum;
+  const bool aligned = is_aligned<Storage>(p.grad_out, strides);
+  TORCH_SPE_KEEP_LOOP
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
+    const int column = i % kVectors * kVector;
+    const std::int64_t token = first + i / kVectors, r = r0 + column;
+    const bool inside = place.n0 + token >= 0 && place.n0 + token < p.size[2];
+    const int count = inside ? static_cast<int>(min_of(kVector, p.num_realizations - r)) : 0;
+    const Storage* x = static_cast<const Storage*>(p.x) + place.offset(x_strides) +
+                       token * x_strides[3] + place.d * x_strides[5];
+    const Storage* grad = static_cast<const Storage*>(p.grad_out) + place.offset(strides) +
+                          token * strides[3] + r * strides[5];
+    T sums[kVector] = {};
+    if (aligned && count == kVector) {
+      for (std::int64_t b = 0; b < p.batch; ++b) {
+        const T value = read(*x);
+        const auto numbers = *reinterpret_cast<const Vector<Storage>*>(grad);
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kVector; ++e) sums[e] += value * read(numbers.values[e]);
+        x += x_strides[0];
+        grad += strides[0];
+      }
+    } else if (count > 0) {
+      for (std::int64_t b = 0; b < p.batch; ++b) {
+        const T value = read(*x);
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kVector; ++e) {
+          if (e < count) sums[e] += value * read(grad[e * strides[5]]);
+        }
+        x += x_strides[0];
+        grad += strides[0];
+      }
+    }
+    write_numbers(sums, out + i / kVectors * row_of<Number>(kReal) + column);
+  }
 }
 
 // Gradient of the kernel: a block takes a segment of the tiles of one feature, and adds up its part
@@ -620,9 +647,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     for (std::int64_t tile = segment * per_segment; tile < end_tile; ++tile) {
       const Place place = tiles.place(tile, head, d);
       __syncthreads();  // the gradients before have been used
-      for (int i = thread; i < kTokens * kReal; i += kThreads)
-        write(code_gradient<Storage>(p, place, i / kReal, r0 + i % kReal),
-              shared.grad + i / kReal * kRow + i % kReal);
+      fill_code_gradients<kTokens, kReal, Storage>(p, place, 0, r0, shared.grad);
       NoiseLine<Tile> line(p, place, seed);
       for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
         for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
@@ -719,9 +744,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       for (std::int64_t n = begin; n < end; n += kWindow) {
         __syncthreads();  // the tiles before have been used
         fill_toeplitz<Tile, true>(taps, p.kernel_size[2], n - noise.n0, shared.toeplitz);
-        for (int i = static_cast<int>(threadIdx.x); i < kWindow * kReal; i += kThreads)
-          write(code_gradient<Storage>(p, place, n + i / kReal, r0 + i % kReal),
-                shared.noise + i / kReal * row_of<Operand>(kReal) + i % kReal);
+        fill_code_gradients<kWindow, kReal, Storage>(p, place, n, r0, shared.noise);
         __syncthreads();
         product.template multiply<kWindow, Major::kToeplitz, Major::kOuter>(shared.toeplitz,
                                                                             shared.noise);

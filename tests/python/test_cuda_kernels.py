@@ -339,9 +339,10 @@ def test_polyphase_conv_filter_of_16_bits(compare, shape, kind):
     compare(conv(noise, 1, real, [-29]), inputs, grad, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("stride", [1, 16])
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset"])
-def test_layouts_of_a_16_bit_conv_filter(compare, layout):
-    noise = "rademacher", [16]
+def test_layouts_of_a_16_bit_conv_filter(compare, layout, stride):
+    noise = "rademacher", [stride]
     (x, *rest), grad = conv_inputs(torch.bfloat16, noise, 3, (40,), 2, 24, (40,), 32, False)
     if layout == "transposed":
         x, grad = (t.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for t in (x, grad))
