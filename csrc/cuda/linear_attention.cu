@@ -248,79 +248,25 @@ struct StateReader {
   }
 };
 
-// A tile of a state as an operand; numbers(row, column, out) gives four of a row. Sums over a long
-// sequence can leave the range of float16: then the tile is divided by a power of two, and the
-// product is kept divided by it until restore().
-template <class Operand>
-class StateLoader {
- public:
-  using T = core::accumulate_t<Operand>;
-  static constexpr bool kScales = std::is_same_v<Operand, core::Half>;
-
-  template <int kRows, int kColumns, class Product, class Numbers>
-  TORCH_SPE_DEVICE void load(Operand* out, T* warp_maxima, Product& product,
-                             const Numbers& numbers) {
-    constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
-    const int thread = static_cast<int>(threadIdx.x);
-    if constexpr (kScales) {
-      T largest = 0;
-      for (int i = thread; i < kRows * kFours; i += kThreads) {
-        T four[4];
-        numbers(i / kFours, i % kFours * 4, four);
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < 4; ++e)
-          largest = four[e] > largest ? four[e] : -four[e] > largest ? -four[e] : largest;
-      }
-      largest = warp_max(largest);
-      if (thread % 32 == 0) warp_maxima[thread / 32] = largest;
-      __syncthreads();
-      for (int i = 0; i < kThreads / 32; ++i)
-        largest = largest > warp_maxima[i] ? largest : warp_maxima[i];
-      T factor = 1;
-      while (largest * inverse_ > T(32768) && inverse_ > T(1e-30)) {
-        inverse_ *= T(0.5);
-        factor *= T(0.5);
-      }
-      if (factor != T(1)) product.scale(factor);
-    }
-    for (int i = thread; i < kRows * kFours; i += kThreads) {
-      T four[4];
-      numbers(i / kFours, i % kFours * 4, four);
-      Operand* const to = out + i / kFours * kRow + i % kFours * 4;
-      if constexpr (sizeof(Operand) == 2) {
-        struct alignas(8) Pairs {
-          std::uint32_t pairs[2];
-        };
-        *reinterpret_cast<Pairs*>(to) = {
-            {scaled_pair(four[0], four[1]), scaled_pair(four[2], four[3])}};
-      } else {
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < 4; ++e) write(four[e], to + e);
-      }
+// Fills a tile of a state with operands; numbers(row, column, out) gives four of a row.
+template <int kRows, int kColumns, class Operand, class Numbers>
+TORCH_SPE_DEVICE void load_state(Operand* out, const Numbers& numbers) {
+  constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kFours; i += kThreads) {
+    core::accumulate_t<Operand> four[4];
+    numbers(i / kFours, i % kFours * 4, four);
+    Operand* const to = out + i / kFours * kRow + i % kFours * 4;
+    if constexpr (sizeof(Operand) == 2) {
+      struct alignas(8) Pairs {
+        std::uint32_t pairs[2];
+      };
+      *reinterpret_cast<Pairs*>(to) = {
+          {pack_pair<Operand>(four[0], four[1]), pack_pair<Operand>(four[2], four[3])}};
+    } else {
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < 4; ++e) write(four[e], to + e);
     }
   }
-
-  template <class Product>
-  TORCH_SPE_DEVICE void restore(Product& product) const {
-    if (kScales && inverse_ != T(1)) product.scale(T(1) / inverse_);
-  }
-
- private:
-  TORCH_SPE_DEVICE std::uint32_t scaled_pair(float low, float high) const {
-    return kScales ? pack_pair<Operand>(low * inverse_, high * inverse_)
-                   : pack_pair<Operand>(low, high);
-  }
-
-  T inverse_ = 1;
-};
-
-// A weight as an operand. Those beyond the range of float16 are cut off: infinite ones would turn
-// the zeros they are multiplied with into NaN.
-template <class T, class Operand>
-TORCH_SPE_DEVICE void write_weight(T value, Operand* out) {
-  if constexpr (std::is_same_v<Operand, core::Half>)
-    value = value > T(65504) ? T(65504) : value < T(-65504) ? T(-65504) : value;
-  write(value, out);
 }
 
 // The states of one side: a block adds up a tile of S over a segment and, when causal, writes what
@@ -438,7 +384,6 @@ struct ValuesShared {
   Operand* col_y;    // [column, e]
   T* z;              // [r]
   T* parts;          // [thread], of sums over a row
-  T* maxima;         // [warp]
 
   TORCH_SPE_INLINE explicit ValuesShared(Carver& carver)
       : row_x(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
@@ -447,8 +392,7 @@ struct ValuesShared {
         weights(carver.take<Operand>(kTokens * row_of<Operand>(kTokens))),
         col_y(carver.take<Operand>(kTokens * row_of<Operand>(kWide))),
         z(carver.take<T>(kDeep)),
-        parts(carver.take<T>(kThreads)),
-        maxima(carver.take<T>(kThreads / 32)) {}
+        parts(carver.take<T>(kThreads)) {}
 };
 
 template <class T>
@@ -489,7 +433,6 @@ __global__ void __launch_bounds__(kThreads)
 
   TileProduct<Operand, kTokens, kWide> product;
   TileProduct<Operand, kTokens, kTokens> weights;
-  StateLoader<Operand> loader;
   product.clear();
   weights.clear();
   T denominator = 0;  // the part of row thread / kPerRow that this thread adds up
@@ -499,9 +442,8 @@ __global__ void __launch_bounds__(kThreads)
     rows.template load_x<kTokens, kDeep>(chunk, head, r0, real, shared.row_x);
     if (causal) columns.template load_x<kTokens, kDeep>(chunk, head, r0, real, shared.col_x);
     if constexpr (kMakesValues) {
-      loader.template load<kDeep, kWide>(
-          shared.state, shared.maxima, product,
-          [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
+      load_state<kDeep, kWide>(shared.state,
+                               [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
     }
     if (normalize && thread < kDeep)
       shared.z[thread] = r0 + thread < real ? reader.z(r0 + thread) : T(0);
@@ -517,11 +459,10 @@ __global__ void __launch_bounds__(kThreads)
         denominator += number_of(shared.row_x[own_row * row_of<Operand>(kDeep) + r]) * shared.z[r];
     }
   }
-  loader.restore(product);
   if (causal) {
     weights.for_each([&](int row, int column, T value) {
       const bool seen = columns_follow ? column >= row : column <= row;
-      write_weight(seen ? value : T(0), shared.weights + row * row_of<Operand>(kTokens) + column);
+      write(seen ? value : T(0), shared.weights + row * row_of<Operand>(kTokens) + column);
     });
     if constexpr (kMakesValues)
       columns.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.col_y);
@@ -591,7 +532,6 @@ struct FeaturesShared {
   T* row_weight;     // [row]
   T* col_weight;     // [column]
   T* z;              // [r]
-  T* maxima;         // [warp]
 
   TORCH_SPE_INLINE explicit FeaturesShared(Carver& carver)
       : row_y(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
@@ -601,8 +541,7 @@ struct FeaturesShared {
         col_x(carver.take<Operand>(kTokens * row_of<Operand>(kWide))),
         row_weight(carver.take<T>(kTokens)),
         col_weight(carver.take<T>(kTokens)),
-        z(carver.take<T>(kWide)),
-        maxima(carver.take<T>(kThreads / 32)) {}
+        z(carver.take<T>(kWide)) {}
 };
 
 template <class Storage, class Operand>
@@ -637,28 +576,25 @@ __global__ void __launch_bounds__(kThreads)
   }
   TileProduct<Operand, kTokens, kWide> product;
   TileProduct<Operand, kTokens, kTokens> weights;
-  StateLoader<Operand> loader;
   product.clear();
   weights.clear();
   for (std::int64_t e0 = 0; e0 < values; e0 += kDeep) {
     __syncthreads();  // the tiles before have been used
     rows.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.row_y);
     if (causal) columns.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.col_y);
-    loader.template load<kWide, kDeep>(
-        shared.state, shared.maxima, product,
-        [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
+    load_state<kWide, kDeep>(shared.state,
+                             [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
     __syncthreads();
     product.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
     if (causal) {
       weights.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.col_y);
     }
   }
-  loader.restore(product);
   if (causal) {
     weights.for_each([&](int row, int column, T value) {
       const bool seen = columns_follow ? column >= row : column <= row;
-      write_weight(seen ? value + shared.row_weight[row] * shared.col_weight[column] : T(0),
-                   shared.weights + row * row_of<Operand>(kTokens) + column);
+      write(seen ? value + shared.row_weight[row] * shared.col_weight[column] : T(0),
+            shared.weights + row * row_of<Operand>(kTokens) + column);
     });
     columns.template load_x<kTokens, kWide>(chunk, head, r0, real, shared.col_x);
     __syncthreads();
@@ -846,36 +782,50 @@ class Pass {
   T *scale_ = nullptr, *grad_denominator_ = nullptr;
 };
 
-template <class Operand>
+// Calls function(storage, operand). float16 goes through products as tf32, which has as many bits
+// of mantissa: states and products of features can be larger than float16's range, gradients
+// divided by denominators (about N R) smaller.
+template <class Function>
+void visit_types(core::DType dtype, bool allow_tf32, const Function& function) {
+  visit_operands(dtype, allow_tf32, [&](auto storage, auto operand) {
+    if constexpr (std::is_same_v<decltype(storage), core::Half>) {
+      function(storage, Tf32{});
+    } else {
+      function(storage, operand);
+    }
+  });
+}
+
+// The same size whether tf32 is allowed or not: chunks of both are equally long.
 std::size_t workspace_size(const LinearAttentionParams& p, bool backward) {
-  return Pass<Operand, Operand>(p, backward, nullptr, Stream{}).workspace_size;
+  std::size_t size = 0;
+  visit_types(p.dtype, false, [&](auto storage, auto operand) {
+    size =
+        Pass<decltype(storage), decltype(operand)>(p, backward, nullptr, Stream{}).workspace_size;
+  });
+  return size;
 }
 
 }  // namespace
 
-// The same size whether tf32 is allowed or not: chunks of both are equally long.
 std::size_t linear_attention_forward_workspace(const LinearAttentionParams& p) {
-  std::size_t size = 0;
-  visit_storage(p.dtype, [&](auto storage) { size = workspace_size<decltype(storage)>(p, false); });
-  return size;
+  return workspace_size(p, false);
 }
 
 std::size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& p) {
-  std::size_t size = 0;
-  visit_storage(p.dtype, [&](auto storage) { size = workspace_size<decltype(storage)>(p, true); });
-  return size;
+  return workspace_size(p, true);
 }
 
 void linear_attention_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
                               Stream stream) {
-  visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
     Pass<decltype(storage), decltype(operand)>(p, false, workspace, stream).forward();
   });
 }
 
 void linear_attention_backward(const LinearAttentionBackwardParams& p, void* workspace,
                                bool allow_tf32, Stream stream) {
-  visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
     Pass<decltype(storage), decltype(operand)>(p, true, workspace, stream).backward(p);
   });
 }

@@ -128,12 +128,6 @@ __device__ __forceinline__ float fast_exp(float x) {
   return result;
 }
 
-__device__ __forceinline__ float warp_max(float value) {
-  for (int offset = 16; offset > 0; offset /= 2)
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
-}
-
 // Four 8 x 8 matrices of 16-bit numbers from shared memory. Lanes 8 i .. 8 i + 7 give the addresses
 // (multiples of 16 bytes) of the rows of matrix i; lane 4 g + c receives the columns 2c, 2c + 1 of
 // row g of each, or of its transpose.

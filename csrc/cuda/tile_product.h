@@ -70,11 +70,6 @@ class TileProduct {
     for (int i = 0; i < kCount; ++i) sum(i) = 0;
   }
 
-  TORCH_SPE_DEVICE void scale(T factor) {
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < kCount; ++i) sum(i) *= factor;
-  }
-
   template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply(const Operand* a, const Operand* b) {
     static_assert(kK % 16 == 0);

@@ -88,18 +88,6 @@ inline float fast_sqrt(float x) { return std::sqrt(x); }
 
 inline float fast_exp(float x) { return std::exp(x); }
 
-inline float warp_max(float value) {
-  cuda_emulation::rendezvous(
-      0xffffffffu, &value,
-      [](void* const(&arguments)[32]) {
-        float result = *static_cast<float*>(arguments[0]);
-        for (int i = 1; i < 32; ++i) result = std::fmax(result, *static_cast<float*>(arguments[i]));
-        for (int i = 0; i < 32; ++i) *static_cast<float*>(arguments[i]) = result;
-      },
-      __FILE__, __LINE__);
-  return value;
-}
-
 namespace emulated {
 
 struct Ldmatrix {

@@ -530,6 +530,20 @@ def test_states_beyond_the_range_of_float16(compare, causal):
     compare(attention("relu", causal), [q, k, v, None, None], grads, 2e-2, wanted=[1, 2])
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_products_of_features_beyond_the_range_of_float16(compare, causal):
+    (q, k, v, *_), grads = attention_inputs(torch.float16, 1, 70, 70, 1, 4, 4)
+    q, k = (q.abs() + 1) * 200, (k.abs() + 1) * 200  # products of four: above 160000
+    compare(attention("relu", causal), [q, k, v, None, None], grads, 1e-2, wanted=[2])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_gradients_that_denominators_make_smaller_than_float16(compare, causal):
+    inputs, (grad, *_) = attention_inputs(torch.float16, 1, 4096, 4096, 1, 32, 32)
+    grads = (grad * 0.01, None, None)  # divided by 100000 and more
+    compare(attention(causal=causal), inputs, grads, ATTENTION_TOLERANCES[torch.float16])
+
+
 LAYERS = [
     {"position": None},
     {"position": "rotary"},
