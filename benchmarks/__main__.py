@@ -54,10 +54,10 @@ def check(case: cases.Case, dtype: torch.dtype) -> None:
         if not implementation.name.startswith("(") and not implementation.left_out:
             functions.setdefault(implementation.function, []).append(implementation)
     for first, *others in functions.values():
-        expected = outputs(first)
+        expected = attempt(first, outputs, first)
         for other in others:
             got = attempt(other, outputs, other)
-            if got is None:
+            if got is None or expected is None:
                 continue
             for a, b in zip(expected, got, strict=True):
                 error = ((a - b).norm() / b.norm()).item()

@@ -15,10 +15,12 @@ def main():
     shapes = [(2, 70, 1, 5, 3, 9)]
     if not tiny:
         shapes += [(1, 200, 2, 16, 4, 72), (9, 70, 1, 9, 1, 72)]
-    dtypes = [torch.bfloat16, torch.float32]
+    # Whether to allow tf32, which is of float32 only.
+    dtypes = [(torch.bfloat16, False), (torch.float32, False)]
     if not tiny:
-        dtypes += [torch.float16, torch.float64]
-    for dtype in dtypes:
+        dtypes += [(torch.float32, True), (torch.float16, False), (torch.float64, False)]
+    for dtype, tf32 in dtypes:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         for shape in shapes:
             sine(dtype, *shape)
             phasors(dtype, *shape)
