@@ -9,7 +9,7 @@ namespace {
 // Realizations that are handled together: kVecs vectors.
 constexpr int kVecs = 4;
 template <class T>
-constexpr std::int64_t kWidth = kVecs* kLanes<T>;
+constexpr std::int64_t kWidth = kVecs * kLanes<T>;
 // Positions whose dense codes are made together: with kVecs vectors each, they fill the registers
 // and leave room for a row of noise and a tap. (Seven, with taps read from memory, were 10 %
 // slower.)
@@ -133,7 +133,7 @@ class Window {
 
   void fill(const Box& box, std::int64_t head, std::int64_t feature, const std::int64_t shift[3],
             std::int64_t first, std::int64_t width, T* out) const {
-    const std::int64_t(&periods)[3] = plan_.periods;
+    const std::int64_t (&periods)[3] = plan_.periods;
     if (p_.noise == nullptr) {
       const NoiseParams& g = p_.generated;
       NoiseLine line{g.kind, g.seed, g.ndim, head, feature, {}, periods[2], first, width};
@@ -178,7 +178,7 @@ class Window {
     const Storage* noise =
         static_cast<const Storage*>(p_.noise) + head * s[0] + feature * s[1] + first * s[5];
     const std::int64_t real = min_of(width, p_.num_realizations - first);
-    const std::int64_t(&periods)[3] = plan_.periods;
+    const std::int64_t (&periods)[3] = plan_.periods;
     std::int64_t available[3];
     for (int i = 0; i < 3; ++i) available[i] = box.size[i] + p_.kernel_size[i] - 1;
     for (std::int64_t i0 = 0; i0 < periods[0]; ++i0) {
@@ -388,7 +388,7 @@ class Codes {
   }
 
   T noise_scale() const {
-    const std::int64_t(&s)[3] = p_.generated.stride;
+    const std::int64_t (&s)[3] = p_.generated.stride;
     return static_cast<T>(__builtin_sqrt(static_cast<double>(s[0] * s[1] * s[2])));
   }
 
@@ -404,7 +404,7 @@ class Codes {
             given ? constant[(head_ * p_.in_features + d) * p_.num_realizations + first + r] : T(0);
       }
     }
-    const std::int64_t(&s)[3] = p_.generated.stride;
+    const std::int64_t (&s)[3] = p_.generated.stride;
     for (std::int64_t r = 0; r < width; ++r) {
       classes_[r * 3 + 2] = (first + r) % s[2];
       classes_[r * 3 + 1] = (first + r) / s[2] % s[1];
@@ -514,7 +514,7 @@ class Codes {
   TORCH_SPE_INLINE bool tap_index(const std::int64_t lag[3], const std::int64_t classes[3],
                                   std::int64_t lanes, std::int64_t* index) const {
     const std::int64_t p0 = classes[0] + lag[0], p1 = classes[1] + lag[1], p2 = classes[2] + lag[2];
-    const std::int64_t(&size)[3] = p_.kernel_size;
+    const std::int64_t (&size)[3] = p_.kernel_size;
     *index = 0;
     if (p0 < 0 || p0 >= size[0] || p1 < 0 || p1 >= size[1] || p2 + lanes <= 0 || p2 >= size[2]) {
       return false;
@@ -528,8 +528,8 @@ class Codes {
   // The slots in which any realization has a tap in the kernel. In slot e of a dimension class c
   // has the tap c - phase + e s, on the noise of e periods after the row's.
   void set_slots(const std::int64_t phase[3]) {
-    const std::int64_t(&s)[3] = p_.generated.stride;
-    const std::int64_t(&size)[3] = p_.kernel_size;
+    const std::int64_t (&s)[3] = p_.generated.stride;
+    const std::int64_t (&size)[3] = p_.kernel_size;
     slots_ = 0;
     for (std::int64_t e0 = 0; e0 * s[0] < size[0] + phase[0]; ++e0) {
       for (std::int64_t e1 = 0; e1 * s[1] < size[1] + phase[1]; ++e1) {
@@ -1093,7 +1093,7 @@ template <class Storage>
 void materialize(const ConvNoiseParams& p) {
   using T = core::accumulate_t<Storage>;
   const NoiseParams& g = p.generated;
-  const std::int64_t(&s)[3] = g.stride;
+  const std::int64_t (&s)[3] = g.stride;
   const std::int64_t classes = s[0] * s[1] * s[2];
   const T scale = static_cast<T>(__builtin_sqrt(static_cast<double>(classes)));
   const std::int64_t length = p.size[0] * p.size[1] * p.size[2];

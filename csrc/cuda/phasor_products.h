@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       return feature < p.in_features && pair < p.num_pairs;
     };
     // A row of A is a real or imaginary part (filter), or a feature (gradient).
-    const auto fragment = [&](const Phasor<float>(&codes)[4], std::uint32_t(&a)[4]) {
+    const auto fragment = [&](const Phasor<float>(&codes)[4], std::uint32_t (&a)[4]) {
       TORCH_SPE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const Phasor<float>&first = codes[i / 2 * 2], &second = codes[i / 2 * 2 + 1];
