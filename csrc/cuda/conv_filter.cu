@@ -4,6 +4,9 @@
 // of some numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the
 // kernel. Of polyphase noise a window holds one number for a period, and a code adds up its few
 // taps.
+#include <stdexcept>
+#include <string>
+
 #include "constant_gradient.h"
 #include "conv_filter.h"
 #include "device_for.h"
@@ -82,27 +85,6 @@ TORCH_SPE_DEVICE void write_as(core::DType dtype, T value, void* data, std::int6
       return write(static_cast<float>(value), static_cast<core::Half*>(data) + i);
     case core::DType::kBFloat16:
       return write(static_cast<float>(value), static_cast<core::BFloat16*>(data) + i);
-  }
-}
-
-// The type of computation with operands of a type.
-template <class Number>
-using accumulate = decltype(number_of(Number{}));
-
-// Writes a group of numbers, of 16 bits all at once.
-template <int kCount, class T, class Number>
-TORCH_SPE_DEVICE void write_numbers(const T (&values)[kCount], Number* out) {
-  if constexpr (sizeof(Number) == 2) {
-    struct alignas(2 * kCount) Pairs {
-      std::uint32_t of[kCount / 2];
-    } pairs;
-    TORCH_SPE_UNROLL
-    for (int e = 0; e < kCount; e += 2)
-      pairs.of[e / 2] = pack_pair<Number>(values[e], values[e + 1]);
-    *reinterpret_cast<Pairs*>(out) = pairs;
-  } else {
-    TORCH_SPE_UNROLL
-    for (int e = 0; e < kCount; ++e) write(static_cast<accumulate<Number>>(values[e]), out + e);
   }
 }
 
@@ -188,7 +170,7 @@ class NoiseLine {
       const bool inside = j < length && r < p_.num_realizations;
       const double value =
           inside ? read_as(p_.noise_dtype, p_.noise, base + j * strides[4] + r * strides[5]) : 0.0;
-      write(static_cast<accumulate<Number>>(value),
+      write(static_cast<core::accumulate_t<Number>>(value),
             out + i / kReal * row_of<Number>(kReal) + i % kReal);
     }
   }
@@ -230,7 +212,7 @@ class NoiseLine {
           for (int e = 0; e < kGroup; ++e) values[e] = has(r + e) ? values[e] : 0.0f;
         }
       }
-      write_numbers(values, out + q * row_of<Number>(kReal) + column);
+      write_operands(values, out + q * row_of<Number>(kReal) + column);
     }
   }
 
@@ -591,7 +573,7 @@ TORCH_SPE_DEVICE void fill_code_gradients(const ConvFilterBackwardParams& p, con
         grad += strides[0];
       }
     }
-    write_numbers(sums, out + i / kVectors * row_of<Number>(kReal) + column);
+    write_operands(sums, out + i / kVectors * row_of<Number>(kReal) + column);
   }
 }
 
@@ -762,7 +744,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 template <class Function>
 void visit_kernels(const ConvFilterParams& p, bool allow_tf32, const Function& function) {
   if (p.kernel_size[2] > 1 << 30)  // a tile counts its periods with 32 bits
-    throw std::runtime_error("torch_spe: conv_filter on a GPU takes at most 2^30 taps in a line");
+    throw std::runtime_error(
+        "conv_filter: kernel must have at most 2^30 taps along its last dimension on a GPU, got " +
+        std::to_string(p.kernel_size[2]));
   if (num_periods(p.generated) == 1) {
     visit_operands(p.dtype, allow_tf32, [&](auto storage, auto operand) {
       function(storage, operand, std::true_type{});

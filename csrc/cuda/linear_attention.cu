@@ -255,17 +255,7 @@ TORCH_SPE_DEVICE void load_state(Operand* out, const Numbers& numbers) {
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kFours; i += kThreads) {
     core::accumulate_t<Operand> four[4];
     numbers(i / kFours, i % kFours * 4, four);
-    Operand* const to = out + i / kFours * kRow + i % kFours * 4;
-    if constexpr (sizeof(Operand) == 2) {
-      struct alignas(8) Pairs {
-        std::uint32_t pairs[2];
-      };
-      *reinterpret_cast<Pairs*>(to) = {
-          {pack_pair<Operand>(four[0], four[1]), pack_pair<Operand>(four[2], four[3])}};
-    } else {
-      TORCH_SPE_UNROLL
-      for (int e = 0; e < 4; ++e) write(four[e], to + e);
-    }
+    write_operands(four, out + i / kFours * kRow + i % kFours * 4);
   }
 }
 

@@ -92,6 +92,24 @@ struct alignas(16) Vector {
   Storage values[kSize];
 };
 
+// Writes a group of numbers as operands, those of 16 bits all at once.
+template <int kCount, class T, class Operand>
+TORCH_SPE_DEVICE void write_operands(const T (&values)[kCount], Operand* out) {
+  if constexpr (sizeof(Operand) == 2) {
+    struct alignas(2 * kCount) Pairs {
+      std::uint32_t of[kCount / 2];
+    } pairs;
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < kCount; e += 2)
+      pairs.of[e / 2] = pack_pair<Operand>(values[e], values[e + 1]);
+    *reinterpret_cast<Pairs*>(out) = pairs;
+  } else {
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < kCount; ++e)
+      write(static_cast<core::accumulate_t<Operand>>(values[e]), out + e);
+  }
+}
+
 // Loads a tile [kRows, kColumns] into shared memory as operands of transform(row, number). The tile
 // is zero from column `columns` on and in rows for which `row` gives null; `aligned` rows have
 // stride 1 and are read 16 bytes at once.
@@ -107,17 +125,10 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
     Operand* const to = out + m * kRow + column;
     if (aligned && from != nullptr && column + kVector <= columns) {
       const auto numbers = *reinterpret_cast<const Vector<Storage>*>(from + column);
-      if constexpr (sizeof(Operand) == 2) {
-        Vector<std::uint32_t> pairs;
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < kVector; e += 2)
-          pairs.values[e / 2] = pack_pair<Operand>(transform(m, read(numbers.values[e])),
-                                                   transform(m, read(numbers.values[e + 1])));
-        *reinterpret_cast<Vector<std::uint32_t>*>(to) = pairs;
-      } else {
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < kVector; ++e) write(transform(m, read(numbers.values[e])), to + e);
-      }
+      T transformed[kVector];
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < kVector; ++e) transformed[e] = transform(m, read(numbers.values[e]));
+      write_operands(transformed, to);
     } else {
       for (int e = 0; e < kVector; ++e) {
         const bool inside = from != nullptr && column + e < columns;
