@@ -8,8 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.__main__ import check
+from benchmarks.__main__ import check, measure_case
 from benchmarks.cases import Case, Implementation
+from benchmarks.measure import Machine
 
 
 def does_not_fit():
@@ -39,3 +40,17 @@ def test_others_are_compared_when_the_first_does_not_fit():
     with pytest.raises(SystemExit, match="b and c differ"):
         check(case, torch.float32)
     assert [i.left_out for i in case.implementations] == ["out of memory", "", ""]
+
+
+def test_bytes_to_move_are_known_when_the_first_does_not_fit():
+    x = torch.ones(1000, requires_grad=True)
+    case = case_of(torch_spe=does_not_fit, other=lambda: (x * 2,))
+    for implementation in case.implementations:
+        implementation.inputs = [x]
+    case.implementations[1].rated = True
+    machine = Machine("a machine", 1, 1.0, 1.0)  # that moves 1 GB/s
+    absent, row = measure_case(case, "cpu", 0.01, machine)
+    assert absent["forward left out"] == "out of memory"
+    for direction, moved in (("forward", 8000), ("forward+backward", 3 * 4000 + 2 * 4000)):
+        found = row[f"{direction} share of the bandwidth"] * row[f"{direction} ms"] * 1e6
+        assert found == pytest.approx(moved)
