@@ -32,6 +32,18 @@ if BUILDS & set(sys.argv) and importlib.util.find_spec("torch") is None:
     sys.exit(NO_TORCH)
 
 
+def _instruction_sets():
+    """Return TORCH_SPE_INSTRUCTION_SETS; "native" becomes the best of this machine."""
+    wanted = os.environ.get("TORCH_SPE_INSTRUCTION_SETS", "")
+    if wanted != "native":
+        return wanted
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "avx512"
+    return "avx2" if {"avx2", "fma"} <= flags else "baseline"
+
+
 class FreshBuild(build_py):
     """Starts from an empty folder: otherwise a wheel would also hold modules since removed."""
 
@@ -47,6 +59,8 @@ class CMakeBuild(build_ext):
     TORCH_SPE_BUILD_DIR is the folder of objects, by default build/cmake; CMAKE_ARGS are more
     arguments for CMake. TORCH_SPE_CUDA=1 demands the CUDA kernels and 0 leaves them out; by default
     they are built when there is an nvcc that fits torch, for TORCH_CUDA_ARCH_LIST.
+    TORCH_SPE_INSTRUCTION_SETS chooses those of the CPU kernels: some of "avx2 avx512", or "native"
+    for the best of this machine; by default all.
     """
 
     def run(self):
@@ -66,6 +80,7 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DTORCH_SPE_TORCH_DIR={Path(importlib.util.find_spec('torch').origin).parent}",
             f"-DTORCH_SPE_CUDA={os.environ.get('TORCH_SPE_CUDA', 'AUTO')}",
+            f"-DTORCH_SPE_INSTRUCTION_SETS={_instruction_sets()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         # CMake remembers what it found for another Python or torch: then it must look again, and

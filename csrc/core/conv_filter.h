@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "feature_map.h"
 #include "noise.h"
 
 namespace torch_spe::core {
@@ -20,15 +21,16 @@ struct NoiseParams {
 };
 
 struct ConvFilterParams {
-  DType dtype;         // of x, out, grad_out, grad_x; "accumulate type" is float, or double for it
-  std::int64_t batch;  // B
-  std::int64_t size[3];           // of the grid of positions
-  std::int64_t num_heads;         // H
-  std::int64_t in_features;       // D
-  std::int64_t num_realizations;  // R
-  std::int64_t kernel_size[3];    // P
-  int num_threads;                // on the CPU
-  const void* x;                  // [B, *size, H, D], strided
+  DType dtype;  // of x, out, grad_out, grad_x; "accumulate type" is float, or double for it
+  FeatureMap feature_map = FeatureMap::kIdentity;  // phi: what is encoded is phi(x)
+  std::int64_t batch;                              // B
+  std::int64_t size[3];                            // of the grid of positions
+  std::int64_t num_heads;                          // H
+  std::int64_t in_features;                        // D
+  std::int64_t num_realizations;                   // R
+  std::int64_t kernel_size[3];                     // P
+  int num_threads;                                 // on the CPU
+  const void* x;                                   // [B, *size, H, D], strided
   std::int64_t x_strides[6];
   const void* kernel;    // [H, D, *P], accumulate type
   const void* constant;  // [H, D, R], accumulate type, or null for 0

@@ -10,11 +10,14 @@ namespace torch_spe::core {
 
 // With cu_seqlens there are S = num_sequences sequences in one batch row; otherwise S = B. States
 // have the accumulate type of dtype: float, or double for double.
+//
+// The state of keys alone: no queries, query_length 0, not causal, q and out null.
 struct LinearAttentionParams {
   DType dtype;  // of q, k, v, out and their gradients
   FeatureMap feature_map;
   bool causal;
-  bool normalize;
+  bool normalize;         // rows are divided by the denominator plus eps
+  bool rms_norm = false;  // rows are divided by the root of their mean square plus eps instead
   double eps;
   std::int64_t num_sequences;      // S
   std::int64_t num_heads;          // H
@@ -31,26 +34,41 @@ struct LinearAttentionParams {
   std::int64_t k_strides[4];
   const void* v;  // [B, M, H, E], strided
   std::int64_t v_strides[4];
-  const void* initial_s;  // [S, H, R, E], or null
-  const void* initial_z;  // [S, H, R], or null
-  void* out;              // [B, N, H, E]
-  void* final_s;          // [S, H, R, E], or null
-  void* final_z;          // [S, H, R], or null
+  // Features of the denominator apart from those of the numerator, or null: the denominator is then
+  // sum_m psi(dq_n) . psi(dk_m), and z the sum of psi(dk_m). Only with normalize.
+  const void* denominator_q = nullptr;  // [B, N, H, F], strided
+  std::int64_t denominator_q_strides[4] = {};
+  const void* denominator_k = nullptr;  // [B, M, H, F], strided
+  std::int64_t denominator_k_strides[4] = {};
+  FeatureMap denominator_feature_map = FeatureMap::kIdentity;  // psi
+  std::int64_t denominator_features = 0;                       // F; R where they are not apart
+  const void* initial_s;                                       // [S, H, R, E], or null
+  const void* initial_z;                                       // [S, H, F], or null
+  void* out;                                                   // [B, N, H, E]
+  // What every row was divided by, kept for the backward pass: the denominator plus eps, or the
+  // root of the mean square plus eps; where that is 0, out is 0. Null where nobody wants it.
+  void* row_divisor = nullptr;  // [B, N, H], accumulate type
+  void* final_s;                // [S, H, R, E], or null
+  void* final_z;                // [S, H, F], or null
 };
 
 struct LinearAttentionBackwardParams : LinearAttentionParams {
-  const void* result;  // out of the forward pass, [B, N, H, E], strided; only read to normalize
+  const void* result;  // out of the forward pass, [B, N, H, E], strided; only read with normalize
+                       // or rms_norm
   std::int64_t result_strides[4];
-  const void* grad_out;  // [B, N, H, E], strided
+  const void* saved_row_divisor = nullptr;  // row_divisor of the forward pass, given with result
+  const void* grad_out;                     // [B, N, H, E], strided
   std::int64_t grad_out_strides[4];
   const void* grad_final_s;  // [S, H, R, E], or null
-  const void* grad_final_z;  // [S, H, R], or null
+  const void* grad_final_z;  // [S, H, F], or null
   // Each of these may be null when its gradient is not wanted.
-  void* grad_q;          // [B, N, H, R]
-  void* grad_k;          // [B, M, H, R]
-  void* grad_v;          // [B, M, H, E]
-  void* grad_initial_s;  // [S, H, R, E]
-  void* grad_initial_z;  // [S, H, R]
+  void* grad_q;                        // [B, N, H, R]
+  void* grad_k;                        // [B, M, H, R]
+  void* grad_v;                        // [B, M, H, E]
+  void* grad_initial_s;                // [S, H, R, E]
+  void* grad_initial_z;                // [S, H, F]
+  void* grad_denominator_q = nullptr;  // [B, N, H, F]
+  void* grad_denominator_k = nullptr;  // [B, M, H, F]
 };
 
 }  // namespace torch_spe::core

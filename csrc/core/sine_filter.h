@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "feature_map.h"
 
 namespace torch_spe::core {
 
@@ -12,15 +13,16 @@ namespace torch_spe::core {
 struct SineFilterParams {
   core::DType
       dtype;  // of x, out, grad_out and grad_x; "accumulate type" below is float, or double for it
-  std::int64_t batch;             // B
-  std::int64_t length;            // N
-  std::int64_t num_heads;         // H
-  std::int64_t in_features;       // D
-  std::int64_t num_sines;         // K
-  std::int64_t num_realizations;  // R
-  std::int64_t ndim;              // dimensions of a position
-  int num_threads;                // on the CPU
-  const void* x;                  // [B, N, H, D], strided
+  FeatureMap feature_map = FeatureMap::kIdentity;  // phi: what is encoded is phi(x)
+  std::int64_t batch;                              // B
+  std::int64_t length;                             // N
+  std::int64_t num_heads;                          // H
+  std::int64_t in_features;                        // D
+  std::int64_t num_sines;                          // K
+  std::int64_t num_realizations;                   // R
+  std::int64_t ndim;                               // dimensions of a position
+  int num_threads;                                 // on the CPU
+  const void* x;                                   // [B, N, H, D], strided
   std::int64_t x_strides[4];
   const double* freqs;      // [H, D, K, ndim], cycles per position
   const void* weight;       // [H, D, 2K, R], accumulate type; on CUDA the type of x

@@ -7,16 +7,29 @@
 namespace torch_spe::cpu {
 namespace {
 
+// The best instruction set that both this build and this machine have.
 Isa best_isa() {
-#if defined(TORCH_SPE_X86)
-  __builtin_cpu_init();
+#if defined(TORCH_SPE_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::kAvx512;
   }
+#endif
+#if defined(TORCH_SPE_HAS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
   return Isa::kBaseline;
+}
+
+bool is_built(Isa isa) {
+#if !defined(TORCH_SPE_HAS_AVX512)
+  if (isa == Isa::kAvx512) return false;
+#endif
+#if !defined(TORCH_SPE_HAS_AVX2)
+  if (isa == Isa::kAvx2) return false;
+#endif
+  (void)isa;
+  return true;
 }
 
 Isa choose_isa() {
@@ -25,9 +38,14 @@ Isa choose_isa() {
   if (wanted == nullptr || *wanted == '\0') return best;
   for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (std::string(wanted) != isa_name(isa)) continue;
+    if (!is_built(isa)) {
+      throw std::runtime_error(std::string("TORCH_SPE_CPU_CAPABILITY=") + wanted +
+                               ": this build has no kernels for it (TORCH_SPE_INSTRUCTION_SETS)");
+    }
     if (isa > best) {
       throw std::runtime_error(std::string("TORCH_SPE_CPU_CAPABILITY=") + wanted +
-                               ": this machine supports " + isa_name(best) + " at best");
+                               ": this machine and this build support " + isa_name(best) +
+                               " at best");
     }
     return isa;
   }

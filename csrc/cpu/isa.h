@@ -12,31 +12,38 @@ const char* isa_name(Isa isa);
 
 }  // namespace torch_spe::cpu
 
-#if defined(TORCH_SPE_X86)
-#define TORCH_SPE_DECLARE_KERNEL(name, Params) \
-  namespace baseline {                         \
-  void name(const Params& params);             \
-  }                                            \
-  namespace avx2 {                             \
-  void name(const Params& params);             \
-  }                                            \
+// The build may leave instruction sets out (TORCH_SPE_INSTRUCTION_SETS in CMakeLists.txt), never
+// the baseline.
+#if defined(TORCH_SPE_HAS_AVX2)
+#define TORCH_SPE_DECLARE_AVX2(name, Params) \
+  namespace avx2 {                           \
+  void name(const Params& params);           \
+  }
+#define TORCH_SPE_CALL_AVX2(name) \
+  if (active_isa() == Isa::kAvx2) return avx2::name(params);
+#else
+#define TORCH_SPE_DECLARE_AVX2(name, Params)
+#define TORCH_SPE_CALL_AVX2(name)
+#endif
+#if defined(TORCH_SPE_HAS_AVX512)
+#define TORCH_SPE_DECLARE_AVX512(name, Params) \
   namespace avx512 {                           \
   void name(const Params& params);             \
-  }                                            \
-  inline void name(const Params& params) {     \
-    switch (active_isa()) {                    \
-      case Isa::kAvx512:                       \
-        return avx512::name(params);           \
-      case Isa::kAvx2:                         \
-        return avx2::name(params);             \
-      case Isa::kBaseline:                     \
-        return baseline::name(params);         \
-    }                                          \
   }
+#define TORCH_SPE_CALL_AVX512(name) \
+  if (active_isa() == Isa::kAvx512) return avx512::name(params);
 #else
+#define TORCH_SPE_DECLARE_AVX512(name, Params)
+#define TORCH_SPE_CALL_AVX512(name)
+#endif
 #define TORCH_SPE_DECLARE_KERNEL(name, Params) \
   namespace baseline {                         \
   void name(const Params& params);             \
   }                                            \
-  inline void name(const Params& params) { baseline::name(params); }
-#endif
+  TORCH_SPE_DECLARE_AVX2(name, Params)         \
+  TORCH_SPE_DECLARE_AVX512(name, Params)       \
+  inline void name(const Params& params) {     \
+    TORCH_SPE_CALL_AVX512(name)                \
+    TORCH_SPE_CALL_AVX2(name)                  \
+    baseline::name(params);                    \
+  }
