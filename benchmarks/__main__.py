@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import torch_spe
-from benchmarks import cases, measure
+from benchmarks import cases, measure, shares
 
 SLOW = 2.0  # seconds of a call; fewer calls of such ones
 DIRECTIONS = ("forward", "forward+backward")
@@ -244,6 +244,27 @@ def table(rows: list[dict], digits: int = 2) -> str:
     return "\n".join(lines)
 
 
+def add_shares(case: cases.Case, rows: list[dict]) -> None:
+    """Add what share of a step is products, this library's operators, and everything else."""
+    for implementation, row in zip(
+        case.implementations, rows[-len(case.implementations) :], strict=True
+    ):
+        for name, run in zip(DIRECTIONS, (forward, forward_and_backward), strict=True):
+            if not implementation.left_out:
+                row[f"{name} shares"] = shares.shares(functools.partial(run, implementation))
+
+
+def shares_lines(rows: list[dict]) -> list[str]:
+    """The shares as sentences."""
+    return [
+        f"{row['case']}, B = {row['B']}, N = {row['N']}, {name}: {row['implementation']}: "
+        + ", ".join(f"{what} {share:.1%}" for what, share in row[f"{name} shares"].items())
+        for row in rows
+        for name in DIRECTIONS
+        if f"{name} shares" in row
+    ]
+
+
 def shape(text: str) -> tuple[int, int]:
     """Batch and length from a text such as 8x4096."""
     batch, length = text.split("x")
@@ -257,7 +278,7 @@ def main() -> None:
         "cases",
         nargs="*",
         metavar="CASE",
-        help="sine, phasor, exact, conv, attention, attend, layer (default: all)",
+        help="sine, phasor, exact, conv, attention, attend, layer, encoder_layer (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -285,6 +306,7 @@ def main() -> None:
         "attention": cases.attention,
         "attend": cases.attend,
         "layer": cases.layer,
+        "encoder_layer": cases.encoder_layer,
     }
     unknown = set(args.cases) - set(makers)
     if unknown:
@@ -315,6 +337,8 @@ def main() -> None:
                     implementation.left_out = f"left out: takes about {size:.0f} GB"
             check(case, DTYPES[args.dtype])
             rows += measure_case(case, args.device, args.seconds, machine)
+            if case.shares and args.device == "cpu":
+                add_shares(case, rows)
             if args.output:  # at once: whoever is stopped keeps what was measured
                 result = {"machine": machine.__dict__, "torch": torch.__version__}
                 write(args.output, {**result, "dtype": args.dtype, "rows": rows})
@@ -326,6 +350,8 @@ def main() -> None:
         for line in (
             *crossings(rows, cases.ATTEND, cases.SOFTMAX),
             *crossings(rows, cases.LAYER, cases.SOFTMAX_LAYER),
+            *crossings(rows, cases.ENCODER_LAYER, cases.SOFTMAX_ENCODER_LAYER),
+            *shares_lines(rows),
         ):
             print(f"\n{line}")
 

@@ -45,7 +45,8 @@ class Case:
     flops: float  # forward
     flops_backward: float
     implementations: list[Implementation] = field(default_factory=list)
-    exact: bool = True  # whether all implementations, given the same seed, give the same numbers
+    exact: bool = True  # whether all implementations, given the same seed, give the same values
+    shares: bool = False  # whether to say what share of the time which operators take, on the CPU
 
 
 def published_module(checkout: Path):
@@ -72,6 +73,8 @@ ATTEND = "encode and attend"
 LAYER = "self-attention layer"
 SOFTMAX = "(softmax attention, rotary)"
 SOFTMAX_LAYER = "(nn.MultiheadAttention)"
+ENCODER_LAYER = "encoder layer"
+SOFTMAX_ENCODER_LAYER = "(nn.TransformerEncoderLayer)"
 
 
 def _leaf(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -460,21 +463,28 @@ def attend(
     )
 
 
+# What the layers are measured with: a name and the arguments of `SPEMultiheadAttention`.
+LAYERS = {
+    "torch_spe": {"position": "sine"},
+    "(torch_spe, exact sines, K = 1)": {"position": "sine", "noise": "exact", "num_sines": 1},
+    "(torch_spe, rotary)": {"position": "rotary"},
+    "(torch_spe, no positions)": {"position": None},
+}
+
+
 def layer(
     batch: int, length: int, device: str, dtype: torch.dtype, model: int = 512, heads: int = 8
 ) -> Case:
     """A whole causal self-attention layer, projections included."""
     x = _leaf(batch, length, model, device=device, dtype=dtype)
-    ours = torch_spe.SPEMultiheadAttention(model, heads, batch_first=True, position="sine").to(
-        device, dtype
-    )
-    plain = torch.nn.MultiheadAttention(model, heads, batch_first=True).to(device, dtype)
-    # Only is_causal is used; a long mask would fill the memory, so it takes none then.
-    mask = (
-        torch.nn.Transformer.generate_square_subsequent_mask(length, device=device, dtype=dtype)
-        if length <= 8192
-        else torch.zeros((), dtype=dtype, device=device).expand(length, length)
-    )
+    factory = {"batch_first": True, "device": device, "dtype": dtype}
+    torch.manual_seed(0)
+    ours = {
+        name: torch_spe.SPEMultiheadAttention(model, heads, **factory, **options)
+        for name, options in LAYERS.items()
+    }
+    plain = torch.nn.MultiheadAttention(model, heads, **factory)
+    mask = _causal_mask(length, device, dtype)
     projections = 8.0 * batch * length * model**2
     return Case(
         LAYER,
@@ -482,8 +492,13 @@ def layer(
         flops=projections,
         flops_backward=2 * projections,
         implementations=[
-            Implementation(
-                "torch_spe", lambda: (ours(x, x, x, is_causal=True)[0],), [x, *ours.parameters()]
+            *(
+                Implementation(
+                    name,
+                    lambda layer=layer: (layer(x, x, x, is_causal=True)[0],),
+                    [x, *layer.parameters()],
+                )
+                for name, layer in ours.items()
             ),
             Implementation(
                 SOFTMAX_LAYER,
@@ -492,7 +507,56 @@ def layer(
             ),
         ],
         exact=False,
+        shares=True,
     )
+
+
+def encoder_layer(
+    batch: int, length: int, device: str, dtype: torch.dtype, model: int = 512, heads: int = 8
+) -> Case:
+    """A whole causal encoder layer: attention, feed-forward part (4 x model), norms, dropout."""
+    x = _leaf(batch, length, model, device=device, dtype=dtype)
+    factory = {"batch_first": True, "device": device, "dtype": dtype}
+    torch.manual_seed(0)
+    ours = {
+        name: torch_spe.SPETransformerEncoderLayer(model, heads, 4 * model, **factory, **options)
+        for name, options in LAYERS.items()
+    }
+    plain = torch.nn.TransformerEncoderLayer(model, heads, 4 * model, **factory)
+    mask = _causal_mask(length, device, dtype)
+    products = (8.0 + 16.0) * batch * length * model**2
+    return Case(
+        ENCODER_LAYER,
+        {"B": batch, "N": length, "model": model, "H": heads},
+        flops=products,
+        flops_backward=2 * products,
+        implementations=[
+            *(
+                Implementation(
+                    name,
+                    lambda layer=layer: (layer(x, is_causal=True),),
+                    [x, *layer.parameters()],
+                )
+                for name, layer in ours.items()
+            ),
+            Implementation(
+                SOFTMAX_ENCODER_LAYER,
+                lambda: (plain(x, src_mask=mask, is_causal=True),),
+                [x, *plain.parameters()],
+            ),
+        ],
+        exact=False,
+        shares=True,
+    )
+
+
+def _causal_mask(length: int, device: str, dtype: torch.dtype) -> Tensor:
+    """The mask that PyTorch's layers want beside is_causal; a long one would fill the memory."""
+    if length <= 8192:
+        return torch.nn.Transformer.generate_square_subsequent_mask(
+            length, device=device, dtype=dtype
+        )
+    return torch.zeros((), dtype=dtype, device=device).expand(length, length)
 
 
 def tolerance(dtype: torch.dtype) -> float:
