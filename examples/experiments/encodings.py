@@ -66,7 +66,7 @@ ENCODINGS = {
         "SineSPE before positive random features, spread", "inputs",
         layer={"feature_map": PositiveFeatures(REALIZATIONS, REALIZATIONS)}, more=False,
     ),
-    "features-published": _sine("SineSPE after the map, published start", init="published"),
+    "features-published": _sine("SineSPE after the map, published initialization", init="published"),
     "gaussian": _sine("SineSPE after the map"),
     "phase": _sine("SineSPE after the map, phase noise", noise="phase"),
     "bandwidth": _sine(
