@@ -3,12 +3,12 @@
 #pragma once
 
 #include "core/phase.h"
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
 // Phasors are made three positions at a time. Their middle goes on to the next three by one
-// multiplication, whose rounding adds up; it is renewed every kChunk positions from phasors that
+// multiplication, whose rounding adds up; it is recomputed every kChunk positions from phasors that
 // themselves advance by kChunk positions at a time, and these are exact every kSegment positions.
 // The error in float32 stays below 1e-6, wherever the positions lie.
 constexpr std::int64_t kTrio = 3;
@@ -35,8 +35,8 @@ TORCH_SPE_INLINE void exact_phasors(std::int64_t ndim, const double* freqs, std:
   }
 }
 
-// The phasors of a table of sines, [rows, width], at consecutive positions, by chunks. Each row is
-// a pair of planes, real and imaginary part, of `width` numbers.
+// The phasors c e^(2 pi i f n) of a table of sines, [rows, width], at consecutive positions, by
+// chunks. Each row is a pair of planes, real and imaginary part, of `width` elements.
 template <class T>
 class PhasorTable {
  public:
@@ -48,31 +48,40 @@ class PhasorTable {
         chunk_step_(2 * most_rows * width) {}
 
   // `freqs` is [rows, width] and `coefficients`, c, [rows, 2, width]; both must live as long as the
-  // table is used. No more than `length` positions will be asked for.
-  void set(std::int64_t rows, const double* freqs, const T* coefficients, std::int64_t length) {
+  // table is used. No more than `length` positions will be asked for, the first one is `start`.
+  void load_sines(std::int64_t rows, const double* freqs, const T* coefficients, double start,
+                  std::int64_t length) {
     rows_ = rows;
     freqs_ = freqs;
     coefficients_ = coefficients;
+    start_ = start;
+    chunk_ = -kSegment;
     fill(1, step_);
     if (length > kTrio) fill(kTrio, trio_step_);
     if (length > kChunk) fill(kChunk, chunk_step_);
   }
 
-  // Begins a segment.
-  void start(double position) {
-    fill(position + 1, middle_);
-    turn(coefficients_);
+  // Goes to the chunk that begins at the n-th position, n a multiple of kChunk. The phasors are the
+  // same to the last bit in whatever order chunks are visited.
+  void go_to(std::int64_t n) {
+    if (n == chunk_) return;
+    const std::int64_t segment = n / kSegment * kSegment;
+    if (n == segment || n != chunk_ + kChunk) {
+      chunk_ = segment;
+      fill(start_ + static_cast<double>(segment) + 1, middle_);
+      rotate(coefficients_);
+    }
+    for (; chunk_ < n; chunk_ += kChunk) rotate(chunk_step_);
   }
 
-  void advance_chunk() { turn(chunk_step_); }
-
+  // Of the present chunk.
   const T* middle(std::int64_t row) const { return middle_ + 2 * row * width_; }
   const T* step(std::int64_t row) const { return step_ + 2 * row * width_; }
   const T* trio_step(std::int64_t row) const { return trio_step_ + 2 * row * width_; }
   std::int64_t width() const { return width_; }
 
  private:
-  void turn(const T* by) {
+  void rotate(const T* by) {
     for (std::int64_t row = 0; row < rows_; ++row) {
       T* re = middle_ + 2 * row * width_;
       T* im = re + width_;
@@ -97,8 +106,10 @@ class PhasorTable {
   std::int64_t rows_ = 0;
   const double* freqs_ = nullptr;
   const T* coefficients_ = nullptr;
-  // [rows, 2, width]: the phasors in the middle of the chunk's first three positions, and the turns
-  // of one position, of three, and of a chunk.
+  double start_ = 0;
+  std::int64_t chunk_ = -kSegment;  // where the present chunk begins
+  // [rows, 2, width]: the phasors in the middle of the chunk's first three positions, and the
+  // rotations of one position, of three, and of a chunk.
   Workspace<T> middle_, step_, trio_step_, chunk_step_;
 };
 
@@ -144,8 +155,6 @@ struct TrioOfPhasors {
 // Positions [n, n + size) and rows of the batch [b, b + rows) of a head of a group.
 struct Tile {
   std::int64_t n, size, head, b, rows;
-
-  bool starts_chunk() const { return head == 0 && b == 0; }
 };
 
 // The tiles of the positions [n0, n1): all rows of the batch, some at a time, of one head after the
@@ -191,8 +200,8 @@ struct Parts {
   std::int64_t count;
 
   Parts(std::int64_t sequence, std::int64_t most) {
-    length = round_up((sequence + most - 1) / most, kSegment);
-    count = (sequence + length - 1) / length;
+    length = max_of(kSegment, round_up((sequence + most - 1) / most, kSegment));
+    count = max_of(1, (sequence + length - 1) / length);
   }
 };
 
