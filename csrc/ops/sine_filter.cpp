@@ -95,7 +95,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& freqs, const at::Tenso
   if (positions.has_value()) check_finite(kOp, "positions", *positions);
   const Inputs inputs(x, freqs, weight, constant, positions);
   at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), weight.size(3)}, x.options());
-  if (out.numel() == 0) return out;
+  if (x.numel() == 0) return out.zero_();
   core::SineFilterParams params;
   inputs.fill(params, start);
   params.out = out.mutable_data_ptr();
