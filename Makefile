@@ -5,17 +5,19 @@ PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
+DEMO := build/demo
 # The environment is renewed when these change: the stamp of another choice is another file.
 CHOICE := $(shell { echo '$(TORCH) $(PYTHON)'; cat pyproject.toml; } | cksum | cut -d ' ' -f 1)
 REQUIREMENTS := .venv/requirements-$(CHOICE)
 EDITABLE := .venv/editable-$(CHOICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench build format clean
+.PHONY: help demo demo-build test test-all bench build format clean
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
 	@echo 'make test    C++ and Python tests, format and lint'
+	@echo 'make test-all  the same, more random calls, and everything under sanitizers: what CI runs'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
 	@echo 'make format  rewrite sources in the project style'
@@ -23,11 +25,22 @@ help:
 	@echo
 	@echo 'TORCH=$(TORCH) and PYTHON=$(PYTHON) choose another PyTorch and Python.'
 
-demo: build
-	$(BIN)/python examples/chorales/train.py $(ARGS)
+demo: demo-build
+	PYTHONPATH=$(DEMO)/package $(BIN)/python examples/chorales/train.py $(ARGS)
+
+# A build and a package of its own, quickly made: for the instruction sets of this machine, and with the CUDA kernels
+# only where there is a GPU to run them. The variables of setup.py come first.
+demo-build: $(REQUIREMENTS)
+	@TORCH_SPE_CUDA=$${TORCH_SPE_CUDA-$$(nvidia-smi -L > /dev/null 2>&1 && echo AUTO || echo 0)} \
+	  TORCH_SPE_INSTRUCTION_SETS=$${TORCH_SPE_INSTRUCTION_SETS-native} \
+	  TORCH_SPE_BUILD_DIR=$${TORCH_SPE_BUILD_DIR-$(DEMO)} \
+	  $(BIN)/python setup.py --quiet build --build-lib $(DEMO)/package
 
 test: build
 	@$(BIN)/python scripts/check.py $(ARGS)
+
+test-all: build
+	@$(BIN)/python scripts/check.py --all $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,7 +1,8 @@
 """Run every test, format and lint check, and end with one summary. `make test` calls it.
 
-A part that fails does not keep the others from running. Arguments go to pytest. With --fix,
-rewrites the sources in the project style instead.
+A part that fails does not keep the others from running. Arguments go to pytest. With --all also
+what takes long: sanitizers and more random calls. With --fix, rewrites the sources in the project
+style instead.
 """
 
 import os
@@ -26,12 +27,13 @@ class Result(NamedTuple):
     skipped: int
 
 
-def run(*command):
-    """Run one command of this environment; return whether it succeeded."""
+def run(*command, **variables):
+    """Run one command of this environment, with more variables; return whether it succeeded."""
     path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", "")
     shown = [str(part) for part in command]
     print(f"\n$ {' '.join(shown[:6])}{' ...' if len(shown) > 6 else ''}", flush=True)
-    return subprocess.run(shown, cwd=ROOT, env={**os.environ, "PATH": path}).returncode == 0
+    environment = {**os.environ, "PATH": path, **variables}
+    return subprocess.run(shown, cwd=ROOT, env=environment).returncode == 0
 
 
 def check(name, *command):
@@ -53,10 +55,11 @@ def count(name, succeeded, report):
     return Result(name, passed, failed, skipped)
 
 
-def cpp_tests(report):
+def cpp_tests(report, everything):
+    targets = ("--target", "all", "torch_spe_emulated_sanitized") if everything else ()
     succeeded = (
         run("cmake", "-DTORCH_SPE_TESTS=ON", BUILD)
-        and run("cmake", "--build", BUILD)
+        and run("cmake", "--build", BUILD, *targets)
         and run(
             *("ctest", "--test-dir", BUILD, "--output-junit", report, "--no-tests=error"),
             *("--output-on-failure", "--progress", "--parallel", os.cpu_count() or 1),
@@ -65,8 +68,16 @@ def cpp_tests(report):
     return count("C++ tests", succeeded, report)
 
 
-def python_tests(report, arguments):
-    succeeded = run(sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments)
+def python_tests(report, arguments, everything):
+    # A process for each core, with one thread each. Tests that build something share a group.
+    parallel = ("-n", "auto", "--dist", "loadgroup")
+    variables = {"OMP_NUM_THREADS": "1"}
+    if everything:
+        variables |= {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": "4000"}
+    succeeded = run(
+        *(sys.executable, "-m", "pytest", f"--junitxml={report}", *parallel, *arguments),
+        **variables,
+    )
     return count("Python tests", succeeded, report)
 
 
@@ -86,14 +97,19 @@ def main(arguments):
         ]
         return 0 if all(fixed) else 1
 
+    everything = "--all" in arguments
+    arguments = [argument for argument in arguments if argument != "--all"]
     with tempfile.TemporaryDirectory() as reports:
         results = [
-            cpp_tests(Path(reports) / "cpp.xml"),
-            python_tests(Path(reports) / "python.xml", arguments),
+            cpp_tests(Path(reports) / "cpp.xml", everything),
+            python_tests(Path(reports) / "python.xml", arguments, everything),
             check("clang-format", "clang-format", "--dry-run", "-Werror", *sources),
             check("ruff format", *ruff, "format", "--check", "."),
             check("ruff check", *ruff, "check", "."),
         ]
+        if everything:
+            sanitizers = (sys.executable, "scripts/sanitize.py")
+            results.append(check("sanitizers", *sanitizers))
     print(f"\n{'':14}{'passed':>8}{'failed':>8}{'skipped':>9}")
     for result in results:
         print(f"{result.name:14}{result.passed:8}{result.failed:8}{result.skipped:9}")

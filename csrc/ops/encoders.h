@@ -77,6 +77,10 @@ struct PositionalEncoder : Operator {
     Op::check_finite_tables(a);
     if (a.positions.has_value()) check_finite(Op::kName, "positions", *a.positions);
     if (outputs[0].numel() == 0) return;
+    if (a.x.numel() == 0) {  // sums over no features
+      outputs[0].zero_();
+      return;
+    }
     const auto kernel = kernel_of<typename Op::Params>(a.x.device().type());
     typename Op::Params p;
     KernelTensors kept;

@@ -168,7 +168,7 @@ def conv_code(
     heads, features, *taps = kernel.shape
     ndim, real = len(taps), noise.shape[-1]
     size = [n - p + 1 for n, p in zip(noise.shape[2:-1], taps, strict=True)]
-    if 0 in size:  # which PyTorch's convolutions refuse
+    if 0 in (*size, heads, features):  # which PyTorch's convolutions refuse
         return kernel.sum() * noise.sum() * noise.new_empty(*size, heads, features, real)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
     images = noise.movedim(-1, 0).flatten(1, 2)  # [R, H * D, *(size + P - 1)]

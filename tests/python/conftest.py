@@ -1,9 +1,21 @@
 """Fixtures of several test files."""
 
+import os
+import random
+
 import pytest
 import torch
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def pytest_configure():
+    """Draw the seed of test_fuzz.py, once for all processes of a run."""
+    os.environ.setdefault("TORCH_SPE_FUZZ_SEED", str(random.getrandbits(31)))
+
+
+def pytest_report_header():
+    return f"TORCH_SPE_FUZZ_SEED={os.environ['TORCH_SPE_FUZZ_SEED']}"
 
 
 @pytest.fixture(params=DEVICES)

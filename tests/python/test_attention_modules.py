@@ -123,8 +123,13 @@ def plain_attention(layer, query, key, value, causal=False, padding=None, real=1
     return layer.out_proj(out.flatten(-2))
 
 
+def as_id(options):
+    """Options as text, without addresses of functions: the same in every process."""
+    return str({name: getattr(o, "__name__", o) for name, o in options.items()})
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS, ids=as_id)
 def test_parity_with_a_plain_composition(options, causal):
     layer = make(**options)
     x = make_input()
@@ -144,7 +149,7 @@ def test_parity_with_a_plain_composition(options, causal):
         assert_close(got, expected, factor=100)
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES[:3], ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES[:3], ids=as_id)
 def test_cross_attention_with_other_lengths(options):
     layer = make(**options)
     query, key = make_input(length=11), make_input(length=N)
@@ -242,7 +247,7 @@ def test_a_grid_and_its_flattened_form():
         make(batch_first=False, ndim=2)(x, x, x)
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=as_id)
 def test_causal_output_does_not_see_the_future(options):
     layer = make(**options)
     x = make_input()
@@ -355,7 +360,7 @@ def test_more_realizations_at_evaluation(encode, noise):
     assert layer.train()(x, x, x)[0].shape == x.shape
 
 
-@pytest.mark.parametrize("options", [{}, *NOISES], ids=str)
+@pytest.mark.parametrize("options", [{}, *NOISES], ids=as_id)
 def test_checkpointing_replays_the_noise(options):
     layer = make(dropout=0.2, **options).train()
     results = []
@@ -527,7 +532,7 @@ def test_dropout_acts_in_training_only():
     assert_close(make(dropout=1.0).train()(x, x, x)[0], layer.out_proj.bias.expand(x.shape))
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES, ids=as_id)
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_whole(options, training):
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, **options).train(training)
@@ -550,7 +555,7 @@ def test_compiles_with_the_default_backend():
     assert_close(fast(x, is_causal=True), layer(x, is_causal=True), torch.float32, factor=10)
 
 
-@pytest.mark.parametrize("options", [*CONFIGURATIONS[:2], NOISES[0], NOISES[3]], ids=str)
+@pytest.mark.parametrize("options", [*CONFIGURATIONS[:2], NOISES[0], NOISES[3]], ids=as_id)
 def test_exports_with_any_length(options):
     layer = make(dtype=torch.float32, **options)
     x = make_input(dtype=torch.float32)
@@ -565,7 +570,7 @@ def test_exports_with_any_length(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=str)
+@pytest.mark.parametrize("options", CONFIGURATIONS + NOISES, ids=as_id)
 def test_autocast_and_half_models(options, dtype, device):
     exact_layer = make(**options)
     exact_layer.feature_map = options.get("feature_map", "elu")

@@ -28,9 +28,9 @@ def plain_sine_code(freqs, offsets, gains, noise, scale):
     amplitudes = torch.nn.functional.softplus(gains) * scale
     key = amplitudes[..., None, None] * noise.unflatten(2, (-1, 2))
     # The real and imaginary part of key times e^(-i offset).
-    turned = torch.view_as_complex(key.transpose(-1, -2).contiguous())
-    turned = turned * torch.exp(-1j * offsets)[..., None]
-    query = torch.view_as_real(turned).transpose(-1, -2)
+    re, im = key.unbind(3)  # [H, D, K, R]
+    cos, sin = offsets.cos()[..., None], offsets.sin()[..., None]
+    query = torch.stack((re * cos + im * sin, im * cos - re * sin), dim=3)
     return cycles_of(freqs), query.flatten(2, 3), key.flatten(2, 3)
 
 

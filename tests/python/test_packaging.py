@@ -33,6 +33,8 @@ BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).re
 ENVIRONMENT = {name: os.environ[name] for name in os.environ.keys() - {"MAKEFLAGS", "TORCH"}}
 PATH = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
 
+# They use one build tree: in one process, one after the other.
+pytestmark = pytest.mark.xdist_group("build")
 needs_build = pytest.mark.skipif(
     not (BUILD / "configured.json").is_file(),
     reason=f"needs the build tree {BUILD} (make build)",
