@@ -113,9 +113,9 @@ struct ConvFilter : Operator {
       TORCH_CHECK_VALUE(std::all_of(a.noise_stride.begin(), a.noise_stride.end(),
                                     [](int64_t s) { return s == 1; }),
                         kName, ": noise_stride must be 1 when noise is given, got ",
-                        a.noise_stride);
+                        at::IntArrayRef(a.noise_stride));
       TORCH_CHECK_VALUE(a.start.empty(), kName, ": start must not be given along with noise, got ",
-                        a.start);
+                        c10::SymIntArrayRef(a.start));
     } else {
       check_seed(kName, *a.seed);
       check_same_device(kName, "seed", *a.seed, a.x, "x");
@@ -124,6 +124,20 @@ struct ConvFilter : Operator {
     }
     TORCH_CHECK_VALUE(a.realizations() > 0, kName, ": num_realizations must be at least 1, got ",
                       a.realizations());
+  }
+
+  static core::NoiseParams generated_noise(const Arguments& a) {
+    const int64_t ndim = a.ndim();
+    c10::SmallVector<int64_t, 3> size(ndim);
+    for (int64_t i = 0; i < ndim; ++i) size[i] = a.x.size(1 + i) + a.kernel.size(2 + i) - 1;
+    return noise_params(kName, *a.seed, a.noise_kind, a.noise_stride, a.start, size,
+                        a.x.size(ndim + 1), a.x.size(ndim + 2), a.realizations().expect_int());
+  }
+
+  static void check_values(const Arguments& a) {
+    check_finite(kName, "kernel", a.kernel);
+    if (a.constant.has_value()) check_finite(kName, "constant", *a.constant);
+    if (a.seed.has_value()) generated_noise(a);
   }
 
   static TensorSpecs results(const Arguments& a) {
@@ -146,13 +160,11 @@ struct ConvFilter : Operator {
     copy_grid_strides(a.x, ndim, 1, p.x_strides);
     p.kernel = kept.contiguous(a.kernel, type);
     p.constant = kept.contiguous(a.constant, type);
-    c10::SmallVector<int64_t, 3> noise_size(ndim);
     std::fill_n(p.size, 3, 1);
     std::fill_n(p.kernel_size, 3, 1);
     for (int64_t i = 0; i < ndim; ++i) {
       p.size[3 - ndim + i] = a.x.size(1 + i);
       p.kernel_size[3 - ndim + i] = a.kernel.size(2 + i);
-      noise_size[i] = a.x.size(1 + i) + a.kernel.size(2 + i) - 1;
     }
     if (a.noise.has_value()) {
       p.generated = {core::NoiseKind::kGaussian, 0,         nullptr,
@@ -161,8 +173,7 @@ struct ConvFilter : Operator {
       p.noise_dtype = to_dtype(a.noise->scalar_type());
       copy_grid_strides(*a.noise, ndim, 2, p.noise_strides);
     } else {
-      p.generated = noise_params(kName, *a.seed, a.noise_kind, a.noise_stride, a.start, noise_size,
-                                 p.num_heads, p.in_features, p.num_realizations);
+      p.generated = generated_noise(a);
       p.noise = nullptr;
       p.noise_dtype = p.dtype;
     }
@@ -170,8 +181,6 @@ struct ConvFilter : Operator {
   }
 
   static void forward(const Arguments& a, const Tensors& outputs) {
-    check_finite(kName, "kernel", a.kernel);
-    if (a.constant.has_value()) check_finite(kName, "constant", *a.constant);
     core::ConvFilterParams p;
     KernelTensors kept;
     fill(p, a, kept);

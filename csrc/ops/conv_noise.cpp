@@ -36,7 +36,7 @@ struct ConvNoise : Operator {
   static void check(const Arguments& a) {
     check_seed(kName, a.seed);
     TORCH_CHECK_VALUE(a.size.size() >= 1 && a.size.size() <= 3, kName,
-                      ": size must have 1 to 3 numbers, got ", a.size);
+                      ": size must have 1 to 3 numbers, got ", c10::SymIntArrayRef(a.size));
     const auto check_count = [](const char* name, const c10::SymInt& count) {
       TORCH_CHECK_VALUE(count >= 0, kName, ": ", name, " must not be negative, got ", count);
     };
@@ -57,19 +57,27 @@ struct ConvNoise : Operator {
     return {{sizes, a.seed.options().dtype(a.dtype.value_or(at::kFloat))}};
   }
 
+  static core::NoiseParams generated_noise(const Arguments& a) {
+    c10::SmallVector<int64_t, 3> size;
+    for (const auto& n : a.size) size.push_back(n.expect_int());
+    return noise_params(kName, a.seed, a.noise_kind, a.noise_stride, a.start, size,
+                        a.num_heads.expect_int(), a.in_features.expect_int(),
+                        a.num_realizations.expect_int());
+  }
+
+  static void check_values(const Arguments& a) { generated_noise(a); }
+
   static void forward(const Arguments& a, const Tensors& outputs) {
+    if (outputs[0].numel() == 0) return;
     core::ConvNoiseParams p;
     p.num_heads = a.num_heads.expect_int();
     p.in_features = a.in_features.expect_int();
     p.num_realizations = a.num_realizations.expect_int();
-    c10::SmallVector<int64_t, 3> size;
-    for (const auto& n : a.size) size.push_back(n.expect_int());
-    p.generated = noise_params(kName, a.seed, a.noise_kind, a.noise_stride, a.start, size,
-                               p.num_heads, p.in_features, p.num_realizations);
-    if (outputs[0].numel() == 0) return;
+    p.generated = generated_noise(a);
     p.dtype = to_dtype(outputs[0].scalar_type());
     std::fill_n(p.size, 3, 1);
-    std::copy(size.begin(), size.end(), p.size + 3 - size.size());
+    for (std::size_t i = 0; i < a.size.size(); ++i)
+      p.size[3 - a.size.size() + i] = a.size[i].expect_int();
     p.num_threads = at::get_num_threads();
     p.out = outputs[0].mutable_data_ptr();
     kernel_of<core::ConvNoiseParams>(a.seed.device().type())(p, a.seed);

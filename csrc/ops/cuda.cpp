@@ -22,14 +22,19 @@
 namespace torch_spe::ops {
 namespace {
 
-#if defined(TORCH_SPE_CUDA_EMULATION)
+// Test libraries run these kernels on CPU tensors.
+#if defined(TORCH_SPE_ALTERNATIVE_KERNELS)
 constexpr Slot kSlot = Slot::kAlternative;
+#else
+constexpr Slot kSlot = Slot::kCuda;
+#endif
+
+#if defined(TORCH_SPE_CUDA_EMULATION)
 struct DeviceGuard {
   explicit DeviceGuard(c10::Device) {}
 };
 cuda::Stream current_stream() { return nullptr; }
 #else
-constexpr Slot kSlot = Slot::kCuda;
 using DeviceGuard = c10::cuda::CUDAGuard;
 cuda::Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 #endif

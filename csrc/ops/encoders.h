@@ -46,6 +46,13 @@ struct PositionalEncoder : Operator {
   }
 
   template <class Arguments>
+  static void check_values(const Arguments& a) {
+    check_finite(Op::kName, "freqs", a.freqs);
+    Op::check_finite_tables(a);
+    if (a.positions.has_value()) check_finite(Op::kName, "positions", *a.positions);
+  }
+
+  template <class Arguments>
   static TensorSpecs results(const Arguments& a) {
     return {{{a.x.sym_size(0), a.x.sym_size(1), a.x.sym_size(2), Op::width(a)}, a.x.options()}};
   }
@@ -73,9 +80,6 @@ struct PositionalEncoder : Operator {
 
   template <class Arguments>
   static void forward(const Arguments& a, const Tensors& outputs) {
-    check_finite(Op::kName, "freqs", a.freqs);
-    Op::check_finite_tables(a);
-    if (a.positions.has_value()) check_finite(Op::kName, "positions", *a.positions);
     if (outputs[0].numel() == 0) return;
     if (a.x.numel() == 0) {  // sums over no features
       outputs[0].zero_();

@@ -10,6 +10,7 @@
 //   check(a)                    throws for what does not fit
 //   results(a)                  sizes and options of the outputs
 //   forward(a, outputs)         runs the kernel
+//   check_values(a)             if there are any: checks that read values, before the forward pass
 //   kGradients, backward(b)     arguments with a gradient, in the order of the schema, and their
 //                               computation; without these there is none
 // and of these, what differs from the default that is named:
@@ -171,6 +172,7 @@ void forward(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
       std::tuple_size_v<decltype(std::declval<typename Op::Arguments&>().fields())>;
   const auto a = read_arguments<typename Op::Arguments>(stack->data() + stack->size() - n);
   Op::check(a);
+  if constexpr (device != c10::kMeta && requires { Op::check_values(a); }) Op::check_values(a);
   Tensors outputs;
   for (const TensorSpec& spec : Op::results(a))
     outputs.push_back(at::empty_symint(spec.sizes, spec.options));
