@@ -29,10 +29,12 @@ class RotaryPhasors {
         freqs_(p.freqs + first_head * pairs_),
         cos_(heads * pairs_),
         sin_(heads * pairs_),
+        rows_(2 * width_),
         row_(size()),
         block_(consecutive_ ? size() : 0),
         steps_(consecutive_ ? min_of(kBlock, p.length) * size() : 0) {
     // Filled up with zeros.
+    for (std::int64_t i = 0; i < 2 * width_; ++i) rows_[i] = 0;
     for (std::int64_t i = 0; i < size(); ++i) row_[i] = 0;
     if (!consecutive_) return;
     for (std::int64_t i = 0; i < size(); ++i) block_[i] = 0;
@@ -43,6 +45,9 @@ class RotaryPhasors {
   }
 
   std::int64_t heads() const { return heads_; }
+  // Scratch rows for what is stored in another type than it is computed in, [D filled up].
+  T* x_row() const { return rows_; }
+  T* encoded_row() const { return rows_ + width_; }
   std::int64_t width() const { return width_; }
   const double* freqs() const { return freqs_; }  // [heads, D/2]
   double position(std::int64_t n) const {
@@ -91,7 +96,8 @@ class RotaryPhasors {
   const bool consecutive_;
   const std::int64_t heads_, pairs_, width_;
   const double* freqs_;
-  Workspace<T> cos_, sin_;    // [heads, D/2]
+  Workspace<T> cos_, sin_;  // [heads, D/2]
+  Workspace<T> rows_;
   Workspace<T> row_, block_;  // [heads, 2, D filled up]
   Workspace<T> steps_;        // [kBlock, heads, 2, D filled up]
   std::int64_t block_index_ = -1;
@@ -129,12 +135,24 @@ void encode_rotary_tile(RotaryPhasors<T>& phasors, std::int64_t features, std::i
       for (std::int64_t head = 0; head < heads; ++head, c += 2 * width) {
         const Storage* const from = x.row(b, t, head);
         Out* const to = out.row(b, t, head);
-        for_each_vector<T>(features, [&](std::int64_t d, std::int64_t count) {
-          const Vec<T> row =
-              map_lanes<kMap, T>(load_lanes<T>(from + d * x.column_stride, x.column_stride, count));
-          store_lanes<T>(row * load_vec(c + d) + swap_pairs<T>(row) * load_vec(c + width + d),
-                         to + d, count);
-        });
+        if constexpr (sizeof(Storage) == sizeof(T) && sizeof(Out) == sizeof(T)) {
+          for_each_vector<T>(features, [&](std::int64_t d, std::int64_t count) {
+            const Vec<T> row = map_lanes<kMap, T>(
+                load_lanes<T>(from + d * x.column_stride, x.column_stride, count));
+            store_lanes<T>(row * load_vec(c + d) + swap_pairs<T>(row) * load_vec(c + width + d),
+                           to + d, count);
+          });
+        } else {  // whole rows are converted faster than vectors
+          T* const row = phasors.x_row();
+          T* const encoded = phasors.encoded_row();
+          load_mapped_row<kMap>(from, x.column_stride, features, row);
+          for (std::int64_t d = 0; d < width; d += kLanes<T>) {
+            const Vec<T> value = load_vec(row + d);
+            store_vec(encoded + d,
+                      value * load_vec(c + d) + swap_pairs<T>(value) * load_vec(c + width + d));
+          }
+          store_row(encoded, 1, features, to);
+        }
       }
     }
   }
@@ -166,21 +184,42 @@ void differentiate_rotary_tile(RotaryPhasors<T>& phasors, std::int64_t features,
       for (std::int64_t head = 0; head < heads; ++head, c += 2 * width) {
         const Storage* const from = x.row(b, t, head);
         const In* const grad = grad_out.row(b, t, head);
-        for_each_vector<T>(features, [&](std::int64_t d, std::int64_t count) {
-          const Vec<T> g =
-              load_lanes<T>(grad + d * grad_out.column_stride, grad_out.column_stride, count);
-          Vec<T> dx = g * load_vec(c + d) - swap_pairs<T>(g) * load_vec(c + width + d);
-          if constexpr (kReadsX) {
-            const Vec<T> row = map_lanes<kMap, T>(
-                load_lanes<T>(from + d * x.column_stride, x.column_stride, count));
-            if constexpr (kPhases) {
-              T* sum = products + head * width + d;
-              store_vec(sum, load_vec(sum) + row * swap_pairs<T>(dx));
+        if constexpr (sizeof(Storage) == sizeof(T) && sizeof(In) == sizeof(T) &&
+                      sizeof(Out) == sizeof(T)) {
+          for_each_vector<T>(features, [&](std::int64_t d, std::int64_t count) {
+            const Vec<T> g =
+                load_lanes<T>(grad + d * grad_out.column_stride, grad_out.column_stride, count);
+            Vec<T> dx = g * load_vec(c + d) - swap_pairs<T>(g) * load_vec(c + width + d);
+            if constexpr (kReadsX) {
+              const Vec<T> row = map_lanes<kMap, T>(
+                  load_lanes<T>(from + d * x.column_stride, x.column_stride, count));
+              if constexpr (kPhases) {
+                T* sum = products + head * width + d;
+                store_vec(sum, load_vec(sum) + row * swap_pairs<T>(dx));
+              }
+              dx = scale_lanes_by_derivative<kMap, T>(row, dx);
             }
-            dx = scale_lanes_by_derivative<kMap, T>(row, dx);
+            if (grad_x.first != nullptr) store_lanes<T>(dx, grad_x.row(b, t, head) + d, count);
+          });
+        } else {
+          T* const row = phasors.x_row();
+          T* const dx = phasors.encoded_row();
+          load_row(grad, grad_out.column_stride, features, dx);
+          for (std::int64_t d = 0; d < width; d += kLanes<T>) {
+            const Vec<T> g = load_vec(dx + d);
+            store_vec(dx + d, g * load_vec(c + d) - swap_pairs<T>(g) * load_vec(c + width + d));
           }
-          if (grad_x.first != nullptr) store_lanes<T>(dx, grad_x.row(b, t, head) + d, count);
-        });
+          if constexpr (kReadsX) load_mapped_row<kMap>(from, x.column_stride, features, row);
+          if constexpr (kPhases) {
+            T* const sums = products + head * width;
+            for (std::int64_t d = 0; d < width; d += kLanes<T>) {
+              store_vec(sums + d,
+                        load_vec(sums + d) + load_vec(row + d) * swap_pairs<T>(load_vec(dx + d)));
+            }
+          }
+          scale_by_derivative<kMap>(row, features, dx);
+          if (grad_x.first != nullptr) store_row(dx, 1, features, grad_x.row(b, t, head));
+        }
       }
     }
     if constexpr (kPhases) grad_phases(n + t, products);
