@@ -17,7 +17,7 @@ EDITABLE := .venv/editable-$(CHOICE)
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
 	@echo 'make test    C++ and Python tests, format and lint'
-	@echo 'make test-all  the same, more random calls, and everything under sanitizers: what CI runs'
+	@echo 'make test-all  the same, more random calls, and everything under sanitizers'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
 	@echo 'make format  rewrite sources in the project style'
