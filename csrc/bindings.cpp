@@ -1,6 +1,7 @@
 // The Python module torch_spe._C. Loading it registers the operators with PyTorch's dispatcher.
 #include <torch/csrc/utils/pybind.h>
 
+#include "core/streams.h"
 #include "torch_spe/torch_spe.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -17,6 +18,11 @@ PYBIND11_MODULE(_C, m) {
     dict["instruction_set"] = info.instruction_set;
     return dict;
   });
+  pybind11::dict streams;
+  for (const torch_spe::core::NamedStream& named : torch_spe::core::kStreams) {
+    streams[named.name] = static_cast<int64_t>(named.stream);
+  }
+  m.attr("STREAMS") = streams;
   const std::vector<int64_t> none;
   m.def(
       "conv_filter",
