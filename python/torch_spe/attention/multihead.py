@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch_spe import functional
 from torch_spe.attention import inputs
 from torch_spe.checks import check_choice, check_positive, check_seed
-from torch_spe.encoder import Encoder, ScaledEncoder
+from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import (
     FeatureMap,
     apply_feature_map,
@@ -363,7 +363,7 @@ class SPEMultiheadAttention(nn.Module):
             encoder = self.filter.gate_code(encoder, seed=seed)
         if self.encode == "inputs" and used != trained:
             # The entries shrink as R grows; the feature map has learned their size in training.
-            encoder = ScaledEncoder(encoder, (used / trained) ** 0.25)
+            encoder = encoder.scaled((used / trained) ** 0.25)
         return encoder
 
     def _attend_inputs(
@@ -400,19 +400,21 @@ class SPEMultiheadAttention(nn.Module):
         feature_map = draw_feature_map(self.feature_map)
         q, k = (apply_feature_map(feature_map, x) for x in (q, k))
         encoder = self._draw(q, k, start, positions)
+        if encoder.num_features is not None:
+            # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
+            encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
         qhat, khat, _ = encoder.encode_both(q, k)
-        # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
-        scale = math.sqrt(q.shape[-1] / (encoder.num_features or q.shape[-1]))
-        # Keeps sums over many keys within the range of float16; cancels in quotient and norm.
-        scale_keys = max(v.shape[1], 1) ** -0.5 if v.dtype == torch.float16 else 1.0
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if v.dtype == torch.float16:
+                # Keeps sums over many keys within the range; cancels in quotient and norm.
+                k = k * max(v.shape[1], 1) ** -0.5
             return functional.linear_attention(
-                q.flatten(1, -3), k.flatten(1, -3) * scale_keys, v, feature_map="identity",
-                causal=causal, normalize=False, key_padding_mask=mask,
+                q.flatten(1, -3), k.flatten(1, -3), v, feature_map="identity", causal=causal,
+                normalize=False, key_padding_mask=mask,
             )  # fmt: skip
 
-        out = attend(qhat * scale, khat, v)
+        out = attend(qhat, khat, v)
         if self.output_norm == "rms":
             return out
         return out / (attend(q, k, torch.ones_like(v[..., :1])) + self.eps)

@@ -140,6 +140,11 @@ class Code(Encoder):
         return size
 
 
+def scale_constant(constant: Tensor | None, factor: float) -> Tensor | None:
+    """Return the gate's part of a code times a factor."""
+    return None if constant is None else constant * factor
+
+
 def check_no_gate(code: Code, constant: Tensor | None) -> None:
     """Raise ValueError if a code has a gate, of which the constant part is given."""
     if constant is not None:

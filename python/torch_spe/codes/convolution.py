@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_spe import functional
 from torch_spe.checks import check_source, check_whole_starts
-from torch_spe.codes.base import Code, gate_code
+from torch_spe.codes.base import Code, gate_code, scale_constant
 from torch_spe.feature_maps import apply_feature_map
 from torch_spe.noise import STREAMS, draw_normal
 
@@ -81,6 +81,17 @@ class ConvCode(Code):
             self, self.constant, self.query_kernel, self.key_kernel, gate, noise
         )
         return dataclasses.replace(self, query_kernel=query, key_kernel=key, constant=constant)
+
+    def scaled(self, factor: float) -> ConvCode:
+        """Return the code times a factor; see `Encoder.scaled`."""
+        if factor == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            query_kernel=self.query_kernel * factor,
+            key_kernel=self.key_kernel * factor,
+            constant=scale_constant(self.constant, factor),
+        )
 
     def encode(
         self, x: Tensor, side: Literal["query", "key"], feature_map: str = "identity"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from torch_spe import functional
 from torch_spe.checks import check_positions, check_source
-from torch_spe.codes.base import Code, check_no_gate, code_type, gate_code
+from torch_spe.codes.base import Code, check_no_gate, code_type, gate_code, scale_constant
 from torch_spe.feature_maps import apply_feature_map
 from torch_spe.noise import STREAMS, draw_circle, draw_normal
 
@@ -149,6 +149,17 @@ class SineCode(SinusoidCode):
         )
         return dataclasses.replace(self, query_weight=query, key_weight=key, constant=constant)
 
+    def scaled(self, factor: float) -> SineCode:
+        """Return the code times a factor; see `Encoder.scaled`."""
+        if factor == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            query_weight=self.query_weight * factor,
+            key_weight=self.key_weight * factor,
+            constant=scale_constant(self.constant, factor),
+        )
+
     def _apply(self, x, side, positions, start):
         weight = self.query_weight if side == "query" else self.key_weight
         return functional.sine_filter(x, self.freqs, weight, self.constant, positions, start)
@@ -223,6 +234,17 @@ class PhaseCode(SinusoidCode):
             self, query_coefficients=query, key_coefficients=key, constant=constant
         )
 
+    def scaled(self, factor: float) -> PhaseCode:
+        """Return the code times a factor; see `Encoder.scaled`."""
+        if factor == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            query_coefficients=self.query_coefficients * factor,
+            key_coefficients=self.key_coefficients * factor,
+            constant=scale_constant(self.constant, factor),
+        )
+
     def _apply(self, x, side, positions, start):
         coefficients = self.query_coefficients if side == "query" else self.key_coefficients
         return functional.phasor_filter(
@@ -244,6 +266,7 @@ class ExactCode(SinusoidCode):
         start: first position, of each dimension.
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
         constant: the gate's part of the code, ``[H, D]``.
+        factor: of all that is encoded.
     """
 
     freqs: Tensor
@@ -253,6 +276,7 @@ class ExactCode(SinusoidCode):
     start: tuple[float, ...]
     positions: Tensor | None = None
     constant: Tensor | None = None
+    factor: float = 1.0
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -290,11 +314,15 @@ class ExactCode(SinusoidCode):
             self, amplitudes=self.amplitudes * coded[..., None], constant=constant
         )
 
+    def scaled(self, factor: float) -> ExactCode:
+        """Return the code times a factor; see `Encoder.scaled`."""
+        return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)
+
     def _apply(self, x, side, positions, start):
         constant = self.constant
         # R / D = blocks; the products of all R features count, not their mean.
         blocks = 2 * self.amplitudes.shape[2] + (constant is not None)
-        scale = blocks**0.25
+        scale = blocks**0.25 * self.factor
         return functional.sine_features(
             x, self.freqs, self.amplitudes * scale, self.offsets if side == "query" else None,
             None if constant is None else constant * scale, positions, start,
