@@ -16,7 +16,6 @@ from torch_spe.checks import check_choice, check_positive, check_seed
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import (
     FeatureMap,
-    apply_feature_map,
     check_feature_map,
     draw_feature_map,
 )
@@ -310,7 +309,7 @@ class SPEMultiheadAttention(nn.Module):
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
         attend = self._attend_features if self.encode == "features" else self._attend_inputs
         out = attend(q, k, v, start, positions, is_causal, mask)
-        if self.output_norm == "rms":
+        if self.output_norm == "rms" and self.encode == "inputs":
             out = F.rms_norm(out, out.shape[-1:], eps=self.eps)
         out = F.dropout(out.flatten(-2), self.dropout, self.training)
         out = self.out_proj(out)
@@ -396,28 +395,27 @@ class SPEMultiheadAttention(nn.Module):
         causal: bool,
         mask: Tensor | None,  # [B, M]
     ) -> Tensor:  # [B, N, H, E]
-        """Divide the encoded numerator by the un-encoded denominator, unless it cancels."""
+        """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
         feature_map = draw_feature_map(self.feature_map)
-        q, k = (apply_feature_map(feature_map, x) for x in (q, k))
+        if callable(feature_map):
+            q, k, feature_map = feature_map(q), feature_map(k), "identity"
         encoder = self._draw(q, k, start, positions)
         if encoder.num_features is not None:
             # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
             encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
-        qhat, khat, _ = encoder.encode_both(q, k)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if v.dtype == torch.float16:
-                # Keeps sums over many keys within the range; cancels in quotient and norm.
-                k = k * max(v.shape[1], 1) ** -0.5
-            return functional.linear_attention(
-                q.flatten(1, -3), k.flatten(1, -3), v, feature_map="identity", causal=causal,
-                normalize=False, key_padding_mask=mask,
-            )  # fmt: skip
-
-        out = attend(qhat, khat, v)
-        if self.output_norm == "rms":
-            return out
-        return out / (attend(q, k, torch.ones_like(v[..., :1])) + self.eps)
+        qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
+        rms_norm, denominator = self.output_norm == "rms", {}
+        if not rms_norm and (qhat is not q or khat is not k):
+            denominator = {
+                "denominator_q": q.flatten(1, -3),
+                "denominator_k": k.flatten(1, -3),
+                "denominator_feature_map": feature_map,
+            }
+        return functional.linear_attention(
+            qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
+            normalize=not rms_norm, rms_norm=rms_norm, eps=self.eps, key_padding_mask=mask,
+            **denominator,
+        )  # fmt: skip
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the layer's position kernels, gate included; see `SineSPE.template`."""

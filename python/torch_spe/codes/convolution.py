@@ -12,7 +12,6 @@ from torch import Tensor
 from torch_spe import functional
 from torch_spe.checks import check_source, check_whole_starts
 from torch_spe.codes.base import Code, gate_code, scale_constant
-from torch_spe.feature_maps import apply_feature_map
 from torch_spe.noise import STREAMS, draw_normal
 
 
@@ -99,13 +98,14 @@ class ConvCode(Code):
         """Encode queries or keys; see `Code.encode`."""
         size = self._check(x, side)
         kernel = self.query_kernel if side == "query" else self.key_kernel
-        x = apply_feature_map(feature_map, x)
         if self.noise is not None:
-            return functional.conv_filter(x, kernel, self._noise(size), self.constant)
+            return functional.conv_filter(
+                x, kernel, self._noise(size), self.constant, feature_map=feature_map
+            )
         return functional.conv_filter(
             x, kernel, constant=self.constant, seed=self.seed,
             num_realizations=self.num_realizations, noise_kind=self.noise_kind,
-            noise_stride=self.noise_stride, start=self.start,
+            noise_stride=self.noise_stride, start=self.start, feature_map=feature_map,
         )  # fmt: skip
 
     def _noise(self, size: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch_spe import functional
 from torch_spe.checks import check_positions, check_source
 from torch_spe.codes.base import Code, check_no_gate, code_type, gate_code, scale_constant
-from torch_spe.feature_maps import apply_feature_map
 from torch_spe.noise import STREAMS, draw_circle, draw_normal
 
 
@@ -44,6 +43,7 @@ class SinusoidCode(Code):
         side: Literal["query", "key"],
         positions: Tensor | None,
         start: float,
+        feature_map: str,
     ) -> Tensor:  # [B, N, H, R]
         """Encode an input that was checked, at positions of which it has as many."""
         raise NotImplementedError
@@ -65,7 +65,7 @@ class SinusoidCode(Code):
         size = self._check(x, side)
         positions, start = self._positions(size)
         flat = x if len(size) == 1 else x.flatten(1, -3)
-        out = self._apply(apply_feature_map(feature_map, flat), side, positions, start)
+        out = self._apply(flat, side, positions, start, feature_map)
         return out if len(size) == 1 else out.unflatten(1, size)
 
     def _positions(self, size: tuple[int, ...]) -> tuple[Tensor | None, float]:
@@ -160,9 +160,11 @@ class SineCode(SinusoidCode):
             constant=scale_constant(self.constant, factor),
         )
 
-    def _apply(self, x, side, positions, start):
+    def _apply(self, x, side, positions, start, feature_map):
         weight = self.query_weight if side == "query" else self.key_weight
-        return functional.sine_filter(x, self.freqs, weight, self.constant, positions, start)
+        return functional.sine_filter(
+            x, self.freqs, weight, self.constant, positions, start, feature_map
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,10 +247,10 @@ class PhaseCode(SinusoidCode):
             constant=scale_constant(self.constant, factor),
         )
 
-    def _apply(self, x, side, positions, start):
+    def _apply(self, x, side, positions, start, feature_map):
         coefficients = self.query_coefficients if side == "query" else self.key_coefficients
         return functional.phasor_filter(
-            x, self.freqs, coefficients, self.constant, positions, start
+            x, self.freqs, coefficients, self.constant, positions, start, feature_map
         )
 
 
@@ -318,14 +320,14 @@ class ExactCode(SinusoidCode):
         """Return the code times a factor; see `Encoder.scaled`."""
         return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)
 
-    def _apply(self, x, side, positions, start):
+    def _apply(self, x, side, positions, start, feature_map):
         constant = self.constant
         # R / D = blocks; the products of all R features count, not their mean.
         blocks = 2 * self.amplitudes.shape[2] + (constant is not None)
         scale = blocks**0.25 * self.factor
         return functional.sine_features(
             x, self.freqs, self.amplitudes * scale, self.offsets if side == "query" else None,
-            None if constant is None else constant * scale, positions, start,
+            None if constant is None else constant * scale, positions, start, feature_map,
         )  # fmt: skip
 
 

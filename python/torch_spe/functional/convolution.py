@@ -24,11 +24,13 @@ def conv_filter(
     noise_kind: Literal["gaussian", "rademacher"] = "gaussian",
     noise_stride: int | Sequence[int] = 1,
     start: int | Sequence[int] = 0,
+    feature_map: str = "identity",
 ) -> Tensor:  # [B, *size, H, R]
     r"""Encode ``x`` with codes of filtered noise; neither codes nor generated noise are stored.
 
     .. math::
-        \hat x_{bnhr} = \sum_d x_{bnhd} \Big( c_{hdr} + \sum_p \kappa_{hdp}\, z_{h,d,n+p,r} \Big)
+        \hat x_{bnhr} = \sum_d \phi(x)_{bnhd}
+        \Big( c_{hdr} + \sum_p \kappa_{hdp}\, z_{h,d,n+p,r} \Big)
 
     (Liutkus et al. 2021), where positions n and taps p have one, two or three
     coordinates: ``kernel`` says how many.
@@ -61,6 +63,8 @@ def conv_filter(
         start: position of the first entry of ``x``, one number for every dimension, or one each. In
             one dimension positions lie in [-2^61, 2^61), in two in [-2^31, 2^31), in three in
             [-2^20, 2^20).
+        feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
+            ``"relu"``. phi(x) is not stored.
 
     Returns:
         The encoded ``x``, ``[B, *size, H, R]``, of the type of ``x``. Sums are taken in float32, or
@@ -82,7 +86,7 @@ def conv_filter(
     ndim = kernel.dim() - 2
     return torch.ops.torch_spe.conv_filter(
         x, kernel, noise, constant, seed_tensor("conv_filter", seed, x.device), num_realizations,
-        noise_kind, _sizes(noise_stride, 1), _starts(start, ndim),
+        noise_kind, _sizes(noise_stride, 1), _starts(start, ndim), feature_map,
     )  # fmt: skip
 
 

@@ -15,11 +15,13 @@ def sine_filter(
     constant: Tensor | None = None,  # [H, D, R]
     positions: Tensor | None = None,  # [N] or [N, ndim]
     start: float = 0.0,
+    feature_map: str = "identity",
 ) -> Tensor:  # [B, N, H, R]
     r"""Encode ``x`` with sine codes that are made in tiles and never stored.
 
     .. math::
-        \hat x_{bnhr} = \sum_d x_{bnhd} \Big( c_{hdr} + \sum_k \cos(2 \pi f_{hdk} n)\, W_{h,d,2k,r}
+        \hat x_{bnhr} = \sum_d \phi(x)_{bnhd}
+        \Big( c_{hdr} + \sum_k \cos(2 \pi f_{hdk} n)\, W_{h,d,2k,r}
         + \sin(2 \pi f_{hdk} n)\, W_{h,d,2k+1,r} \Big)
 
     (Liutkus et al. 2021, SineSPE, with the noise, gains and offsets in ``weight``.)
@@ -34,6 +36,8 @@ def sine_filter(
         positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
             are exact wherever the positions lie. Differentiable when of a float type.
         start: first of the default positions.
+        feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
+            ``"relu"``. phi(x) is not stored.
 
     Returns:
         The encoded ``x``, ``[B, N, H, R]``, of the type of ``x``. Sums are taken in float32, or
@@ -49,7 +53,9 @@ def sine_filter(
         >>> sine_filter(x, freqs, weight).shape
         torch.Size([2, 100, 4, 32])
     """
-    return torch.ops.torch_spe.sine_filter(x, freqs, weight, constant, positions, start)
+    return torch.ops.torch_spe.sine_filter(
+        x, freqs, weight, constant, positions, start, feature_map
+    )
 
 
 def phasor_filter(
@@ -59,11 +65,12 @@ def phasor_filter(
     constant: Tensor | None = None,  # [H, D, R]
     positions: Tensor | None = None,  # [N] or [N, ndim]
     start: float = 0.0,
+    feature_map: str = "identity",
 ) -> Tensor:  # [B, N, H, R]
     r"""Encode ``x`` with one sinusoid for each feature and pair of realizations.
 
     .. math::
-        \hat x_{bnh,2i} + \mathrm{i}\, \hat x_{bnh,2i+1} = \sum_d x_{bnhd} \Big(
+        \hat x_{bnh,2i} + \mathrm{i}\, \hat x_{bnh,2i+1} = \sum_d \phi(x)_{bnhd} \Big(
         c_{hdi}\, e^{2 \pi \mathrm{i} f_{hdi} n} + a_{hd,2i} + \mathrm{i}\, a_{hd,2i+1} \Big)
 
     with :math:`c` from ``coefficients`` and :math:`a` the ``constant``. These are the codes of
@@ -83,6 +90,8 @@ def phasor_filter(
             is several times faster. Phases are exact wherever the positions lie. Differentiable
             when of a float type.
         start: first of the default positions.
+        feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
+            ``"relu"``. phi(x) is not stored.
 
     Returns:
         The encoded ``x``, ``[B, N, H, R]``, of the type of ``x``. Sums are taken in float32, or
@@ -98,7 +107,9 @@ def phasor_filter(
         >>> phasor_filter(x, freqs, coefficients).shape
         torch.Size([2, 100, 4, 64])
     """
-    return torch.ops.torch_spe.phasor_filter(x, freqs, coefficients, constant, positions, start)
+    return torch.ops.torch_spe.phasor_filter(
+        x, freqs, coefficients, constant, positions, start, feature_map
+    )
 
 
 def sine_features(
@@ -109,13 +120,14 @@ def sine_features(
     constant: Tensor | None = None,  # [H, D]
     positions: Tensor | None = None,  # [N] or [N, ndim]
     start: float = 0.0,
+    feature_map: str = "identity",
 ) -> Tensor:  # [B, N, H, 2KD], or [B, N, H, (2K + 1) D] with a constant
     r"""Encode ``x`` with the sines themselves, without noise.
 
     .. math::
-        \hat x_{bnh,2kD+d} &= x_{bnhd}\, a_{hdk} \cos(2 \pi f_{hdk} n + \theta_{hdk}) \\
-        \hat x_{bnh,(2k+1)D+d} &= x_{bnhd}\, a_{hdk} \sin(2 \pi f_{hdk} n + \theta_{hdk}) \\
-        \hat x_{bnh,2KD+d} &= x_{bnhd}\, c_{hd}
+        \hat x_{bnh,2kD+d} &= \phi(x)_{bnhd}\, a_{hdk} \cos(2 \pi f_{hdk} n + \theta_{hdk}) \\
+        \hat x_{bnh,(2k+1)D+d} &= \phi(x)_{bnhd}\, a_{hdk} \sin(2 \pi f_{hdk} n + \theta_{hdk}) \\
+        \hat x_{bnh,2KD+d} &= \phi(x)_{bnhd}\, c_{hd}
 
     With the offsets :math:`\theta` given for queries alone, :math:`\hat q_m \cdot \hat k_n = \sum_d
     q_{md} k_{nd} P_d(m - n)` with the kernel :math:`P_d(\tau) = \sum_k a_{dk}^2 \cos(2 \pi f_{dk}
@@ -130,11 +142,13 @@ def sine_features(
         amplitudes: a, ``[H, D, K]``; of the type of ``x``, or float32 beside a half-precision
             ``x``.
         offsets: theta in radians, ``[H, D, K]``, of a type as the amplitudes; default 0.
-        constant: c, ``[H, D]``, of a type as the amplitudes: D more numbers that do not depend on
+        constant: c, ``[H, D]``, of a type as the amplitudes: D more features that do not depend on
             the position.
         positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
             are exact wherever the positions lie. Differentiable when of a float type.
         start: first of the default positions.
+        feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
+            ``"relu"``. phi(x) is not stored.
 
     Returns:
         The encoded ``x``, ``[B, N, H, 2KD]``, or ``[B, N, H, (2K + 1) D]`` with a constant, of the
@@ -150,5 +164,46 @@ def sine_features(
         torch.Size([2, 100, 4, 96])
     """
     return torch.ops.torch_spe.sine_features(
-        x, freqs, amplitudes, offsets, constant, positions, start
+        x, freqs, amplitudes, offsets, constant, positions, start, feature_map
     )
+
+
+def rotary(
+    x: Tensor,  # [B, N, H, D]
+    freqs: Tensor,  # [H, D/2]
+    positions: Tensor | None = None,  # [N]
+    start: float = 0.0,
+    feature_map: str = "identity",
+) -> Tensor:  # [B, N, H, D]
+    r"""Rotate pairs of features by their positions.
+
+    .. math::
+        \hat x_{bnh,2i} + \mathrm{i}\, \hat x_{bnh,2i+1} = e^{2 \pi \mathrm{i} f_{hi} n}
+        \left( \phi(x)_{bnh,2i} + \mathrm{i}\, \phi(x)_{bnh,2i+1} \right)
+
+    (Su et al. 2021), so that a product of two rows depends on the difference of their positions.
+
+    Args:
+        x: queries or keys, ``[B, N, H, D]`` with an even D; float32, float64, float16 or bfloat16.
+        freqs: frequencies f in cycles per position, ``[H, D/2]``.
+        positions: int or float, ``[N]``; default ``start, start + 1, ...``. Phases are exact
+            wherever the positions lie. Differentiable when of a float type.
+        start: first of the default positions.
+        feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
+            ``"relu"``. phi(x) is not stored.
+
+    Returns:
+        The rotated ``x``, ``[B, N, H, D]``, of the type of ``x``. Differentiable in x, freqs and
+        positions.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> x, freqs = torch.ones(1, 2, 1, 2), torch.tensor([[0.25]])
+        >>> rotary(x, freqs).flatten(0, 2)
+        tensor([[ 1.,  1.],
+                [-1.,  1.]])
+    """
+    return torch.ops.torch_spe.rotary(x, freqs, positions, start, feature_map)

@@ -10,29 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torch_spe import functional
 from torch_spe.checks import check_choice, check_not_nan, check_positive, check_starts
 from torch_spe.encoder import Encoder
-from torch_spe.feature_maps import apply_feature_map
 from torch_spe.positions.protocol import Position
-
-
-def rotate(
-    x: Tensor,  # [B, N, H, D]
-    cycles: Tensor,  # [H, D / 2], float64, cycles per position
-    positions: Tensor | None,  # [N]
-    start: float,
-) -> Tensor:  # [B, N, H, D]
-    """Rotate pairs of features by their positions."""
-    if positions is None:
-        positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device) + start
-    # In float64: in float32 the phase at position 10^6 would have lost its fraction.
-    cycles = positions.double()[:, None, None] * cycles
-    angle = 2 * math.pi * (cycles - cycles.detach().round())  # [N, H, D / 2]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    out = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return out.to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +35,8 @@ class RotaryEncoder(Encoder):
     ) -> Tensor:
         """Rotate queries or keys, both in the same way; see `Encoder.encode`."""
         positions = None if self.positions is None else self.positions[: x.shape[1]]
-        return rotate(apply_feature_map(feature_map, x), self.cycles, positions, self.start)
+        start = self.start if positions is None else 0.0
+        return functional.rotary(x, self.cycles, positions, start, feature_map)
 
 
 class RotaryPositions(Position):
@@ -163,6 +145,7 @@ class RotaryPositions(Position):
                 f"{tuple(positions.shape)}"
             )
         (start,) = check_starts("RotaryPositions", start, 1)
+        # In float64: in float32 the phase at position 10^6 would have lost its fraction.
         return RotaryEncoder(self.freqs.double().sigmoid() / 2, start, positions)
 
     def extra_repr(self) -> str:
