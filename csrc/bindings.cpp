@@ -5,6 +5,7 @@
 
 #include <sstream>
 
+#include "core/streams.h"
 #include "ops/register.h"
 #include "torch_spe/torch_spe.h"
 
@@ -69,6 +70,10 @@ PYBIND11_MODULE(_C, m) {
     dict["instruction_set"] = info.instruction_set;
     return dict;
   });
+  pybind11::dict streams;
+  for (const torch_spe::core::NamedStream& named : torch_spe::core::kStreams)
+    streams[named.name] = static_cast<int64_t>(named.stream);
+  m.attr("STREAMS") = streams;
   pybind11::options options;
   options.disable_function_signatures();
   for (const torch_spe::ops::OperatorInfo* info : torch_spe::ops::operators())

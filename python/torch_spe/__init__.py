@@ -3,33 +3,34 @@
 from torch_spe import functional, reference
 from torch_spe._library import _C
 from torch_spe.attention import (
-    RotaryPositions,
+    LinearAttention,
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
 )
-from torch_spe.conv import ConvCode, ConvSPE
-from torch_spe.features import PositiveFeatures, SPESoftmaxFilter
-from torch_spe.modules import (
-    SPE,
-    Code,
-    ExactCode,
-    LinearAttention,
-    PhaseCode,
-    SineCode,
-    SineSPE,
-    SinusoidCode,
-    SPEFilter,
-)
+from torch_spe.codes import Code, ConvCode, ExactCode, PhaseCode, SineCode, SinusoidCode
+from torch_spe.encoder import Encoder
+from torch_spe.feature_maps import PositiveFeatures
+from torch_spe.filters import SPEFilter, SPESoftmaxFilter
 from torch_spe.optim import parameter_groups
+from torch_spe.positions import (
+    SPE,
+    ConvSPE,
+    Position,
+    RotaryPositions,
+    SineSPE,
+    register_position,
+)
 
 __all__ = [
     "SPE",
     "Code",
     "ConvCode",
     "ConvSPE",
+    "Encoder",
     "ExactCode",
     "LinearAttention",
     "PhaseCode",
+    "Position",
     "PositiveFeatures",
     "RotaryPositions",
     "SPEFilter",
@@ -43,6 +44,7 @@ __all__ = [
     "functional",
     "parameter_groups",
     "reference",
+    "register_position",
 ]
 
 

@@ -14,7 +14,7 @@ _REBUILD = (
 
 
 def _check_build(folder: Path, torch_version: str) -> None:
-    """Raise ImportError with the mend where loading would fail with an undefined symbol."""
+    """Raise ImportError that says what to do where loading would fail with an undefined symbol."""
     try:
         built_for = json.loads((folder / "_build_info.json").read_text())["torch"]
     except FileNotFoundError:

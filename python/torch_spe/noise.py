@@ -1,4 +1,4 @@
-"""Noise: numbers that are a function of a seed, and the sparse and orthogonal kinds of noise."""
+"""Noise: values that are a function of a seed, and the sparse and orthogonal kinds of noise."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_spe import _library  # noqa: F401
+from torch_spe import functional
+from torch_spe._library import _C
+from torch_spe.functional.noise import seed_tensor
 
 __all__ = [
+    "STREAMS",
     "PhaseNoise",
     "orthogonal_noise",
     "phase_noise",
     "seed_tensor",
     "seeded_normal",
 ]
+
+# The streams of a seed, by the name of their consumer: the list in csrc/core/streams.h. Values of
+# different streams are independent.
+STREAMS: dict[str, int] = _C.STREAMS
 
 
 def seeded_normal(
@@ -28,7 +35,7 @@ def seeded_normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:  # shape
-    """Make unit normal numbers that depend on nothing but shape, seed and stream.
+    """Make unit normal values that depend on nothing but shape, seed and stream.
 
     They are those of `torch_spe.functional.conv_noise`: a function of a counter, without a
     generator or a state, the same to the last bit on every device and rank, under
@@ -38,7 +45,8 @@ def seeded_normal(
         shape: of the result, of at least one dimension; with more than two the first two are at
             most 65536.
         seed: an integer, of which 64 bits count, or a tensor with one int64.
-        stream: 0, 1, ...: tells independent sets of numbers of one seed apart.
+        stream: 0, 1, ...: tells independent sets of values of one seed apart; `STREAMS` lists those
+            that the modules use.
         dtype: floating type of the result.
         device: of the result.
 
@@ -46,15 +54,15 @@ def seeded_normal(
         >>> torch.equal(seeded_normal((2, 3), seed=1), seeded_normal((2, 3), seed=1))
         True
     """
-    *rows, real = shape
+    *rows, num_realizations = shape
     heads, features = rows[:2] if len(rows) > 1 else (1, 1)
     count = math.prod(rows[2:] if len(rows) > 1 else rows)
     # Streams are positions too far apart to meet.
-    numbers = torch.ops.torch_spe.conv_noise(
-        seed_tensor("seeded_normal", seed, device), heads, features, [count], real,
-        "gaussian", [], [stream << 48], dtype,
+    values = functional.conv_noise(
+        seed_tensor("seeded_normal", seed, device), heads, features, [count], num_realizations,
+        start=[stream << 48], dtype=dtype,
     )  # fmt: skip
-    return numbers.reshape(shape)
+    return values.reshape(shape)
 
 
 def draw_normal(
@@ -66,7 +74,7 @@ def draw_normal(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Tensor:  # shape
-    """Draw unit normal numbers from the seed, or from one that a generator gives.
+    """Draw unit normal values from the seed, or from one that a generator gives.
 
     PyTorch's generators make normals on the CPU four times slower than `seeded_normal`.
     """
@@ -92,9 +100,10 @@ def draw_circle(
     device: torch.device | str | None = None,
 ) -> Tensor:  # [H, D, 2P]
     """Draw pairs of variance 1: points of the circle with radius sqrt(2)."""
-    return torch.ops.torch_spe.circle_noise(
-        _seed(generator, seed, device), num_heads, in_features, num_pairs, stream, dtype
-    )
+    return functional.circle_noise(
+        _seed(generator, seed, device), num_heads, in_features, num_pairs, stream=stream,
+        dtype=dtype,
+    )  # fmt: skip
 
 
 def _seed(
@@ -112,7 +121,7 @@ class PhaseNoise(NamedTuple):
     Attributes:
         sine: which of the K sines it is, int64 ``[H, D, P]``.
         cycles: its phase in cycles, in [0, 1], ``[H, D, P]``.
-        deviate: a unit normal number for a random frequency, ``[H, D, P]``, or ``[H, D, P, ndim]``
+        deviate: a unit normal value for a random frequency, ``[H, D, P]``, or ``[H, D, P, ndim]``
             for positions with several coordinates; None if not asked for.
     """
 
@@ -155,8 +164,8 @@ def phase_noise(
         in_features: features D of a head.
         num_sines: sines K of a feature.
         num_pairs: pairs of realizations P = R / 2.
-        generator: of the random numbers; default PyTorch's own.
-        seed: makes the noise a function of this number instead, the same on every device.
+        generator: of the random values; default PyTorch's own.
+        seed: makes the noise a function of this integer instead, the same on every device.
         stream: distinguishes independent noises of one seed.
         ndim: coordinates of a position, and of a deviate.
         deviates: whether to draw them; nothing else depends on it.
@@ -175,9 +184,9 @@ def phase_noise(
     if generator is not None and seed is not None:
         raise ValueError("phase_noise: give generator or seed, not both")
 
-    sine, cycles, deviate = torch.ops.torch_spe.phase_noise(
-        _seed(generator, seed, device), num_heads, in_features, num_sines, num_pairs, stream,
-        ndim if deviates else 0, dtype,
+    sine, cycles, deviate = functional.phase_noise(
+        _seed(generator, seed, device), num_heads, in_features, num_sines, num_pairs, stream=stream,
+        ndim=ndim if deviates else 0, dtype=dtype,
     )  # fmt: skip
     if not deviates:
         return PhaseNoise(sine, cycles, None)
@@ -198,7 +207,7 @@ def orthogonal_noise(
 ) -> Tensor:  # [H, D, J, R]
     r"""Draw noise of unit variance whose rows, over all features of a head, are orthogonal.
 
-    The rows :math:`z_{dj}` of a head, of R numbers each, satisfy :math:`z_{dj} \cdot z_{d'j'} = R
+    The rows :math:`z_{dj}` of a head, of R elements each, satisfy :math:`z_{dj} \cdot z_{d'j'} = R
     \delta_{dd'} \delta_{jj'}` exactly once R >= D J: an encoding with such noise in place of the
     normal noise of Liutkus et al. 2021 has no error left. With fewer realizations it
     is the columns that are orthogonal, :math:`z^\top z = D J`; the expectation of products of rows
@@ -210,8 +219,8 @@ def orthogonal_noise(
         in_features: features D of a head.
         num_rows: rows J of a feature, 2K for K sines (and one more for the noise of a gate).
         num_realizations: R.
-        generator: of the random numbers; default PyTorch's own.
-        seed: makes the noise a function of this number instead.
+        generator: of the random values; default PyTorch's own.
+        seed: makes the noise a function of this integer instead.
         stream: distinguishes independent noises of one seed.
         dtype: of the result.
         device: of the result, and of the generator.
@@ -234,29 +243,3 @@ def orthogonal_noise(
     columns = columns * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     noise = math.sqrt(shape[2]) * (columns if rows >= num_realizations else columns.mT)
     return noise.to(dtype).reshape(num_heads, in_features, num_rows, num_realizations)
-
-
-def seed_tensor(
-    owner: str, seed: int | Tensor | None, device: torch.device | str | None
-) -> Tensor | None:
-    """Return a seed as a tensor with one int64, without a copy from the host; a tensor as it is.
-
-    Args:
-        owner: who asks, for the error message.
-        seed: any integer, of which 64 bits count; None stays None.
-        device: of the result; None is PyTorch's default.
-
-    Raises:
-        TypeError: the seed is neither an integer nor a tensor.
-
-    Example:
-        >>> seed_tensor("example", 2**64 - 1, "cpu")
-        tensor([-1])
-    """
-    if seed is None or isinstance(seed, Tensor):
-        return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"{owner}: seed must be an integer or a tensor, got {type(seed).__name__}")
-    # The lowest 64 bits, in two's complement.
-    seed = (seed + 2**63) % 2**64 - 2**63
-    return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_spe.attention import RotaryPositions
-from torch_spe.modules import SPE, SPEFilter
-
 __all__ = ["parameter_groups"]
 
 
@@ -21,8 +18,9 @@ def parameter_groups(
     Args:
         model: any module; a parameter that several layers share is listed once.
         lr: learning rate of the other parameters.
-        spe_lr_scale: that of the positions' parameters (those of `SPE`, `SPEFilter` and
-            `RotaryPositions` modules), as a multiple of ``lr``.
+        spe_lr_scale: that of the positions' parameters (those of `torch_spe.Position` and
+            `torch_spe.SPEFilter` modules; in general what the method ``position_parameters`` of a
+            module returns), as a multiple of ``lr``.
         spe_options: further options of the positions' group; default ``weight_decay=0``: there is
             no reason why a frequency should be drawn to the value of parameter 0.
 
@@ -46,8 +44,8 @@ def parameter_groups(
     own = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, (SPE, SPEFilter, RotaryPositions))
-        for parameter in module.parameters()
+        if hasattr(module, "position_parameters")
+        for parameter in module.position_parameters()
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     positions = [parameter for parameter in trained if id(parameter) in own]

@@ -91,7 +91,8 @@ def sdist(tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {f"torch_spe/{path.name}" for path in (ROOT / "python/torch_spe").glob("*.py")}
+    sources = (ROOT / "python/torch_spe").rglob("*.py")
+    modules = {str(path.relative_to(ROOT / "python")) for path in sources}
     compiled = {f"torch_spe/_C{EXTENSION_SUFFIXES[0]}", "torch_spe/libtorch_spe.so"}
     package = {name for name in names if name.startswith("torch_spe/")}
     assert package == modules | compiled | {"torch_spe/_build_info.json"}

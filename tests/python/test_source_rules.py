@@ -11,15 +11,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import torch_spe
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
 KERNEL_FOLDERS = ("csrc/core", "csrc/cpu", "csrc/cuda")
+PACKAGE = ROOT / "python/torch_spe"
 MODULES = [
-    importlib.import_module(f"torch_spe.{path.stem}")
-    for path in sorted((ROOT / "python/torch_spe").glob("*.py"))
+    importlib.import_module(
+        ".".join(("torch_spe", *path.relative_to(PACKAGE).with_suffix("").parts))
+    )
+    for path in sorted(PACKAGE.rglob("*.py"))
     if path.stem not in ("__init__", "__main__")
 ]
 
@@ -152,8 +156,39 @@ def test_operators_have_an_example(name):
 
 @pytest.mark.parametrize("module", [torch_spe, *MODULES], ids=lambda module: module.__name__)
 def test_docstring_examples_run(module):
-    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    outcome = doctest.testmod(
+        module,
+        extraglobs={"torch": torch, "nn": torch.nn},
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
     assert outcome.failed == 0
+
+
+def test_every_folder_of_the_package_is_a_package():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_one_place_calls_the_operators():
+    callers = [path for path in PACKAGE.rglob("*.py") if "torch.ops." in path.read_text()]
+    assert {path.parent.name for path in callers} == {"functional"}
+    operators = {
+        schema.name.removeprefix("torch_spe::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("torch_spe::") and not schema.name.endswith("_backward")
+    }
+    assert operators == set(torch_spe.functional.__all__)
+
+
+def test_nothing_computes_with_the_reference():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("reference.py", "__init__.py"):
+            assert not re.search(r"import.*\breference\b|reference\.\w+\(", path.read_text()), path
+
+
+def test_files_of_the_library_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 600, path
 
 
 def test_version_is_the_same_everywhere():

@@ -1,29 +1,77 @@
-"""Positive random features of the softmax kernel, alone or merged with SPE."""
+"""Feature maps of linear attention: by name, as functions, and positive random features."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from torch_spe.modules import Code, SPEFilter, check_choice, check_positive, check_seed, code_type
-from torch_spe.noise import draw_normal, orthogonal_noise
+from torch_spe.checks import check_choice, check_positive, check_seed
+from torch_spe.noise import STREAMS, draw_normal, orthogonal_noise
 
-__all__ = ["PositiveFeatures", "PositiveProjection", "SPESoftmaxFilter"]
+__all__ = ["FEATURE_MAPS", "PositiveFeatures", "PositiveProjection", "apply_feature_map"]
+
+FeatureMap = str | Callable[[Tensor], Tensor]
+
+
+def _elu(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, x + 1, torch.exp(x.clamp(max=0)))
+
+
+# The maps that the operators know by name, for what is computed outside of them.
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "elu": _elu,
+    "relu": torch.relu,
+}
+
+
+def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:
+    """Compute phi(x).
+
+    Args:
+        feature_map: ``"identity"``, ``"elu"`` (elu(x) + 1), ``"relu"`` or a callable.
+        x: any tensor.
+
+    Example:
+        >>> apply_feature_map("elu", torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([0.3679, 1.0000, 3.0000])
+    """
+    return feature_map(x) if callable(feature_map) else FEATURE_MAPS[feature_map](x)
+
+
+def draw_feature_map(feature_map: FeatureMap) -> FeatureMap:
+    """Return the map of one call: a random one is drawn once, for queries and keys alike."""
+    return feature_map.draw() if hasattr(feature_map, "draw") else feature_map
+
+
+def check_feature_map(owner: str, feature_map: FeatureMap) -> None:
+    """Raise ValueError unless `feature_map` is callable or the name of one."""
+    if not callable(feature_map) and feature_map not in FEATURE_MAPS:
+        names = ", ".join(repr(name) for name in FEATURE_MAPS)
+        raise ValueError(f"{owner}: feature_map must be callable or {names}, got {feature_map!r}")
+
 
 # Where exponents end: the sums of linear attention over products of two features stay within
-# float32. A number of neither the inputs nor their positions: the usual maximum over the sequence
+# float32. It depends on neither the inputs nor their positions: the usual maximum over the sequence
 # tells a causal position about later ones. Nor does it scale the features of ordinary inputs, which
 # the eps of a denominator would drown.
 _LARGEST_EXPONENT = 30.0
 
 
-def _exponential(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+def bounded_exponential(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the exponential, of exponents of at most 30, or what keeps it finite."""
     largest = min(_LARGEST_EXPONENT, math.log(torch.finfo(dtype).max) - 1)
     return exponent.clamp(max=largest).exp()
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    """Return the type in which exponents are computed: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,10 +98,10 @@ class PositiveProjection:
                 f"PositiveFeatures: x must end in in_features = {self.weight.shape[1]}, got shape "
                 f"{tuple(x.shape)}"
             )
-        weight = self.weight.to(code_type(x))
+        weight = self.weight.to(_wide_type(x))
         scaled = self.scale * x.to(weight.dtype)
         exponent = scaled @ weight.T - scaled.square().sum(-1, keepdim=True) / 2
-        return (_exponential(exponent, x.dtype) / math.sqrt(weight.shape[0])).to(x.dtype)
+        return (bounded_exponential(exponent, x.dtype) / math.sqrt(weight.shape[0])).to(x.dtype)
 
 
 class PositiveFeatures(nn.Module):
@@ -104,31 +152,33 @@ class PositiveFeatures(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_features = in_features if num_features is None else num_features
-        check_positive("PositiveFeatures", in_features=in_features, num_features=num_features)
+        in_features, num_features = check_positive(
+            "PositiveFeatures",
+            in_features=in_features,
+            num_features=in_features if num_features is None else num_features,
+        )
         check_choice("PositiveFeatures", "resample", resample, ("train", "always", "never"))
-        check_seed("PositiveFeatures", seed)
         self.in_features = in_features
         self.num_features = num_features
         self.scale = in_features**-0.25 if scale is None else scale
         self.orthogonal = orthogonal
         self.resample = resample
-        self.seed = seed
+        self.seed = seed = check_seed("PositiveFeatures", seed)
         like = torch.empty(0, device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("weight", self._rows(like, seed), persistent=False)
 
     def _rows(self, like: Tensor, seed: int | None) -> Tensor:  # [M, D]
         """Draw rows, each of them a unit normal vector."""
         shape = (self.num_features, self.in_features)
-        dtype, device = code_type(like), like.device
-        # Streams 0 and 1 of the same seed are the noise of codes and gates.
-        normal = draw_normal(shape, None, seed, 2, dtype=dtype, device=device)
+        dtype, device = _wide_type(like), like.device
+        stream = STREAMS["feature_rows"]
+        normal = draw_normal(shape, None, seed, stream, dtype=dtype, device=device)
         if not self.orthogonal:
             return normal
         blocks = -(-self.num_features // self.in_features)
         directions = orthogonal_noise(
-            blocks, self.in_features, 1, self.in_features, seed=seed, stream=3, dtype=dtype,
-            device=device,
+            blocks, self.in_features, 1, self.in_features, seed=seed,
+            stream=STREAMS["feature_directions"], dtype=dtype, device=device,
         )  # fmt: skip
         directions = directions.flatten(0, 2)[: self.num_features] / math.sqrt(self.in_features)
         return directions * normal.norm(dim=-1, keepdim=True)
@@ -154,63 +204,3 @@ class PositiveFeatures(nn.Module):
             f"in_features={self.in_features}, num_features={self.num_features}, "
             f"scale={self.scale:g}, orthogonal={self.orthogonal}, resample={self.resample!r}"
         )
-
-
-class SPESoftmaxFilter(SPEFilter):
-    r"""Applies a code whose noise is the random projection of the softmax kernel as well.
-
-    .. math::
-        \phi(x)_r = \exp(\tilde x_r - |x|_P^2 / 2) / \sqrt{R}, \qquad
-        |x|_P^2 = \sum_d x_d^2 P_d(0) / \sqrt D
-
-    with the encoded :math:`\tilde x`, a normal number of variance :math:`|x|_P^2`, of a dense code
-    (`SineSPE` with ``noise="gaussian"``) and :math:`P_d(0)` before the offset. Then
-    :math:`E[\phi(q_m) \cdot \phi(k_n)] = \exp(\sum_d q_{md} P_d(m - n) k_{nd} / \sqrt D)`: with
-    ``LinearAttention("identity")`` an unbiased estimate of numerator and denominator of softmax
-    attention with relative positions, from one randomization where `SPEFilter` and
-    `PositiveFeatures` need two. Codes whose noise is not normal (``"phase"``, ``"orthogonal"``)
-    have the same exponents up to higher moments.
-
-    Arguments, parameters and call are those of `SPEFilter`.
-
-    Example:
-        >>> from torch_spe import LinearAttention, SineSPE
-        >>> spe, filt = SineSPE(4, 16, 32), SPESoftmaxFilter(code_shape=(4, 16))
-        >>> q, k, v = (torch.randn(2, 10, 4, 16) for _ in range(3))
-        >>> LinearAttention("identity")(*filt(q, k, spe((2, 10))), v).shape
-        torch.Size([2, 10, 4, 16])
-    """
-
-    def forward(
-        self,
-        queries: Tensor,  # [B, *size, H, D]
-        keys: Tensor,  # [B, *size, H, D]
-        code: Code,
-        *,
-        noise: Tensor | None = None,  # [H, D, R]
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]:  # [B, *size, H, R]
-        """Encode queries and keys, and compute their features; see `SPEFilter.forward`."""
-        variances = getattr(code, "variances", None)
-        if variances is None:
-            raise TypeError(
-                "SPESoftmaxFilter: code must be one with noise, of SineSPE, got "
-                f"{type(code).__name__}"
-            )
-        encoded = super().forward(queries, keys, code, noise=noise, generator=generator, seed=seed)
-        if self.gate is not None:
-            gate = self.gate.to(variances.dtype).sigmoid()
-            variances = (1 - gate) * variances + gate
-        return tuple(
-            self._features(x, xhat, variances)
-            for x, xhat in zip((queries, keys), encoded, strict=True)
-        )
-
-    @staticmethod
-    def _features(x: Tensor, xhat: Tensor, variances: Tensor) -> Tensor:
-        wide = x.to(variances.dtype)
-        square = (wide.square() * variances).sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
-        real = xhat.shape[-1]
-        exponent = real**0.25 * xhat.to(variances.dtype) - square / 2
-        return (_exponential(exponent, x.dtype) / math.sqrt(real)).to(x.dtype)

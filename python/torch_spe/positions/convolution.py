@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -11,139 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_spe import functional, reference
-from torch_spe.modules import (
-    GATE_STREAM,
-    SPE,
-    Code,
+from torch_spe.checks import (
     check_choice,
     check_noise,
     check_not_nan,
-    check_positive,
+    check_sizes,
     check_source,
-    code_type,
-    gate_code,
+    check_whole_starts,
 )
-from torch_spe.noise import draw_normal, draw_seed, seed_tensor
-
-__all__ = ["ConvCode", "ConvSPE"]
+from torch_spe.codes import ConvCode
+from torch_spe.codes.base import code_scale, code_type
+from torch_spe.noise import draw_seed, seed_tensor
+from torch_spe.positions.spe import SPE
 
 INITS = ("published", "delta")
 NOISES = ("gaussian", "rademacher")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ConvCode(Code):
-    """A code of filtered noise, see `torch_spe.functional.conv_filter`.
-
-    Attributes:
-        query_kernel: taps of the query's filter, ``[H, D, *P]``, with the factor ``(R D)^(-1/4)``.
-        key_kernel: the same for keys.
-        size: largest lengths of queries and keys.
-        start: first position, of each dimension.
-        real: realizations R.
-        seed: of generated noise, one int64.
-        noise_kind: of generated noise.
-        noise_stride: of generated noise, for each dimension.
-        noise: ``[H, D, *(size + P - 1), R]``, instead of generated noise.
-        constant: the gate's part of the code, ``[H, D, R]``.
-    """
-
-    query_kernel: Tensor
-    key_kernel: Tensor
-    size: tuple[int, ...]
-    start: tuple[int, ...]
-    real: int
-    seed: Tensor | None = None
-    noise_kind: str = "gaussian"
-    noise_stride: tuple[int, ...] = (1,)
-    noise: Tensor | None = None
-    constant: Tensor | None = None
-
-    @property
-    def code_shape(self) -> tuple[int, int]:
-        """``(num_heads, in_features)``."""
-        return self.key_kernel.shape[0], self.key_kernel.shape[1]
-
-    @property
-    def num_realizations(self) -> int:
-        """Features R of an encoded query or key."""
-        return self.real
-
-    def at(self, start: int | Sequence[int] = 0) -> ConvCode:
-        """Return the code, same noise, at other positions: for another piece of a sequence."""
-        if self.noise is not None:
-            raise ValueError("ConvCode.at: needs generated noise; this code was given a tensor")
-        start = _starts("ConvCode.at", start, len(self.size))
-        return dataclasses.replace(self, start=start)
-
-    def draw_gate_noise(
-        self, generator: torch.Generator | None = None, seed: int | None = None
-    ) -> Tensor:
-        """Draw unit normal numbers ``[H, D, R]``."""
-        check_source("SPEFilter", generator, seed)
-        shape, kernel = (*self.code_shape, self.real), self.key_kernel
-        return draw_normal(
-            shape, generator, seed, GATE_STREAM, dtype=kernel.dtype, device=kernel.device
-        )
-
-    def gated(self, gate: Tensor, noise: Tensor) -> ConvCode:
-        """Return the sum of this code and a position-independent one; see `Code.gated`."""
-        query, key, constant = gate_code(
-            self, self.constant, self.query_kernel, self.key_kernel, gate, noise
-        )
-        return dataclasses.replace(self, query_kernel=query, key_kernel=key, constant=constant)
-
-    def encode(self, x: Tensor, side: Literal["query", "key"]) -> Tensor:
-        """Encode queries or keys; see `Code.encode`."""
-        size = self._check(x, side)
-        kernel = self.query_kernel if side == "query" else self.key_kernel
-        if code_type(x) != kernel.dtype:
-            raise TypeError(
-                f"SPEFilter: {'queries' if side == 'query' else 'keys'} of {x.dtype} do not go "
-                f"with a code of {kernel.dtype}; move the SPE module or the input to the other's "
-                "type"
-            )
-        if self.noise is not None:
-            return functional.conv_filter(x, kernel, self._noise(size), self.constant)
-        return functional.conv_filter(
-            x, kernel, constant=self.constant, seed=self.seed, num_realizations=self.real,
-            noise_kind=self.noise_kind, noise_stride=self.noise_stride, start=self.start,
-        )  # fmt: skip
-
-    def _noise(self, size: tuple[int, ...]) -> Tensor:
-        """Return the given noise that codes of this size need."""
-        noise = self.noise
-        for i, (length, taps) in enumerate(zip(size, self.key_kernel.shape[2:], strict=True)):
-            noise = noise.narrow(2 + i, 0, length + taps - 1)
-        return noise
-
-    def materialize(self) -> tuple[Tensor, Tensor]:
-        """Compute ``(qbar, kbar)``, each ``[1, *size, H, D, R]``; see `Code.materialize`."""
-        noise = self.noise
-        if noise is None:
-            taps = self.key_kernel.shape[2:]
-            noise = functional.conv_noise(
-                self.seed, *self.code_shape,
-                [n + p - 1 for n, p in zip(self.size, taps, strict=True)], self.real,
-                noise_kind=self.noise_kind, noise_stride=self.noise_stride, start=self.start,
-                dtype=self.key_kernel.dtype,
-            )  # fmt: skip
-        constant = 0 if self.constant is None else self.constant
-        return tuple(
-            (reference.conv_code(kernel, noise) + constant).unsqueeze(0)
-            for kernel in (self.query_kernel, self.key_kernel)
-        )
-
-
-def _starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
-    """Return one first position for each dimension, after a check that they are whole."""
-    starts = tuple(start) if isinstance(start, Sequence) else (start,) * ndim
-    if len(starts) != ndim or any(isinstance(n, float) and n != int(n) for n in starts):
-        raise ValueError(
-            f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
-        )
-    return tuple(int(n) if isinstance(n, float) else n for n in starts)
 
 
 class ConvSPE(SPE):
@@ -166,10 +47,10 @@ class ConvSPE(SPE):
         in_features: query and key features D of a head.
         num_realizations: realizations R of the noise, the features of an encoded query or key. The
             error of an attention logit falls with sqrt(R).
-        kernel_size: taps P of the kernels, one number for every dimension, or one each.
+        kernel_size: taps P of the kernels, one for all dimensions, or one each.
         noise: ``"gaussian"``, or ``"rademacher"``: random signs, the same template with a lower
             variance, and quicker.
-        noise_stride: s of polyphase noise, one number for every dimension, or one each: a code
+        noise_stride: s of polyphase noise, one for all dimensions, or one each: a code
             costs P / s products in every dimension instead of P, with practically the same error. R
             should be a multiple of the strides' product.
         init: ``"published"``: both kernels uniform in [0, sqrt(2 / P)]. ``"delta"``: so the
@@ -208,21 +89,27 @@ class ConvSPE(SPE):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_heads, in_features, num_realizations, ndim)
-        check_choice("ConvSPE", "ndim", ndim, (1, 2, 3))
+        check_choice("ConvSPE", "ndim", self.ndim, (1, 2, 3))
         check_choice("ConvSPE", "noise", noise, NOISES)
         check_choice("ConvSPE", "init", init, INITS)
-        self.kernel_size = _sizes("kernel_size", kernel_size, ndim)
-        self.noise_stride = _sizes("noise_stride", noise_stride, ndim)
+        self.kernel_size = check_sizes("ConvSPE", "kernel_size", kernel_size, self.ndim)
+        self.noise_stride = check_sizes("ConvSPE", "noise_stride", noise_stride, self.ndim)
         self.noise = noise
         self.init = init
-        shape = (num_heads, in_features, *self.kernel_size)
+        shape = (*self.code_shape, *self.kernel_size)
         self.query_kernel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.key_kernel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
+    @classmethod
+    def for_layer(cls, num_heads: int, in_features: int, *, init: str, **options: object) -> SPE:
+        """Make the module for a layer, where ``"delta"`` is called ``"spread"``."""
+        init = "delta" if init == "spread" else init
+        return super().for_layer(num_heads, in_features, init=init, **options)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, as `init` says, from PyTorch's generator."""
+        """Draw the parameters as `init` says, from PyTorch's generator."""
         taps = math.prod(self.kernel_size)
         self.query_kernel.uniform_().mul_(math.sqrt(2 / taps))
         if self.init == "published":
@@ -245,7 +132,7 @@ class ConvSPE(SPE):
     ) -> ConvCode:
         """Draw a code: new noise at every call, unless noise, a generator or a seed say otherwise.
 
-        What is drawn is one number, the seed of the noise; queries and keys share it.
+        What is drawn is one integer, the seed of the noise; queries and keys share it.
 
         Args:
             shape: ``(batch, *size)`` of the queries and keys, their heads and features left out:
@@ -254,9 +141,9 @@ class ConvSPE(SPE):
             noise: unit white noise ``[H, D, *(size + P - 1), R]``; entry n + p goes with tap p of
                 position n. Or the published code's, ``[R, H * D, *(size + 4 P)]``.
             generator: for the seed, instead of PyTorch's own.
-            seed: makes the noise a function of this number, the same at every call and on every
+            seed: makes the noise a function of this integer, the same at every call and on every
                 device.
-            start: first position (one whole number for each dimension), for a piece of a longer
+            start: first position (one whole number for each dimension), for a part of a longer
                 sequence.
             positions: must be None: a kernel's taps are whole positions apart.
 
@@ -285,12 +172,12 @@ class ConvSPE(SPE):
             )
         check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
         check_source("ConvSPE", generator, seed)
-        start = _starts("ConvSPE", start, self.ndim)
+        start = check_whole_starts("ConvSPE", start, self.ndim)
         if noise is not None:
             noise = self._given_noise(noise, size)
             if any(start):
                 raise ValueError(f"ConvSPE: start must be 0 when noise is given, got {start!r}")
-        real = self._realizations(num_realizations, noise)
+        num_realizations = self._realizations(num_realizations, noise)
         device, dtype = self.query_kernel.device, code_type(self.query_kernel)
         if noise is not None:
             seed, noise = None, noise.to(dtype)
@@ -298,10 +185,10 @@ class ConvSPE(SPE):
             seed = draw_seed(generator, device)
         else:
             seed = seed_tensor("ConvSPE", seed, device)
-        scale = (real * self.in_features) ** -0.25
+        scale = code_scale(self.code_shape, num_realizations)
         return ConvCode(
             self.query_kernel.to(dtype) * scale, self.key_kernel.to(dtype) * scale, size, start,
-            real, seed, self.noise, self.noise_stride, noise,
+            num_realizations, seed, self.noise, self.noise_stride, noise,
         )  # fmt: skip
 
     def _given_noise(self, noise: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -325,14 +212,14 @@ class ConvSPE(SPE):
 
         Args:
             max_lag: largest lag, position of the query minus position of the key, in positions; one
-                number, or one for each dimension.
+                for all dimensions, or one each.
 
         Returns:
             ``[H, D, 2 * max_lag + 1]`` (a size for each dimension), lags ``-max_lag ... max_lag``;
             0 from a lag of P on.
 
         Raises:
-            ValueError: max_lag is negative or not as many numbers as dimensions.
+            ValueError: max_lag is negative, or there are not as many as dimensions.
 
         Example:
             >>> ConvSPE(1, 4, 16, kernel_size=8).template(10).shape
@@ -342,10 +229,11 @@ class ConvSPE(SPE):
         check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
         dtype = code_type(self.query_kernel)
         padding = [n for lag in reversed(lags) for n in (lag, lag)]
-        # As the noise of a code with one realization, the key's kernel gives the sums over taps.
-        keys = F.pad(self.key_kernel.to(dtype), padding).unsqueeze(-1)
-        template = reference.conv_code(self.query_kernel.to(dtype), keys).squeeze(-1)
-        return template.movedim((-2, -1), (0, 1))
+        # Sums over taps of the query's kernel and the key's, which is shifted by every lag.
+        keys = F.pad(self.key_kernel.to(dtype), padding).flatten(0, 1).unsqueeze(0)
+        queries = self.query_kernel.to(dtype).flatten(0, 1).unsqueeze(1)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.ndim - 1]
+        return convolve(keys, queries, groups=len(queries))[0].unflatten(0, self.code_shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # A published checkpoint: conv_k makes the query's code there, and conv_q the key's.
@@ -362,15 +250,3 @@ class ConvSPE(SPE):
             f"num_realizations={self.num_realizations}, kernel_size={self.kernel_size}, "
             f"noise={self.noise!r}, noise_stride={self.noise_stride}, init={self.init!r}"
         )
-
-
-def _sizes(name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Return one number for each dimension."""
-    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
-    if len(sizes) != ndim:
-        raise ValueError(
-            f"ConvSPE: {name} must be a number or {ndim} of them (ndim), got {value!r}"
-        )
-    for size in sizes:
-        check_positive("ConvSPE", **{name: size})
-    return sizes

@@ -1,0 +1,7 @@
+"""Linear attention, and the layers that are made of it."""
+
+from torch_spe.attention.layers import SPETransformerEncoderLayer
+from torch_spe.attention.linear import LinearAttention
+from torch_spe.attention.multihead import SPEMultiheadAttention
+
+__all__ = ["LinearAttention", "SPEMultiheadAttention", "SPETransformerEncoderLayer"]

@@ -1,0 +1,153 @@
+"""Layouts and masks of the inputs of `SPEMultiheadAttention`, checked and brought to one form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OWNER = "SPEMultiheadAttention"
+# Float masks block with -inf or with a value whose exponential is 0 in every type.
+_BLOCKED = -1e4
+
+
+def to_batch_first(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: tuple[int, int, int],  # of query, key and value
+    batch_first: bool,
+    ndim: int,
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Return query, key and value as ``[B, *size, features]``, and the name of their layout."""
+    dims = {2: "unbatched", 3: "batch first" if batch_first else "sequence first"}
+    if ndim > 1 and batch_first:
+        dims[ndim + 2] = "grid"
+    layout = dims.get(query.dim())
+    if query.is_nested or layout is None:
+        hint = "" if batch_first or ndim == 1 else " (a grid needs batch_first=True)"
+        got = "a nested tensor" if query.is_nested else f"shape {tuple(query.shape)}"
+        raise ValueError(
+            f"{OWNER}: query must have {' or '.join(map(str, dims))} dimensions{hint}, got {got}"
+        )
+    inputs = (query, key, value)
+    for name, x, size in zip(("query", "key", "value"), inputs, features, strict=True):
+        if x.dim() != query.dim():
+            raise ValueError(
+                f"{OWNER}: {name} must have {query.dim()} dimensions like query, got shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.shape[-1] != size:
+            raise ValueError(
+                f"{OWNER}: {name} must have size {size} in its last dimension, got shape "
+                f"{tuple(x.shape)}"
+            )
+    if layout == "unbatched":
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+    elif layout == "sequence first":
+        # The same object stays the same: one product projects all three.
+        if key is value and query is key:
+            query = key = value = query.transpose(0, 1)
+        else:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"{OWNER}: key and value must have the same batch and length, got shapes "
+            f"{tuple(key.shape)} and "
+            f"{tuple(value.shape)} (batch first)"
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"{OWNER}: query and key must have the same batch, got {query.shape[0]} and "
+            f"{key.shape[0]}"
+        )
+    return query, key, value, layout
+
+
+def find_causal(
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    length: int,
+    key_length: int,
+    batch: int,
+    num_heads: int,
+) -> bool:
+    """Say whether to attend causally, after a check that attn_mask asks for nothing else."""
+    if attn_mask is not None:
+        shapes = ((length, key_length), (batch * num_heads, length, key_length))
+        if tuple(attn_mask.shape) not in shapes:
+            raise ValueError(
+                f"{OWNER}: attn_mask must have shape {shapes[0]} or {shapes[1]}, got "
+                f"{tuple(attn_mask.shape)}"
+            )
+        if not is_causal:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"{OWNER}: attn_mask must come with is_causal=True under torch.compile, "
+                    "which cannot look at its entries"
+                )
+            blocked = attn_mask if attn_mask.dtype == torch.bool else attn_mask <= _BLOCKED
+            future = torch.ones(length, key_length, dtype=torch.bool, device=attn_mask.device).triu(
+                1
+            )
+            bias = attn_mask.dtype != torch.bool and bool(attn_mask.masked_fill(blocked, 0).any())
+            is_causal = not bias and length == key_length and bool((blocked == future).all())
+            if not is_causal and (bias or bool(blocked.any())):
+                raise ValueError(
+                    f"{OWNER}: attn_mask must be None or a causal mask: linear attention "
+                    "cannot apply any other; padding goes into key_padding_mask"
+                )
+    if is_causal and length != key_length:
+        raise ValueError(
+            f"{OWNER}: is_causal needs as many queries as keys, got {length} and {key_length}"
+        )
+    return is_causal
+
+
+def to_padding(
+    mask: Tensor | None, batch: int, key_length: int, layout: str
+) -> Tensor | None:  # [B, M]
+    """Return key_padding_mask as bool ``[B, M]``."""
+    if mask is None:
+        return None
+    if layout == "grid":
+        mask = mask.flatten(1)
+    expected = (key_length,) if layout == "unbatched" else (batch, key_length)
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"{OWNER}: key_padding_mask must have shape {expected}, got {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point():
+        padding = mask <= _BLOCKED
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            other = mask.masked_fill(padding, 0)
+            if bool(other.any()):
+                value = other[other != 0][0].item()
+                raise ValueError(
+                    f"{OWNER}: a float key_padding_mask must hold 0 and -inf only, got {value}"
+                )
+        mask = padding
+    elif mask.dtype != torch.bool:
+        raise TypeError(
+            f"{OWNER}: key_padding_mask must be bool or floating point, got {mask.dtype}"
+        )
+    return mask.unsqueeze(0) if layout == "unbatched" else mask
+
+
+def check_grid(
+    grid: Sequence[int], length: int, key_length: int, layout: str, ndim: int
+) -> tuple[int, ...]:
+    """Return the sizes of the grid, after a check that they fit flattened inputs."""
+    grid = tuple(grid)
+    if layout == "grid":
+        raise ValueError(f"{OWNER}: grid must be None when the input is a grid, got {grid}")
+    if len(grid) != ndim:
+        raise ValueError(f"{OWNER}: grid must have {ndim} sizes (ndim), got {grid}")
+    if length != key_length or math.prod(grid) != length:
+        raise ValueError(
+            f"{OWNER}: grid must have the product {length}, the length of query, and that of "
+            f"key, {key_length}; got {grid}"
+        )
+    return grid

@@ -1,0 +1,76 @@
+"""Linear attention as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from torch_spe import functional
+from torch_spe.feature_maps import FeatureMap, check_feature_map, draw_feature_map
+
+
+class LinearAttention(nn.Module):
+    r"""Attention at a cost linear in the length.
+
+    .. math::
+        o_n = \frac{\sum_m \phi(q_n) \cdot \phi(k_m)\, v_m}{\sum_m \phi(q_n) \cdot \phi(k_m) +
+        \epsilon}
+
+    (Katharopoulos et al. 2020), m <= n when causal.
+
+    Args:
+        feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"``, or a callable, ``[B, N, H,
+            R]`` -> ``[B, N, H, M]``.
+        causal: whether a position attends to those up to itself only.
+        eps: added to the denominator.
+
+    Raises:
+        ValueError: the feature map is unknown, or eps is negative.
+
+    Example:
+        >>> q, k = torch.randn(2, 10, 4, 32), torch.randn(2, 70, 4, 32)
+        >>> LinearAttention()(q, k, torch.randn(2, 70, 4, 16)).shape
+        torch.Size([2, 10, 4, 16])
+    """
+
+    def __init__(
+        self, feature_map: FeatureMap = "elu", causal: bool = False, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        check_feature_map("LinearAttention", feature_map)
+        if not eps >= 0:
+            raise ValueError(f"LinearAttention: eps must be >= 0, got {eps!r}")
+        self.feature_map = feature_map
+        self.causal = causal
+        self.eps = eps
+
+    def forward(
+        self,
+        queries: Tensor,  # [B, N, H, R]
+        keys: Tensor,  # [B, M, H, R]
+        values: Tensor,  # [B, M, H, E]
+        key_padding_mask: Tensor | None = None,  # [B, M]
+    ) -> Tensor:  # [B, N, H, E]
+        """Attend.
+
+        Args:
+            queries: ``[B, N, H, R]``.
+            keys: ``[B, M, H, R]``; M = N when causal.
+            values: ``[B, M, H, E]``.
+            key_padding_mask: bool ``[B, M]``, True where a key is padding. A query without any key
+                gives 0.
+
+        Returns:
+            ``[B, N, H, E]``.
+        """
+        name = draw_feature_map(self.feature_map)
+        if callable(name):
+            queries, keys, name = name(queries), name(keys), "identity"
+        return functional.linear_attention(
+            queries, keys, values, feature_map=name, causal=self.causal, eps=self.eps,
+            key_padding_mask=key_padding_mask,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Show the arguments of the constructor."""
+        name = "" if isinstance(self.feature_map, nn.Module) else f"{self.feature_map!r}, "
+        return f"{name}causal={self.causal}, eps={self.eps:g}"

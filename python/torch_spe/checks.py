@@ -1,0 +1,172 @@
+"""Checks of arguments; every message names the owner, the argument, and what came."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_integer(value: object) -> bool:
+    """Say whether `value` is an integer of any kind (NumPy's too), and not a bool."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    if isinstance(value, Tensor) or type(value).__name__ in ("bool", "bool_"):  # NumPy's bool
+        return False
+    return hasattr(value, "__index__") and not hasattr(value, "__len__")
+
+
+def to_int(value: int) -> int:
+    """Return an integer of any kind as Python's; a symbolic one as it is."""
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+
+
+def check_positive(owner: str, **values: int) -> tuple[int, ...]:
+    """Return the values as integers, or raise ValueError for the first that is not at least 1."""
+    for name, value in values.items():
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{owner}: {name} must be an integer >= 1, got {value!r}")
+    return tuple(to_int(value) for value in values.values())
+
+
+def check_sizes(owner: str, name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Return one integer of at least 1 for each dimension, from one for all or one each."""
+    sizes = (value,) * ndim if is_integer(value) or not _is_sequence(value) else tuple(value)
+    if len(sizes) != ndim:
+        raise ValueError(
+            f"{owner}: {name} must be a number or {ndim} of them (ndim), got {value!r}"
+        )
+    return tuple(check_positive(owner, **{name: size})[0] for size in sizes)
+
+
+def check_lags(owner: str, max_lag: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Return one largest lag for each dimension, from one for all or one each."""
+    lags = tuple(max_lag) if _is_sequence(max_lag) else (max_lag,) * ndim
+    if len(lags) != ndim or any(not is_integer(lag) or lag < 0 for lag in lags):
+        raise ValueError(
+            f"{owner}: max_lag must be an integer >= 0 or {ndim} of them (ndim), got {max_lag!r}"
+        )
+    return tuple(to_int(lag) for lag in lags)
+
+
+def check_size(owner: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths in ``shape``, ``(batch, *size)``."""
+    shape = tuple(shape)
+    if len(shape) < 2 or any(isinstance(n, float) or n < 0 for n in shape):
+        raise ValueError(f"{owner}: shape must be (batch, *size) with integers >= 0, got {shape}")
+    return shape[1:]
+
+
+def check_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[float, ...]:
+    """Return one first position for each dimension, from one for all or one each."""
+    starts = tuple(start) if _is_sequence(start) else (start,) * ndim
+    if len(starts) != ndim:
+        raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
+    return starts
+
+
+def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
+    """Return one first position for each dimension, after a check that they are whole."""
+    starts = tuple(start) if _is_sequence(start) else (start,) * ndim
+    if len(starts) != ndim or any(isinstance(n, float) and n != int(n) for n in starts):
+        raise ValueError(
+            f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
+        )
+    return tuple(n if isinstance(n, (int, torch.SymInt)) else int(n) for n in starts)
+
+
+def check_positions(
+    owner: str,
+    size: tuple[int, ...],
+    ndim: int,
+    device: torch.device,
+    start: float | Sequence[float],
+    positions: Tensor | None,  # [N] or [N, ndim]
+) -> tuple[float, ...]:
+    """Return one first position for each dimension, after checks of start and positions."""
+    starts = check_starts(owner, start, ndim)
+    if positions is None:
+        if len(size) != ndim:
+            raise ValueError(
+                f"{owner}: shape must be (batch, *size) with {ndim} sizes (ndim), got "
+                f"{len(size)}: {size}; a flattened grid needs positions"
+            )
+        return starts
+    if any(first != 0 for first in starts):
+        raise ValueError(f"{owner}: start must be 0 when positions are given, got {start!r}")
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"{owner}: positions must be a tensor, got {type(positions).__name__}")
+    count = 1
+    for length in size:
+        count = count * length
+    expected = ((count,), (count, 1)) if ndim == 1 else ((count, ndim),)
+    if tuple(positions.shape) not in expected:
+        raise ValueError(
+            f"{owner}: positions must have shape {' or '.join(map(str, expected))}, got "
+            f"{tuple(positions.shape)}"
+        )
+    if positions.device != device:
+        raise ValueError(
+            f"{owner}: positions must be on the device of the parameters, {device}, got "
+            f"{positions.device}"
+        )
+    return starts
+
+
+def check_choice(owner: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError if `value` is none of `choices`."""
+    if value not in choices:
+        expected = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}: {name} must be {expected}, got {value!r}")
+
+
+def check_not_nan(owner: str, **parameters: Tensor) -> None:
+    """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap."""
+    if torch.compiler.is_compiling():
+        return
+    for name, parameter in parameters.items():
+        if parameter.device.type == "cpu" and bool(parameter.detach().isnan().any()):
+            index = tuple(parameter.detach().isnan().nonzero()[0].tolist())
+            raise ValueError(f"{owner}: the parameter {name} must not be NaN, got NaN at {index}")
+
+
+def check_seed(owner: str, seed: int) -> int:
+    """Return `seed` as an integer, or raise unless it is one of 64 bits."""
+    if not isinstance(seed, int) and not is_integer(seed):
+        raise TypeError(f"{owner}: seed must be an integer, got {type(seed).__name__}")
+    seed = to_int(seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{owner}: seed must lie in [-2^63, 2^63), got {seed}")
+    return seed
+
+
+def check_source(owner: str, generator: torch.Generator | None, seed: int | None) -> None:
+    """Raise if both generator and seed are given, or a seed that is none."""
+    if seed is None:
+        return
+    if generator is not None:
+        raise ValueError(f"{owner}: give generator or seed, not both")
+    check_seed(owner, seed)
+
+
+def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: str) -> None:
+    """Raise unless `noise` is floating point and fits `shape`, where None is any size."""
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise TypeError(f"{owner}: noise must be a floating-point tensor, got {got}")
+    if noise.dim() != len(shape) or any(
+        size is not None and size != got for size, got in zip(shape, noise.shape, strict=True)
+    ):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{owner}: noise must have shape {layout} = ({sizes}), got {tuple(noise.shape)}"
+        )
+
+
+def _is_sequence(value: object) -> bool:
+    """Say whether `value` is a sequence: a list, a tuple, a NumPy array of one dimension."""
+    return isinstance(value, Sequence) or (
+        hasattr(value, "__len__") and not isinstance(value, Tensor) and hasattr(value, "tolist")
+    )

@@ -1,0 +1,157 @@
+"""Rotary positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_spe import functional
+from torch_spe.checks import check_choice, check_not_nan, check_positive, check_starts
+from torch_spe.encoder import Encoder
+from torch_spe.positions.protocol import Position
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RotaryEncoder(Encoder):
+    """Rotates queries and keys; see `RotaryPositions`.
+
+    Attributes:
+        cycles: frequencies in cycles per position, float64 ``[H, D / 2]``.
+        start: first position.
+        positions: ``[N]``, instead of consecutive ones.
+    """
+
+    cycles: Tensor
+    start: float = 0.0
+    positions: Tensor | None = None
+
+    def encode(
+        self, x: Tensor, side: Literal["query", "key"], feature_map: str = "identity"
+    ) -> Tensor:
+        """Rotate queries or keys, both in the same way; see `Encoder.encode`."""
+        positions = None if self.positions is None else self.positions[: x.shape[1]]
+        start = self.start if positions is None else 0.0
+        return functional.rotary(x, self.cycles, positions, start, feature_map)
+
+
+class RotaryPositions(Position):
+    r"""Rotary positions (Su et al. 2021): pairs of features rotated by the position.
+
+    Features 2i and 2i + 1 of a query or key at position n are rotated by the angle :math:`2 \pi f_i
+    n`, so that the product of a query and a key depends on the difference of their positions only.
+
+    Args:
+        num_heads: attention heads H.
+        in_features: features D of a head, even.
+        frequencies: ``"fixed"``: ``base^(-2i / D) / (2 pi)`` cycles per position, the same for all
+            heads; ``"learned"``: starting there, learned for each head; ``"random"``: for each head
+            sigmoid(N(-1.5, 1.5)) / 2, drawn once and fixed.
+        base: of the fixed and the learned frequencies.
+        device: of the frequencies.
+        dtype: of the frequencies.
+
+    Parameter or buffer ``freqs``, ``[H, D / 2]``; the frequencies are sigmoid(freqs) / 2.
+
+    Raises:
+        ValueError: in_features is odd, or an argument is not what it must be.
+
+    Example:
+        >>> RotaryPositions(4, 16)(torch.randn(2, 100, 4, 16)).shape
+        torch.Size([2, 100, 4, 16])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *,
+        frequencies: Literal["fixed", "learned", "random"] = "fixed",
+        base: float = 1e4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_heads, in_features = check_positive(
+            "RotaryPositions", num_heads=num_heads, in_features=in_features
+        )
+        if in_features % 2 != 0:
+            raise ValueError(f"RotaryPositions: in_features must be even, got {in_features}")
+        check_choice("RotaryPositions", "frequencies", frequencies, ("fixed", "learned", "random"))
+        if not base > 1:
+            raise ValueError(f"RotaryPositions: base must be > 1, got {base!r}")
+        self.num_heads = num_heads
+        self.in_features = in_features
+        self.frequencies = frequencies
+        self.base = base
+        freqs = torch.empty(num_heads, in_features // 2, device=device, dtype=dtype)
+        if frequencies == "learned":
+            self.freqs = nn.Parameter(freqs)
+        else:
+            self.register_buffer("freqs", freqs)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the frequencies as the constructor does."""
+        if self.frequencies == "random":
+            self.freqs.normal_(-1.5, 1.5)
+            return
+        pair = torch.arange(self.in_features // 2, dtype=torch.float64, device=self.freqs.device)
+        cycles = self.base ** (-2 * pair / self.in_features) / (2 * math.pi)
+        self.freqs.copy_((2 * cycles).logit())
+
+    def forward(
+        self,
+        x: Tensor,  # [B, N, H, D]
+        *,
+        start: float = 0,
+        positions: Tensor | None = None,  # [N]
+    ) -> Tensor:  # [B, N, H, D]
+        """Rotate queries or keys.
+
+        Args:
+            x: ``[B, N, H, D]``.
+            start: first position.
+            positions: ``[N]``, integer or floating-point, instead of consecutive ones.
+        """
+        if x.dim() != 4 or x.shape[2:] != (self.num_heads, self.in_features):
+            raise ValueError(
+                "RotaryPositions: x must have shape [B, N, H, D] with (H, D) = "
+                f"({self.num_heads}, {self.in_features}), got {tuple(x.shape)}"
+            )
+        encoder = self.draw((x.shape[1],), start=start, positions=positions)
+        return encoder.encode(x, "query")
+
+    def draw(
+        self,
+        size: Sequence[int],
+        num_realizations: int | None = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+    ) -> RotaryEncoder:
+        """Return what rotates queries and keys; see `Position.draw`."""
+        check_not_nan("RotaryPositions", freqs=self.freqs)
+        if positions is not None and tuple(positions.shape) != tuple(size):
+            raise ValueError(
+                f"RotaryPositions: positions must have shape ({size[0]},), got "
+                f"{tuple(positions.shape)}"
+            )
+        (start,) = check_starts("RotaryPositions", start, 1)
+        # In float64: in float32 the phase at position 10^6 would have lost its fraction.
+        return RotaryEncoder(self.freqs.double().sigmoid() / 2, start, positions)
+
+    def extra_repr(self) -> str:
+        """Show the arguments of the constructor."""
+        base = "" if self.frequencies == "random" else f", base={self.base:g}"
+        return (
+            f"num_heads={self.num_heads}, in_features={self.in_features}, "
+            f"frequencies={self.frequencies!r}{base}"
+        )
