@@ -1,5 +1,6 @@
-// Gradient of the convolution filter's constant, grad[h,d,r] = sum_bn x[b,n,h,d] grad_out[b,n,h,r]:
-// for every head a product of matrices over the tokens, positions of all rows of the batch.
+// Kernel of the gradient of the convolution filter's constant, grad[h,d,r] = sum_bn x[b,n,h,d]
+// grad_out[b,n,h,r]: for every head a product of matrices over the tokens, positions of all rows of
+// the batch.
 #pragma once
 
 #include "core/conv_filter.h"
@@ -8,34 +9,34 @@
 namespace torch_spe::cuda {
 
 template <class Operand>
-struct ConstantShape {
+struct ConstantGradientShape {
   static constexpr int kTokens = sizeof(Operand) == 8 ? 32 : 64;
   static constexpr int kFeatures = 64, kReal = 64;
 };
 
 template <class Operand>
-struct ConstantShared {
-  using Shape = ConstantShape<Operand>;
+struct ConstantGradientShared {
+  using Shape = ConstantGradientShape<Operand>;
   static constexpr int kX = Shape::kTokens * row_of<Operand>(Shape::kFeatures);
   static constexpr int kGrad = Shape::kTokens * row_of<Operand>(Shape::kReal);
   Operand* x;                        // [2, token, feature]
   Operand* grad;                     // [2, token, r]
   std::int64_t *x_rows, *grad_rows;  // [2, token]: where a token's numbers begin; -1: nowhere
 
-  TORCH_SPE_INLINE explicit ConstantShared(Carver& carver)
-      : x(carver.take<Operand>(2 * kX)),
-        grad(carver.take<Operand>(2 * kGrad)),
-        x_rows(carver.take<std::int64_t>(2 * Shape::kTokens)),
-        grad_rows(carver.take<std::int64_t>(2 * Shape::kTokens)) {}
+  TORCH_SPE_INLINE explicit ConstantGradientShared(MemoryLayout& layout)
+      : x(layout.take<Operand>(2 * kX)),
+        grad(layout.take<Operand>(2 * kGrad)),
+        x_rows(layout.take<std::int64_t>(2 * Shape::kTokens)),
+        grad_rows(layout.take<std::int64_t>(2 * Shape::kTokens)) {}
 };
 
 // The tokens are cut into segments, so that there are enough blocks.
 template <class Operand>
-struct ConstantBlocks {
-  using Shape = ConstantShape<Operand>;
+struct ConstantGradientBlocks {
+  using Shape = ConstantGradientShape<Operand>;
   std::int64_t tokens, tiles, feature_tiles, real_tiles, segments, constants;
 
-  TORCH_SPE_INLINE explicit ConstantBlocks(const core::ConvFilterParams& p)
+  TORCH_SPE_INLINE explicit ConstantGradientBlocks(const core::ConvFilterParams& p)
       : tokens(p.batch * p.size[0] * p.size[1] * p.size[2]),
         tiles(ceil_div(tokens, Shape::kTokens)),
         feature_tiles(ceil_div(p.in_features, Shape::kFeatures)),
@@ -61,14 +62,15 @@ TORCH_SPE_DEVICE void load_tokens(Operand* out, std::int64_t columns, std::int64
 // A block takes some features and realizations of a head and a segment of the tokens.
 template <class Storage, class Operand>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    constant_kernel(const core::ConvFilterBackwardParams p, const ConstantBlocks<Operand> blocks,
-                    double* parts) {  // [segment, H, D, R]
+    conv_constant_gradient_kernel(const core::ConvFilterBackwardParams p,
+                                  const ConstantGradientBlocks<Operand> blocks,
+                                  double* parts) {  // [segment, H, D, R]
   using T = core::accumulate_t<Storage>;
-  using Shape = ConstantShape<Operand>;
+  using Shape = ConstantGradientShape<Operand>;
   constexpr int kTokens = Shape::kTokens;
   TORCH_SPE_SHARED_MEMORY(memory);
-  Carver carver(memory);
-  const ConstantShared<Operand> shared(carver);
+  MemoryLayout layout(memory);
+  const ConstantGradientShared<Operand> shared(layout);
   std::int64_t block = blockIdx.x;
   const std::int64_t r0 = block % blocks.real_tiles * Shape::kReal;
   block /= blocks.real_tiles;
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t n = token % p.size[2], line = token / p.size[2];
     const std::int64_t i1 = line % p.size[1], i0 = line / p.size[1] % p.size[0];
     const std::int64_t b = line / p.size[1] / p.size[0];
-    const auto row = [&](const std::int64_t (&s)[6]) {
+    const auto row = [&](const std::int64_t(&s)[6]) {
       return token < blocks.tokens ? b * s[0] + i0 * s[1] + i1 * s[2] + n * s[3] : -1;
     };
     shared.x_rows[(tile & 1) * kTokens + t] = row(x_strides);
@@ -135,10 +137,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 template <class Storage, class Operand>
 void launch_constant_gradient(const core::ConvFilterBackwardParams& p, double* parts,
                               Stream stream) {
-  const ConstantBlocks<Operand> blocks(p);
-  Carver size;
-  ConstantShared<Operand>{size};
-  launch(constant_kernel<Storage, Operand>,
+  const ConstantGradientBlocks<Operand> blocks(p);
+  MemoryLayout size;
+  ConstantGradientShared<Operand>{size};
+  launch(conv_constant_gradient_kernel<Storage, Operand>,
          grid_of(blocks.real_tiles * blocks.feature_tiles * p.num_heads * blocks.segments),
          dim3(kThreads), size.size(), stream, p, blocks, parts);
   sum_parts(parts, blocks.segments, blocks.constants,
