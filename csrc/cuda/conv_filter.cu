@@ -65,7 +65,7 @@ void launch_backward(const ConvFilterBackwardParams& p, void* memory, Stream str
   const std::int64_t features = p.num_heads * p.in_features;
   bool needs_x = p.grad_x != nullptr;
   if constexpr (!kDense && sizeof(Storage) == 2)
-    needs_x = needs_x && !launch_polyphase_input_gradient<Storage>(p, stream);
+    needs_x = needs_x && !launch_polyphase<Storage, true>(p, stream);
   if (needs_x) {
     using Shared = ConvInputGradientShared<Storage, Operand, kDense>;
     MemoryLayout size;
@@ -115,7 +115,9 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
     using Operand = decltype(operand);
     constexpr bool kDense = decltype(dense)::value;
     if constexpr (!kDense && sizeof(Storage) == 2) {
-      if (launch_polyphase<Storage, false>(p, stream)) return;
+      ConvFilterBackwardParams forward{};
+      static_cast<ConvFilterParams&>(forward) = p;
+      if (launch_polyphase<Storage, false>(forward, stream)) return;
     }
     using Shared = ConvForwardShared<Storage, Operand, kDense>;
     using Tile = typename Shared::Tile;

@@ -27,7 +27,7 @@ TORCH_SPE_DEVICE void fill_code_gradients(const ConvFilterBackwardParams& p, con
     T sums[kVector] = {};
     if (aligned && count == kVector) {
       for (std::int64_t b = 0; b < p.batch; ++b) {
-        const T value = read(*x);
+        const T value = read_feature(p.feature_map, *x);
         const auto numbers = *reinterpret_cast<const Vector<Storage>*>(grad);
         TORCH_SPE_UNROLL
         for (int e = 0; e < kVector; ++e) sums[e] += value * read(numbers.values[e]);
@@ -36,7 +36,7 @@ TORCH_SPE_DEVICE void fill_code_gradients(const ConvFilterBackwardParams& p, con
       }
     } else if (count > 0) {
       for (std::int64_t b = 0; b < p.batch; ++b) {
-        const T value = read(*x);
+        const T value = read_feature(p.feature_map, *x);
         TORCH_SPE_UNROLL
         for (int e = 0; e < kVector; ++e) {
           if (e < count) sums[e] += value * read(grad[e * strides[5]]);

@@ -46,16 +46,16 @@ struct ConstantGradientBlocks {
   std::int64_t num_parts() const { return segments * constants; }
 };
 
-// As load_tile, and copy_tile where that copies asynchronously.
+// As load_tile of phi, and where it copies asynchronously as copy_tile, without phi.
 template <int kRows, int kColumns, class Storage, class Operand, class Row>
 TORCH_SPE_DEVICE void load_tokens(Operand* out, std::int64_t columns, std::int64_t stride,
-                                  bool aligned, const Row& row) {
+                                  bool aligned, FeatureMap map, const Row& row) {
   if constexpr (sizeof(Operand) == 2) {
     copy_tile<kRows, kColumns, Storage>(out, columns, stride, aligned, row);
   } else {
     load_tile<kRows, kColumns, Storage>(
         out, columns, stride, aligned, row,
-        [](int, core::accumulate_t<Storage> value) { return value; });
+        [map](int, core::accumulate_t<Storage> value) { return map_feature<Storage>(map, value); });
   }
 }
 
@@ -103,10 +103,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t* const grad_rows = shared.grad_rows + (tile & 1) * kTokens;
     load_tokens<kTokens, Shape::kFeatures, Storage>(
         shared.x + (tile & 1) * shared.kX, p.in_features - d0, x_strides[5], x_aligned,
-        [&](int t) { return x_rows[t] < 0 ? nullptr : x + x_rows[t]; });
+        p.feature_map, [&](int t) { return x_rows[t] < 0 ? nullptr : x + x_rows[t]; });
     load_tokens<kTokens, Shape::kReal, Storage>(
         shared.grad + (tile & 1) * shared.kGrad, p.num_realizations - r0, grad_strides[5],
-        grad_aligned, [&](int t) { return grad_rows[t] < 0 ? nullptr : grad + grad_rows[t]; });
+        grad_aligned, FeatureMap::kIdentity,
+        [&](int t) { return grad_rows[t] < 0 ? nullptr : grad + grad_rows[t]; });
   };
 
   TileProduct<Operand, Shape::kFeatures, Shape::kReal> product;
@@ -118,6 +119,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   // Each tile comes while the one before is multiplied: the first round has nothing to multiply.
   for (std::int64_t tile = first_tile - 1; tile < end_tile; ++tile) {
     copy_async_wait();
+    if constexpr (sizeof(Operand) == 2) {
+      if (tile >= first_tile)
+        map_copied_tile<kTokens, Shape::kFeatures>(p.feature_map, shared.x + (tile & 1) * shared.kX,
+                                                   x_strides[5], x_aligned);
+    }
     __syncthreads();  // this tile and the next one's rows are there, the tile before has been used
     if (tile + 1 < end_tile) {
       load(tile + 1);

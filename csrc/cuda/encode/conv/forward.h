@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       for (int b = 0; b < kRows; ++b) {
         rows.row[b] =
             b0 + b < p.batch && place.n0 + t < p.size[2]
-                ? read(x[(b0 + b) * p.x_strides[0] + t * p.x_strides[3] + place.d * p.x_strides[5]])
+                ? read_feature(
+                      p.feature_map,
+                      x[(b0 + b) * p.x_strides[0] + t * p.x_strides[3] + place.d * p.x_strides[5]])
                 : T(0);
       }
       x_tile[t] = rows;

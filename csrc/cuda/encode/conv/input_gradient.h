@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     if (!inside || b >= p.batch) continue;
     const std::int64_t n =
         ((b * p.size[0] + place.i0) * p.size[1] + place.i1) * p.size[2] + place.n0 + token;
-    write(sums[i],
+    const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(p.x_strides) +
+                             b * p.x_strides[0] + token * p.x_strides[3] + d * p.x_strides[5];
+    write(gradient_of_input_at(p.feature_map, sums[i], x),
           static_cast<Storage*>(p.grad_x) + (n * p.num_heads + place.head) * p.in_features + d);
   }
 }

@@ -18,8 +18,8 @@
 namespace torch_spe::cuda {
 
 constexpr int kPolyphaseRows = 64;  // of a block: 16 for each warp
-constexpr int kPolyphaseTileRows =
-    128;  // of positions and batch rows, whose sums a warp holds at once
+// Of positions and batch rows, whose sums a warp holds at once.
+constexpr int kPolyphaseTileRows = 128;
 
 // What a block holds in shared memory.
 struct PolyphasePlan {
@@ -37,8 +37,24 @@ struct PolyphasePlan {
   // the codes of a warp's 32 lanes lie in different ones.
   int feature_banks, feature_step;
 
-  TORCH_SPE_INLINE PolyphasePlan(const ConvFilterParams& p, int features, int diagonals,
-                                 int positions, int batch)
+  // A block sums over `depth` features, or diagonals for the gradient of x.
+  static PolyphasePlan for_forward(const ConvFilterParams& p, int depth, int positions) {
+    return PolyphasePlan(p, depth, kPolyphaseRows, positions, 8, 4).with_columns(depth);
+  }
+  static PolyphasePlan for_input_gradient(const ConvFilterParams& p, int depth, int positions) {
+    return PolyphasePlan(p, kPolyphaseRows, depth, positions, 4, 2).with_columns_of_groups();
+  }
+  static PolyphasePlan for_tap_gradient(const ConvFilterParams& p, int features, int positions) {
+    return PolyphasePlan(p, features, kPolyphaseRows, positions, 4, 1).with_columns_of_groups();
+  }
+
+  TORCH_SPE_INLINE std::int64_t diagonal_tiles() const {
+    return ceil_div(std::int64_t{all_groups} * stride, diagonals);
+  }
+
+ private:
+  PolyphasePlan(const ConvFilterParams& p, int features, int diagonals, int positions,
+                int feature_banks, int feature_step)
       : stride(static_cast<int>(p.generated.stride[2])),
         taps(static_cast<int>(p.kernel_size[2])),
         pairs((taps + 2 * stride - 1) / (2 * stride)),
@@ -46,9 +62,11 @@ struct PolyphasePlan {
         diagonals(diagonals),
         all_groups(static_cast<int>(ceil_div(p.num_realizations, stride))),
         positions(positions),
-        batch(batch),
+        batch(p.batch > 8 ? 16 : 8),
         pass(kPolyphaseTileRows / batch),
-        has_constant(p.constant != nullptr) {
+        has_constant(p.constant != nullptr),
+        feature_banks(feature_banks),
+        feature_step(feature_step) {
     groups = stride % diagonals == 0   ? 1
              : diagonals % stride == 0 ? diagonals / stride
                                        : (diagonals - 2) / stride + 2;
@@ -56,13 +74,15 @@ struct PolyphasePlan {
     words = positions + stride - 1 + 2 * (pairs - 1) * stride;
     stream = (words + 31 + 31) / 32 * 32;
   }
-  TORCH_SPE_INLINE std::int64_t diagonal_tiles() const {
-    return ceil_div(std::int64_t{all_groups} * stride, diagonals);
+  PolyphasePlan with_columns(int count) const {
+    PolyphasePlan plan = *this;
+    plan.columns = (count + 7) / 8 * 8;
+    plan.row = plan.columns < kPolyphaseRows ? kPolyphaseRows : plan.columns;
+    plan.row += plan.row % 16 == 0 ? 8 : 16;
+    return plan;
   }
-  TORCH_SPE_INLINE void set_columns(int count) {
-    columns = (count + 7) / 8 * 8;
-    row = columns < kPolyphaseRows ? kPolyphaseRows : columns;
-    row += row % 16 == 0 ? 8 : 16;
+  PolyphasePlan with_columns_of_groups() const {
+    return with_columns(groups * (stride + pass) + pass);
   }
 };
 

@@ -26,11 +26,11 @@ struct alignas(8) FourValues {
   Storage values[4];
 };
 
-// x times codes, summed over features; or, for the gradient of x, grad_out (here p.x) times codes,
-// summed over realizations. A block makes some positions of kPolyphaseRows diagonals or features.
+// x times codes, summed over features; or, for the gradient of x, grad_out times codes, summed over
+// realizations. A block makes some positions of kPolyphaseRows diagonals or features.
 template <class Storage, bool kGradient, int kBatchTiles>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    polyphase_kernel(const ConvFilterParams p, const PolyphasePlan plan) {
+    polyphase_kernel(const ConvFilterBackwardParams p, const PolyphasePlan plan) {
   constexpr int kBatch = 8 * kBatchTiles, kPass = kPolyphaseTileRows / kBatch;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
@@ -50,10 +50,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   block /= p.num_heads;
   const std::int64_t b0 = block % batch_tiles * kBatch;
   const std::int64_t tile0 = block / batch_tiles * plan.positions;
-  const Storage* const in = static_cast<const Storage*>(p.x) + head * p.x_strides[4];
+  const auto& strides = kGradient ? p.grad_out_strides : p.x_strides;
+  const Storage* const in_data = static_cast<const Storage*>(kGradient ? p.grad_out : p.x);
+  const Storage* const in = in_data + head * strides[4];
+  Storage* const out = static_cast<Storage*>(kGradient ? p.grad_x : p.out);
   const std::int64_t in_columns = kGradient ? p.num_realizations : p.in_features;
   const std::int64_t out_columns = kGradient ? p.in_features : p.num_realizations;
-  const bool aligned = is_aligned<Storage>(p.x, p.x_strides) && (!kGradient || s % 8 == 0);
+  const bool aligned = is_aligned<Storage>(in_data, strides) && (!kGradient || s % 8 == 0);
   const float factor = __builtin_sqrtf(static_cast<float>(s));
   NoiseStreams<Storage> streams(p, plan, shared, head);
 
@@ -112,18 +115,20 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
       }
       copy_polyphase_rows(
-          shared.tile, plan.row, kPolyphaseTileRows, plan.columns, in_columns, p.x_strides[5],
-          aligned,
+          shared.tile, plan.row, kPolyphaseTileRows, plan.columns, in_columns, strides[5], aligned,
           [&](int i) -> const Storage* {
             const std::int64_t b = b0 + i % kBatch, n = n0 + i / kBatch;
             if (b >= p.batch || n >= length) return nullptr;
-            return in + b * p.x_strides[0] + n * p.x_strides[3];
+            return in + b * strides[0] + n * strides[3];
           },
           [&](int column) -> std::int64_t {
             if constexpr (!kGradient) return sum0 + column;
             return realization_of(plan, column, group0, turn, in_columns);
           });
       copy_async_wait();
+      if constexpr (!kGradient)
+        map_polyphase_rows(p.feature_map, shared.tile, plan.row, kPolyphaseTileRows, plan.columns,
+                           aligned);
       __syncthreads();
 
       // A lane has two rows and 4 of 16 summands, two in each product.
@@ -242,15 +247,27 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
     __syncthreads();
     const bool vectors =
-        ordered && out_columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0;
+        ordered && out_columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(out) % 16 == 0;
     const int column = thread % (kPolyphaseRows / 8) * 8;
     for (int m = thread / (kPolyphaseRows / 8); m < kPolyphaseTileRows;
          m += kThreads / (kPolyphaseRows / 8)) {
       const std::int64_t b = b0 + m % kBatch, n = n0 + m / kBatch;
       if (b >= p.batch || n >= length) continue;
-      const Storage* const from = shared.tile + m * plan.row + column;
-      Storage* const to =
-          static_cast<Storage*>(p.out) + ((b * length + n) * p.num_heads + head) * out_columns;
+      Storage* const from = shared.tile + m * plan.row + column;
+      if constexpr (kGradient) {
+        if (p.feature_map != FeatureMap::kIdentity) {
+          const Storage* const x = static_cast<const Storage*>(p.x) + b * p.x_strides[0] +
+                                   n * p.x_strides[3] + head * p.x_strides[4];
+          TORCH_SPE_KEEP_LOOP
+          for (int e = 0; e < 8; ++e) {
+            const std::int64_t d = row0 + column + e;
+            if (d < out_columns)
+              write(gradient_of_input_at(p.feature_map, read(from[e]), x + d * p.x_strides[5]),
+                    from + e);
+          }
+        }
+      }
+      Storage* const to = out + ((b * length + n) * p.num_heads + head) * out_columns;
       if (vectors && row0 + column < out_columns) {
         *reinterpret_cast<Vector<Storage>*>(to + row0 + column) =
             *reinterpret_cast<const Vector<Storage>*>(from);
@@ -268,18 +285,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
 // Starts the kernel, unless it is not made for these arguments.
 template <class Storage, bool kGradient>
-bool launch_polyphase(const ConvFilterParams& p, Stream stream) {
+bool launch_polyphase(const ConvFilterBackwardParams& p, Stream stream) {
   if (!is_polyphase_line(p)) return false;
   const std::int64_t s = p.generated.stride[2], diagonals = ceil_div(p.num_realizations, s) * s;
   return choose_plan<PolyphaseShared<Storage>>(
       kGradient ? diagonals : p.in_features,
       [&](int depth, int positions) {
-        PolyphasePlan plan(p, kGradient ? kPolyphaseRows : depth,
-                           kGradient ? depth : kPolyphaseRows, positions, p.batch > 8 ? 16 : 8);
-        plan.set_columns(kGradient ? plan.groups * (plan.stride + plan.pass) + plan.pass : depth);
-        plan.feature_step = kGradient ? 2 : 4;
-        plan.feature_banks = kGradient ? 4 : 8;
-        return plan;
+        return kGradient ? PolyphasePlan::for_input_gradient(p, depth, positions)
+                         : PolyphasePlan::for_forward(p, depth, positions);
       },
       [&](const PolyphasePlan& plan, std::size_t shared_bytes) {
         const std::int64_t blocks =
@@ -289,16 +302,6 @@ bool launch_polyphase(const ConvFilterParams& p, Stream stream) {
                               : polyphase_kernel<Storage, kGradient, 1>,
                grid_of(blocks), dim3(kThreads), shared_bytes, stream, p, plan);
       });
-}
-
-// The gradient of x is the filter of grad_out, with features and realizations exchanged.
-template <class Storage>
-bool launch_polyphase_input_gradient(const ConvFilterBackwardParams& p, Stream stream) {
-  ConvFilterParams exchanged = p;
-  exchanged.x = p.grad_out;
-  for (int i = 0; i < 6; ++i) exchanged.x_strides[i] = p.grad_out_strides[i];
-  exchanged.out = p.grad_x;
-  return launch_polyphase<Storage, true>(exchanged, stream);
 }
 
 }  // namespace torch_spe::cuda

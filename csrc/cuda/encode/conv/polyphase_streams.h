@@ -205,6 +205,30 @@ TORCH_SPE_DEVICE void copy_polyphase_rows(Storage* out, int row_stride, int rows
   }
 }
 
+// Puts phi in the place of what this thread has copied with copy_polyphase_rows, between
+// copy_async_wait and the barrier that follows it.
+template <class Storage>
+TORCH_SPE_DEVICE void map_polyphase_rows(FeatureMap map, Storage* rows_begin, int row_stride,
+                                         int rows, int columns, bool aligned) {
+  if (map == FeatureMap::kIdentity) return;
+  const int step = aligned ? 8 : 1, pieces = columns / step;
+  const int width = pieces < kThreads ? pieces : kThreads, height = kThreads / width;
+  const int first = static_cast<int>(threadIdx.x) / width;
+  if (first >= height) return;
+  TORCH_SPE_KEEP_LOOP
+  for (int piece = static_cast<int>(threadIdx.x) % width; piece < pieces; piece += width) {
+    TORCH_SPE_KEEP_LOOP
+    for (int i = first; i < rows; i += height) {
+      Storage* const own = rows_begin + i * row_stride + piece * step;
+      if (aligned) {
+        map_eight_features(map, own);
+      } else {
+        map_one_feature(map, own);
+      }
+    }
+  }
+}
+
 // Going on by one position; the index within its group of a diagonal's realization.
 TORCH_SPE_DEVICE int next_turn(int turn, int stride) { return turn + 1 == stride ? 0 : turn + 1; }
 TORCH_SPE_DEVICE int turned_index(int index, int turn, int stride) {

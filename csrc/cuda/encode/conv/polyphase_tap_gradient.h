@@ -100,6 +100,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                 return realization_of(plan, column, diagonal0 / s, turn, p.num_realizations);
               });
           copy_async_wait();
+          map_polyphase_rows(p.feature_map, shared.x, kTapFeatureRow, kPolyphaseTileRows,
+                             kTapFeatures, x_aligned);
           __syncthreads();
           const Storage* columns[2];  // number `group` of a product's columns
           TORCH_SPE_UNROLL
@@ -194,12 +196,13 @@ struct PolyphaseTapGradient {
   std::int64_t blocks = 0, segments = 0;  // blocks of a segment
   std::size_t shared_bytes = 0;
 
-  explicit PolyphaseTapGradient(const ConvFilterBackwardParams& p) : plan(make_plan(p, 64)) {
+  explicit PolyphaseTapGradient(const ConvFilterBackwardParams& p)
+      : plan(PolyphasePlan::for_tap_gradient(p, kTapFeatures, 64)) {
     if ((p.dtype != core::DType::kFloat16 && p.dtype != core::DType::kBFloat16) ||
         !is_polyphase_line(p))
       return;
     for (const int positions : {64, 32, 16}) {
-      plan = make_plan(p, positions);
+      plan = PolyphasePlan::for_tap_gradient(p, kTapFeatures, positions);
       MemoryLayout size;
       PolyphaseTapGradientShared<core::Half>{size, plan};
       shared_bytes = size.size();
@@ -212,15 +215,6 @@ struct PolyphaseTapGradient {
     segments = ceil_div(count, ceil_div(count, segments));  // none is empty
   }
   std::int64_t parts() const { return segments * plan.all_groups; }
-
- private:
-  static PolyphasePlan make_plan(const ConvFilterBackwardParams& p, int positions) {
-    PolyphasePlan plan(p, kTapFeatures, kPolyphaseRows, positions, p.batch > 8 ? 16 : 8);
-    plan.set_columns(plan.groups * (plan.stride + plan.pass) + plan.pass);
-    plan.feature_step = 1;
-    plan.feature_banks = 4;
-    return plan;
-  }
 };
 
 template <class Storage>

@@ -89,10 +89,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       const int b = i / (kPhasorTableRows * kParts) % kBatch,
                 t = i / (kPhasorTableRows * kParts) / kBatch;
       const bool inside = sum0 + in_sum < sums && b0 + b < p.batch && tile0 + t < p.length;
-      shared.inputs[((t * kPhasorTableRows + in_sum) * kBatch + b) * kParts + part] =
-          inside ? read(input[(b0 + b) * strides[0] + (tile0 + t) * strides[1] + head * strides[2] +
-                              ((sum0 + in_sum) * kParts + part) * strides[3]])
-                 : T(0);
+      T value = 0;
+      if (inside) {
+        value = read(input[(b0 + b) * strides[0] + (tile0 + t) * strides[1] + head * strides[2] +
+                           ((sum0 + in_sum) * kParts + part) * strides[3]]);
+        if constexpr (!kGradient) value = map_feature<Storage>(p.feature_map, value);
+      }
+      shared.inputs[((t * kPhasorTableRows + in_sum) * kBatch + b) * kParts + part] = value;
     }
     __syncthreads();
     for (int s = 0; s < count; ++s) {
@@ -139,7 +142,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if (n0 + t >= p.length || b0 + b >= p.batch) continue;
       Storage* const row = out + (((b0 + b) * p.length + n0 + t) * p.num_heads + head) * width;
       if constexpr (kGradient) {
-        write(re[t][b], row + lane0 + lane);
+        const Storage* const x = static_cast<const Storage*>(p.x) + (b0 + b) * p.x_strides[0] +
+                                 (n0 + t) * p.x_strides[1] + head * p.x_strides[2] +
+                                 (lane0 + lane) * p.x_strides[3];
+        write(gradient_of_input_at(p.feature_map, re[t][b], x), row + lane0 + lane);
       } else {
         write(re[t][b], row + 2 * (lane0 + lane));
         write(im[t][b], row + 2 * (lane0 + lane) + 1);

@@ -19,7 +19,7 @@ TORCH_SPE_DEVICE void phasor_code_gradient(const PhasorFilterBackwardParams& p, 
                               head * p.grad_out_strides[2] + 2 * pair * p.grad_out_strides[3];
   *re = *im = 0;
   for (std::int64_t b = 0; b < p.batch; ++b) {
-    const T value = read(x[b * p.x_strides[0]]);
+    const T value = read_feature(p.feature_map, x[b * p.x_strides[0]]);
     *re += value * read(grad[b * p.grad_out_strides[0]]);
     *im += value * read(grad[b * p.grad_out_strides[0] + p.grad_out_strides[3]]);
   }
@@ -31,7 +31,7 @@ TORCH_SPE_DEVICE void phasor_code_gradient(const PhasorFilterBackwardParams& p, 
 constexpr int kPhasorGradientTile = 32;
 
 template <class Storage>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     phasor_parameters_gradient_kernel(const PhasorFilterBackwardParams p, std::int64_t segments,
                                       const PhasorGradientParts parts) {
   using T = core::accumulate_t<Storage>;

@@ -130,6 +130,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   for (int k = 0; k < tiles_of_segment; ++k) {
     const int tile = k % count;
     copy_async_wait();
+    map_copied_tile<kGradientTokens, kGradientFeatures>(
+        p.feature_map, shared.x + k % 2 * kGradientTokens * Shared::kRowX, x_strides[3], x_aligned);
     __syncthreads();  // this tile has arrived, and the one before has been used
     if (k + 1 < tiles_of_segment) copy((k + 1) / count, (k + 1) % count, (k + 1) % 2);
     if (tile == 0 || turns >= kPhasorRun) {

@@ -177,6 +177,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       for (int tile = 0; tile < kTiles; ++tile) {
         TORCH_SPE_UNROLL
         for (int i = 0; i < kLaneInputs / 2; ++i) numbers[tile][i] = next[tile][i];
+        if constexpr (!kGradient) {
+          if (p.feature_map != FeatureMap::kIdentity) {
+            TORCH_SPE_UNROLL
+            for (int i = 0; i < kLaneInputs / 2; ++i)
+              numbers[tile][i] = map_feature_pair<Storage>(p.feature_map, numbers[tile][i]);
+          }
+        }
         row[tile] += strides[1];
         load_pairs(row[tile], t + 1 < count ? inside[tile] : 0, strides[3], aligned, next[tile]);
       }
@@ -219,8 +226,18 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           if (b >= p.batch) continue;
           Storage* const to = static_cast<Storage*>(kGradient ? p.grad_x : p.out) +
                               ((b * p.length + n0 + t) * p.num_heads + head) * units.outputs + out0;
-          const float first = turning[tile][e] + still[tile][e];
-          const float second = turning[tile][2 + e] + still[tile][2 + e];
+          float first = turning[tile][e] + still[tile][e];
+          float second = turning[tile][2 + e] + still[tile][2 + e];
+          if constexpr (kGradient) {
+            if (p.feature_map != FeatureMap::kIdentity) {
+              const Storage* const x = static_cast<const Storage*>(p.x) + b * p.x_strides[0] +
+                                       (n0 + t) * p.x_strides[1] + head * p.x_strides[2] +
+                                       out0 * p.x_strides[3];
+              if (out0 < units.outputs) first = gradient_of_input_at(p.feature_map, first, x);
+              if (out0 + 1 < units.outputs)
+                second = gradient_of_input_at(p.feature_map, second, x + p.x_strides[3]);
+            }
+          }
           if (units.outputs % 2 == 0) {
             if (out0 < units.outputs)
               *reinterpret_cast<std::uint32_t*>(to) = pack_pair<Storage>(first, second);

@@ -163,9 +163,11 @@ __global__ void __launch_bounds__(kThreads)
           for (int j = 0; j < feature_columns; ++j) sum += basis[j] * products[j];
           if (groups.tiles > 1) grad_x_sum = sum;
           if (column_tile + 1 < groups.tiles) continue;
-          write(sum, grad_x +
-                         (((b0 + b) * p.length + n0 + t) * p.num_heads + head) * p.in_features +
-                         d0 + feature);
+          const Storage* const value =
+              x + (b0 + b) * p.x_strides[0] + (n0 + t) * p.x_strides[1] + feature * p.x_strides[3];
+          write(gradient_of_input_at(p.feature_map, sum, value),
+                grad_x + (((b0 + b) * p.length + n0 + t) * p.num_heads + head) * p.in_features +
+                    d0 + feature);
         }
       }
       if (!wants_phase) continue;
@@ -181,7 +183,8 @@ __global__ void __launch_bounds__(kThreads)
         T sum = 0;
         for (int b = 0; b < batch; ++b) {
           const T* const products = shared.grad_products + (t * tiles.batch + b) * kRow + column;
-          sum += read(values[b * p.x_strides[0]]) * (c * products[1] - s * products[0]);
+          sum += read_feature(p.feature_map, values[b * p.x_strides[0]]) *
+                 (c * products[1] - s * products[0]);
         }
         shared.grad_phase[t * (Shape::kColumns / 2) + sine] = static_cast<T>(core::kTwoPi) * sum;
       }

@@ -94,12 +94,13 @@ TORCH_SPE_DEVICE void fill_sine_products(const SineFilterParams& p, const TokenT
       if (inside && b0 + b < p.batch) {
         const Storage* const token = x + b * p.x_strides[0] + t * p.x_strides[1];
         if (is_sine) {
-          const T value = read(token[d * p.x_strides[3]]);
+          const T value = read_feature(p.feature_map, token[d * p.x_strides[3]]);
           even = value * c;
           odd = value * s;
         } else {
-          even = read(token[d * p.x_strides[3]]);
-          if (d + 1 < p.in_features) odd = read(token[(d + 1) * p.x_strides[3]]);
+          even = read_feature(p.feature_map, token[d * p.x_strides[3]]);
+          if (d + 1 < p.in_features)
+            odd = read_feature(p.feature_map, token[(d + 1) * p.x_strides[3]]);
         }
       }
       Operand* const to = out + (t * tiles.batch + b) * kRow + 2 * pair;

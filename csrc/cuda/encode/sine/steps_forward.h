@@ -99,6 +99,15 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
     const int count = static_cast<int>(min_of(kStageSteps, steps.count - stage * kStageSteps));
     for (int s = 0; s < count; ++s) {
       if (step.k == 0) {
+        if (p.feature_map != FeatureMap::kIdentity) {
+          TORCH_SPE_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            const std::uint32_t pair =
+                map_feature_pair<Storage>(p.feature_map, next[i][0] | next[i][1] << 16);
+            next[i][0] = pair & 0xffffu;
+            next[i][1] = pair >> 16;
+          }
+        }
         TORCH_SPE_UNROLL
         for (int i = 0; i < kRows; ++i) {
           TORCH_SPE_UNROLL

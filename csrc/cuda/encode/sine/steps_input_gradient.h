@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
               for (int e = 0; e < 2; ++e) {
                 Storage value;
                 value.bits = next[j][e];
-                x[j][e] = read(value);
+                x[j][e] = read_feature(p.feature_map, value);
                 slope_x[j][e] = x[j][e] * static_cast<float>(position_of(token[j][e]));
                 grad_x[j][e] = 0;
               }
@@ -249,7 +249,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             const int at = token[j][e];
             if (p.grad_x == nullptr || at < 0 || d >= p.in_features) continue;
             const std::int64_t row = (b0 + batch_of(at)) * p.length + n0 + position_of(at);
-            write(grad_x[j][e],
+            const float grad_value = p.feature_map == FeatureMap::kIdentity
+                                         ? grad_x[j][e]
+                                         : gradient_of_input(p.feature_map, grad_x[j][e], x[j][e]);
+            write(grad_value,
                   static_cast<Storage*>(p.grad_x) + (row * p.num_heads + head) * p.in_features + d);
           }
         }

@@ -148,6 +148,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   for (std::int64_t tile = first_tile; tile < end_tile; ++tile) {
     const int buffer = static_cast<int>((tile - first_tile) % 2);
     copy_async_wait();
+    if (p.feature_map != FeatureMap::kIdentity) {  // whoever copied features maps them
+      Storage* const own = shared.x + buffer * shared.x_size;
+      TORCH_SPE_KEEP_LOOP
+      for (int i = thread; i < kWeightGradientTokens * shared.groups; i += kThreads)
+        map_eight_features(p.feature_map, own + i / shared.groups * shared.x_row +
+                                              i % shared.groups * kStepFeatures);
+    }
     __syncthreads();  // this tile has arrived, and the one before has been used
     fill_basis(tile);
     if (tile + 1 < end_tile) copy(tile + 1, 1 - buffer);

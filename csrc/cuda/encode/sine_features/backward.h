@@ -61,7 +61,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         TORCH_SPE_UNROLL
         for (int b = 0; b < kBatch; ++b) {
           values[t][b] =
-              inside(t, b) ? read(x[(b0 + b) * p.x_strides[0] + (n0 + t) * p.x_strides[1]]) : T(0);
+              inside(t, b) ? read_feature(p.feature_map,
+                                          x[(b0 + b) * p.x_strides[0] + (n0 + t) * p.x_strides[1]])
+                           : T(0);
           const T last = p.constant == nullptr ? T(0) : grad_at(t, b, 2 * p.num_sines);
           grad_x[t][b] = last * constant;
           tile_constant += last * values[t][b];
@@ -107,9 +109,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         TORCH_SPE_UNROLL
         for (int b = 0; b < kBatch; ++b) {
           if (!inside(t, b)) continue;
-          write(grad_x[t][b], static_cast<Storage*>(p.grad_x) +
-                                  (((b0 + b) * p.length + n0 + t) * p.num_heads + head) * features +
-                                  d);
+          const T grad_value = p.feature_map == FeatureMap::kIdentity
+                                   ? grad_x[t][b]
+                                   : gradient_of_input(p.feature_map, grad_x[t][b], values[t][b]);
+          write(grad_value, static_cast<Storage*>(p.grad_x) +
+                                (((b0 + b) * p.length + n0 + t) * p.num_heads + head) * features +
+                                d);
         }
       }
     }
@@ -136,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
                                     head * strides[2] + (2 * k * p.in_features + d) * strides[3];
         T re = 0, im = 0;
         for (std::int64_t b = 0; b < p.batch; ++b) {
-          const T value = read(x[b * p.x_strides[0]]);
+          const T value = read_feature(p.feature_map, x[b * p.x_strides[0]]);
           re += value * read(grad[b * strides[0]]);
           im += value * read(grad[b * strides[0] + p.in_features * strides[3]]);
         }

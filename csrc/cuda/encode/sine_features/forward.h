@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads)
       if (p.positions != nullptr) sine.move_to(p, n);
       const T re = sine.amplitude * sine.re(), im = sine.amplitude * sine.im();
       for (std::int64_t b = 0; b < p.batch; ++b) {
-        const T value = read(x[b * p.x_strides[0] + n * p.x_strides[1]]);
+        const T value = read_feature(p.feature_map, x[b * p.x_strides[0] + n * p.x_strides[1]]);
         Storage* const to = out + (b * p.length + n) * out_stride + 2 * k * features;
         write(value * re, to);
         write(value * im, to + features);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   const T constant = static_cast<const T*>(p.constant)[head * features + d];
   for (std::int64_t n = n0; n < end; ++n) {
     for (std::int64_t b = 0; b < p.batch; ++b) {
-      write(read(x[b * p.x_strides[0] + n * p.x_strides[1]]) * constant,
+      write(read_feature(p.feature_map, x[b * p.x_strides[0] + n * p.x_strides[1]]) * constant,
             out + (b * p.length + n) * out_stride + 2 * p.num_sines * features);
     }
   }
