@@ -76,13 +76,13 @@ class ConvCodeTile {
   template <class Function>
   TORCH_SPE_DEVICE void make(const Shared& shared, const LineTile& place, std::int64_t r0,
                              const Function& function) {
-    NoiseLine<Tile> line(p_, place, seed_);
+    const NoiseTile<Tile> tile(p_, place, seed_);
     product_.clear();
     __syncthreads();  // whatever shared memory held has been used
     int window = 0;
     for (std::int64_t tap0 = 0; tap0 < p_.kernel_size[0]; ++tap0) {
       for (std::int64_t tap1 = 0; tap1 < p_.kernel_size[1]; ++tap1) {
-        line.set_tap(tap0, tap1);
+        const NoiseLine<Tile> line(tile, tap0, tap1);
         if (!kDense && !line.has_any(r0)) continue;
         const T* const taps = taps_of<T>(p_, place, tap0, tap1);
         for (int first = 0; first < line.count; first += kWindow) {

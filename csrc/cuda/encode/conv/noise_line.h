@@ -26,20 +26,20 @@ TORCH_SPE_INLINE std::int64_t noise_periods(const core::NoiseParams& noise) {
   return noise.stride[0] * noise.stride[1] * noise.stride[2];
 }
 
-// The noise of one head and feature that a tile of positions needs, along the line of one tap of
-// the other dimensions. Positions are relative to the tile's first; period q of realization r has
-// its noise at position q s + class(r) - origin, with s the stride of the last dimension.
+// The noise of one head and feature that a tile of positions needs, as far as it is the same for
+// all taps of the other dimensions. Positions are relative to the tile's first; period q of
+// realization r has its noise at position q s + class(r) - origin, with s the stride of the last
+// dimension.
 template <class Tile>
-class NoiseLine {
+class NoiseTile {
  public:
   static constexpr bool kDense = Tile::kDense;
-  static constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal, kWindow = Tile::kWindow;
   std::int64_t origin = 0;
   int count;  // periods
   std::int64_t stride;
 
-  TORCH_SPE_DEVICE NoiseLine(const ConvFilterParams& p, const LineTile& place, std::uint64_t seed)
-      : count(static_cast<int>(min_of(kTokens, p.size[2] - place.n0) + p.kernel_size[2] - 1)),
+  TORCH_SPE_DEVICE NoiseTile(const ConvFilterParams& p, const LineTile& place, std::uint64_t seed)
+      : count(static_cast<int>(min_of(Tile::kTokens, p.size[2] - place.n0) + p.kernel_size[2] - 1)),
         stride(p.generated.stride[2]),
         p_(p),
         place_(place),
@@ -55,8 +55,23 @@ class NoiseLine {
     }
   }
 
-  // Goes to a tap of the other dimensions.
-  TORCH_SPE_DEVICE void set_tap(std::int64_t tap0, std::int64_t tap1) {
+ protected:
+  const ConvFilterParams& p_;
+  LineTile place_;
+  std::uint64_t seed_;
+  std::int64_t shift_[3] = {0, 0, 0};
+  std::int64_t first_period_;
+};
+
+// The noise of a tile along the line of one tap of the other dimensions.
+template <class Tile>
+class NoiseLine : public NoiseTile<Tile> {
+ public:
+  static constexpr bool kDense = Tile::kDense;
+  static constexpr int kReal = Tile::kReal, kWindow = Tile::kWindow;
+
+  TORCH_SPE_DEVICE NoiseLine(const NoiseTile<Tile>& tile, std::int64_t tap0, std::int64_t tap1)
+      : NoiseTile<Tile>(tile) {
     line_[0] = place_.i0 + tap0;
     line_[1] = place_.i1 + tap1;
     for (int i = 0; i < 2; ++i) {
@@ -127,7 +142,7 @@ class NoiseLine {
     const std::uint64_t position0 =
         core::noise_position(noise.ndim, period_[0], period_[1], first_period_ + first);
     const std::uint64_t mask = core::noise_position(noise.ndim, 0, 0, -1);
-    const int periods = r < p_.num_realizations ? count - first : 0;
+    const int periods = r < p_.num_realizations ? this->count - first : 0;
     TORCH_SPE_KEEP_LOOP
     for (int q = static_cast<int>(threadIdx.x) / kGroups; q < kWindow; q += kThreads / kGroups) {
       float values[kGroup] = {};
@@ -154,11 +169,8 @@ class NoiseLine {
     }
   }
 
-  const ConvFilterParams& p_;
-  LineTile place_;
-  std::uint64_t seed_;
-  std::int64_t shift_[3] = {0, 0, 0};
-  std::int64_t first_period_;
+  using NoiseTile<Tile>::p_, NoiseTile<Tile>::place_, NoiseTile<Tile>::seed_,
+      NoiseTile<Tile>::shift_, NoiseTile<Tile>::first_period_;
   std::int64_t line_[2], period_[2], phase_[2];
 };
 

@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       const LineTile place = tiles.place(tile, head, d);
       __syncthreads();  // the gradients before have been used
       fill_code_gradients<kTokens, kReal, Storage>(p, place, 0, r0, shared.grad);
-      NoiseLine<Tile> line(p, place, seed);
+      const NoiseTile<Tile> noise(p, place, seed);
       for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
         for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
-          line.set_tap(tap0, tap1);
+          const NoiseLine<Tile> line(noise, tap0, tap1);
           if (!kDense && !line.has_any(r0)) continue;
           double* const sums = part + (tap0 * p.kernel_size[1] + tap1) * p.kernel_size[2];
           for (int first = 0; first < line.count; first += kWindow) {
