@@ -27,7 +27,7 @@ constexpr int kDeep = 32;                               // of those that are sum
 // Tokens between two states that are added up one after the other; states of segments are made in
 // parallel.
 template <class Operand>
-constexpr std::int64_t kSegment = kChunksOfSegment* kChunk<Operand>;
+constexpr std::int64_t kSegment = kChunksOfSegment * kChunk<Operand>;
 
 // phi(x) of numbers of a storage type; for 16 bits the hardware's exponential is precise enough.
 template <class Storage, class T>
