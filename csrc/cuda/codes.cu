@@ -1,5 +1,5 @@
 #include "codes.h"
-#include "phasors.h"
+#include "encode/phasor.h"
 
 namespace torch_spe::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // What kernels and their launchers take from the CUDA runtime. Tests compile the same kernels as
 // C++ for the CPU (TORCH_SPE_CUDA_EMULATION), so kernels use nothing else of it: launches go
-// through `launch`, shared memory is dynamic and laid out by a `Carver`.
+// through `launch`, shared memory is dynamic and laid out by a `MemoryLayout`.
 #pragma once
 
 #include <cstddef>
@@ -96,9 +96,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 
 // Lays out arrays in shared memory: on the host, from a null pointer, to learn their size; in the
 // kernel to find them. Every array starts at a multiple of 16 bytes.
-class Carver {
+class MemoryLayout {
  public:
-  TORCH_SPE_INLINE explicit Carver(unsigned char* base = nullptr) : base_(base) {}
+  TORCH_SPE_INLINE explicit MemoryLayout(unsigned char* base = nullptr) : base_(base) {}
 
   template <class T>
   TORCH_SPE_INLINE T* take(std::int64_t count) {
@@ -119,6 +119,7 @@ class Carver {
   unsigned char* base_;
   std::size_t offset_ = 0;
 };
+using Carver = MemoryLayout;
 
 TORCH_SPE_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 TORCH_SPE_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }

@@ -2,6 +2,7 @@
 // partial results.
 #pragma once
 
+#include "feature_maps.h"
 #include "tile_product.h"
 
 namespace torch_spe::cuda {
@@ -82,6 +83,26 @@ TORCH_SPE_DEVICE void copy_tile(Operand* out, std::int64_t columns, std::int64_t
     using T = core::accumulate_t<Storage>;
     const T value = from != nullptr && column < columns ? read(from[column * stride]) : T(0);
     write(value, out + i / kColumns * kRow + column);
+  }
+}
+
+// Puts phi in the place of what this thread has copied with copy_tile, between copy_async_wait and
+// the barrier that follows it: whoever copies an element maps it, without another barrier.
+template <int kRows, int kColumns, class Storage>
+TORCH_SPE_DEVICE void map_copied_tile(FeatureMap map, Storage* tile, std::int64_t stride,
+                                      bool aligned) {
+  static_assert(sizeof(Storage) == 2);
+  if (map == FeatureMap::kIdentity) return;
+  constexpr int kRow = row_of<Storage>(kColumns);
+  if (aligned && stride == 1) {
+    constexpr int kVectors = kColumns / 8;
+    TORCH_SPE_KEEP_LOOP
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads)
+      map_eight_features(map, tile + i / kVectors * kRow + i % kVectors * 8);
+  } else {
+    TORCH_SPE_KEEP_LOOP
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads)
+      map_one_feature(map, tile + i / kColumns * kRow + i % kColumns);
   }
 }
 

@@ -16,16 +16,17 @@ OPTIONS = ["-std=c++20", "-O0", "-fno-strict-aliasing", "-fsanitize=address,unde
 BUGS = {
     "none": None,
     "dropped barrier of the forward kernel": (
-        "sine_filter.cu", "// One barrier is enough", "__syncthreads();", ""),
+        "encode/sine/general_forward.h", "// One barrier is enough", "__syncthreads();", ""),
     "dropped barrier of the backward kernel": (
-        "sine_filter.cu", "backward_data_kernel(", "__syncthreads();  // the basis before", "//"),
+        "encode/sine/general_input_gradient.h", "sine_input_gradient_kernel(",
+        "__syncthreads();  // the basis before", "//"),
     "barrier that some threads leave out": (
-        "sine_filter.cu", "backward_weight_kernel(", "__syncthreads();",
+        "encode/sine/general_weight_gradient.h", "sine_weight_gradient_kernel(", "__syncthreads();",
         "if (threadIdx.x < 64) __syncthreads();"),
     "missing wait for a copy": (
-        "sine_filter.cu", "forward_kernel(", "copy_async_wait();", ""),
+        "encode/sine/general_forward.h", "sine_forward_kernel(", "copy_async_wait();", ""),
     "store beyond the last position": (
-        "sine_filter.cu", "forward_kernel(", "n >= p.length", "n > p.length"),
+        "encode/sine/general_forward.h", "sine_forward_kernel(", "n >= p.length", "n > p.length"),
     "wrong row of the result's fragment": (
         "tile_product.h", "for_each(", "8 * (e / 2)", "4 * (e / 2)"),
     "wrong row of an operand's fragment": (
@@ -34,18 +35,23 @@ BUGS = {
     "misaligned rows for ldmatrix": (
         "tile_product.h", "constexpr int kPadding", "? 8", "? 4"),
     "dropped barrier between the stages of products in registers": (
-        "sine_products.h", "sine_product_kernel(", "__syncthreads();  // this stage", "//"),
+        "encode/sine/steps_forward.h", "sine_steps_forward_kernel(",
+        "__syncthreads();  // this stage", "//"),
     "missing wait for a stage": (
-        "sine_products.h", "sine_data_kernel(", "copy_async_wait();", ""),
+        "encode/sine/steps_input_gradient.h",
+        "sine_steps_input_gradient_kernel(", "copy_async_wait();", ""),
     "dropped barrier before the sums of warps": (
-        "sine_products.h", "sine_data_kernel(", "__syncthreads();  // the sums of the last", "//"),
+        "encode/sine/steps_input_gradient.h",
+        "sine_steps_input_gradient_kernel(", "__syncthreads();  // the sums of the last", "//"),
     "dropped barrier between tiles of tokens": (
-        "sine_products.h", "sine_weight_kernel(", "__syncthreads();  // this tile", "//"),
+        "encode/sine/steps_weight_gradient.h",
+        "sine_steps_weight_gradient_kernel(", "__syncthreads();  // this tile", "//"),
     "tokens and features of an operand exchanged": (
-        "sine_products.h", "sine_product_kernel(", "a[i / 2][i % 2 + 2 * e]",
+        "encode/sine/steps_forward.h", "sine_steps_forward_kernel(", "a[i / 2][i % 2 + 2 * e]",
         "a[i / 2][2 * (i % 2) + e]"),
     "cosines and sines of an operand exchanged": (
-        "sine_products.h", "sine_weight_kernel(", "a[2 * e + 1]", "a[3 - 2 * e]"),
+        "encode/sine/steps_weight_gradient.h",
+        "sine_steps_weight_gradient_kernel(", "a[2 * e + 1]", "a[3 - 2 * e]"),
 }  # fmt: skip
 # Types that the self-test does not run, left out so that it compiles in half the time.
 UNUSED = {

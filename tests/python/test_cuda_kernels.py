@@ -196,6 +196,80 @@ def test_some_gradients_of_phasors(compare, operator):
             compare(function, inputs, grad, TOLERANCES[torch.float32], [wanted])
 
 
+MAPPED = {  # an operator with a shape for each of its CUDA kernels
+    "sine filter": (torch.ops.torch_spe.sine_filter, sine_inputs, SINE_SHAPES, [
+        "odd", "several tiles", "large batch", "many sines", "odd batch",
+        "more sines than the sums of a block", "grid of positions"]),
+    "phasor filter": (torch.ops.torch_spe.phasor_filter, phasor_inputs, PHASOR_SHAPES, [
+        "odd", "several tiles", "larger batch", "aligned", "many inputs", "grid of positions"]),
+    "sine features": (torch.ops.torch_spe.sine_features, feature_inputs, PHASOR_SHAPES, [
+        "odd", "several tiles", "larger batch", "grid of positions"]),
+}  # fmt: skip
+MAPPED_CASES = [(name, shape) for name, (*_, shapes) in MAPPED.items() for shape in shapes]
+
+
+def mapped(function, feature_map):
+    return lambda *tensors: function(*tensors, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "shape"), MAPPED_CASES, ids=" of ".join)
+def test_feature_maps(compare, operator, shape, dtype, feature_map):
+    if feature_map == "relu" and dtype in (torch.float64, torch.float16):
+        pytest.skip("the other types go the same way")
+    function, make, shapes, _ = MAPPED[operator]
+    inputs, grad = make(dtype, *shapes[shape])
+    compare(mapped(function, feature_map), inputs, grad, TOLERANCES[dtype])
+
+
+ROTARY_SHAPES = {  # batch, positions, heads, features
+    "one of everything": (1, 1, 1, 2),
+    "odd": (3, 37, 2, 6),
+    "several tiles": (1, 130, 3, 40),
+    "large batch": (9, 20, 1, 64),
+    "no batch": (0, 5, 1, 2),
+    "no positions": (2, 0, 1, 2),
+    "no features": (2, 3, 1, 0),
+}
+
+
+def rotary_inputs(dtype, batch, length, heads, features, given=False):
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(batch, length, heads, features, generator=g).to(dtype) for _ in "xg")
+    freqs = torch.rand(heads, features // 2, generator=g).double() / 2
+    positions = torch.randn(length, generator=g).double() * 9 if given else None
+    return [x, freqs, positions], grad
+
+
+@pytest.mark.parametrize("feature_map", ["identity", "elu", "relu"])
+@pytest.mark.parametrize("given", [False, True], ids=["consecutive", "given"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROTARY_SHAPES.values(), ids=ROTARY_SHAPES)
+def test_rotary(compare, shape, dtype, given, feature_map):
+    inputs, grad = rotary_inputs(dtype, *shape, given)
+    function = mapped(torch.ops.torch_spe.rotary, feature_map)
+    compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=0 in shape)
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2]], ids=str)
+def test_some_gradients_of_rotary(compare, wanted):
+    inputs, grad = rotary_inputs(torch.float32, *ROTARY_SHAPES["odd"], True)
+    compare(torch.ops.torch_spe.rotary, inputs, grad, TOLERANCES[torch.float32], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotary_with_strides_far_from_the_origin(compare, dtype):
+    (x, freqs, _), grad = rotary_inputs(dtype, 2, 35, 2, 4)
+    x = x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)[:1].expand(3, -1, -1, -1)
+    grad = grad[:1, :, :, :1].expand(3, -1, -1, 4)
+
+    def far(*tensors):
+        return torch.ops.torch_spe.rotary(*tensors, start=1e6)
+
+    compare(far, [x, freqs, None], grad, TOLERANCES[dtype])
+
+
 CODE_SHAPES = {  # heads, features, sines, pairs, ndim
     "one of everything": (1, 1, 1, 1, 0),
     "odd": (2, 5, 7, 37, 0),
@@ -288,15 +362,18 @@ def conv_inputs(dtype, noise, batch, size, heads, features, taps, real, constant
     return [x, kernel, z, c], grad
 
 
-def conv(noise, ndim, real, start=()):
+def conv(noise, ndim, real, start=(), feature_map=None):
+    options = {} if feature_map is None else {"feature_map": feature_map}
+
     def function(x, kernel, z, constant):
         if noise is None:
-            return torch.ops.torch_spe.conv_filter(x, kernel, z, constant)
+            return torch.ops.torch_spe.conv_filter(x, kernel, z, constant, **options)
         kind, stride = noise
         seed = torch.full((), -7, dtype=torch.int64, device=x.device)
         return torch.ops.torch_spe.conv_filter(
             *(x, kernel, z, constant, seed, real, kind),
             *(stride[:ndim] if len(stride) > 1 else stride, start),
+            **options,
         )
 
     return function
@@ -337,6 +414,26 @@ def test_polyphase_conv_filter_of_16_bits(compare, shape, kind):
     sizes = batch, (size,), heads, features, (taps,), real, constant
     inputs, grad = conv_inputs(dtype, noise, *sizes)
     compare(conv(noise, 1, real, [-29]), inputs, grad, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["odd", "several tiles", "large batch", "images"])
+def test_feature_maps_in_the_conv_filter(compare, shape, dtype, noise):
+    inputs, grad = conv_inputs(dtype, NOISE[noise], *CONV_SHAPES[shape])
+    size, real = CONV_SHAPES[shape][1], CONV_SHAPES[shape][5]
+    function = conv(NOISE[noise], len(size), real, feature_map="elu")
+    compare(function, inputs, grad, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.parametrize("shape", POLYPHASE_SHAPES.values(), ids=POLYPHASE_SHAPES)
+def test_feature_maps_in_the_polyphase_conv_filter_of_16_bits(compare, shape, feature_map):
+    batch, size, heads, features, taps, real, constant, stride = shape
+    sizes = batch, (size,), heads, features, (taps,), real, constant
+    inputs, grad = conv_inputs(torch.bfloat16, ("gaussian", [stride]), *sizes)
+    function = conv(("gaussian", [stride]), 1, real, [-29], feature_map)
+    compare(function, inputs, grad, TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("stride", [1, 16])

@@ -1,5 +1,6 @@
-// Gradient of the convolution filter's constant, grad[h,d,r] = sum_bn x[b,n,h,d] grad_out[b,n,h,r]:
-// for every head a product of matrices over the tokens, positions of all rows of the batch.
+// Kernel of the gradient of the convolution filter's constant, grad[h,d,r] = sum_bn x[b,n,h,d]
+// grad_out[b,n,h,r]: for every head a product of matrices over the tokens, positions of all rows of
+// the batch.
 #pragma once
 
 #include "core/conv_filter.h"
@@ -8,34 +9,34 @@
 namespace torch_spe::cuda {
 
 template <class Operand>
-struct ConstantShape {
+struct ConstantGradientShape {
   static constexpr int kTokens = sizeof(Operand) == 8 ? 32 : 64;
   static constexpr int kFeatures = 64, kReal = 64;
 };
 
 template <class Operand>
-struct ConstantShared {
-  using Shape = ConstantShape<Operand>;
+struct ConstantGradientShared {
+  using Shape = ConstantGradientShape<Operand>;
   static constexpr int kX = Shape::kTokens * row_of<Operand>(Shape::kFeatures);
   static constexpr int kGrad = Shape::kTokens * row_of<Operand>(Shape::kReal);
   Operand* x;                        // [2, token, feature]
   Operand* grad;                     // [2, token, r]
   std::int64_t *x_rows, *grad_rows;  // [2, token]: where a token's numbers begin; -1: nowhere
 
-  TORCH_SPE_INLINE explicit ConstantShared(Carver& carver)
-      : x(carver.take<Operand>(2 * kX)),
-        grad(carver.take<Operand>(2 * kGrad)),
-        x_rows(carver.take<std::int64_t>(2 * Shape::kTokens)),
-        grad_rows(carver.take<std::int64_t>(2 * Shape::kTokens)) {}
+  TORCH_SPE_INLINE explicit ConstantGradientShared(MemoryLayout& layout)
+      : x(layout.take<Operand>(2 * kX)),
+        grad(layout.take<Operand>(2 * kGrad)),
+        x_rows(layout.take<std::int64_t>(2 * Shape::kTokens)),
+        grad_rows(layout.take<std::int64_t>(2 * Shape::kTokens)) {}
 };
 
 // The tokens are cut into segments, so that there are enough blocks.
 template <class Operand>
-struct ConstantBlocks {
-  using Shape = ConstantShape<Operand>;
+struct ConstantGradientBlocks {
+  using Shape = ConstantGradientShape<Operand>;
   std::int64_t tokens, tiles, feature_tiles, real_tiles, segments, constants;
 
-  TORCH_SPE_INLINE explicit ConstantBlocks(const core::ConvFilterParams& p)
+  TORCH_SPE_INLINE explicit ConstantGradientBlocks(const core::ConvFilterParams& p)
       : tokens(p.batch * p.size[0] * p.size[1] * p.size[2]),
         tiles(ceil_div(tokens, Shape::kTokens)),
         feature_tiles(ceil_div(p.in_features, Shape::kFeatures)),
@@ -45,30 +46,31 @@ struct ConstantBlocks {
   std::int64_t num_parts() const { return segments * constants; }
 };
 
-// As load_tile, and copy_tile where that copies asynchronously.
+// As load_tile of phi, and where it copies asynchronously as copy_tile, without phi.
 template <int kRows, int kColumns, class Storage, class Operand, class Row>
 TORCH_SPE_DEVICE void load_tokens(Operand* out, std::int64_t columns, std::int64_t stride,
-                                  bool aligned, const Row& row) {
+                                  bool aligned, FeatureMap map, const Row& row) {
   if constexpr (sizeof(Operand) == 2) {
     copy_tile<kRows, kColumns, Storage>(out, columns, stride, aligned, row);
   } else {
     load_tile<kRows, kColumns, Storage>(
         out, columns, stride, aligned, row,
-        [](int, core::accumulate_t<Storage> value) { return value; });
+        [map](int, core::accumulate_t<Storage> value) { return map_feature<Storage>(map, value); });
   }
 }
 
 // A block takes some features and realizations of a head and a segment of the tokens.
 template <class Storage, class Operand>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    constant_kernel(const core::ConvFilterBackwardParams p, const ConstantBlocks<Operand> blocks,
-                    double* parts) {  // [segment, H, D, R]
+    conv_constant_gradient_kernel(const core::ConvFilterBackwardParams p,
+                                  const ConstantGradientBlocks<Operand> blocks,
+                                  double* parts) {  // [segment, H, D, R]
   using T = core::accumulate_t<Storage>;
-  using Shape = ConstantShape<Operand>;
+  using Shape = ConstantGradientShape<Operand>;
   constexpr int kTokens = Shape::kTokens;
   TORCH_SPE_SHARED_MEMORY(memory);
-  Carver carver(memory);
-  const ConstantShared<Operand> shared(carver);
+  MemoryLayout layout(memory);
+  const ConstantGradientShared<Operand> shared(layout);
   std::int64_t block = blockIdx.x;
   const std::int64_t r0 = block % blocks.real_tiles * Shape::kReal;
   block /= blocks.real_tiles;
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t n = token % p.size[2], line = token / p.size[2];
     const std::int64_t i1 = line % p.size[1], i0 = line / p.size[1] % p.size[0];
     const std::int64_t b = line / p.size[1] / p.size[0];
-    const auto row = [&](const std::int64_t (&s)[6]) {
+    const auto row = [&](const std::int64_t(&s)[6]) {
       return token < blocks.tokens ? b * s[0] + i0 * s[1] + i1 * s[2] + n * s[3] : -1;
     };
     shared.x_rows[(tile & 1) * kTokens + t] = row(x_strides);
@@ -101,10 +103,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t* const grad_rows = shared.grad_rows + (tile & 1) * kTokens;
     load_tokens<kTokens, Shape::kFeatures, Storage>(
         shared.x + (tile & 1) * shared.kX, p.in_features - d0, x_strides[5], x_aligned,
-        [&](int t) { return x_rows[t] < 0 ? nullptr : x + x_rows[t]; });
+        p.feature_map, [&](int t) { return x_rows[t] < 0 ? nullptr : x + x_rows[t]; });
     load_tokens<kTokens, Shape::kReal, Storage>(
         shared.grad + (tile & 1) * shared.kGrad, p.num_realizations - r0, grad_strides[5],
-        grad_aligned, [&](int t) { return grad_rows[t] < 0 ? nullptr : grad + grad_rows[t]; });
+        grad_aligned, FeatureMap::kIdentity,
+        [&](int t) { return grad_rows[t] < 0 ? nullptr : grad + grad_rows[t]; });
   };
 
   TileProduct<Operand, Shape::kFeatures, Shape::kReal> product;
@@ -116,6 +119,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   // Each tile comes while the one before is multiplied: the first round has nothing to multiply.
   for (std::int64_t tile = first_tile - 1; tile < end_tile; ++tile) {
     copy_async_wait();
+    if constexpr (sizeof(Operand) == 2) {
+      if (tile >= first_tile)
+        map_copied_tile<kTokens, Shape::kFeatures>(p.feature_map, shared.x + (tile & 1) * shared.kX,
+                                                   x_strides[5], x_aligned);
+    }
     __syncthreads();  // this tile and the next one's rows are there, the tile before has been used
     if (tile + 1 < end_tile) {
       load(tile + 1);
@@ -135,10 +143,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 template <class Storage, class Operand>
 void launch_constant_gradient(const core::ConvFilterBackwardParams& p, double* parts,
                               Stream stream) {
-  const ConstantBlocks<Operand> blocks(p);
-  Carver size;
-  ConstantShared<Operand>{size};
-  launch(constant_kernel<Storage, Operand>,
+  const ConstantGradientBlocks<Operand> blocks(p);
+  MemoryLayout size;
+  ConstantGradientShared<Operand>{size};
+  launch(conv_constant_gradient_kernel<Storage, Operand>,
          grid_of(blocks.real_tiles * blocks.feature_tiles * p.num_heads * blocks.segments),
          dim3(kThreads), size.size(), stream, p, blocks, parts);
   sum_parts(parts, blocks.segments, blocks.constants,

@@ -1,0 +1,225 @@
+// Kernel of the phasor filter's gradients of frequencies, coefficients and constant for 16-bit
+// storage at consecutive positions, on tensor cores.
+#pragma once
+
+#include "encode/phasor/gradient_parts.h"
+#include "encode/phasor/products.h"
+
+namespace torch_spe::cuda {
+
+// Gradients of frequencies, coefficients and constant: a block takes 32 features and 32 pairs of
+// one head, and walks over the positions of a segment. At each one the gradients of the codes are a
+// product over the batch; lane 4 g + c has those of features g, g + 8 and pairs c + {0, 4, 8, 12}
+// of its warp's 16 and 16.
+constexpr int kGradientTokens = 128;
+constexpr int kGradientFeatures = 32;
+constexpr int kGradientReal = 64;
+constexpr std::int64_t kLongestSegment = 4096;  // positions whose sums are in float32
+
+struct PhasorGradientTiles {
+  TokenTiles tokens;
+  std::int64_t feature_tiles, real_tiles, segments, per_segment;
+
+  TORCH_SPE_INLINE explicit PhasorGradientTiles(const PhasorFilterParams& p)
+      : tokens(max_of(1, p.batch), p.length, kGradientTokens),
+        feature_tiles(ceil_div(p.in_features, kGradientFeatures)),
+        real_tiles(ceil_div(2 * p.num_pairs, kGradientReal)) {
+    const std::int64_t blocks = max_of(1, p.num_heads * feature_tiles * real_tiles);
+    const std::int64_t wanted =
+        max_of(ceil_div(kWantedBlocks, blocks), ceil_div(p.length, kLongestSegment));
+    segments = max_of(1, min_of(tokens.position_tiles, wanted));
+    per_segment = ceil_div(tokens.position_tiles, segments);
+  }
+};
+
+template <class Storage>
+struct PhasorGradientShared {
+  static constexpr int kRowX = row_of<Storage>(kGradientFeatures);
+  static constexpr int kRowGrad = row_of<Storage>(kGradientReal);
+  Storage* x;     // [2, token, feature]
+  Storage* grad;  // [2, token, r]
+  Storage* zero;  // a row, of batch rows that there are not
+
+  TORCH_SPE_INLINE explicit PhasorGradientShared(MemoryLayout& layout)
+      : x(layout.take<Storage>(2 * kGradientTokens * kRowX)),
+        grad(layout.take<Storage>(2 * kGradientTokens * kRowGrad)),
+        zero(layout.take<Storage>(kRowGrad)) {}
+};
+
+template <class Storage>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    phasor_product_gradient_kernel(const PhasorFilterBackwardParams p,
+                                   const PhasorGradientTiles tiles,
+                                   const PhasorGradientParts parts) {
+  using Shared = PhasorGradientShared<Storage>;
+  constexpr int kPairs = 4;  // of a lane
+  TORCH_SPE_SHARED_MEMORY(memory);
+  MemoryLayout layout(memory);
+  const Shared shared(layout);
+  const TokenTiles& tokens = tiles.tokens;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
+  const std::int64_t features = p.in_features, pairs = p.num_pairs;
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t segment = block % tiles.segments;
+  const std::int64_t r0 = block / tiles.segments % tiles.real_tiles * kGradientReal;
+  const std::int64_t d0 =
+      block / tiles.segments / tiles.real_tiles % tiles.feature_tiles * kGradientFeatures;
+  const std::int64_t head = block / tiles.segments / tiles.real_tiles / tiles.feature_tiles;
+  const std::int64_t first_tile = segment * tiles.per_segment;
+  const int count =
+      static_cast<int>(max_of(0, min_of(tokens.position_tiles - first_tile, tiles.per_segment)));
+  const std::int64_t n_segment = first_tile * tokens.positions;
+
+  const auto &x_strides = p.x_strides, &grad_strides = p.grad_out_strides;
+  const Storage* const x =
+      static_cast<const Storage*>(p.x) + head * x_strides[2] + d0 * x_strides[3];
+  const Storage* const grad =
+      static_cast<const Storage*>(p.grad_out) + head * grad_strides[2] + r0 * grad_strides[3];
+  const auto is_aligned = [](const void* data, const std::int64_t* strides) {
+    return rows_are_aligned<Storage>(data, strides[0]) &&
+           rows_are_aligned<Storage>(data, strides[1]) &&
+           rows_are_aligned<Storage>(data, strides[2]);
+  };
+  const bool x_aligned = is_aligned(p.x, x_strides);
+  const bool grad_aligned = is_aligned(p.grad_out, grad_strides);
+  const auto copy = [&](std::int64_t batch_tile, int tile, int buffer) {
+    const std::int64_t b0 = batch_tile * tokens.batch;
+    const std::int64_t n0 = n_segment + static_cast<std::int64_t>(tile) * tokens.positions;
+    const auto copy_rows = [&](auto columns, const Storage* from, const std::int64_t* strides,
+                               std::int64_t size, bool aligned, Storage* to) {
+      copy_tile<kGradientTokens, decltype(columns)::value, Storage>(
+          to, size, strides[3], aligned, [&](int row) {
+            const int t = row / tokens.batch, b = row % tokens.batch;
+            return t < tokens.positions && n0 + t < p.length && b0 + b < p.batch
+                       ? from + (b0 + b) * strides[0] + (n0 + t) * strides[1]
+                       : nullptr;
+          });
+    };
+    copy_rows(std::integral_constant<int, kGradientFeatures>{}, x, x_strides, features - d0,
+              x_aligned, shared.x + buffer * kGradientTokens * Shared::kRowX);
+    copy_rows(std::integral_constant<int, kGradientReal>{}, grad, grad_strides, 2 * pairs - r0,
+              grad_aligned, shared.grad + buffer * kGradientTokens * Shared::kRowGrad);
+  };
+
+  // The feature and pair of this lane's code (i, half).
+  const int feature0 = warp / 2 * 16, pair0 = warp % 2 * 16;
+  const auto find_code = [&](int i, int half, std::int64_t* index) {
+    const std::int64_t d = d0 + feature0 + lane / 4 + 8 * half;
+    const std::int64_t pair = r0 / 2 + pair0 + lane % 4 + 4 * i;
+    *index = (head * features + d) * pairs + pair;
+    return d < features && pair < pairs;
+  };
+  Phasor<float> e[kPairs][2], step[kPairs][2];
+  Phasor<float> sums[kPairs][2], slopes[kPairs][2];  // of w = conj(e) G, and of (n - n_segment) w
+  float totals[kPairs][4];                           // of G
+  TORCH_SPE_UNROLL
+  for (int i = 0; i < kPairs; ++i) {
+    TORCH_SPE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      sums[i][half] = slopes[i][half] = {0.0f, 0.0f};
+      totals[i][2 * half] = totals[i][2 * half + 1] = 0;
+      std::int64_t index;
+      if (find_code(i, half, &index)) step[i][half].set(p.freqs[index], 1.0);
+    }
+  }
+
+  for (int i = thread; i < Shared::kRowGrad; i += kThreads) shared.zero[i].bits = 0;
+  const int tiles_of_segment = static_cast<int>(tokens.batch_tiles) * count;
+  if (tiles_of_segment > 0) copy(0, 0, 0);
+  int turns = kPhasorRun;  // since the rotations were exact
+  for (int k = 0; k < tiles_of_segment; ++k) {
+    const int tile = k % count;
+    copy_async_wait();
+    map_copied_tile<kGradientTokens, kGradientFeatures>(
+        p.feature_map, shared.x + k % 2 * kGradientTokens * Shared::kRowX, x_strides[3], x_aligned);
+    __syncthreads();  // this tile has arrived, and the one before has been used
+    if (k + 1 < tiles_of_segment) copy((k + 1) / count, (k + 1) % count, (k + 1) % 2);
+    if (tile == 0 || turns >= kPhasorRun) {
+      turns = 0;
+      const double n = p.start + static_cast<double>(n_segment + tile * tokens.positions);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kPairs; ++i) {
+        TORCH_SPE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          std::int64_t index;
+          if (find_code(i, half, &index)) e[i][half].set(p.freqs[index], n);
+        }
+      }
+    }
+    turns += tokens.positions;
+    const Storage* const x_tile = shared.x + k % 2 * kGradientTokens * Shared::kRowX;
+    const Storage* const grad_tile = shared.grad + k % 2 * kGradientTokens * Shared::kRowGrad;
+    // This lane's rows and columns within the 16 x 16 numbers that one ldmatrix brings; they
+    // advance from position to position, but not in the row of zeros.
+    const int low = lane % 16, high = lane / 16 * 8, x_row = lane % 8 + high;
+    const bool has_x = x_row < tokens.batch, has_grad = low < tokens.batch;
+    const Storage* x_from =
+        has_x ? x_tile + x_row * Shared::kRowX + feature0 + low - lane % 8 : shared.zero;
+    const Storage* grad_from =
+        has_grad ? grad_tile + low * Shared::kRowGrad + 2 * pair0 + high : shared.zero;
+    const int x_step = has_x ? tokens.batch * Shared::kRowX : 0;
+    const int grad_step = has_grad ? tokens.batch * Shared::kRowGrad : 0;
+    float t_float = static_cast<float>(tile * tokens.positions);
+    for (int t = 0; t < tokens.positions; ++t, t_float += 1) {
+      std::uint32_t a[4];
+      ldmatrix_x4<true>(a, x_from);
+      x_from += x_step;
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kPairs / 2; ++j) {
+        std::uint32_t b[4];
+        ldmatrix_x4<true>(b, grad_from + 16 * j);
+        TORCH_SPE_UNROLL
+        for (int l = 0; l < 2; ++l) {
+          const int i = 2 * j + l;
+          const std::uint32_t pair[2] = {b[2 * l], b[2 * l + 1]};
+          float g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          mma_m16n8k16<Storage>(g, a, pair);
+          mma_m16n8k16<Storage>(totals[i], a, pair);
+          TORCH_SPE_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const float re = g[2 * half], im = g[2 * half + 1];
+            Phasor<float>& own = e[i][half];
+            const float w_re = re * own.re + im * own.im;
+            const float w_im = im * own.re - re * own.im;
+            sums[i][half].re += w_re;
+            sums[i][half].im += w_im;
+            slopes[i][half].re += t_float * w_re;
+            slopes[i][half].im += t_float * w_im;
+            own.turn(step[i][half]);
+          }
+        }
+      }
+      grad_from += grad_step;
+    }
+  }
+
+  const std::int64_t codes = p.num_heads * features * pairs;
+  TORCH_SPE_UNROLL
+  for (int i = 0; i < kPairs; ++i) {
+    TORCH_SPE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      std::int64_t index;
+      if (!find_code(i, half, &index)) continue;
+      const std::int64_t part = segment * codes + index;
+      const Phasor<float>&sum = sums[i][half], &slope = slopes[i][half];
+      if (parts.freqs != nullptr) {
+        // The phase's gradient is the imaginary part of conj(coefficient) w.
+        const double re = static_cast<const float*>(p.coefficients)[2 * index];
+        const double im = static_cast<const float*>(p.coefficients)[2 * index + 1];
+        parts.freqs[part] = core::kTwoPi * (re * slope.im - im * slope.re +
+                                            (p.start + static_cast<double>(n_segment)) *
+                                                (re * sum.im - im * sum.re));
+      }
+      if (parts.coefficients != nullptr) {
+        parts.coefficients[2 * part] = sum.re;
+        parts.coefficients[2 * part + 1] = sum.im;
+      }
+      if (parts.constant != nullptr) {
+        parts.constant[2 * part] = totals[i][2 * half];
+        parts.constant[2 * part + 1] = totals[i][2 * half + 1];
+      }
+    }
+  }
+}
+
+}  // namespace torch_spe::cuda
