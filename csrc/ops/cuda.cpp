@@ -9,6 +9,7 @@
 #include "cuda/conv_filter.h"
 #include "cuda/linear_attention.h"
 #include "cuda/phasor_filter.h"
+#include "cuda/rotary.h"
 #include "cuda/runtime.h"
 #include "cuda/sine_features.h"
 #include "cuda/sine_filter.h"
@@ -83,6 +84,8 @@ void add(TableType table_type = TableType::kAccumulate) {
   add<cuda::linear_attention_backward, cuda::linear_attention_backward_workspace>();
   add<cuda::phasor_filter_forward>();
   add<cuda::phasor_filter_backward, cuda::phasor_filter_backward_workspace>();
+  add<cuda::rotary_forward>();
+  add<cuda::rotary_backward, cuda::rotary_backward_workspace>();
   add<cuda::sine_features_forward>();
   add<cuda::sine_features_backward, cuda::sine_features_backward_workspace>();
   add<cuda::sine_filter_forward>(TableType::kOfX);
