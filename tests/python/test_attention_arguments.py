@@ -43,12 +43,12 @@ def test_shapes_and_types(dtype, wide):
 
 def test_the_divisor_has_no_gradient():
     q, k, v, *_ = data()
-    out, s, z, divisor = attention(q.requires_grad_(), k, v)
+    out, s, _z, divisor = attention(q.requires_grad_(), k, v)
     assert (out.requires_grad, s.requires_grad, divisor.requires_grad) == (True, False, False)
 
 
 def test_autocast_casts_the_data_only():
-    q, k, v, dq, dk = data()
+    _q, k, v, _dq, dk = data()
     initial = (torch.randn(2, 3, 4, 5), torch.rand(2, 3, 7))
     with torch.autocast("cpu", torch.bfloat16):
         s, z = state(k, v, "elu", None, None, *initial, dk)
