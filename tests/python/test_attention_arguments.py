@@ -70,8 +70,8 @@ def test_the_state_of_keys_alone_is_that_of_attention(initial, causal):
     ("changes", "kind", "message"),
     [
         ({"rms_norm": True}, ValueError, "rms_norm and normalize exclude each other, got both"),
-        ({"denominator_k": None}, ValueError, "denominator_k must be given with denominator_q, got"),
-        ({"denominator_q": None}, ValueError, "denominator_q must be given with denominator_k, got"),
+        ({"denominator_k": None}, ValueError, "denominator_k must be given with denominator_q"),
+        ({"denominator_q": None}, ValueError, "denominator_q must be given with denominator_k"),
         ({"normalize": False}, ValueError, "normalize must be true with denominator_q and denom"),
         ({"denominator_q": (2, 6, 3)}, ValueError, r"denominator_q must have 4 dimensions \[B, N,"),
         ({"denominator_k": (2, 6, 3)}, ValueError, r"denominator_k must have 4 dimensions \[B, M,"),
