@@ -15,7 +15,13 @@ def _seed():
 
 
 def _sine_filter():
-    return [_draw(2, 5, 2, 3), _draw(2, 3, 2).sigmoid(), _draw(2, 3, 4, 5), _draw(2, 3, 5), _draw(5)]
+    return [
+        _draw(2, 5, 2, 3),
+        _draw(2, 3, 2).sigmoid(),
+        _draw(2, 3, 4, 5),
+        _draw(2, 3, 5),
+        _draw(5),
+    ]
 
 
 def _phasor_filter():

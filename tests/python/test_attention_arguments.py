@@ -43,12 +43,12 @@ def test_shapes_and_types(dtype, wide):
 
 def test_the_divisor_has_no_gradient():
     q, k, v, *_ = data()
-    out, s, z, divisor = attention(q.requires_grad_(), k, v)
+    out, s, _z, divisor = attention(q.requires_grad_(), k, v)
     assert (out.requires_grad, s.requires_grad, divisor.requires_grad) == (True, False, False)
 
 
 def test_autocast_casts_the_data_only():
-    q, k, v, dq, dk = data()
+    _q, k, v, _dq, dk = data()
     initial = (torch.randn(2, 3, 4, 5), torch.rand(2, 3, 7))
     with torch.autocast("cpu", torch.bfloat16):
         s, z = state(k, v, "elu", None, None, *initial, dk)
@@ -70,8 +70,8 @@ def test_the_state_of_keys_alone_is_that_of_attention(initial, causal):
     ("changes", "kind", "message"),
     [
         ({"rms_norm": True}, ValueError, "rms_norm and normalize exclude each other, got both"),
-        ({"denominator_k": None}, ValueError, "denominator_k must be given with denominator_q, got"),
-        ({"denominator_q": None}, ValueError, "denominator_q must be given with denominator_k, got"),
+        ({"denominator_k": None}, ValueError, "denominator_k must be given with denominator_q"),
+        ({"denominator_q": None}, ValueError, "denominator_q must be given with denominator_k"),
         ({"normalize": False}, ValueError, "normalize must be true with denominator_q and denom"),
         ({"denominator_q": (2, 6, 3)}, ValueError, r"denominator_q must have 4 dimensions \[B, N,"),
         ({"denominator_k": (2, 6, 3)}, ValueError, r"denominator_k must have 4 dimensions \[B, M,"),

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.cpu_only
 
 def expect_error(name):
     return pytest.raises(
-        RuntimeError, match=rf"{name}: second derivatives are not implemented; .*torch_spe.reference"
+        RuntimeError,
+        match=rf"{name}: second derivatives are not implemented; .*torch_spe.reference",
     )
 
 

@@ -1,4 +1,4 @@
-"""What all operators have in common: autograd, torch.func, and the functions of the compiled module."""
+"""What operators have in common: autograd, torch.func, functions of the compiled module."""
 
 import inspect
 
@@ -62,7 +62,7 @@ def test_the_compiled_module_reports_errors_as_python_does():
     x, *rest = OPERATORS["sine_filter"]()
     with pytest.raises(ValueError, match=r"sine_filter: x must have 4 dimensions \[B, N, H, D\]"):
         _C.sine_filter(x[0], *rest)
-    with pytest.raises(TypeError, match="sine_filter: x must be float32, .* got Long"):
+    with pytest.raises(TypeError, match=r"sine_filter: x must be float32, .* got Long"):
         _C.sine_filter(x.long(), *rest)
     with pytest.raises(Exception, match="missing value for argument 'freqs'"):
         _C.sine_filter(x)
