@@ -5,7 +5,7 @@
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 namespace {
 
-// Calls function(T{}), T the type of the numbers.
+// Calls function(T{}), T the type of the elements.
 template <class Params, class Function>
 void with_type(const Params& p, const Function& function) {
   if (p.dtype == core::DType::kFloat64) return function(double{});
@@ -15,9 +15,9 @@ void with_type(const Params& p, const Function& function) {
 // Calls function(T{}, feature) for each feature of [H D].
 template <class Params, class Function>
 void for_each_feature(const Params& p, std::int64_t features, const Function& function) {
-  with_type(p, [&](auto number) {
+  with_type(p, [&](auto element) {
 #pragma omp parallel for schedule(static) num_threads(p.num_threads)
-    for (std::int64_t feature = 0; feature < features; ++feature) function(number, feature);
+    for (std::int64_t feature = 0; feature < features; ++feature) function(element, feature);
   });
 }
 
@@ -26,8 +26,8 @@ constexpr auto same = [](auto value) { return value; };
 // Calls function(T{}, index) for each sine of [H, D, K].
 template <class Params, class Function>
 void for_each_sine(const Params& p, const Function& function) {
-  for_each_feature(p, p.num_heads * p.in_features, [&](auto number, std::int64_t feature) {
-    for (std::int64_t k = 0; k < p.num_sines; ++k) function(number, feature * p.num_sines + k);
+  for_each_feature(p, p.num_heads * p.in_features, [&](auto element, std::int64_t feature) {
+    for (std::int64_t k = 0; k < p.num_sines; ++k) function(element, feature * p.num_sines + k);
   });
 }
 
@@ -143,53 +143,54 @@ void make_phase_noise(const PhaseNoiseParams& p, std::int64_t feature, std::uint
 }  // namespace
 
 void sine_code(const SineCodeParams& p) {
-  for_each_sine(
-      p, [&](auto number, std::int64_t i) { core::make_sine_code<decltype(number), 1>(p, i, 0); });
+  for_each_sine(p, [&](auto element, std::int64_t i) {
+    core::make_sine_code<decltype(element), 1>(p, i, 0);
+  });
 }
 
 void sine_code_backward(const SineCodeBackwardParams& p) {
-  for_each_sine(p, [&](auto number, std::int64_t i) {
-    core::make_sine_code_backward<decltype(number), 1>(p, i, 0, same);
+  for_each_sine(p, [&](auto element, std::int64_t i) {
+    core::make_sine_code_backward<decltype(element), 1>(p, i, 0, same);
   });
 }
 
 void phase_code(const PhaseCodeParams& p) {
-  with_type(p, [&](auto number) { make_phase_codes<decltype(number)>(p); });
+  with_type(p, [&](auto element) { make_phase_codes<decltype(element)>(p); });
 }
 
 void phase_code_backward(const PhaseCodeBackwardParams& p) {
-  with_type(p, [&](auto number) { make_phase_codes_backward<decltype(number)>(p); });
+  with_type(p, [&](auto element) { make_phase_codes_backward<decltype(element)>(p); });
 }
 
 void gate_code(const GateCodeParams& p) {
-  for_each_feature(p, p.features, [&](auto number, std::int64_t i) {
-    core::gate_code<decltype(number), 1>(p, i, 0);
+  for_each_feature(p, p.features, [&](auto element, std::int64_t i) {
+    core::gate_code<decltype(element), 1>(p, i, 0);
   });
 }
 
 void gate_code_backward(const GateCodeBackwardParams& p) {
-  for_each_feature(p, p.features, [&](auto number, std::int64_t i) {
-    core::gate_code_backward<decltype(number), 1>(p, i, 0, same);
+  for_each_feature(p, p.features, [&](auto element, std::int64_t i) {
+    core::gate_code_backward<decltype(element), 1>(p, i, 0, same);
   });
 }
 
 void phase_noise(const PhaseNoiseParams& p) {
-  with_type(p, [&](auto number) {
+  with_type(p, [&](auto element) {
 #pragma omp parallel num_threads(p.num_threads)
     {
       const Workspace<std::uint32_t> keys(max_of(p.num_sines, p.num_pairs));
       const Workspace<core::Words<core::ScalarNumbers>> words(p.num_pairs);
 #pragma omp for schedule(static)
       for (std::int64_t feature = 0; feature < p.num_heads * p.in_features; ++feature)
-        make_phase_noise<decltype(number)>(p, feature, keys, words);
+        make_phase_noise<decltype(element)>(p, feature, keys, words);
     }
   });
 }
 
 void circle_noise(const CircleNoiseParams& p) {
-  for_each_feature(p, p.num_heads * p.in_features, [&](auto number, std::int64_t feature) {
+  for_each_feature(p, p.num_heads * p.in_features, [&](auto element, std::int64_t feature) {
     for (std::int64_t block = 0; 4 * block < p.num_pairs; ++block)
-      core::make_circle_noise<decltype(number)>(p, feature, block);
+      core::make_circle_noise<decltype(element)>(p, feature, block);
   });
 }
 

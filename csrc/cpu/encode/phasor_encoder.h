@@ -7,7 +7,7 @@
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
-// Features that are summed up in registers: as many as leave room for one row's three positions,
+// Features that are summed up in registers: as many as fit beside one row's three positions,
 // and for many rows more, as every row's sums are loaded and stored for a group.
 constexpr int group_size(bool one_row) { return one_row || kVectorBytes < 64 ? 2 : 4; }
 constexpr int kGroup = group_size(false);

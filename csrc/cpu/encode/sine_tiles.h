@@ -29,8 +29,8 @@ std::int64_t group_size(const core::SineFilterParams& p) {
 // pass of a single row.
 template <class T>
 std::int64_t one_row_group_size(const core::SineFilterParams& p) {
-  const std::int64_t numbers = 2 * num_basis_rows(p) * (p.num_realizations + kSineTile);
-  const std::int64_t bytes = numbers * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t elements = 2 * num_basis_rows(p) * (p.num_realizations + kSineTile);
+  const std::int64_t bytes = elements * static_cast<std::int64_t>(sizeof(T));
   return max_of(1, min_of(p.in_features, kOneRowBytes / bytes));
 }
 
