@@ -1,7 +1,59 @@
-// The Python module torch_spe._C. Loading it registers the operators with PyTorch's dispatcher.
+// The Python module torch_spe._C. Loading it registers the operators with PyTorch's dispatcher; the
+// module has a function for each of them, made from its schema.
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <sstream>
+
+#include "ops/register.h"
 #include "torch_spe/torch_spe.h"
+
+namespace {
+
+// A default as Python writes it.
+std::string literal(const c10::IValue& value) {
+  if (value.isString()) return "'" + value.toStringRef() + "'";
+  if (value.isBool()) return value.toBool() ? "True" : "False";
+  if (value.isNone()) return "None";
+  if (value.isList() && value.toListRef().empty()) return "[]";
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
+// The first line is the signature in the form in which Python's inspect reads it.
+std::string docstring(const torch_spe::ops::OperatorInfo& info, const c10::FunctionSchema& schema) {
+  std::ostringstream text;
+  text << info.name << "(";
+  const char* separator = "";
+  for (const c10::Argument& argument : schema.arguments()) {
+    text << separator << argument.name();
+    if (argument.default_value().has_value()) text << "=" << literal(*argument.default_value());
+    separator = ", ";
+  }
+  text << ")\n--\n\n" << info.doc << "\n\n" << schema << "\n";
+  return text.str();
+}
+
+void add_operator(pybind11::module_& m, const torch_spe::ops::OperatorInfo& info) {
+  const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(("torch_spe::" + info.name).c_str(), "");
+  const std::string doc = docstring(info, op.schema());
+  m.def(
+      info.name.c_str(),
+      [op](const pybind11::args& args, const pybind11::kwargs& kwargs) {
+        auto stack = torch::jit::createStackForSchema(op.schema(), torch::jit::tuple_slice(args),
+                                                      kwargs, std::nullopt);
+        {
+          const pybind11::gil_scoped_release release;
+          op.callBoxed(stack);
+        }
+        return torch::jit::createPyObjectForStack(std::move(stack));
+      },
+      doc.c_str());
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of torch_spe.";
@@ -17,39 +69,8 @@ PYBIND11_MODULE(_C, m) {
     dict["instruction_set"] = info.instruction_set;
     return dict;
   });
-  const std::vector<int64_t> none;
-  m.def(
-      "conv_filter",
-      [](const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& noise,
-         const std::optional<at::Tensor>& constant, const std::optional<at::Tensor>& seed,
-         std::optional<int64_t> num_realizations, const std::string& noise_kind,
-         const std::vector<int64_t>& noise_stride, const std::vector<int64_t>& start) {
-        return torch_spe::conv_filter(x, kernel, noise, constant, seed, num_realizations,
-                                      noise_kind, noise_stride, start);
-      },
-      pybind11::arg("x"), pybind11::arg("kernel"), pybind11::arg("noise") = pybind11::none(),
-      pybind11::arg("constant") = pybind11::none(), pybind11::arg("seed") = pybind11::none(),
-      pybind11::arg("num_realizations") = pybind11::none(),
-      pybind11::arg("noise_kind") = "gaussian", pybind11::arg("noise_stride") = none,
-      pybind11::arg("start") = none, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("sine_filter", &torch_spe::sine_filter, pybind11::arg("x"), pybind11::arg("freqs"),
-        pybind11::arg("weight"), pybind11::arg("constant") = pybind11::none(),
-        pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
-        pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("phasor_filter", &torch_spe::phasor_filter, pybind11::arg("x"), pybind11::arg("freqs"),
-        pybind11::arg("coefficients"), pybind11::arg("constant") = pybind11::none(),
-        pybind11::arg("positions") = pybind11::none(), pybind11::arg("start") = 0.0,
-        pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("sine_features", &torch_spe::sine_features, pybind11::arg("x"), pybind11::arg("freqs"),
-        pybind11::arg("amplitudes"), pybind11::arg("offsets") = pybind11::none(),
-        pybind11::arg("constant") = pybind11::none(), pybind11::arg("positions") = pybind11::none(),
-        pybind11::arg("start") = 0.0, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("linear_attention", &torch_spe::linear_attention, pybind11::arg("q"), pybind11::arg("k"),
-        pybind11::arg("v"), pybind11::arg("feature_map") = "elu", pybind11::arg("causal") = false,
-        pybind11::arg("normalize") = true, pybind11::arg("eps") = 1e-6,
-        pybind11::arg("key_padding_mask") = pybind11::none(),
-        pybind11::arg("cu_seqlens") = pybind11::none(),
-        pybind11::arg("initial_s") = pybind11::none(),
-        pybind11::arg("initial_z") = pybind11::none(), pybind11::arg("return_state") = false,
-        pybind11::call_guard<pybind11::gil_scoped_release>());
+  pybind11::options options;
+  options.disable_function_signatures();
+  for (const torch_spe::ops::OperatorInfo* info : torch_spe::ops::operators())
+    add_operator(m, *info);
 }

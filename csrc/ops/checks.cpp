@@ -1,7 +1,6 @@
 #include "checks.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <cmath>
 
@@ -39,7 +38,7 @@ void check_parameter_type(const char* op, const char* name, const at::Tensor& te
                    accumulate_type(x.scalar_type()), ", got ", type);
 }
 
-void check_positions(const char* op, const std::optional<at::Tensor>& positions, double start,
+void check_positions(const char* op, const OptionalTensor& positions, double start,
                      const at::Tensor& freqs, const at::Tensor& x) {
   const c10::SymInt ndim = freqs.dim() == 4 ? freqs.sym_size(3) : c10::SymInt(1);
   TORCH_CHECK_VALUE(ndim > 0, op,
@@ -113,14 +112,33 @@ at::ScalarType accumulate_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-at::Tensor once_differentiable(const char* op, const at::Tensor& output) {
-  if (!output.defined()) return output;
-  auto error = std::make_shared<torch::autograd::DelayedError>(
-      std::string(op) +
-          ": second derivatives are not implemented; use torch_spe.reference for a differentiable "
-          "backward",
-      1);
-  return (*error)({output.detach().requires_grad_()})[0];
+core::FeatureMap to_feature_map(const char* op, const char* name, std::string_view map) {
+  if (map == "identity") return core::FeatureMap::kIdentity;
+  if (map == "elu") return core::FeatureMap::kElu;
+  if (map == "relu") return core::FeatureMap::kRelu;
+  TORCH_CHECK_VALUE(false, op, ": ", name, " must be 'identity', 'elu' or 'relu', got '", map, "'");
+}
+
+void check_gradient(const char* op, const char* name, const at::Tensor& grad,
+                    c10::SymIntArrayRef sizes, const at::TensorOptions& options) {
+  bool fits = grad.dim() == static_cast<int64_t>(sizes.size());
+  for (std::size_t i = 0; fits && i < sizes.size(); ++i)
+    fits = grad.sym_size(static_cast<int64_t>(i)).sym_eq(sizes[i]).expect_true(__FILE__, __LINE__);
+  TORCH_CHECK_VALUE(fits, op, ": grad_", name, " must have shape ", sizes, ", got ",
+                    grad.sym_sizes());
+  const auto type = c10::typeMetaToScalarType(options.dtype());
+  TORCH_CHECK_TYPE(grad.scalar_type() == type, op, ": grad_", name, " must be ", type, " like ",
+                   name, ", got ", grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.device() == options.device(), op, ": grad_", name,
+                    " must be on the device of ", name, ", ", options.device(), ", got ",
+                    grad.device());
+}
+
+void check_seed(const char* op, const at::Tensor& seed) {
+  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, op, ": seed must be int64, got ",
+                   seed.scalar_type());
+  TORCH_CHECK_VALUE(seed.sym_numel().sym_eq(1).expect_true(__FILE__, __LINE__), op,
+                    ": seed must have one element, got shape ", seed.sym_sizes());
 }
 
 }  // namespace torch_spe::ops

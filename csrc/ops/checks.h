@@ -5,10 +5,14 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "core/dtype.h"
+#include "core/feature_map.h"
 
 namespace torch_spe::ops {
+
+using OptionalTensor = std::optional<at::Tensor>;
 
 // Rank and floating type (float32, float64, float16, bfloat16) of a data tensor.
 void check_data(const char* op, const char* name, const at::Tensor& tensor, int64_t dim,
@@ -27,7 +31,7 @@ void check_parameter_type(const char* op, const char* name, const at::Tensor& te
 
 // Positions [N] or [N, ndim] for x [B, N, H, D] and freqs [H, D, *] or [H, D, *, ndim]; without
 // them, ndim is 1 and start is finite.
-void check_positions(const char* op, const std::optional<at::Tensor>& positions, double start,
+void check_positions(const char* op, const OptionalTensor& positions, double start,
                      const at::Tensor& freqs, const at::Tensor& x);
 
 // The gradient of an operator's output: the type and device of x, and the output's shape, which is
@@ -44,8 +48,14 @@ core::DType to_dtype(at::ScalarType type);
 // float64 for float64, else float32.
 at::ScalarType accumulate_type(at::ScalarType type);
 
-// Marks outputs of a backward operator, so that differentiating them again is an error instead of
-// silently wrong.
-at::Tensor once_differentiable(const char* op, const at::Tensor& output);
+// phi of its name.
+core::FeatureMap to_feature_map(const char* op, const char* name, std::string_view map);
+
+// The gradient of an output called `name`: its sizes, type and device.
+void check_gradient(const char* op, const char* name, const at::Tensor& grad,
+                    c10::SymIntArrayRef sizes, const at::TensorOptions& options);
+
+// One int64.
+void check_seed(const char* op, const at::Tensor& seed);
 
 }  // namespace torch_spe::ops

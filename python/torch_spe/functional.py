@@ -234,7 +234,7 @@ def linear_attention(
         True
     """
     s, z = (None, None) if initial_state is None else initial_state
-    out, s, z = torch.ops.torch_spe.linear_attention(
+    out, s, z, _ = torch.ops.torch_spe.linear_attention(
         q,
         k,
         v,

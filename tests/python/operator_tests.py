@@ -315,7 +315,7 @@ class OperatorTests:
             (grad_out[..., 1:], ValueError, r"grad_out must have size \d+ \(that of the output\)"),
         ]:
             with pytest.raises(kind, match=message):
-                backward(bad, *arguments, 0.0, mask)
+                backward(bad, *arguments, 0.0, "identity", mask)
 
     def test_float32_beside_half_data(self):
         x, *rest = (None if t is None else t.float() for t in self.make())

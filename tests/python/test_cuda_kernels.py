@@ -472,7 +472,7 @@ def attention(feature_map="elu", causal=False, normalize=True, state=False, eps=
     def function(q, k, v, s, z, mask=None, bounds=None):
         return torch.ops.torch_spe.linear_attention(
             q, k, v, feature_map, causal, normalize, eps, mask, bounds, s, z, state
-        )
+        )[:3]
 
     return function
 

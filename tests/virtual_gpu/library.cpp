@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "machine.h"
-#include "operators.h"
+#include "ops/kernels.h"
 
 namespace vgpu {
 Program& loaded_program();
@@ -162,7 +162,10 @@ void launch_ptx(const std::string& path, const std::string& name, at::IntArrayRe
 }
 
 TORCH_LIBRARY(torch_spe_virtual_gpu, m) {
-  m.def("enable(bool enabled) -> ()", vgpu::use_cuda_kernels);
+  m.def("enable(bool enabled) -> ()", [](bool enabled) {
+    using namespace torch_spe::ops;
+    use_kernels(enabled ? Slot::kVirtualGpu : Slot::kCpu);
+  });
   m.def("launches() -> int", vgpu::launches);
   m.def("set_schedule(str schedule) -> ()",
         [](const std::string& schedule) { set_schedule(schedule); });
