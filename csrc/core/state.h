@@ -26,10 +26,16 @@ struct Passage {
   std::int64_t tokens;
 };
 
+// What becomes of an element of S or z on the way.
+template <class T>
+TORCH_SPE_INLINE T carry(Passage, T element) {
+  return element;
+}
+
 // An element of S or z: `first` is carried over the tokens of `second`, then they are added.
 template <class T>
-TORCH_SPE_INLINE T join(Passage, T first, T second) {
-  return first + second;
+TORCH_SPE_INLINE T join(Passage passage, T first, T second) {
+  return carry(passage, first) + second;
 }
 
 // The elements of a state are shared by a team; a member has those at first, first + count, ...
@@ -67,6 +73,20 @@ TORCH_SPE_INLINE void set_zero(const StateView<T>& state, const Team& team = Tea
   }
   for (std::int64_t f = team.first; f < state.denominator_features; f += team.count)
     state.z[f] = T(0);
+}
+
+// Carries a state over the tokens of a chunk whose sums a matrix product then adds to it: together
+// that is a join.
+template <class T, class Team = Alone>
+TORCH_SPE_INLINE void carry(const Passage& passage, const StateView<T>& state,
+                            const Team& team = Team{}) {
+  for (std::int64_t r = 0; r < loop_rows(state); ++r) {
+    T* const row = state.s + r * state.stride;
+    for (std::int64_t e = team.first; e < loop_columns(state); e += team.count)
+      row[e] = carry(passage, row[e]);
+  }
+  for (std::int64_t f = team.first; f < state.denominator_features; f += team.count)
+    state.z[f] = carry(passage, state.z[f]);
 }
 
 // out = first joined with second, which may be the same memory as out, and so may first. The first

@@ -1,5 +1,5 @@
 // The operator torch_spe::linear_attention.
-#include "cpu/linear_attention.h"
+#include "cpu/attention/linear_attention.h"
 
 #include <cmath>
 

@@ -175,7 +175,10 @@ __global__ void __launch_bounds__(kThreads)
           thread < chunk.size ? tokens.weight_of(chunk.batch, chunk.begin + thread, head) : T(0);
     }
     __syncthreads();
-    // The state before joins with that of the chunk: the sums go on where they are.
+    // Carried over the chunk, whose sums the product then adds to it: together that is a join.
+    const core::Passage passage{chunk.size};
+    product.for_each([&](int, int, T& element) { element = core::carry(passage, element); });
+    z = core::carry(passage, z);
     if (values > 0)
       product.template multiply<kTokens, Major::kOuter, Major::kOuter>(shared.x, shared.y);
     if (owns_z) {

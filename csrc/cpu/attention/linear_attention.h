@@ -1,9 +1,9 @@
 // CPU kernels of linear attention, out[n] = sum_m phi(q_n).phi(k_m) v_m / (sum_m phi(q_n).phi(k_m)
-// + eps).
+// + eps), and its variants (core/linear_attention.h).
 #pragma once
 
 #include "core/linear_attention.h"
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace torch_spe::cpu {
 

@@ -1,0 +1,121 @@
+// How the tokens of a batch are cut into units of work: sequences (rows of the batch, or packed in
+// one), segments and chunks; and which keys are padding.
+#pragma once
+
+#include "core/linear_attention.h"
+#include "simd.h"
+
+namespace torch_spe::cpu::TORCH_SPE_ISA {
+
+using core::LinearAttentionParams;
+
+constexpr std::int64_t kChunk = 64;      // tokens whose weights are formed at once
+constexpr std::int64_t kSegment = 1024;  // tokens of a unit of work; whole chunks
+
+struct Chunk {
+  std::int64_t batch;  // row of the batch
+  std::int64_t head;
+  std::int64_t begin;  // position in the row of the batch
+  std::int64_t size;
+  std::int64_t rest;  // tokens from `begin` to the end of the segment
+};
+
+struct Segment {
+  std::int64_t row;    // sequence * H + head
+  std::int64_t slot;   // number among all segments
+  std::int64_t batch;  // row of the batch
+  std::int64_t head;
+  std::int64_t begin;  // position in the row of the batch
+  std::int64_t size;
+  bool first, last;  // of its sequence
+
+  std::int64_t chunks() const { return (size + kChunk - 1) / kChunk; }
+  Chunk chunk(std::int64_t index) const {
+    const std::int64_t rest = size - index * kChunk;
+    return {batch, head, begin + index * kChunk, min_of(kChunk, rest), rest};
+  }
+};
+
+// The segments of all sequences and heads: the units in which states are joined, whatever the
+// number of threads, so that results do not depend on it. An empty sequence has one empty segment.
+class Segments {
+ public:
+  // Of queries or keys: `length` is N or M.
+  Segments(const LinearAttentionParams& p, std::int64_t length)
+      : p_(p), length_(length), first_(p.num_sequences + 1) {
+    first_[0] = 0;
+    for (std::int64_t s = 0; s < p.num_sequences; ++s) {
+      const std::int64_t count = max_of(1, (size_of(s) + kSegment - 1) / kSegment);
+      first_[s + 1] = first_[s] + count;
+      longest_ = max_of(longest_, count);
+    }
+  }
+
+  std::int64_t total() const { return first_[p_.num_sequences] * p_.num_heads; }
+  std::int64_t rows() const { return p_.num_sequences * p_.num_heads; }
+  std::int64_t count(std::int64_t row) const {
+    return first_[row / p_.num_heads + 1] - first_[row / p_.num_heads];
+  }
+  // Slots of a row follow each other.
+  std::int64_t first_slot(std::int64_t row) const {
+    return first_[row / p_.num_heads] * p_.num_heads + row % p_.num_heads * count(row);
+  }
+
+  Segment of_row(std::int64_t row, std::int64_t index) const {
+    const std::int64_t sequence = row / p_.num_heads;
+    const std::int64_t offset = index * kSegment;
+    Segment segment;
+    segment.row = row;
+    segment.slot = first_slot(row) + index;
+    segment.batch = p_.cu_seqlens == nullptr ? sequence : 0;
+    segment.head = row % p_.num_heads;
+    segment.begin = (p_.cu_seqlens == nullptr ? 0 : p_.cu_seqlens[sequence]) + offset;
+    segment.size = min_of(kSegment, size_of(sequence) - offset);
+    segment.first = index == 0;
+    segment.last = index + 1 == count(row);
+    return segment;
+  }
+
+  Segment of_slot(std::int64_t slot) const {
+    std::int64_t low = 0, high = p_.num_sequences;  // sequence in [low, high)
+    while (high - low > 1) {
+      const std::int64_t middle = (low + high) / 2;
+      (first_[middle] * p_.num_heads <= slot ? low : high) = middle;
+    }
+    const std::int64_t in_sequence = slot - first_[low] * p_.num_heads;
+    const std::int64_t segments = first_[low + 1] - first_[low];
+    return of_row(low * p_.num_heads + in_sequence / segments, in_sequence % segments);
+  }
+
+  // Whether threads that take whole rows would wait for each other longer than the second pass over
+  // keys and values costs that lets them share a row.
+  bool worth_sharing_rows() const {
+    const std::int64_t threads = p_.num_threads;
+    const std::int64_t share = (total() + threads - 1) / threads;
+    const std::int64_t by_rows =
+        min_of((rows() + threads - 1) / threads * longest_, share + longest_);
+    return longest_ > 1 && 4 * by_rows > 5 * share;
+  }
+
+ private:
+  // The bounds of packed sequences are those of the keys; queries are as many, or none.
+  std::int64_t size_of(std::int64_t sequence) const {
+    return p_.cu_seqlens == nullptr || length_ == 0
+               ? length_
+               : p_.cu_seqlens[sequence + 1] - p_.cu_seqlens[sequence];
+  }
+
+  const LinearAttentionParams& p_;
+  std::int64_t length_;
+  Workspace<std::int64_t> first_;  // [S + 1], segments of a head before each sequence
+  std::int64_t longest_ = 1;       // segments of the longest sequence
+};
+
+// Whether token t of a chunk of keys is padding.
+TORCH_SPE_INLINE bool is_padding(const LinearAttentionParams& p, const Chunk& chunk,
+                                 std::int64_t t) {
+  return p.key_padding_mask != nullptr &&
+         p.key_padding_mask[chunk.batch * p.key_length + chunk.begin + t];
+}
+
+}  // namespace torch_spe::cpu::TORCH_SPE_ISA

@@ -1,0 +1,223 @@
+// Tiles of linear attention: chunks of q, k, v and their like, loaded in the type of computation,
+// and what forward and backward do with them alike.
+#pragma once
+
+#include "blas.h"
+#include "core/feature_map.h"
+#include "state.h"
+
+namespace torch_spe::cpu::TORCH_SPE_ISA {
+
+using core::FeatureMap;
+
+constexpr std::int64_t kAhead = 16;  // rows between prefetching and loading
+
+// n is a multiple of the lanes.
+template <class T>
+TORCH_SPE_INLINE T dot(const T* a, const T* b, std::int64_t n) {
+  Vec<T> sum = {};
+  for (std::int64_t i = 0; i < n; i += kLanes<T>) sum += load_vec(a + i) * load_vec(b + i);
+  return sum_lanes<T>(sum);
+}
+
+// phi of a row with a stride.
+template <FeatureMap kMap, class Storage, class T>
+TORCH_SPE_INLINE void load_mapped_row(const Storage* in, std::int64_t stride, std::int64_t n,
+                                      T* out) {
+  if (stride == 1) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = core::apply_feature_map<kMap>(core::load(in[i]));
+  } else {
+    for (std::int64_t i = 0; i < n; ++i)
+      out[i] = core::apply_feature_map<kMap>(core::load(in[i * stride]));
+  }
+}
+
+// Calls `function` with the feature map as a type.
+template <FeatureMap kMap>
+struct MapTag {
+  static constexpr FeatureMap value = kMap;
+};
+template <class Function>
+TORCH_SPE_INLINE void visit_feature_map(FeatureMap map, const Function& function) {
+  switch (map) {
+    case FeatureMap::kIdentity:
+      return function(MapTag<FeatureMap::kIdentity>{});
+    case FeatureMap::kElu:
+      return function(MapTag<FeatureMap::kElu>{});
+    case FeatureMap::kRelu:
+      return function(MapTag<FeatureMap::kRelu>{});
+  }
+}
+
+// Divisors below this are divided by: their reciprocals, or what these are multiplied with, might
+// overflow.
+template <class T>
+constexpr T kSmallDivisor = sizeof(T) == 8 ? T(0x1p-900) : T(0x1p-100f);
+template <class T>
+constexpr T kLargeDivisor = sizeof(T) == 8 ? T(0x1p900) : T(0x1p100f);
+
+// out = in / divisor, or 0 where that is 0; a product where the reciprocal is harmless.
+template <class T, class Storage>
+TORCH_SPE_INLINE void divide_row(const T* in, T divisor, std::int64_t n, Storage* out) {
+  const T magnitude = divisor < 0 ? -divisor : divisor;
+  if (divisor == 0) {
+    for (std::int64_t i = 0; i < n; ++i) core::store(T(0), out + i);
+  } else if (magnitude >= kSmallDivisor<T> && magnitude <= kLargeDivisor<T>) {
+    const T reciprocal = 1 / divisor;
+    for (std::int64_t i = 0; i < n; ++i) core::store(in[i] * reciprocal, out + i);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) core::store(in[i] / divisor, out + i);
+  }
+}
+
+// A tensor [B, L, H, C] in strides, of features or values.
+template <class Storage>
+struct Strided {
+  const Storage* data;
+  const std::int64_t* strides;
+  std::int64_t columns;
+
+  Strided(const void* tensor, const std::int64_t (&tensor_strides)[4], std::int64_t size)
+      : data(static_cast<const Storage*>(tensor)), strides(tensor_strides), columns(size) {}
+
+  // Row t of a chunk. Rows of a head lie apart, which the machine's own prefetching does not
+  // follow.
+  const Storage* row(const Chunk& chunk, std::int64_t t) const {
+    return data + chunk.batch * strides[0] + (chunk.begin + t) * strides[1] +
+           chunk.head * strides[2];
+  }
+  void prefetch(const Chunk& chunk, std::int64_t t) const {
+    prefetch_row(row(chunk, min_of(t + kAhead, chunk.rest - 1)), strides[3], columns);
+  }
+};
+
+// Row t of a chunk in a contiguous tensor [B, length, H, columns].
+template <class T>
+TORCH_SPE_INLINE T* contiguous_row(const LinearAttentionParams& p, T* data, std::int64_t length,
+                                   std::int64_t columns, const Chunk& chunk, std::int64_t t) {
+  return data + ((chunk.batch * length + chunk.begin + t) * p.num_heads + chunk.head) * columns;
+}
+
+// Rows of tiles are padded like those of a state, with zeros; those of padding keys are zero.
+template <class Storage>
+class AttentionTiles {
+ public:
+  using T = core::accumulate_t<Storage>;
+
+  explicit AttentionTiles(const LinearAttentionParams& p, const StateLayout<T>& layout)
+      : p_(p), layout_(layout), sum_(layout.denominator_width) {}
+
+  // phi(q) [chunk, R], rows `ld` apart.
+  void load_queries(const Chunk& chunk, T* out, std::int64_t ld) const {
+    load_features({p_.q, p_.q_strides, layout_.features}, p_.feature_map, chunk, false, out, ld,
+                  layout_.feature_width);
+  }
+  // phi(k) [chunk, R].
+  void load_keys(const Chunk& chunk, T* out) const {
+    load_features({p_.k, p_.k_strides, layout_.features}, p_.feature_map, chunk, true, out,
+                  layout_.feature_width, layout_.feature_width);
+  }
+  // psi(denominator_q), psi(denominator_k) [chunk, F].
+  void load_denominator_queries(const Chunk& chunk, T* out) const {
+    load_features({p_.denominator_q, p_.denominator_q_strides, layout_.denominator_features},
+                  p_.denominator_feature_map, chunk, false, out, layout_.denominator_width,
+                  layout_.denominator_width);
+  }
+  void load_denominator_keys(const Chunk& chunk, T* out) const {
+    load_features({p_.denominator_k, p_.denominator_k_strides, layout_.denominator_features},
+                  p_.denominator_feature_map, chunk, true, out, layout_.denominator_width,
+                  layout_.denominator_width);
+  }
+  // v [chunk, E].
+  void load_values(const Chunk& chunk, T* out) const {
+    const Strided<Storage> v(p_.v, p_.v_strides, layout_.values);
+    for (std::int64_t t = 0; t < chunk.size; ++t) {
+      T* row = out + t * layout_.value_width;
+      if (is_padding(p_, chunk, t)) {
+        set_zero(row, layout_.value_width);
+        continue;
+      }
+      v.prefetch(chunk, t);
+      load_row(v.row(chunk, t), v.strides[3], v.columns, row);
+      set_zero(row + v.columns, layout_.value_width - v.columns);
+    }
+  }
+
+  // Joins a state with the sums over a chunk of keys: S += keys^T values, z += the sum of
+  // denominator_keys.
+  void add_keys(std::int64_t size, const T* keys, const T* values, const T* denominator_keys,
+                T* state) const {
+    const std::int64_t width = layout_.denominator_width;
+    core::carry(Passage{size}, layout_.view(state));
+    gemm(Op::kTransposed, Op::kPlain, layout_.features, layout_.values, size, keys,
+         layout_.feature_width, values, layout_.value_width, T(1), state, layout_.value_width);
+    set_zero(sum_.get(), width);
+    for (std::int64_t t = 0; t < size; ++t) {
+      for (std::int64_t f = 0; f < width; ++f) sum_[f] += denominator_keys[t * width + f];
+    }
+    T* const z = state + layout_.z_offset();
+    for (std::int64_t f = 0; f < width; ++f) z[f] += sum_[f];
+  }
+
+  // The sums over a segment of keys. The tiles are scratch memory; where the denominator has no
+  // features of its own, denominator_keys is keys.
+  void sum_keys(const Segment& segment, T* keys, T* values, T* denominator_keys, T* state) const {
+    core::set_zero(layout_.view(state));
+    for (std::int64_t i = 0; i < segment.chunks(); ++i) {
+      const Chunk chunk = segment.chunk(i);
+      load_keys(chunk, keys);
+      load_values(chunk, values);
+      if (denominator_keys != keys) load_denominator_keys(chunk, denominator_keys);
+      add_keys(chunk.size, keys, values, denominator_keys, state);
+    }
+  }
+
+  // denominators[t] = psi(dq_t) . z_t + eps, z_t being z (or null) plus, when causal, the keys up
+  // to t. Queries lie `ld` apart.
+  void denominators(std::int64_t size, const T* queries, std::int64_t ld, const T* keys, const T* z,
+                    T* out) const {
+    const std::int64_t width = layout_.denominator_width;
+    set_zero(sum_.get(), width);
+    for (std::int64_t t = 0; t < size; ++t) {
+      const T* q = queries + t * ld;
+      Vec<T> products = {};
+      for (std::int64_t f = 0; f < width; f += kLanes<T>) {
+        Vec<T> weight = load_vec(sum_ + f);
+        if (p_.causal) {
+          weight += load_vec(keys + t * width + f);
+          store_vec(sum_ + f, weight);
+        }
+        if (z != nullptr) weight += load_vec(z + f);
+        products += load_vec(q + f) * weight;
+      }
+      out[t] = sum_lanes<T>(products) + static_cast<T>(p_.eps);
+    }
+  }
+
+  static void keep_lower_triangle(std::int64_t size, T* weights, std::int64_t ld) {
+    for (std::int64_t t = 0; t < size; ++t) set_zero(weights + t * ld + t + 1, size - t - 1);
+  }
+
+ private:
+  void load_features(const Strided<Storage>& x, FeatureMap feature_map, const Chunk& chunk,
+                     bool are_keys, T* out, std::int64_t ld, std::int64_t width) const {
+    visit_feature_map(feature_map, [&](auto map) {
+      for (std::int64_t t = 0; t < chunk.size; ++t) {
+        T* row = out + t * ld;
+        if (are_keys && is_padding(p_, chunk, t)) {
+          set_zero(row, width);
+          continue;
+        }
+        x.prefetch(chunk, t);
+        load_mapped_row<map.value>(x.row(chunk, t), x.strides[3], x.columns, row);
+        set_zero(row + x.columns, width - x.columns);
+      }
+    });
+  }
+
+  const LinearAttentionParams& p_;
+  const StateLayout<T>& layout_;
+  Workspace<T> sum_;  // [F]
+};
+
+}  // namespace torch_spe::cpu::TORCH_SPE_ISA
