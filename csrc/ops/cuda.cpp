@@ -23,8 +23,8 @@ namespace torch_spe::ops {
 namespace {
 
 // Test libraries run these kernels on CPU tensors.
-#if defined(TORCH_SPE_KERNEL_SLOT)
-constexpr Slot kSlot = Slot::TORCH_SPE_KERNEL_SLOT;
+#if defined(TORCH_SPE_ALTERNATIVE_KERNELS)
+constexpr Slot kSlot = Slot::kAlternative;
 #else
 constexpr Slot kSlot = Slot::kCuda;
 #endif
@@ -75,7 +75,10 @@ void add(TableType table_type = TableType::kAccumulate) {
   register_kernel<Params>(kSlot, run<launch, workspace, Params>, table_type);
 }
 
-[[maybe_unused]] const bool registered = [] {
+}  // namespace
+
+// Test libraries call it again where there are several of them, for the kernels of one.
+bool register_cuda_kernels() {
   add<cuda::conv_filter_forward>();
   add<cuda::conv_filter_backward, cuda::conv_filter_backward_workspace>();
   add<cuda::conv_noise>();
@@ -96,7 +99,9 @@ void add(TableType table_type = TableType::kAccumulate) {
   add<cuda::phase_noise>();
   add<cuda::circle_noise>();
   return true;
-}();
+}
 
+namespace {
+[[maybe_unused]] const bool registered = register_cuda_kernels();
 }  // namespace
 }  // namespace torch_spe::ops

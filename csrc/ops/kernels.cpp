@@ -7,7 +7,7 @@
 namespace torch_spe::ops {
 namespace {
 
-Slot slot_of_cpu = Slot::kCpu;
+bool alternative_wanted = false;
 
 std::unordered_map<std::type_index, KernelSlots>& all_slots() {
   static std::unordered_map<std::type_index, KernelSlots> all;
@@ -17,7 +17,9 @@ std::unordered_map<std::type_index, KernelSlots>& all_slots() {
 }  // namespace
 
 const AnyKernel& KernelSlots::of(c10::DeviceType device) const {
-  const Slot slot = device == c10::kCUDA ? Slot::kCuda : slot_of_cpu;
+  const Slot slot = device == c10::kCUDA ? Slot::kCuda
+                    : alternative_wanted ? Slot::kAlternative
+                                         : Slot::kCpu;
   const AnyKernel& found = slots[static_cast<int>(slot)];
   TORCH_CHECK_NOT_IMPLEMENTED(found.call != nullptr, "torch_spe: no kernel for the device ",
                               device);
@@ -33,6 +35,6 @@ bool has_kernels(Slot slot) {
   return false;
 }
 
-void use_kernels(Slot slot) { slot_of_cpu = slot; }
+void use_alternative_kernels(bool wanted) { alternative_wanted = wanted; }
 
 }  // namespace torch_spe::ops

@@ -1,6 +1,6 @@
 // The kernels of every operator for each device, found by the type of their parameters. An operator
-// registers its CPU kernel beside its description, cuda.cpp registers the CUDA launchers, and test
-// libraries may register others that run instead of the CPU kernels.
+// registers its CPU kernel beside its description, cuda.cpp registers the CUDA launchers, and a
+// test library may register others that run instead of the CPU kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 namespace torch_spe::ops {
 
-enum class Slot { kCpu, kCuda, kEmulation, kVirtualGpu };
+enum class Slot { kCpu, kCuda, kAlternative };
 
 // Type in which a kernel wants the tables of an encoder, such as the weight of the sine filter.
 enum class TableType { kAccumulate, kOfX };
@@ -30,7 +30,7 @@ struct Kernel {
 };
 
 struct KernelSlots {
-  AnyKernel slots[4];
+  AnyKernel slots[3];
 
   // The kernel for tensors on a device. Throws where this build has none.
   const AnyKernel& of(c10::DeviceType device) const;
@@ -40,8 +40,8 @@ KernelSlots& kernel_slots(std::type_index params);
 // Whether any kernel is registered there: a build for the CPU alone has none for CUDA.
 bool has_kernels(Slot slot);
 
-// Whose kernels run for CPU tensors: Slot::kCpu, or those of a test library.
-void use_kernels(Slot slot);
+// Whether the kernels of Slot::kAlternative run in place of the CPU kernels.
+void use_alternative_kernels(bool wanted);
 
 template <class Params>
 Kernel<Params> kernel_of(c10::DeviceType device) {

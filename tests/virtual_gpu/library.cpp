@@ -20,6 +20,10 @@ namespace vgpu {
 Program& loaded_program();
 }
 
+namespace torch_spe::ops {
+bool register_cuda_kernels();
+}
+
 namespace {
 
 // Tells the virtual GPU what memory tensors have, so that kernels can be kept inside. Between two
@@ -161,11 +165,14 @@ void launch_ptx(const std::string& path, const std::string& name, at::IntArrayRe
                u(shared));
 }
 
+// Another library of this kind may have been loaded after this one.
+void enable(bool enabled) {
+  if (enabled) torch_spe::ops::register_cuda_kernels();
+  torch_spe::ops::use_alternative_kernels(enabled);
+}
+
 TORCH_LIBRARY(torch_spe_virtual_gpu, m) {
-  m.def("enable(bool enabled) -> ()", [](bool enabled) {
-    using namespace torch_spe::ops;
-    use_kernels(enabled ? Slot::kVirtualGpu : Slot::kCpu);
-  });
+  m.def("enable(bool enabled) -> ()", enable);
   m.def("launches() -> int", vgpu::launches);
   m.def("set_schedule(str schedule) -> ()",
         [](const std::string& schedule) { set_schedule(schedule); });
