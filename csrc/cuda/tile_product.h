@@ -82,6 +82,35 @@ class TileProduct {
     }
   }
 
+  // Calls rows(row) for each row of which this thread holds elements, and what that returns with
+  // (column, element) for each of them.
+  template <class Rows>
+  TORCH_SPE_DEVICE void for_each_row(const Rows& rows) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kTensorCores) {
+      const int lane = thread % 32, warp = thread / 32;
+      const int row = warp / kWarpsN * kWarpM + lane / 4;
+      const int column = warp % kWarpsN * kWarpN + lane % 4 * 2;
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        const auto take = rows(row + 8 * i);
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kTilesN; ++j) {
+          TORCH_SPE_UNROLL
+          for (int e = 0; e < 2; ++e)
+            take(column + 8 * j + e, sums_[i / 2 * kTilesN + j][i % 2 * 2 + e]);
+        }
+      }
+    } else {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kM / 16; ++i) {
+        const auto take = rows(thread / 8 + 16 * i);
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kN / 8; ++j) take(thread % 8 + 8 * j, sum(i * (kN / 8) + j));
+      }
+    }
+  }
+
   // Calls function(row, column, number) for the numbers that this thread holds.
   template <class Function>
   TORCH_SPE_DEVICE void for_each(const Function& function) {

@@ -76,7 +76,10 @@ void add(TableType table_type = TableType::kAccumulate) {
   register_kernel<Params>(kSlot, run<launch, workspace, Params>, table_type);
 }
 
-[[maybe_unused]] const bool registered = [] {
+}  // namespace
+
+// Test libraries call it again where there are several of them, for the kernels of one.
+bool register_cuda_kernels() {
   add<cuda::conv_filter_forward>();
   add<cuda::conv_filter_backward, cuda::conv_filter_backward_workspace>();
   add<cuda::conv_noise>();
@@ -99,7 +102,9 @@ void add(TableType table_type = TableType::kAccumulate) {
   add<cuda::phase_noise>();
   add<cuda::circle_noise>();
   return true;
-}();
+}
 
+namespace {
+[[maybe_unused]] const bool registered = register_cuda_kernels();
 }  // namespace
 }  // namespace torch_spe::ops

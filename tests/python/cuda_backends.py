@@ -1,4 +1,7 @@
-"""Runs operators through the CUDA kernels: on a GPU, or compiled for the CPU and emulated."""
+"""Runs operators through the CUDA kernels: on a GPU, compiled for the CPU and emulated, or as PTX.
+
+The PTX is what nvcc makes of the kernels; tests/virtual_gpu executes it on the CPU.
+"""
 
 import contextlib
 import os
@@ -14,24 +17,44 @@ BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).re
 # runs under AddressSanitizer and UBSan.
 EMULATION = os.environ.get("TORCH_SPE_EMULATION", "libtorch_spe_emulated.so")
 LIBRARY = BUILD / "tests" / "cuda_emulation" / EMULATION
+# The architecture whose PTX the virtual GPU executes: one in a process.
+VIRTUAL_GPU = (
+    BUILD / "tests" / "virtual_gpu" / os.environ.get("TORCH_SPE_VIRTUAL_GPU", "90")
+    / "libtorch_spe_virtual_gpu.so"
+)  # fmt: skip
 SCHEDULES = os.environ.get("TORCH_SPE_SCHEDULES", "fifo lifo random:1").split()
 # Tensors are tiny; threads that wait for each other cost more than they save.
 torch.set_num_threads(1)
 
 
-@contextlib.contextmanager
-def emulated(schedule="fifo", may_launch_nothing=False):
-    """Within, operators on CPU tensors run the CUDA kernels, threads scheduled as told."""
+def load_emulation():
+    """Loads the emulation; its operators."""
     if not hasattr(torch.ops.torch_spe_emulation, "enable"):
         torch.ops.load_library(str(LIBRARY))
-    torch.ops.torch_spe_emulation.set_schedule(schedule)
-    torch.ops.torch_spe_emulation.enable(True)
-    launches = torch.ops.torch_spe_emulation.launches()
+    return torch.ops.torch_spe_emulation
+
+
+def load_virtual_gpu():
+    """Loads the virtual GPU; its operators. It knows the memory of tensors made from now on."""
+    if not hasattr(torch.ops.torch_spe_virtual_gpu, "enable"):
+        torch.ops.load_library(str(VIRTUAL_GPU))
+    return torch.ops.torch_spe_virtual_gpu
+
+
+@contextlib.contextmanager
+def cuda_kernels(executor, schedule="fifo", may_launch_nothing=False):
+    """Within, operators on CPU tensors run the CUDA kernels, threads scheduled as told.
+
+    ``executor`` are the operators that `load_emulation` or `load_virtual_gpu` gives.
+    """
+    executor.set_schedule(schedule)
+    executor.enable(True)
+    launches = executor.launches()
     try:
         yield
-        assert may_launch_nothing or torch.ops.torch_spe_emulation.launches() > launches
+        assert may_launch_nothing or executor.launches() > launches
     finally:
-        torch.ops.torch_spe_emulation.enable(False)
+        executor.enable(False)
 
 
 def on(device, tensor):
@@ -95,12 +118,20 @@ def compare_emulated(function, inputs, grads, tolerance, wanted=None, may_launch
     expected = run(function, inputs, grads, wanted)
     first = None
     for schedule in SCHEDULES:
-        with emulated(schedule, may_launch_nothing):
+        with cuda_kernels(load_emulation(), schedule, may_launch_nothing):
             got = run(function, inputs, grads, wanted)
         check(got, expected, tolerance)
         first = first or got
         for actual, right in zip(got, first, strict=True):
             assert torch.equal(actual, right), f"{schedule} differs from {SCHEDULES[0]}"
+
+
+def compare_virtual(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):
+    """What nvcc makes of the kernels agrees with the CPU's."""
+    expected = run(function, inputs, grads, wanted)
+    with cuda_kernels(load_virtual_gpu(), "fifo", may_launch_nothing):
+        got = run(function, inputs, grads, wanted)
+    check(got, expected, tolerance)
 
 
 def compare_cuda(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):

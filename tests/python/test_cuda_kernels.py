@@ -1,18 +1,34 @@
-"""The CUDA kernels against those of the CPU: on a GPU, and their own source emulated on the CPU."""
+"""The CUDA kernels against those of the CPU: on a GPU, emulated, and as PTX on the virtual GPU."""
 
 import pytest
 import torch
-from cuda_backends import LIBRARY, compare_cuda, compare_emulated, on, run
+from cuda_backends import (
+    LIBRARY,
+    VIRTUAL_GPU,
+    compare_cuda,
+    compare_emulated,
+    compare_virtual,
+    load_virtual_gpu,
+    on,
+    run,
+)
 
 import torch_spe
 
 
-@pytest.fixture(params=["emulated", "cuda"])
+@pytest.fixture(params=["emulated", "virtual_gpu", "cuda"])
 def compare(request):
     if request.param == "emulated":
         if not LIBRARY.exists():
             pytest.skip(f"{LIBRARY.name} is not built (CMake option TORCH_SPE_TESTS)")
         return compare_emulated
+    if request.param == "virtual_gpu":
+        if not VIRTUAL_GPU.exists():
+            pytest.skip(
+                "the virtual GPU is not built (CMake option TORCH_SPE_VIRTUAL_GPU, needs nvcc)"
+            )
+        load_virtual_gpu()  # before the test makes its tensors
+        return compare_virtual
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return compare_cuda
@@ -639,6 +655,101 @@ def test_gradients_that_denominators_make_smaller_than_float16(compare, causal):
     inputs, (grad, *_) = attention_inputs(torch.float16, 1, 4096, 4096, 1, 32, 32)
     grads = (grad * 0.01, None, None)  # divided by 100000 and more
     compare(attention(causal=causal), inputs, grads, ATTENTION_TOLERANCES[torch.float16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("values", [8, 3, 70])
+def test_root_mean_square_norm(compare, values, causal, dtype):
+    inputs, grads = attention_inputs(dtype, 2, 150, 150, 2, 5, values, state=True)
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+
+    def function(q, k, v, s, z):
+        return torch.ops.torch_spe.linear_attention(
+            q, k, v, "elu", causal, False, 1e-3, mask, None, s, z, True, rms_norm=True
+        )[:3]
+
+    compare(function, inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
+def with_denominators(feature_map="elu", causal=False, eps=1e-3):
+    def function(q, k, v, dq, dk, s=None, z=None, mask=None, bounds=None):
+        return torch.ops.torch_spe.linear_attention(
+            q, k, v, "identity", causal, True, eps, mask, bounds, s, z, s is not None,
+            dq, dk, feature_map,
+        )[:3]  # fmt: skip
+
+    return function
+
+
+def denominator_inputs(dtype, batch, length, heads, features, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    dq, dk = (torch.randn(batch, length, heads, features, generator=g).to(dtype) for _ in "qk")
+    z, grad_z = (torch.rand(batch, heads, features, generator=g).to(wide) * 3 for _ in "zg")
+    return dq, dk, z, grad_z
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("features", [9, 64, 70])
+def test_features_of_the_denominator(compare, features, causal, dtype):
+    (q, k, v, s, _), (grad, grad_s, _) = attention_inputs(dtype, 2, 150, 150, 2, 8, 16, state=True)
+    dq, dk, z, grad_z = denominator_inputs(dtype, 2, 150, 2, features)
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+    grads = (grad, grad_s, grad_z)
+    inputs = [q, k, v, dq, dk, s, z, mask]
+    compare(with_denominators(causal=causal), inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("wanted", [[0], [3], [4], [6]], ids=str)
+def test_some_gradients_with_features_of_the_denominator(compare, wanted):
+    (q, k, v, s, _), (grad, grad_s, _) = attention_inputs(
+        torch.float32, 1, 140, 140, 1, 3, 4, state=True
+    )
+    dq, dk, z, grad_z = denominator_inputs(torch.float32, 1, 140, 1, 5)
+    grads = (grad, grad_s, grad_z)
+    compare(with_denominators(causal=True), [q, k, v, dq, dk, s, z], grads, 3e-6, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_features_of_the_denominator_of_packed_sequences(compare, causal):
+    bounds = torch.tensor([0, 5, 5, 100, 140])
+    (*_, s, _), (_, grad_s, _) = attention_inputs(torch.float64, 4, 1, 1, 2, 5, 3, state=True)
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.float64, 1, 140, 140, 2, 5, 3)
+    dq, dk, *_ = denominator_inputs(torch.float64, 1, 140, 2, 7)
+    *_, z, grad_z = denominator_inputs(torch.float64, 4, 1, 2, 7)
+    inputs = [q, k, v, dq, dk, s, z, None, bounds]
+    compare(with_denominators(causal=causal), inputs, (grad, grad_s, grad_z), 1e-12)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_state_of_keys_alone(compare, dtype, packed, own):
+    (_, k, v, s, z), (_, grad_s, grad_z) = attention_inputs(dtype, 3, 150, 150, 2, 5, 3, state=True)
+    mask = torch.rand(3, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+    dk = None
+    if own:
+        _, dk, z, grad_z = denominator_inputs(dtype, 3, 150, 2, 7)
+    bounds = None
+    if packed:
+        k, v, dk = (None if t is None else t[:1] for t in (k, v, dk))
+        mask, bounds = None, torch.tensor([0, 20, 20, 150])
+
+    def function(k, v, s, z, dk):
+        return torch.ops.torch_spe.linear_attention_state(
+            k, v, "elu", mask, bounds, s, z, dk, "relu"
+        )
+
+    compare(function, [k, v, s, z, dk], (grad_s, grad_z), ATTENTION_TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_tiny_denominators(compare, causal):
+    (q, k, v, *_), grads = attention_inputs(torch.float32, 1, 70, 70, 1, 4, 4)
+    q, k = (t.abs().clamp(min=0.1) * 1e-20 for t in (q, k))
+    compare(attention("relu", causal, eps=0.0), [q, k, v, None, None], grads, 1e-5)
 
 
 LAYERS = [

@@ -1,0 +1,133 @@
+// The kernel of the gradients of queries and keys.
+#pragma once
+
+#include "states.h"
+
+namespace torch_spe::cuda::attention {
+
+template <class Operand>
+struct FeaturesShared {
+  using T = core::accumulate_t<Operand>;
+  static constexpr int kTokens = kChunk<Operand>;
+  Operand* row_y;    // [row, e]
+  Operand* col_y;    // [column, e]
+  Operand* state;    // [r, e]
+  Operand* weights;  // [row, column]
+  Operand* col_x;    // [column, r]
+  T* row_weight;     // [row]
+  T* row_scale;      // [row]
+  T* col_weight;     // [column]
+  T* z;              // [r]
+
+  TORCH_SPE_INLINE explicit FeaturesShared(Carver& carver)
+      : row_y(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
+        col_y(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
+        state(carver.take<Operand>(kWide * row_of<Operand>(kDeep))),
+        weights(carver.take<Operand>(kTokens * row_of<Operand>(kTokens))),
+        col_x(carver.take<Operand>(kTokens * row_of<Operand>(kWide))),
+        row_weight(carver.take<T>(kTokens)),
+        row_scale(carver.take<T>(kTokens)),
+        col_weight(carver.take<T>(kTokens)),
+        z(carver.take<T>(kWide)) {}
+};
+
+template <class Storage, class Operand>
+__global__ void __launch_bounds__(kThreads)
+    features_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Cut chunks,
+                    const Cut segments, bool causal, bool columns_follow,
+                    const States<core::accumulate_t<Storage>> states, Storage* grad) {
+  using T = core::accumulate_t<Storage>;
+  constexpr int kTokens = kChunk<Operand>;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const FeaturesShared<Operand> shared(carver);
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t features = states.features, values = states.values;
+  const std::int64_t tiles = ceil_div(features, kWide);
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t r0 = block % tiles * kWide;
+  const std::int64_t head = block / tiles % states.heads;
+  const std::int64_t slot = block / tiles / states.heads;
+  const Part chunk(chunks, slot);
+  if (chunk.size == 0) return;
+  const StateReader<T> reader(states, causal, chunks, segments, slot, chunk, head);
+
+  if (thread < kTokens) {
+    const bool inside = thread < chunk.size;
+    const std::int64_t n = chunk.begin + thread;
+    shared.row_weight[thread] = inside ? rows.weight_of(chunk.batch, n, head) : T(0);
+    // Padding, whatever it holds, has the gradient 0.
+    shared.row_scale[thread] =
+        inside && !rows.is_padding(chunk.batch, n) ? rows.scale_of(chunk.batch, n, head) : T(0);
+    shared.col_weight[thread] = inside && causal ? columns.weight_of(chunk.batch, n, head) : T(0);
+  } else if (thread - kTokens < kWide) {
+    shared.z[thread - kTokens] = reader.z(r0 + thread - kTokens);
+  }
+  TileProduct<Operand, kTokens, kWide> product;
+  TileProduct<Operand, kTokens, kTokens> weights;
+  product.clear();
+  weights.clear();
+  for (std::int64_t e0 = 0; e0 < values; e0 += kDeep) {
+    __syncthreads();  // the tiles before have been used
+    rows.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.row_y);
+    if (causal) columns.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.col_y);
+    load_state<kWide, kDeep>(shared.state,
+                             [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
+    __syncthreads();
+    product.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
+    if (causal) {
+      weights.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.col_y);
+    }
+  }
+  if (values == 0) __syncthreads();  // weights and z are there
+  if (causal) {
+    weights.for_each_row([&](int row) {
+      Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
+      const T row_weight = shared.row_weight[row];
+      const T* const col_weight = shared.col_weight;
+      return [=](int column, T value) {
+        const bool seen = columns_follow ? column >= row : column <= row;
+        write(seen ? value + row_weight * col_weight[column] : T(0), to + column);
+      };
+    });
+    columns.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.col_x);
+    __syncthreads();
+    product.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.weights, shared.col_x);
+  }
+  const int end = static_cast<int>(min_of(kWide, features - r0));
+  const Storage* const first_x = rows.x + chunk.batch * rows.x_strides[0] +
+                                 chunk.begin * rows.x_strides[1] + head * rows.x_strides[2] +
+                                 r0 * rows.x_strides[3];
+  Storage* const first = grad + rows.index(chunk.batch, chunk.begin, head) * features + r0;
+  product.for_each_row([&](int row) {
+    const Storage* const from = first_x + row * rows.x_strides[1];
+    Storage* const to = first + row * rows.heads * features;
+    const int own_end = row < chunk.size ? end : 0;
+    const T row_weight = shared.row_weight[row], row_scale = shared.row_scale[row];
+    const T* const z = shared.z;
+    const auto map = rows.map;
+    const std::int64_t stride = rows.x_strides[3];
+    return [=](int column, T value) {
+      if (column >= own_end) return;
+      const T x = read(from[column * stride]);
+      const T derivative = feature_map_derivative(map, feature_map<Storage>(map, x));
+      const T gradient = (value + row_weight * z[column]) * derivative * row_scale;
+      write(row_scale == T(0) ? T(0) : gradient, to + column);
+    };
+  });
+}
+
+// Gradients of the rows' features, [B, L, H, R].
+template <class Operand, class Storage, class T = core::accumulate_t<Storage>>
+void make_features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, const Cut& chunks,
+                   const Cut& segments, bool causal, bool columns_follow, const States<T>& states,
+                   Storage* grad, Stream stream) {
+  const std::int64_t blocks = chunks.slots() * states.heads * ceil_div(states.features, kWide);
+  if (blocks == 0) return;
+  Carver size;
+  FeaturesShared<Operand>{size};
+  launch(features_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream,
+         rows, columns, chunks, segments, causal, columns_follow, states, grad);
+}
+
+}  // namespace torch_spe::cuda::attention

@@ -1,0 +1,245 @@
+// The states of linear attention on the device: sums over segments, scans of these, and what the
+// rows of a chunk read. Holds kernels. How two states join is core/state.h's to decide.
+#pragma once
+
+#include "core/state.h"
+#include "device_for.h"
+#include "tokens.h"
+
+namespace torch_spe::cuda::attention {
+
+// Sizes, and the states of a set of tokens as scratch memory holds them. Without values (E = 0)
+// there is z alone; where z is null, S alone.
+template <class T>
+struct States {
+  std::int64_t heads = 0, features = 0, values = 0;  // H, R, E
+  // Before (after) each chunk since its segment's start (end); when causal.
+  T* chunk_s = nullptr;  // [slot, H, R, E]
+  T* chunk_z = nullptr;  // [slot, H, R], or null
+  // Sums of each segment, then the state at its start (end), initial state included.
+  T* segment_s = nullptr;  // [slot, H, R, E]
+  T* segment_z = nullptr;  // [slot, H, R], or null
+  // Of the whole sequence, initial state included.
+  T* total_s = nullptr;  // [S, H, R, E]
+  T* total_z = nullptr;  // [S, H, R], or null
+};
+
+// Reads the state that belongs to a row's chunk: when causal, that at its segment's start (end)
+// joined with that of the segment's tokens before (after) it.
+template <class T>
+class StateReader {
+ public:
+  TORCH_SPE_DEVICE StateReader(const States<T>& states, bool causal, const Cut& chunks,
+                               const Cut& segments, std::int64_t slot, const Part& chunk,
+                               std::int64_t head)
+      : features_(states.features), values_(states.values), passage_{0} {
+    const std::int64_t size = states.features * states.values;
+    if (causal) {
+      const std::int64_t a = slot * states.heads + head;
+      const std::int64_t segment =
+          segments.first_slot(chunk.sequence) + chunk.number * chunks.size / segments.size;
+      const std::int64_t b = segment * states.heads + head;
+      passage_.tokens = chunk.number * chunks.size % segments.size;
+      s_ = states.chunk_s + a * size;
+      s_before_ = states.segment_s + b * size;
+      if (states.segment_z != nullptr) {
+        z_ = states.chunk_z + a * states.features;
+        z_before_ = states.segment_z + b * states.features;
+      }
+    } else {
+      const std::int64_t a = chunk.sequence * states.heads + head;
+      s_ = states.total_s + a * size;
+      if (states.total_z != nullptr) z_ = states.total_z + a * states.features;
+    }
+    aligned_ = rows_are_aligned<T>(s_, values_) && rows_are_aligned<T>(s_before_, values_);
+  }
+  // S[r, e .. e + 3], 0 outside.
+  TORCH_SPE_DEVICE void s(std::int64_t r, std::int64_t e, T (&out)[4]) const {
+    if (r >= features_) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] = 0;
+      return;
+    }
+    four(s_ + r * values_ + e, e, out);
+    if (s_before_ == nullptr) return;
+    T before[4];
+    four(s_before_ + r * values_ + e, e, before);
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = core::join(passage_, before[i], out[i]);
+  }
+  // z[r], 0 outside.
+  TORCH_SPE_DEVICE T z(std::int64_t r) const {
+    if (r >= features_ || z_ == nullptr) return T(0);
+    return z_before_ == nullptr ? z_[r] : core::join(passage_, z_before_[r], z_[r]);
+  }
+
+ private:
+  TORCH_SPE_DEVICE void four(const T* from, std::int64_t e, T (&out)[4]) const {
+    if (aligned_ && e + 4 <= values_) {
+      struct alignas(16) Four {
+        T elements[4];
+      };
+      const Four read = *reinterpret_cast<const Four*>(from);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] = read.elements[i];
+    } else {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] = e + i < values_ ? from[i] : T(0);
+    }
+  }
+
+  const T *s_, *s_before_ = nullptr, *z_ = nullptr, *z_before_ = nullptr;
+  std::int64_t features_, values_;
+  core::Passage passage_;
+  bool aligned_;
+};
+
+// Fills a tile of a state with operands; elements(row, column, out) gives four of a row.
+template <int kRows, int kColumns, class Operand, class Elements>
+TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
+  constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kFours; i += kThreads) {
+    core::accumulate_t<Operand> four[4];
+    elements(i / kFours, i % kFours * 4, four);
+    write_operands(four, out + i / kFours * kRow + i % kFours * 4);
+  }
+}
+
+template <class Operand>
+struct StateShared {
+  using T = core::accumulate_t<Operand>;
+  Operand* x;  // [token, r]
+  Operand* y;  // [token, e]
+  T* weight;   // [token]
+
+  TORCH_SPE_INLINE explicit StateShared(Carver& carver)
+      : x(carver.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
+        y(carver.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
+        weight(carver.take<T>(kChunk<Operand>)) {}
+};
+
+// The states of one set of tokens: a block adds up a tile of S over a segment and, when causal,
+// writes what it has before each chunk.
+template <class Storage, class Operand>
+__global__ void __launch_bounds__(kThreads)
+    state_kernel(const Tokens<Storage> tokens, const Cut chunks, const Cut segments, bool causal,
+                 bool backwards, const States<core::accumulate_t<Storage>> states) {
+  using T = core::accumulate_t<Storage>;
+  constexpr int kTokens = kChunk<Operand>;
+  TORCH_SPE_SHARED_MEMORY(memory);
+  Carver carver(memory);
+  const StateShared<Operand> shared(carver);
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t features = states.features, values = states.values;
+  const std::int64_t tiles_r = ceil_div(features, kWide);
+  const std::int64_t tiles_e = max_of(1, ceil_div(values, kWide));
+  const std::int64_t block = blockIdx.x;
+  const std::int64_t e0 = block % tiles_e * kWide;
+  const std::int64_t r0 = block / tiles_e % tiles_r * kWide;
+  const std::int64_t head = block / tiles_e / tiles_r % states.heads;
+  const std::int64_t segment_slot = block / tiles_e / tiles_r / states.heads;
+  const Part segment(segments, segment_slot);
+  if (segment.size == 0) return;
+  const int count = static_cast<int>(ceil_div(segment.size, kTokens));
+  const std::int64_t first_slot =
+      chunks.first_slot(segment.sequence) + segment.number * (segments.size / kTokens);
+
+  TileProduct<Operand, kWide, kWide> product;
+  product.clear();
+  T z = 0;  // of feature r0 + thread
+  const bool owns_z =
+      states.segment_z != nullptr && e0 == 0 && thread < kWide && r0 + thread < features;
+  const auto write_state = [&](std::int64_t slot, T* s_out, T* z_out) {
+    T* const s = s_out + ((slot * states.heads + head) * features + r0) * values + e0;
+    const int rows = static_cast<int>(min_of(kWide, features - r0));
+    const int columns = static_cast<int>(min_of(kWide, values - e0));
+    product.for_each_row([&](int row) {
+      T* const to = s + row * values;
+      const int end = row < rows ? columns : 0;
+      return [=](int column, T value) {
+        if (column < end) to[column] = value;
+      };
+    });
+    if (owns_z) z_out[(slot * states.heads + head) * features + r0 + thread] = z;
+  };
+
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t slot = first_slot + (backwards ? count - 1 - i : i);
+    const Part chunk(chunks, slot);
+    if (causal) write_state(slot, states.chunk_s, states.chunk_z);
+    __syncthreads();  // the tiles before have been used
+    tokens.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.x);
+    if (values > 0) tokens.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.y);
+    if (thread < kTokens) {
+      shared.weight[thread] =
+          thread < chunk.size ? tokens.weight_of(chunk.batch, chunk.begin + thread, head) : T(0);
+    }
+    __syncthreads();
+    // Carried over the chunk, whose sums the product then adds to it: together that is a join.
+    const core::Passage passage{chunk.size};
+    product.for_each([&](int, int, T& element) { element = core::carry(passage, element); });
+    z = core::carry(passage, z);
+    if (values > 0)
+      product.template multiply<kTokens, Major::kOuter, Major::kOuter>(shared.x, shared.y);
+    if (owns_z) {
+      for (int t = 0; t < kTokens; ++t)
+        z += number_of(shared.x[t * row_of<Operand>(kWide) + thread]) * shared.weight[t];
+    }
+  }
+  write_state(segment_slot, states.segment_s, states.segment_z);
+}
+
+// Replaces the sums of segments by the state at each one's start (end, backwards), for each element
+// of the states separately, and writes the total.
+template <class T>
+struct Scan {
+  Cut segments;
+  std::int64_t size;  // elements of a state of all heads
+  bool backwards;
+  const T* initial;  // [S, size], or null
+  T* sums;           // [slot, size]
+  T* total;          // [S, size]
+
+  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
+    const std::int64_t sequence = i / size, element = i % size;
+    const std::int64_t length = segments.length_of(sequence);
+    const std::int64_t count = ceil_div(length, segments.size);
+    T* const own = sums + segments.first_slot(sequence) * size + element;
+    T state = initial == nullptr ? T(0) : initial[i];
+    for (std::int64_t j = 0; j < count; ++j) {
+      const std::int64_t segment = backwards ? count - 1 - j : j;
+      T* const entry = own + segment * size;
+      const T sum = *entry;
+      *entry = state;
+      const core::Passage passage{min_of(segments.size, length - segment * segments.size)};
+      state = core::join(passage, state, sum);
+    }
+    total[i] = state;
+  }
+};
+
+// Makes the states of tokens in their memory; initial states may be null.
+template <class Operand, class Storage, class T = core::accumulate_t<Storage>>
+void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& segments, bool causal,
+                 bool backwards, const T* initial_s, const T* initial_z, const States<T>& states,
+                 Stream stream) {
+  const std::int64_t tiles =
+      ceil_div(states.features, kWide) * max_of(1, ceil_div(states.values, kWide));
+  const std::int64_t blocks = segments.slots() * states.heads * tiles;
+  if (blocks > 0) {
+    Carver size;
+    StateShared<Operand>{size};
+    launch(state_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream,
+           tokens, chunks, segments, causal, backwards, states);
+  }
+  const auto scan = [&](std::int64_t size, const T* initial, T* sums, T* total) {
+    for_each_index(segments.sequences * size,
+                   Scan<T>{segments, size, backwards, initial, sums, total}, stream);
+  };
+  const std::int64_t features = states.heads * states.features;
+  if (states.values > 0)
+    scan(features * states.values, initial_s, states.segment_s, states.total_s);
+  if (states.segment_z != nullptr) scan(features, initial_z, states.segment_z, states.total_z);
+}
+
+}  // namespace torch_spe::cuda::attention

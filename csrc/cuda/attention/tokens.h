@@ -1,0 +1,215 @@
+// The tokens that kernels of linear attention read: sequences cut into chunks, and the queries or
+// keys of a chunk with what belongs to them.
+//
+// Queries and keys play the same part in each other's gradients, so the kernels are written for two
+// sets of tokens. Each token has features X, values Y and a weight w:
+//   keys:    X = phi(k), Y = v,         w = 1
+//   queries: X = phi(q), Y = grad_sums, w = grad_den
+// where grad_sums and grad_den are the gradients of numerators and denominator. The state of a set
+// is S = sum X^T Y and z = sum X w, over the tokens before a chunk (keys) or after it (queries)
+// when causal, over all otherwise. With rows of one set and columns of the other, every result is
+//   values:   X_row S + mask(X_row X_col^T) Y_col
+//             (out before division, grad_v)
+//   features: Y_row S^T + w_row z + mask(Y_row Y_col^T + w_row w_col) X_col
+//             (gradients of phi)
+// with the masked product over the row's own chunk, when causal. A denominator with features of its
+// own is a pair of sets without values: z, w and X are those of the denominator there, and
+// numerators have no weights.
+#pragma once
+
+#include "core/linear_attention.h"
+#include "row_division.h"
+
+namespace torch_spe::cuda::attention {
+
+template <class Operand>
+constexpr int kChunk = sizeof(Operand) == 8 ? 32 : 64;  // tokens of a tile, and between two states
+constexpr int kWide = 64;                               // features or values of a tile of results
+constexpr int kDeep = 32;                               // of those that are summed over
+
+// Tokens between two states that are added up one after the other; states of segments are made in
+// parallel.
+template <class Operand>
+constexpr std::int64_t kSegment = kChunksOfSegment * kChunk<Operand>;
+
+// The tokens of the sequences, cut into parts of `size`: chunks or segments. Parts have slots in
+// order of the sequences. Packed sequences, whose bounds only the device knows, leave some slots
+// empty: sequence s starts at slot cu_seqlens[s] / size + s, so that every part before it fits.
+struct Cut {
+  const std::int64_t* bounds;  // [sequences + 1] of packed sequences, or null
+  std::int64_t sequences, length, size;
+
+  TORCH_SPE_INLINE std::int64_t per_sequence() const { return ceil_div(length, size); }
+  TORCH_SPE_INLINE std::int64_t slots() const {
+    return bounds == nullptr ? sequences * per_sequence() : length / size + sequences;
+  }
+  TORCH_SPE_DEVICE std::int64_t first_slot(std::int64_t sequence) const {
+    return bounds == nullptr ? sequence * per_sequence() : bounds[sequence] / size + sequence;
+  }
+  TORCH_SPE_DEVICE std::int64_t begin(std::int64_t sequence) const {
+    return bounds == nullptr ? 0 : bounds[sequence];
+  }
+  TORCH_SPE_DEVICE std::int64_t length_of(std::int64_t sequence) const {
+    return bounds == nullptr ? length : bounds[sequence + 1] - bounds[sequence];
+  }
+  TORCH_SPE_DEVICE std::int64_t sequence_of(std::int64_t slot) const {
+    if (bounds == nullptr) return slot / per_sequence();
+    std::int64_t low = 0, high = sequences - 1;  // the last sequence that starts at or before slot
+    while (low < high) {
+      const std::int64_t middle = (low + high + 1) / 2;
+      if (first_slot(middle) <= slot) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
+// A chunk or segment of a sequence.
+struct Part {
+  std::int64_t sequence, batch;
+  std::int64_t number;  // within the sequence
+  std::int64_t begin;   // position of its first token in the batch row
+  int size;             // tokens; 0 for an empty slot
+
+  TORCH_SPE_DEVICE Part(const Cut& cut, std::int64_t slot)
+      : sequence(cut.sequence_of(slot)),
+        batch(cut.bounds == nullptr ? sequence : 0),
+        number(slot - cut.first_slot(sequence)),
+        begin(cut.begin(sequence) + number * cut.size),
+        size(static_cast<int>(
+            max_of(0, min_of(cut.size, cut.length_of(sequence) - number * cut.size)))) {}
+};
+
+// phi(x) for a storage type; for 16 bits the hardware's exponential is precise enough.
+template <class Storage, class T>
+TORCH_SPE_DEVICE T feature_map(core::FeatureMap map, T x) {
+  using core::FeatureMap;
+  if constexpr (sizeof(Storage) == 2) {  // without branches
+    const T positive = x < T(0) ? T(0) : x, decayed = fast_exp(x > T(0) ? T(0) : x);
+    const T elu = positive + decayed;
+    return map == FeatureMap::kElu ? elu : map == FeatureMap::kRelu ? positive : x;
+  }
+  switch (map) {
+    case FeatureMap::kElu:
+      return core::apply_feature_map<FeatureMap::kElu>(x);
+    case FeatureMap::kRelu:
+      return core::apply_feature_map<FeatureMap::kRelu>(x);
+    case FeatureMap::kIdentity:
+      break;
+  }
+  return x;
+}
+
+// phi'(x), given phi(x).
+template <class T>
+TORCH_SPE_DEVICE T feature_map_derivative(core::FeatureMap map, T phi) {
+  using core::FeatureMap;
+  switch (map) {
+    case FeatureMap::kElu:
+      return core::feature_map_derivative<FeatureMap::kElu>(phi);
+    case FeatureMap::kRelu:
+      return core::feature_map_derivative<FeatureMap::kRelu>(phi);
+    case FeatureMap::kIdentity:
+      break;
+  }
+  return T(1);
+}
+
+// Queries or keys.
+template <class Storage>
+struct Tokens {
+  using T = core::accumulate_t<Storage>;
+  const Storage* x = nullptr;       // [B, L, H, R]: q or k
+  const Storage* y = nullptr;       // [B, L, H, E]: v, or the gradient of out
+  const Storage* result = nullptr;  // [B, L, H, E]: out, where gradients of a norm need it, or null
+  std::int64_t x_strides[4] = {}, y_strides[4] = {}, result_strides[4] = {};
+  core::FeatureMap map = core::FeatureMap::kIdentity;
+  // How X and Y are scaled, and the weights; null for keys and rows that were not divided.
+  const RowFactors<T>* factors = nullptr;  // [B, L, H]
+  bool weighted = false;                   // w is that of `factors`, else constant_weight
+  T constant_weight = 0;
+  const bool* padding = nullptr;  // [B, L], true where X and Y are 0, or null
+  std::int64_t length = 0, heads = 0;
+  bool x_aligned = false, y_aligned = false;
+
+  TORCH_SPE_DEVICE bool is_padding(std::int64_t batch, std::int64_t n) const {
+    return padding != nullptr && padding[batch * length + n];
+  }
+  TORCH_SPE_DEVICE std::int64_t index(std::int64_t batch, std::int64_t n, std::int64_t head) const {
+    return (batch * length + n) * heads + head;
+  }
+  TORCH_SPE_DEVICE T weight_of(std::int64_t batch, std::int64_t n, std::int64_t head) const {
+    return weighted ? factors[index(batch, n, head)].weight : constant_weight;
+  }
+  TORCH_SPE_DEVICE T scale_of(std::int64_t batch, std::int64_t n, std::int64_t head) const {
+    return factors == nullptr ? T(1) : factors[index(batch, n, head)].scale;
+  }
+
+  // X of a chunk's tokens, features [r0, r0 + kColumns) of `count`.
+  template <int kRows, int kColumns, class Operand>
+  TORCH_SPE_DEVICE void load_x(const Part& chunk, std::int64_t head, std::int64_t r0,
+                               std::int64_t count, Operand* out) const {
+    const Storage* const base =
+        x + chunk.batch * x_strides[0] + head * x_strides[2] + r0 * x_strides[3];
+    const RowFactors<T>* const own = factors_of(chunk, head);
+    load_tile<kRows, kColumns, Storage>(
+        out, count - r0, x_strides[3], x_aligned,
+        [&](int row) {
+          return row < chunk.size && !is_padding(chunk.batch, chunk.begin + row)
+                     ? base + (chunk.begin + row) * x_strides[1]
+                     : nullptr;
+        },
+        [&](int row, T value) {
+          const T mapped = feature_map<Storage>(map, value);
+          return own == nullptr ? mapped : mapped * own[row * heads].scale;
+        });
+  }
+
+  // Y of a chunk's tokens, values [e0, e0 + kColumns) of `count`.
+  template <int kRows, int kColumns, class Operand>
+  TORCH_SPE_DEVICE void load_y(const Part& chunk, std::int64_t head, std::int64_t e0,
+                               std::int64_t count, Operand* out) const {
+    const Storage* const base =
+        y + chunk.batch * y_strides[0] + head * y_strides[2] + e0 * y_strides[3];
+    const RowFactors<T>* const own = factors_of(chunk, head);
+    if (result != nullptr) {
+      const Storage* const base_of_result =
+          result + chunk.batch * result_strides[0] + head * result_strides[2];
+      for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
+        const int row = i / kColumns, column = i % kColumns;
+        T value = 0;
+        if (row < chunk.size && e0 + column < count) {
+          const std::int64_t n = chunk.begin + row;
+          const RowFactors<T> factor = own[row * heads];
+          value =
+              read(base[n * y_strides[1] + column * y_strides[3]]) -
+              factor.mean *
+                  read(base_of_result[n * result_strides[1] + (e0 + column) * result_strides[3]]);
+          value *= factor.inverse;
+        }
+        write(value, out + row * row_of<Operand>(kColumns) + column);
+      }
+      return;
+    }
+    load_tile<kRows, kColumns, Storage>(
+        out, count - e0, y_strides[3], y_aligned,
+        [&](int row) {
+          return row < chunk.size && !is_padding(chunk.batch, chunk.begin + row)
+                     ? base + (chunk.begin + row) * y_strides[1]
+                     : nullptr;
+        },
+        [&](int row, T value) {
+          return own == nullptr ? value : value * own[row * heads].inverse;
+        });
+  }
+
+ private:
+  TORCH_SPE_DEVICE const RowFactors<T>* factors_of(const Part& chunk, std::int64_t head) const {
+    return factors == nullptr ? nullptr : factors + index(chunk.batch, chunk.begin, head);
+  }
+};
+
+}  // namespace torch_spe::cuda::attention
