@@ -119,7 +119,6 @@ class MemoryLayout {
   unsigned char* base_;
   std::size_t offset_ = 0;
 };
-using Carver = MemoryLayout;
 
 TORCH_SPE_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 TORCH_SPE_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }

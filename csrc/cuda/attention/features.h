@@ -19,16 +19,16 @@ struct FeaturesShared {
   T* col_weight;     // [column]
   T* z;              // [r]
 
-  TORCH_SPE_INLINE explicit FeaturesShared(Carver& carver)
-      : row_y(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
-        col_y(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
-        state(carver.take<Operand>(kWide * row_of<Operand>(kDeep))),
-        weights(carver.take<Operand>(kTokens * row_of<Operand>(kTokens))),
-        col_x(carver.take<Operand>(kTokens * row_of<Operand>(kWide))),
-        row_weight(carver.take<T>(kTokens)),
-        row_scale(carver.take<T>(kTokens)),
-        col_weight(carver.take<T>(kTokens)),
-        z(carver.take<T>(kWide)) {}
+  TORCH_SPE_INLINE explicit FeaturesShared(MemoryLayout& layout)
+      : row_y(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
+        col_y(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
+        state(layout.take<Operand>(kWide * row_of<Operand>(kDeep))),
+        weights(layout.take<Operand>(kTokens * row_of<Operand>(kTokens))),
+        col_x(layout.take<Operand>(kTokens * row_of<Operand>(kWide))),
+        row_weight(layout.take<T>(kTokens)),
+        row_scale(layout.take<T>(kTokens)),
+        col_weight(layout.take<T>(kTokens)),
+        z(layout.take<T>(kWide)) {}
 };
 
 template <class Storage, class Operand>
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
   using T = core::accumulate_t<Storage>;
   constexpr int kTokens = kChunk<Operand>;
   TORCH_SPE_SHARED_MEMORY(memory);
-  Carver carver(memory);
-  const FeaturesShared<Operand> shared(carver);
+  MemoryLayout layout(memory);
+  const FeaturesShared<Operand> shared(layout);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t features = states.features, values = states.values;
   const std::int64_t tiles = ceil_div(features, kWide);
@@ -124,7 +124,7 @@ void make_features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, 
                    Storage* grad, Stream stream) {
   const std::int64_t blocks = chunks.slots() * states.heads * ceil_div(states.features, kWide);
   if (blocks == 0) return;
-  Carver size;
+  MemoryLayout size;
   FeaturesShared<Operand>{size};
   launch(features_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream,
          rows, columns, chunks, segments, causal, columns_follow, states, grad);

@@ -26,14 +26,14 @@ class AttentionPass {
         has_own_denominator_(p.normalize && p.denominator_k != nullptr),
         batch_(p.cu_seqlens == nullptr ? p.num_sequences : 1),
         stream_(stream) {
-    Carver carver(static_cast<unsigned char*>(workspace));
-    sums_ = take(carver, p.num_realizations, p.value_features, !has_own_denominator_);
-    if (has_own_denominator_) denominators_ = take(carver, p.denominator_features, 0, true);
+    MemoryLayout layout(static_cast<unsigned char*>(workspace));
+    sums_ = take(layout, p.num_realizations, p.value_features, !has_own_denominator_);
+    if (has_own_denominator_) denominators_ = take(layout, p.denominator_features, 0, true);
     const std::int64_t rows = batch_ * p.query_length * p.num_heads;
-    if (backward && divides()) factors_ = carver.take<RowFactors<T>>(rows);
+    if (backward && divides()) factors_ = layout.take<RowFactors<T>>(rows);
     if (!backward && has_own_denominator_ && p.row_divisor == nullptr)
-      divisor_ = carver.take<T>(rows);
-    workspace_size = carver.size();
+      divisor_ = layout.take<T>(rows);
+    workspace_size = layout.size();
   }
 
   void forward() {
@@ -99,7 +99,7 @@ class AttentionPass {
   }
 
   // Memory for states [features, values] of all heads, with z or without.
-  States<T> take(Carver& carver, std::int64_t features, std::int64_t values, bool has_z) {
+  States<T> take(MemoryLayout& layout, std::int64_t features, std::int64_t values, bool has_z) {
     States<T> states;
     states.heads = p_.num_heads;
     states.features = features;
@@ -108,15 +108,15 @@ class AttentionPass {
     const std::int64_t length = max_of(p_.query_length, p_.key_length);
     if (p_.causal) {
       const std::int64_t slots = cut(length, attention::kChunk<Operand>).slots();
-      states.chunk_s = carver.take<T>(slots * size_s);
-      if (has_z) states.chunk_z = carver.take<T>(slots * size_z);
+      states.chunk_s = layout.take<T>(slots * size_s);
+      if (has_z) states.chunk_z = layout.take<T>(slots * size_z);
     }
     const std::int64_t slots = cut(length, attention::kSegment<Operand>).slots();
-    states.segment_s = carver.take<T>(slots * size_s);
-    states.total_s = carver.take<T>(p_.num_sequences * size_s);
+    states.segment_s = layout.take<T>(slots * size_s);
+    states.total_s = layout.take<T>(p_.num_sequences * size_s);
     if (has_z) {
-      states.segment_z = carver.take<T>(slots * size_z);
-      states.total_z = carver.take<T>(p_.num_sequences * size_z);
+      states.segment_z = layout.take<T>(slots * size_z);
+      states.total_z = layout.take<T>(p_.num_sequences * size_z);
     }
     return states;
   }

@@ -112,10 +112,10 @@ struct StateShared {
   Operand* y;  // [token, e]
   T* weight;   // [token]
 
-  TORCH_SPE_INLINE explicit StateShared(Carver& carver)
-      : x(carver.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
-        y(carver.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
-        weight(carver.take<T>(kChunk<Operand>)) {}
+  TORCH_SPE_INLINE explicit StateShared(MemoryLayout& layout)
+      : x(layout.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
+        y(layout.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
+        weight(layout.take<T>(kChunk<Operand>)) {}
 };
 
 // The states of one set of tokens: a block adds up a tile of S over a segment and, when causal,
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads)
   using T = core::accumulate_t<Storage>;
   constexpr int kTokens = kChunk<Operand>;
   TORCH_SPE_SHARED_MEMORY(memory);
-  Carver carver(memory);
-  const StateShared<Operand> shared(carver);
+  MemoryLayout layout(memory);
+  const StateShared<Operand> shared(layout);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t features = states.features, values = states.values;
   const std::int64_t tiles_r = ceil_div(features, kWide);
@@ -227,7 +227,7 @@ void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& se
       ceil_div(states.features, kWide) * max_of(1, ceil_div(states.values, kWide));
   const std::int64_t blocks = segments.slots() * states.heads * tiles;
   if (blocks > 0) {
-    Carver size;
+    MemoryLayout size;
     StateShared<Operand>{size};
     launch(state_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream,
            tokens, chunks, segments, causal, backwards, states);

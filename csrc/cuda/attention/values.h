@@ -27,17 +27,17 @@ struct ValuesShared {
   T* inverse;                         // [row]
   T* squares;                         // [row, kSquares], sums for kRms
 
-  TORCH_SPE_INLINE explicit ValuesShared(Carver& carver)
-      : row_x(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
-        col_x(carver.take<Operand>(kTokens * row_of<Operand>(kDeep))),
-        state(carver.take<Operand>(kDeep * row_of<Operand>(kWide))),
-        weights(carver.take<Operand>(kTokens * row_of<Operand>(kTokens))),
-        col_y(carver.take<Operand>(kTokens * row_of<Operand>(kWide))),
-        z(carver.take<T>(kDeep)),
-        parts(carver.take<T>(kThreads)),
-        scale(carver.take<T>(kTokens)),
-        inverse(carver.take<T>(kTokens)),
-        squares(carver.take<T>(kResult == Result::kRms ? kTokens * kSquares : 0)) {}
+  TORCH_SPE_INLINE explicit ValuesShared(MemoryLayout& layout)
+      : row_x(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
+        col_x(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
+        state(layout.take<Operand>(kDeep * row_of<Operand>(kWide))),
+        weights(layout.take<Operand>(kTokens * row_of<Operand>(kTokens))),
+        col_y(layout.take<Operand>(kTokens * row_of<Operand>(kWide))),
+        z(layout.take<T>(kDeep)),
+        parts(layout.take<T>(kThreads)),
+        scale(layout.take<T>(kTokens)),
+        inverse(layout.take<T>(kTokens)),
+        squares(layout.take<T>(kResult == Result::kRms ? kTokens * kSquares : 0)) {}
 };
 
 template <class Storage, class Operand, Result kResult>
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPerRow = kThreads / kTokens;  // threads that share the sums over a row
   constexpr bool kMakesValues = kResult != Result::kDivisor;
   TORCH_SPE_SHARED_MEMORY(memory);
-  Carver carver(memory);
-  const Shared shared(carver);
+  MemoryLayout layout(memory);
+  const Shared shared(layout);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t features = states.features, values = states.values;
   const std::int64_t tiles = kResult == Result::kOutput ? ceil_div(values, kWide) : 1;
@@ -196,7 +196,7 @@ void make_values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, co
   const std::int64_t tiles = kResult == Result::kOutput ? ceil_div(states.values, kWide) : 1;
   const std::int64_t blocks = chunks.slots() * states.heads * tiles;
   if (blocks == 0) return;
-  Carver size;
+  MemoryLayout size;
   ValuesShared<Operand, kResult>{size};
   launch(values_kernel<Storage, Operand, kResult>, grid_of(blocks), dim3(kThreads), size.size(),
          stream, rows, columns, chunks, segments, causal, columns_follow, states, division, out);
