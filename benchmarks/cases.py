@@ -514,9 +514,12 @@ def layer(
 def encoder_layer(
     batch: int, length: int, device: str, dtype: torch.dtype, model: int = 512, heads: int = 8
 ) -> Case:
-    """A whole causal encoder layer: attention, feed-forward part (4 x model), norms, dropout."""
+    """A whole causal encoder layer: attention, feed-forward part (4 x model) and norms.
+
+    Without dropout: with it PyTorch's softmax attention on a CPU leaves its fast path.
+    """
     x = _leaf(batch, length, model, device=device, dtype=dtype)
-    factory = {"batch_first": True, "device": device, "dtype": dtype}
+    factory = {"batch_first": True, "device": device, "dtype": dtype, "dropout": 0.0}
     torch.manual_seed(0)
     ours = {
         name: torch_spe.SPETransformerEncoderLayer(model, heads, 4 * model, **factory, **options)
