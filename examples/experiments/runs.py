@@ -139,10 +139,15 @@ class Settings:
     steps: int | None = None
     batch: int | None = None
     rates: tuple[float, ...] | None = None
+    quick: bool = False
+
+    def steps_of(self, task: Task) -> int:
+        """Training steps of a run."""
+        return self.steps or (task.quick_steps if self.quick else task.steps)
 
     def run(self, task: Task, encoding: str, rate: float, seed: int) -> Run:
-        steps, batch = self.steps or task.steps, self.batch or task.batch
-        return Run(task.name, encoding, rate, seed, steps, batch)
+        batch = self.batch or task.batch
+        return Run(task.name, encoding, rate, seed, self.steps_of(task), batch)
 
     def trials(self, task: Task, encoding: str) -> list[Run]:
         """The runs that the rate is chosen by: the first seed, every rate."""
@@ -225,7 +230,7 @@ def rows_of(settings: Settings, task: Task, encodings: list[str]) -> list[dict]:
                     "encoding": encoding,
                     "label": ENCODINGS[encoding].label + suffix,
                     "rate": results[0]["rate"],
-                    "steps": settings.steps or task.steps,
+                    "steps": settings.steps_of(task),
                     "batch": settings.batch or task.batch,
                     "ranges": [entry["ranges"] for entry in per_seed],
                     "bins": [entry["bins"] for entry in per_seed],

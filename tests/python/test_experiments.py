@@ -198,6 +198,9 @@ def test_quick_changes_defaults_and_nothing_that_is_given():
     usual = command.parse_arguments([])
     assert usual.steps is usual.rates is None
     assert "mnist" not in usual.tasks
+    task = replace(small_copy_task(), quick_steps=2)
+    assert [Settings(Path(), 1, quick=q).steps_of(task) for q in (False, True)] == [3, 2]
+    assert Settings(Path(), 1, steps=7, quick=True).steps_of(task) == 7
     assert usual.encodings == list(ENCODINGS)
 
 

@@ -46,6 +46,7 @@ class Task:
     test_length: int
     rates: tuple[float, ...]  # learning rates to choose from
     steps: int = 300
+    quick_steps: int = 150  # of `--quick`: enough to learn something
     batch: int = 16
     chance: float | None = None  # NLL of a guess without looking
     classes: int | None = None  # of a whole sequence, read in both directions; None: causal
