@@ -87,7 +87,7 @@ def _plot_positions(path: Path, task: Task, rows: list[dict], note: str) -> None
         axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     grid[0, 0].set_ylabel("NLL (nats per token)")
     figure.suptitle(
-        f"{task.title}: test sequences, trained on {task.length} tokens, {note}: mean and range",
+        f"{task.title}\ntest sequences, trained on {task.length} tokens, {note}: mean and range",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
