@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -66,14 +67,14 @@ def decode(tokens: np.ndarray) -> list[list[tuple]]:
     return voices
 
 
-def notes_of(score) -> list[list[tuple]]:
-    """The voices of a music21 score, tied notes joined."""
+def notes_of(score, beat: int = BEAT) -> list[list[tuple]]:
+    """The voices of a music21 score, tied notes joined; `beat` steps of time to a quarter note."""
     voices = []
     for part in score.parts:
         notes = []
         for note in part.flatten().notes:
-            onset, pitch = note.offset * BEAT, max(p.midi for p in note.pitches)
-            end = onset + note.quarterLength * BEAT
+            onset, pitch = note.offset * beat, max(p.midi for p in note.pitches)
+            end = onset + note.quarterLength * beat
             if note.tie and note.tie.type in ("stop", "continue") and notes:
                 notes[-1] = (notes[-1][0], end, notes[-1][2])
             else:
@@ -85,7 +86,7 @@ def notes_of(score) -> list[list[tuple]]:
 # ---- parsing
 
 
-def parse(path: str) -> np.ndarray | None:
+def parse(path: str, beat: int = BEAT) -> np.ndarray | None:
     """Tokens of the score at `path`, or None where it has not four parts."""
     from music21 import converter
 
@@ -93,7 +94,7 @@ def parse(path: str) -> np.ndarray | None:
     reader.parseFileNoPickle(path)  # our own cache follows, music21's would be a second, larger one
     if len(getattr(reader.stream, "parts", ())) != VOICES:
         return None
-    return encode(notes_of(reader.stream))
+    return encode(notes_of(reader.stream, beat))
 
 
 @dataclass
@@ -109,12 +110,31 @@ def load(cache: Path = CACHE, processes: int | None = None) -> list[Chorale]:
     """All four-part pieces of music21's Bach folder; parsed once, then read from `cache`."""
     import music21
 
-    path = Path(cache) / f"chorales-music21-{music21.__version__}.npz"
+    return load_parsed(
+        Path(cache) / f"chorales-music21-{music21.__version__}.npz",
+        lambda: music21.corpus.getComposer("bach"), parse,
+        lambda pieces: families(list(pieces.values())), processes,
+    )  # fmt: skip
+
+
+def load_parsed(
+    path: Path,
+    find_files: Callable[[], Iterable[Path]],
+    parse_file: Callable[[str], np.ndarray | None],
+    group: Callable[[dict[str, np.ndarray]], np.ndarray],
+    processes: int | None = None,
+) -> list[Chorale]:
+    """The pieces stored at `path`; parsed and stored there first, if they are not.
+
+    `group` gives the number of each piece's family.
+    """
     if not path.exists():
-        files = sorted(str(file) for file in music21.corpus.getComposer("bach"))
+        files = sorted(str(file) for file in find_files())
         with ProcessPoolExecutor(processes or min(8, os.cpu_count() or 1)) as pool:
             parsed = list(
-                tqdm(pool.map(parse, files, chunksize=4), "parsing", len(files), unit=" scores")
+                tqdm(
+                    pool.map(parse_file, files, chunksize=4), "parsing", len(files), unit=" scores"
+                )
             )
         pieces = {Path(f).name: p for f, p in zip(files, parsed, strict=True) if p is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +144,7 @@ def load(cache: Path = CACHE, processes: int | None = None) -> list[Chorale]:
             names=np.array(list(pieces)),
             lengths=np.array([len(p) for p in pieces.values()]),
             tokens=np.concatenate(list(pieces.values())),
-            families=families(list(pieces.values())),
+            families=group(pieces),
         )
         part.rename(path)
     with np.load(path) as stored:

@@ -30,6 +30,13 @@ class Encoding:
     # Realizations of the code in the test, each a row of the table; None: as in training.
     eval_realizations: tuple[int | None, ...] = (None,)
 
+    def make_layer(self, position: nn.Module | None) -> nn.Module:
+        """Make a layer of the model, with the position that all of them share."""
+        return SPETransformerEncoderLayer(
+            WIDTH, HEADS, FEEDFORWARD, dropout=0.0, activation="gelu", batch_first=True,
+            norm_first=True, position=position, **self.layer,
+        )  # fmt: skip
+
 
 class Sinusoids(nn.Module):
     """Additive absolute positions (Vaswani et al. 2017)."""
@@ -97,31 +104,26 @@ class ChoraleModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, WIDTH)
         self.added = encoding.added(max_length, WIDTH) if encoding.added else None
         position = encoding.position()
-        self.layers = nn.ModuleList(
-            SPETransformerEncoderLayer(
-                WIDTH,
-                HEADS,
-                FEEDFORWARD,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-                position=position,
-                **encoding.layer,
-            )
-            for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(encoding.make_layer(position) for _ in range(layers))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, vocabulary)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # [B, N]
+        is_causal: bool = True,
+    ) -> Tensor:  # [B, N, WIDTH]
+        """What the last layer gives, normalized."""
+        x = self.embedding(tokens)
+        if self.added is not None:
+            x = x + self.added(tokens.shape[1])
+        for layer in self.layers:
+            x = layer(x, is_causal=is_causal)
+        return self.norm(x)
 
     def forward(
         self,
         tokens: Tensor,  # [B, N]
     ) -> Tensor:  # [B, N, vocabulary]
         """Logits of the distribution of the token after each one."""
-        x = self.embedding(tokens)
-        if self.added is not None:
-            x = x + self.added(tokens.shape[1])
-        for layer in self.layers:
-            x = layer(x, is_causal=True)
-        return self.head(self.norm(x))
+        return self.head(self.hidden(tokens))

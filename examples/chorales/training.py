@@ -58,7 +58,7 @@ def train(
         optimizer,
         [group["lr"] for group in optimizer.param_groups],
         total_steps=max(steps, 2),
-        pct_start=0.1,
+        pct_start=max(0.1, 1.5 / max(steps, 2)),  # OneCycleLR divides by zero at a warm-up of 1
         cycle_momentum=False,
     )
     model.to(device).train()

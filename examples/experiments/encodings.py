@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from chorales.model import ENCODINGS as CHORALES
 from chorales.model import HEADS, WIDTH, Encoding, Sinusoids
+from experiments.softmax import SoftmaxEncoding
 from torch_spe import ConvSPE, PositiveFeatures, RotaryPositions, SineSPE
 
 HEAD = WIDTH // HEADS
@@ -26,6 +27,13 @@ class LearnedPositions(nn.Module):
 
 def _rotary(label: str, **options) -> Encoding:
     return Encoding(label, position=lambda: RotaryPositions(HEADS, HEAD, **options), spe_lr_scale=5)
+
+
+def _softmax(label: str, *, alibi: bool = False, **options) -> Encoding:
+    def position() -> RotaryPositions | None:
+        return RotaryPositions(HEADS, HEAD, **options) if options else None
+
+    return SoftmaxEncoding(label, position=position, spe_lr_scale=5, alibi=alibi)
 
 
 def _sine(
@@ -66,7 +74,9 @@ ENCODINGS = {
         "SineSPE before positive random features, spread", "inputs",
         layer={"feature_map": PositiveFeatures(REALIZATIONS, REALIZATIONS)}, more=False,
     ),
-    "features-published": _sine("SineSPE after the map, published initialization", init="published"),
+    "features-published": _sine(
+        "SineSPE after the map, published initialization", init="published"
+    ),
     "gaussian": _sine("SineSPE after the map"),
     "phase": _sine("SineSPE after the map, phase noise", noise="phase"),
     "bandwidth": _sine(
@@ -82,4 +92,9 @@ ENCODINGS = {
     "conv-sparse": _conv(
         "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
     ),
+    "softmax-rotary-1e4": _softmax("softmax attention, rotary, base 10000", frequencies="fixed"),
+    "softmax-rotary-random": _softmax(
+        "softmax attention, rotary, random frequencies", frequencies="random"
+    ),
+    "softmax-alibi": _softmax("softmax attention, ALiBi", alibi=True),
 }  # fmt: skip

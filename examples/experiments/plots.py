@@ -1,8 +1,7 @@
-"""The picture of a task: loss by position, mean and spread over the seeds."""
+"""The pictures of a task: loss by position, or by model, and differences to the baseline."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
@@ -12,33 +11,65 @@ from experiments.tasks import Task
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 FAMILIES = {  # panel: prefixes of the encodings' names
     "absolute and rotary": ("none", "sinusoids", "learned", "rotary"),
     "before the feature map": ("paper",),
     "after the feature map": ("features", "gaussian", "phase", "bandwidth", "exact", "conv"),
+    "softmax attention": ("softmax",),
 }
 
 
-def plot_task(path: Path, task: Task, rows: list[dict], options: argparse.Namespace) -> None:
-    """Draw a panel for each family of encodings, with the length trained on marked."""
+def plot_task(path: Path, task: Task, rows: list[dict], note: str) -> None:
+    """Draw what was tested; `note` says how it was trained."""
+    if task.columns:
+        _plot_columns(path, task, rows, note)
+    else:
+        _plot_positions(path, task, rows, note)
+
+
+def plot_differences(path: Path, task: Task, rows: list[dict], baseline: dict) -> None:
+    """Draw the differences to the baseline with their intervals, a panel for each column."""
+    shown = [row for row in rows if row is not baseline]
+    figure, panels = _column_panels(task, len(shown))
+    for index, axes in enumerate(panels):
+        for place, row in enumerate(shown):
+            mean, half = row["differences"][index]
+            axes.errorbar(
+                mean, place, xerr=half or 0, fmt="o", markersize=4, capsize=3, color=_color(row)
+            )
+        axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
+        axes.set_xlabel(task.heads[index])
+    _name_rows(panels[0], shown)
+    figure.suptitle(
+        f"{task.title}: loss minus that of {baseline['label']}\n"
+        "mean and 95 % interval of the differences seed by seed; left is better",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot_positions(path: Path, task: Task, rows: list[dict], note: str) -> None:
+    """A panel for each family of encodings, with the length trained on marked."""
     panels = {
         title: [row for row in rows if row["encoding"].startswith(prefixes)]
         for title, prefixes in FAMILIES.items()
     }
     panels = {title: found for title, found in panels.items() if found}
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 8), sharey=True, squeeze=False,
+        1, len(panels), figsize=(max(5.2 * len(panels), 8), 8), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axes, (title, found) in zip(grid[0], panels.items(), strict=True):
         axes.axvspan(0, task.length, color="0.93", zorder=0)
         axes.axvline(task.length, color="0.3", linestyle="--", linewidth=1)
         colors = {}
+        centres = [(a + b) / 2 for a, b in zip(task.bins, task.bins[1:], strict=False)]
         for row in found:
             per_bin = list(zip(*row["bins"], strict=True))
-            width = task.test_length / len(per_bin)
-            centres = [(i + 0.5) * width for i in range(len(per_bin))]
             more = row["encoding"] in colors  # the same models with more realizations
             color = colors.setdefault(row["encoding"], f"C{len(colors)}")
             axes.plot(
@@ -50,15 +81,50 @@ def plot_task(path: Path, task: Task, rows: list[dict], options: argparse.Namesp
                 alpha=0.12, linewidth=0,
             )  # fmt: skip
         if task.chance is not None:
-            axes.axhline(task.chance, color="0.5", linewidth=1, linestyle="-.")
+            axes.axhline(task.chance, color="0.5", linewidth=1, linestyle="-.", label="a guess")
         axes.set(title=title, xlabel="position (tokens)", xlim=(0, task.test_length))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     grid[0, 0].set_ylabel("NLL (nats per token)")
     figure.suptitle(
-        f"{task.title}: test sequences, trained on {task.length} tokens, {options.steps} steps; "
-        f"mean and range of {options.seeds} seeds",
+        f"{task.title}\ntest sequences, trained on {task.length} tokens, {note}: mean and range",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _plot_columns(path: Path, task: Task, rows: list[dict], note: str) -> None:
+    """A panel for each column, a line for each model: every seed, and the mean."""
+    figure, panels = _column_panels(task, len(rows))
+    for index, axes in enumerate(panels):
+        for place, row in enumerate(rows):
+            values = [ranges[index] for ranges in row["ranges"]]
+            axes.plot(values, [place] * len(values), "o", color=_color(row), alpha=0.5)
+            axes.plot(statistics.mean(values), place, "|", color=_color(row), markersize=16)
+        axes.set_xlabel(task.columns[index])
+    _name_rows(panels[0], rows)
+    figure.suptitle(f"{task.title}: test images, {note}: a dot each, and their mean", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _column_panels(task: Task, rows: int) -> tuple[plt.Figure, list[Axes]]:
+    figure, grid = plt.subplots(
+        1, len(task.heads), figsize=(3.5 + 3 * len(task.heads), 1.7 + 0.3 * rows), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axes in grid[0]:
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    return figure, list(grid[0])
+
+
+def _name_rows(axes: Axes, rows: list[dict]) -> None:
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _color(row: dict) -> str:
+    families = (i for i, p in enumerate(FAMILIES.values()) if row["encoding"].startswith(p))
+    return f"C{next(families)}"

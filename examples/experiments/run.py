@@ -1,37 +1,42 @@
-"""Compare encodings on a copy task and on Bach chorales, over several seeds.
+"""Compare encodings on synthetic tasks, music, text and images, over several seeds.
 
     python examples/experiments/run.py --help
 
 Each encoding's learning rate is the best of the task's on the validation sequences with the first
 seed; that rate is then trained with all seeds and tested. Every run is a JSON file in the folder
-of `--out` and is not repeated, so an interrupted comparison goes on where it was, and several
-processes may share one folder when each has encodings of its own. What comes out: summary.json,
-tables in Markdown, and a plot for each task.
+of `--out` and is not repeated, so an interrupted comparison goes on where it was. Several processes
+may share that folder, of one command (`--processes`) or of several: each claims the runs it makes,
+and what a process leaves unfinished another one takes over. What comes out: summary.json, tables
+in Markdown with means and with differences to the baseline, and two plots for each task.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import platform
+import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from chorales.model import ChoraleModel  # noqa: E402  (found in the folder above)
-from chorales.train import range_edges  # noqa: E402
-from chorales.training import bin_means, evaluate, train  # noqa: E402
+from experiments import tables  # noqa: E402  (found in the folder above)
 from experiments.encodings import ENCODINGS  # noqa: E402
-from experiments.plots import plot_task  # noqa: E402
+from experiments.plots import plot_differences, plot_task  # noqa: E402
+from experiments.runs import Settings, load_task, make_runs, rows_of, write  # noqa: E402
 from experiments.tasks import TASKS, Task  # noqa: E402
 
-BINS = 16  # of the plots
+NEEDS_PACKAGE = {"mnist"}  # tasks that run when they are named
+QUICK = {
+    "tasks": ["copy", "bound-recall", "chorales", "text"],
+    "encodings": ["rotary-random", "bandwidth", "exact", "softmax-rotary-random"],
+    "rates": [8e-3],
+    "processes": 2,
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,140 +44,110 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="the comparison in about 20 minutes of two cores: fewer steps, other defaults: "
+        + "; ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+                    for k, v in QUICK.items()),
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, metavar="TASK",
+        default=[name for name in TASKS if name not in NEEDS_PACKAGE],
+        help=f"which of {', '.join(TASKS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), metavar="NAME",
         help=f"which of {', '.join(ENCODINGS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--baseline", choices=ENCODINGS, default="rotary-random", metavar="NAME",
+        help="the encoding that the others are compared with",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each encoding")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each run")
-    parser.add_argument("--batch", type=int, default=16, help="windows in a step")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, help="learning rates to choose from, if not the task's"
+    )
+    parser.add_argument("--steps", type=int, help="training steps of a run, if not the task's")
+    parser.add_argument("--batch", type=int, help="sequences in a step, if not the task's")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--processes", type=int, default=1, help="that share the runs")
+    parser.add_argument("--threads", type=int, default=1, help="of a process")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "experiments", help="output folder"
     )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_known_args(arguments)[0].quick:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    for name in ("seeds", "steps", "batch", "processes", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if options.rates and min(options.rates) <= 0:
+        parser.error(f"--rates must be above 0, got {min(options.rates)}")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: PyTorch sees no CUDA device")
     return options
 
 
-def run(task: Task, name: str, rate: float, seed: int, options: argparse.Namespace) -> dict:
-    """Train and test one model, unless that was done before."""
-    label = f"{task.name}-{name}-rate{rate:g}-seed{seed}"
-    file = options.out / f"{label}-steps{options.steps}-batch{options.batch}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    encoding = ENCODINGS[name]
-    torch.manual_seed(seed)
-    model = ChoraleModel(encoding, vocabulary=task.vocabulary, max_length=task.test_length)
-    report = train(
-        model, encoding, task.windows, task.steps, options.batch, rate, seed, options.device,
-        progress=False, objective=task.objective,
-    )  # fmt: skip
-    ranges = range_edges(task.length, task.test_length)
-    bins = [round(i * task.test_length / BINS) for i in range(BINS + 1)]
-    result = {
-        "task": task.name, "encoding": name, "rate": rate, "seed": seed,
-        "train": statistics.mean(report.losses[-20:]),
-        "tokens_per_second": report.tokens_per_second,
-        "torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    for split, tokens in task.held_out.items():
-        result[split] = {}
-        for realizations in encoding.eval_realizations:
-            values = evaluate(
-                model, tokens, device=options.device, realizations=realizations,
-                objective=task.objective,
-            )  # fmt: skip
-            result[split][str(realizations or "as trained")] = {
-                "ranges": bin_means(values, ranges),
-                "bins": bin_means(values, bins),
-            }
-    file.write_text(json.dumps(result))
-    return result
+def helpers(options: argparse.Namespace, arguments: list[str] | None) -> list[subprocess.Popen]:
+    """Start the other processes: the same command, which only makes runs."""
+    given = sys.argv[1:] if arguments is None else arguments
+    command = [sys.executable, __file__, *given, "--worker"]
+    return [subprocess.Popen(command) for _ in range(options.processes - 1)]
 
 
-def within(result: dict) -> float:
-    """Loss of the validation sequences within the length trained on."""
-    return result["valid"]["as trained"]["ranges"][0]
-
-
-def compare(task: Task, options: argparse.Namespace) -> list[dict]:
-    """Choose the rates, train all seeds, and collect the rows of the task's table."""
-    total = len(options.encodings) * (len(task.rates) + options.seeds - 1)
-    rows = []
-    with tqdm(total=total, desc=task.title, unit=" runs") as bar:
-
-        def step(name: str, rate: float, seed: int) -> dict:
-            bar.set_postfix_str(f"{name}, rate {rate:g}, seed {seed}")
-            result = run(task, name, rate, seed, options)
-            bar.update()
-            return result
-
-        for name in options.encodings:
-            first = min((step(name, rate, 0) for rate in task.rates), key=within)
-            results = [first]
-            results += [step(name, first["rate"], seed) for seed in range(1, options.seeds)]
-            for realizations in first["test"]:
-                per_seed = [result["test"][realizations] for result in results]
-                suffix = "" if realizations == "as trained" else f", R = {realizations} in the test"
-                rows.append(
-                    {
-                        "task": task.name,
-                        "encoding": name,
-                        "label": ENCODINGS[name].label + suffix,
-                        "rate": first["rate"],
-                        "ranges": [entry["ranges"] for entry in per_seed],
-                        "bins": [entry["bins"] for entry in per_seed],
-                        "tokens_per_second": statistics.median(
-                            result["tokens_per_second"] for result in results
-                        ),
-                    }
-                )
-    return rows
-
-
-def table(task: Task, rows: list[dict]) -> str:
-    """Markdown: mean over the seeds, smallest and largest in brackets."""
-    heads = [f"{a}-{b}" for a, b in pairwise(range_edges(task.length, task.test_length))]
-    lines = [
-        f"| {task.title} | rate | {' | '.join(heads)} |",
-        f"|---|---:|{'---:|' * len(heads)}",
-    ]
-    for row in rows:
-        cells = [
-            f"{statistics.mean(values):.3f} ({min(values):.2f}-{max(values):.2f})"
-            for values in zip(*row["ranges"], strict=True)
-        ]
-        lines.append(f"| {row['label']} | {row['rate']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def report(task: Task, rows: list[dict], options: argparse.Namespace) -> str:
+    """Draw the plots of a task and give its tables."""
+    folder, first = options.out, rows[0]
+    note = f"{first['steps']} steps of {first['batch']}, {options.seeds} seed(s)"
+    plot_task(folder / f"experiments_{task.name}.png", task, rows, note)
+    parts = [tables.means(task, rows)]
+    baseline = tables.add_differences(rows, options.baseline)
+    if baseline is not None and len(rows) > 1:
+        plot_differences(folder / f"differences_{task.name}.png", task, rows, baseline)
+        parts.append(tables.differences(task, rows, baseline))
+    return "\n\n".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    summary, tables = [], []
-    for name in options.tasks:
-        task = TASKS[name](steps=options.steps)
-        rows = compare(task, options)
+    rates = tuple(options.rates) if options.rates else None
+    settings = Settings(
+        options.out, options.seeds, options.steps, options.batch, rates, options.quick
+    )
+    tasks = [load_task(name) for name in options.tasks]
+    if options.worker:
+        make_runs(settings, tasks, options.encodings, options.device, progress=False)
+        return
+    started = helpers(options, arguments)
+    try:
+        make_runs(settings, tasks, options.encodings, options.device)
+    finally:
+        for process in started:  # with nothing left to do, or because this one failed
+            process.terminate()
+            process.wait()
+
+    summary, texts = [], []
+    for task in tasks:
+        rows = rows_of(settings, task, options.encodings)
+        texts.append(report(task, rows, options))
         summary += rows
-        tables.append(table(task, rows))
-        plot_task(options.out / f"experiments_{name}.png", task, rows, options)
-    settings = {k: v for k, v in vars(options).items() if k != "out"}
-    (options.out / "summary.json").write_text(
-        json.dumps({"settings": settings, "torch": torch.__version__, "rows": summary}, indent=1)
-        + "\n"
-    )
-    text = "\n\n".join(tables) + "\n"
-    (options.out / "tables.md").write_text(text)
+    own = {"out", "worker", "processes"}
+    content = {
+        "settings": {k: v for k, v in vars(options).items() if k not in own},
+        "torch": torch.__version__, "python": platform.python_version(), "rows": summary,
+    }  # fmt: skip
+    write(options.out / "summary.json", json.dumps(content, indent=1) + "\n")
+    text = "\n\n".join(texts) + "\n"
+    write(options.out / "tables.md", text)
     print(
-        f"\nNLL in nats per token, test sequences, mean (smallest-largest) of the seeds\n\n{text}"
+        "\nTest sequences, NLL in nats per token unless said: mean (smallest-largest) of the "
+        "seeds;\nthen differences seed by seed, mean ± half of the 95 % interval by Student's t\n\n"
+        f"{text}\nwritten to {options.out}"
     )
-    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""The comparison of encodings: tasks, choice of the rate, resuming, tables and plots."""
+"""The comparison of encodings: models, runs that are resumed and shared, intervals, tables."""
 
 import json
 import math
+import signal
+import statistics
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,35 +15,45 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from chorales.model import ChoraleModel
+from chorales.model import HEADS, WIDTH, ChoraleModel
 from experiments import run as command
+from experiments import runs, tables
 from experiments.encodings import ENCODINGS
-from experiments.tasks import TASKS, copy_task
+from experiments.intervals import paired, t_quantile
+from experiments.models import make_model
+from experiments.runs import Settings, claim, load_task, plan
+from experiments.tasks import TASKS
+from experiments.tasks.copying import copy_task
+from experiments.tasks.pixels import Rows, class_measures, class_nll
+
+EXAMPLES = Path(command.__file__).resolve().parents[1]
 
 
-def small_copy_task(steps):
-    task = copy_task(steps, lag=3, vocabulary=5, length=16, test_length=32)
-    task.held_out = {split: tokens[:2] for split, tokens in task.held_out.items()}
-    return task
+def small_copy_task():
+    task = copy_task(lag=3, vocabulary=5, length=16, test_length=32)
+    held_out = {split: tokens[:2] for split, tokens in task.held_out.items()}
+    return replace(task, held_out=held_out, steps=3, batch=2)
 
 
-def test_the_copy_task_asks_for_the_token_before():
-    task = copy_task(lag=3, vocabulary=5, length=16)
-    tokens = task.windows.sample(2, torch.Generator().manual_seed(0))
-    assert tokens.shape == (2, 16)
+def small_image_task():
+    rows = torch.randint(4, (12, 9), generator=torch.Generator().manual_seed(0))
+    return replace(
+        small_copy_task(), name="digits", title="images", vocabulary=4, windows=Rows(rows),
+        held_out={"valid": rows[:4], "test": rows[4:]}, objective=class_nll, length=8,
+        test_length=8, classes=10, measure=class_measures, columns=("NLL", "errors"),
+    )  # fmt: skip
 
-    def oracle(x):
-        return 50.0 * torch.nn.functional.one_hot(x.roll(3, dims=1), 5)
 
-    losses = task.objective(oracle, tokens)
-    assert losses.shape == (2, 16)
-    assert losses[:, :3].isnan().all()
-    assert losses[:, 3:].abs().max() < 1e-3
-    assert task.objective(lambda x: torch.zeros(*x.shape, 5), tokens).nanmean().item() == (
-        pytest.approx(math.log(5))
-    )
-    assert task.chance == pytest.approx(math.log(5))
-    assert not torch.equal(task.held_out["valid"], task.held_out["test"])
+@pytest.fixture(autouse=True)
+def small_tasks(monkeypatch):
+    load_task.cache_clear()
+    monkeypatch.setitem(TASKS, "copy", small_copy_task)
+    monkeypatch.setitem(TASKS, "digits", small_image_task)
+    yield
+    load_task.cache_clear()
+
+
+# ---- models
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -56,10 +71,74 @@ def test_every_encoding_is_causal_and_reaches_the_model(name):
     assert same == (name == "none")
 
 
+@pytest.mark.parametrize("name", ["none", "exact", "bandwidth", "softmax-alibi"])
+def test_a_classifier_reads_in_both_directions(name):
+    torch.manual_seed(0)
+    model = make_model(small_image_task(), ENCODINGS[name]).eval()
+    tokens = torch.arange(8)[None] % 4
+    hidden = model.hidden(tokens, is_causal=False)
+    changed = model.hidden(torch.cat((tokens[:, :-1], 3 - tokens[:, -1:]), 1), is_causal=False)
+    assert (hidden - changed)[:, 0].abs().max() > 1e-4
+    assert model(tokens).shape == (1, 10)
+    assert torch.allclose(model(tokens), model.head(hidden.mean(1)), atol=1e-5)
+
+
+def plain_attention(attention, x, is_causal):
+    """Softmax attention with ALiBi, head by head, position by position."""
+    q, k, v = attention.in_proj(x).chunk(3, dim=-1)
+    out = torch.zeros_like(q)
+    size = WIDTH // HEADS
+    for head in range(HEADS):
+        part = slice(head * size, (head + 1) * size)
+        for n in range(x.shape[1]):
+            keys = range(n + 1 if is_causal else x.shape[1])
+            logits = torch.stack(
+                [
+                    q[0, n, part] @ k[0, m, part] / size**0.5
+                    - (2.0 ** (-8 * (head + 1) / HEADS)) * abs(n - m)
+                    for m in keys
+                ]
+            )
+            out[0, n, part] = logits.softmax(0) @ v[0, list(keys), part]
+    return attention.out_proj(out)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_softmax_attention(is_causal):
+    torch.manual_seed(0)
+    layer = ENCODINGS["softmax-alibi"].make_layer(None).double()
+    x = torch.randn(1, 7, WIDTH).double()
+    got, _ = layer.self_attn(x, x, x, is_causal=is_causal)
+    assert torch.allclose(got, plain_attention(layer.self_attn, x, is_causal))
+    # Of rotary positions only lags matter, and they do.
+    encoding = ENCODINGS["softmax-rotary-random"]
+    rotary = encoding.make_layer(encoding.position()).double().self_attn
+    shifted = torch.cat((torch.randn(1, 3, WIDTH).double(), x), dim=1)
+    first, second = x[:, :1].expand(1, 4, -1).clone(), x[:, :1].expand(1, 5, -1).clone()
+    first[:, 1] = second[:, 2] = x[:, 1]
+    assert not torch.allclose(
+        rotary(first, is_causal=False)[0][:, 3], rotary(second, is_causal=False)[0][:, 4]
+    )
+    q, k = (
+        rotary.position(x.unflatten(-1, (HEADS, -1))),
+        rotary.position(shifted.unflatten(-1, (HEADS, -1))),
+    )
+    lags = torch.einsum("bnhd,bmhd->hnm", q, q)
+    assert torch.allclose(lags, torch.einsum("bnhd,bmhd->hnm", k, k)[:, 3:, 3:])
+    # As many weights as linear attention without positions.
+    sizes = [
+        sum(p.numel() for p in make_model(small_copy_task(), ENCODINGS[n]).parameters())
+        for n in ("none", "softmax-alibi", "softmax-rotary-1e4")
+    ]
+    assert len(set(sizes)) == 1
+
+
+# ---- runs
+
+
 def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(TASKS, "copy", small_copy_task)
     flags = ["--tasks", "copy", "--encodings", "none", "phase", "--steps", "2", "--batch", "2"]
-    flags += ["--seeds", "2", "--out", str(tmp_path)]
+    flags += ["--seeds", "2", "--out", str(tmp_path), "--baseline", "none"]
     command.main(flags)
     files = sorted(tmp_path.glob("copy-*.json"))
     # All rates with the first seed, one with the second.
@@ -68,19 +147,228 @@ def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch,
     assert [row["encoding"] for row in summary["rows"]] == ["none", "phase", "phase"]
     assert "R = 256" in summary["rows"][2]["label"]
     for row in summary["rows"]:
-        runs = [json.loads(f.read_text()) for f in files]
-        first = [r for r in runs if r["encoding"] == row["encoding"] and r["seed"] == 0]
-        best = min(first, key=command.within)
+        found = [json.loads(f.read_text()) for f in files]
+        first = [r for r in found if r["encoding"] == row["encoding"] and r["seed"] == 0]
+        best = min(first, key=runs.within)
         assert row["rate"] == best["rate"]
         key = "256" if "R = 256" in row["label"] else "as trained"
         assert row["ranges"][0] == best["test"][key]["ranges"]
         assert len(row["ranges"]) == len(row["bins"]) == 2
-    assert (tmp_path / "experiments_copy.png").stat().st_size > 0
-    assert "| no positions |" in (tmp_path / "tables.md").read_text()
+        mean, half = row["differences"][0]
+        both = [
+            a[0] - b[0] for a, b in zip(row["ranges"], summary["rows"][0]["ranges"], strict=True)
+        ]
+        assert mean == pytest.approx(statistics.mean(both))
+        # Two seeds: the interval is 12.7 times |d1 - d2| / 2 wide to each side.
+        assert half == pytest.approx(12.7062 * abs(both[0] - both[1]) / 2, rel=1e-5)
+    for name in ("experiments_copy.png", "differences_copy.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    text = (tmp_path / "tables.md").read_text()
+    assert "| no positions |" in text
+    assert "minus no positions |" in text
+    assert not list(tmp_path.glob("*.claim"))
 
-    monkeypatch.setattr(command, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "train", lambda *a, **k: pytest.fail("trained again"))
     command.main(flags)
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == summary["rows"]
-    with pytest.raises(SystemExit):
-        command.main(["--seeds", "0"])
-    assert "--seeds must be at least 1" in capsys.readouterr().err
+    for flag, value in (("--seeds", "0"), ("--rates", "-1"), ("--threads", "0")):
+        with pytest.raises(SystemExit):
+            command.main([flag, value])
+        assert f"{flag} must be a" in capsys.readouterr().err
+
+
+def test_images_have_a_table_of_their_own(tmp_path):
+    flags = "--tasks digits --encodings none exact --seeds 1 --rates 1e-3 --baseline none"
+    command.main([*flags.split(), "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert all(len(row["ranges"][0]) == 2 for row in rows)
+    assert 0 <= rows[0]["ranges"][0][1] <= 100
+    text = (tmp_path / "tables.md").read_text()
+    assert "| images | rate | NLL | errors |" in text
+    assert rows[1]["differences"][0][1] is None  # a single seed has no interval
+    assert "±" not in text
+    assert (tmp_path / "experiments_digits.png").stat().st_size > 0
+
+
+def test_quick_changes_defaults_and_nothing_that_is_given():
+    quick = command.parse_arguments(["--quick", "--steps", "7"])
+    assert quick.steps == 7
+    assert quick.rates == [8e-3]
+    assert quick.processes == 2
+    usual = command.parse_arguments([])
+    assert usual.steps is usual.rates is None
+    assert "mnist" not in usual.tasks
+    task = replace(small_copy_task(), quick_steps=2)
+    assert [Settings(Path(), 1, quick=q).steps_of(task) for q in (False, True)] == [3, 2]
+    assert Settings(Path(), 1, steps=7, quick=True).steps_of(task) == 7
+    assert usual.encodings == list(ENCODINGS)
+
+
+def results(folder):
+    """What the runs gave, without times."""
+    found = {file.name: json.loads(file.read_text()) for file in folder.glob("copy-*.json")}
+    for result in found.values():
+        del result["tokens_per_second"]
+    return found
+
+
+def make_all(folder, seeds=2, encodings=("none", "exact"), **options):
+    settings = Settings(folder, seeds, rates=(1e-3, 4e-3), **options)
+    runs.make_runs(settings, [load_task("copy")], list(encodings), "cpu", progress=False)
+    return settings
+
+
+def test_resumed_is_as_uninterrupted(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole.mkdir(), halves.mkdir()
+    make_all(whole)
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    train = runs.train
+    monkeypatch.setattr(runs, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_all(halves)
+    assert len(results(halves)) == 2
+    assert not list(halves.glob("*.claim"))
+    # What was half written when a process ended is not taken for a result.
+    (halves / ".1-copy-exact.json").write_text("{")
+    settings = make_all(halves)
+    assert len(calls) == 3 + 4
+    assert results(halves) == results(whole)
+    assert len(results(whole)) == 6
+    missing, found = plan(settings, load_task("copy"), "exact")
+    assert missing == []
+    assert [result["seed"] for result in found] == [0, 1]
+    assert len({result["rate"] for result in found}) == 1
+
+
+def test_runs_ended_are_counted(tmp_path):
+    task = load_task("copy")
+    settings = Settings(tmp_path, 3, rates=(1e-3, 4e-3))
+    counts = []
+    while missing := plan(settings, task, "none")[0]:
+        counts.append(runs.ended(settings, task, missing))
+        missing[0].make(tmp_path)
+    assert [*counts, runs.ended(settings, task, [])] == [0, 1, 2, 3, 4]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from experiments.runs import claim
+with claim(Path(sys.argv[2]), "a") as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_claims_exclude_and_end_with_their_process(tmp_path):
+    with claim(tmp_path, "a") as mine:
+        assert mine
+        with claim(tmp_path, "a") as second, claim(tmp_path, "b") as other:
+            assert (second, other) == (False, True)
+        assert "process" in (tmp_path / "a.claim").read_text()
+    assert not list(tmp_path.iterdir())
+
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(EXAMPLES), str(tmp_path)], stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"True\n"
+        with claim(tmp_path, "a") as mine:
+            assert not mine
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    # The file is still there, the process that made it is not.
+    assert (tmp_path / "a.claim").exists()
+    with claim(tmp_path, "a") as mine:
+        assert mine
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_whose_file_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    lock = runs.fcntl.flock
+
+    def slow(file, how):
+        Path(file.name).unlink()
+        (tmp_path / "a.claim").touch()  # another process's
+        lock(file, how)
+
+    monkeypatch.setattr(runs.fcntl, "flock", slow)
+    with claim(tmp_path, "a") as mine:
+        assert not mine
+    assert (tmp_path / "a.claim").exists()
+
+
+def test_a_run_of_another_process_is_waited_for(tmp_path, monkeypatch):
+    task = load_task("copy")
+    settings = Settings(tmp_path, 1, rates=(1e-3,))
+    [run] = plan(settings, task, "none")[0]
+    pauses = []
+    with claim(tmp_path, run.name) as mine:
+        assert mine
+
+        def pause(seconds):
+            pauses.append(seconds)
+            run.make(tmp_path)
+            monkeypatch.setattr(runs, "train", lambda *a, **k: pytest.fail("trained again"))
+
+        monkeypatch.setattr(time, "sleep", pause)
+        runs.make_runs(settings, [task], ["none"], "cpu", progress=False)
+    assert pauses == [runs.PAUSE]
+
+
+def test_processes_share_the_runs(tmp_path):
+    flags = "--tasks copy --encodings none --steps 1 --batch 1 --rates 1e-3 4e-3 --seeds 2"
+    command_line = [sys.executable, str(EXAMPLES / "experiments" / "run.py"), *flags.split()]
+    done = subprocess.run(
+        [*command_line, "--processes", "2", "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(results(tmp_path)) == 3
+    assert "written to" in done.stdout
+    assert done.stdout.count("| no positions |") == 1
+    assert not list(tmp_path.glob("*.claim"))
+
+
+# ---- intervals and tables
+
+
+def test_quantiles_of_students_t():
+    known = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216, 30: 2.04227}
+    for freedom, value in known.items():
+        assert t_quantile(freedom) == pytest.approx(value, rel=1e-5)
+    assert t_quantile(4, 0.99) == pytest.approx(4.60409, rel=1e-5)
+    assert t_quantile(10**5) == pytest.approx(1.95998, rel=1e-4)
+    with pytest.raises(ValueError, match="freedom must be at least 1, got 0"):
+        t_quantile(0)
+
+
+def test_paired_differences():
+    # Seeds differ by far more than the encodings, which does not widen the interval.
+    baseline = [1.0, 5.0, 9.0]
+    mean, half = paired([1.1, 5.2, 9.3], baseline)
+    assert mean == pytest.approx(0.2)
+    assert half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert paired([1.5], [1.0]) == (0.5, None)
+    with pytest.raises(ValueError, match="longer"):
+        paired([1.0], baseline)
+
+
+def test_intervals_hold_the_mean_in_95_of_100():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, 5, generator=generator).tolist()
+    inside = [abs(mean) < half for mean, half in (paired(d, [0.0] * 5) for d in draws)]
+    assert statistics.mean(inside) == pytest.approx(0.95, abs=0.015)
+
+
+def test_tables_without_the_baseline():
+    rows = [{"encoding": "none", "label": "no positions", "rate": 1e-3, "ranges": [[1.0, 2.0]]}]
+    assert tables.add_differences(rows, "exact") is None
+    assert "differences" not in rows[0]
