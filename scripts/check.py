@@ -69,8 +69,8 @@ def cpp_tests(report, everything):
 
 
 def python_tests(report, arguments, everything):
-    # A process for each core, with one thread each. Tests that build something share a group.
-    parallel = ("-n", "auto", "--dist", "loadgroup")
+    # A process for each core, with one thread each.
+    parallel = ("-n", "auto", "--dist", "worksteal")
     variables = {"OMP_NUM_THREADS": "1"}
     if everything:
         variables |= {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": "4000"}

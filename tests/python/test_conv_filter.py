@@ -719,8 +719,11 @@ print(digest.hexdigest())
         result = subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "TORCH_SPE_CPU_CAPABILITY": name},
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
+        if "this build has no kernels for it" in result.stderr:
+            continue
+        assert result.returncode == 0, result.stderr
         digests.add(result.stdout)
     assert len(digests) == 1
 

@@ -18,7 +18,6 @@ INFO = _C.build_info()
 FATBIN = 0xBA55ED50
 REGISTERS, THREADS = 65536, 128  # of a multiprocessor, and of a block of ours
 
-pytestmark = pytest.mark.xdist_group("build")
 needs_cuda_build = pytest.mark.skipif(INFO["cuda"] is None, reason="the build is for the CPU only")
 
 

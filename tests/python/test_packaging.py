@@ -3,6 +3,7 @@
 Compiled objects are taken from the build tree, so that nothing but the C++ example is compiled.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -33,8 +34,6 @@ BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).re
 ENVIRONMENT = {name: os.environ[name] for name in os.environ.keys() - {"MAKEFLAGS", "TORCH"}}
 PATH = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
 
-# They use one build tree: in one process, one after the other.
-pytestmark = pytest.mark.xdist_group("build")
 needs_build = pytest.mark.skipif(
     not (BUILD / "configured.json").is_file(),
     reason=f"needs the build tree {BUILD} (make build)",
@@ -42,15 +41,21 @@ needs_build = pytest.mark.skipif(
 
 
 def run(*command, env=None, status=0, **options):
-    """Run a command; return its output once it ended with the expected status."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        env={**ENVIRONMENT, "PATH": PATH, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+    """Run a command; return its output once it ended with the expected status.
+
+    Commands use one build tree: those of all test processes run one after the other.
+    """
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "packaging.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            [str(part) for part in command],
+            env={**ENVIRONMENT, "PATH": PATH, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
     assert done.returncode == status, done.stdout
     return done.stdout
 
