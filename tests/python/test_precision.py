@@ -246,8 +246,9 @@ def test_the_recipe_for_fsdp(kind, one_process, page):  # noqa: F811
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     for name, tensor in kept(layer).items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
-        assert tensor.grad is not None and tensor.grad.dtype == torch.float32
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name])
+        assert tensor.grad.dtype == torch.float32
 
 
 @pytest.mark.cpu_only

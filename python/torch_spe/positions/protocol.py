@@ -24,8 +24,8 @@ class Position(Float32Module):
     (`torch_spe.Encoder`). It has the attributes below, of which those with a default may be left
     out, and overrides of the other methods what does not fit. docs/positions.md has an example.
 
-    Its floating-point parameters and buffers stay float32 or wider when a model is converted to half
-    precision (docs/precision.md).
+    Its floating-point parameters and buffers stay float32 or wider when a model is converted to
+    half precision (docs/precision.md).
 
     Attributes:
         num_heads: heads H.
@@ -70,7 +70,8 @@ class Position(Float32Module):
         """
         arguments = {
             "num_heads": num_heads, "in_features": in_features,
-            "num_realizations": num_realizations, "init": init, "device": device, "dtype": parameter_type(dtype),
+            "num_realizations": num_realizations, "init": init, "device": device,
+            "dtype": parameter_type(dtype),
         }  # fmt: skip
         return call_factory(cls, arguments, options)
 
