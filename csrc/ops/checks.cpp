@@ -8,6 +8,7 @@ namespace torch_spe::ops {
 
 void check_data(const char* op, const char* name, const at::Tensor& tensor, int64_t dim,
                 const char* layout) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a tensor, got none");
   TORCH_CHECK_VALUE(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimensions ", layout,
                     ", got shape ", tensor.sym_sizes());
   const auto type = tensor.scalar_type();
@@ -49,10 +50,11 @@ void check_positions(const char* op, const OptionalTensor& positions, double sta
     TORCH_CHECK_VALUE(positions->dim() == 1 || positions->dim() == 2, op,
                       ": positions must have shape [N] or [N, ndim], got shape ",
                       positions->sym_sizes());
-    TORCH_CHECK_TYPE(
-        positions->scalar_type() == at::kDouble || positions->scalar_type() == at::kFloat ||
-            positions->scalar_type() == at::kLong || positions->scalar_type() == at::kInt,
-        op, ": positions must be float64, float32, int64 or int32, got ", positions->scalar_type());
+    TORCH_CHECK_TYPE(positions->scalar_type() == at::kDouble ||
+                         positions->scalar_type() == at::kFloat ||
+                         at::isIntegralType(positions->scalar_type(), /*includeBool=*/false),
+                     op, ": positions must be float64, float32 or of an integer type, got ",
+                     positions->scalar_type());
     check_size(op, "positions", *positions, 0, x.sym_size(1), "N of x");
     const c10::SymInt given = positions->dim() == 2 ? positions->sym_size(1) : c10::SymInt(1);
     TORCH_CHECK_VALUE(

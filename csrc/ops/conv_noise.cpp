@@ -47,7 +47,10 @@ struct ConvNoise : Operator {
     to_noise_kind(kName, a.noise_kind);
     check_stride(kName, a.noise_stride, static_cast<int64_t>(a.size.size()));
     check_start(kName, a.start, static_cast<int64_t>(a.size.size()));
-    to_dtype(a.dtype.value_or(at::kFloat));
+    const auto type = a.dtype.value_or(at::kFloat);
+    TORCH_CHECK_TYPE(
+        type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+        kName, ": dtype must be float32, float64, float16 or bfloat16, got ", type);
   }
 
   static TensorSpecs results(const Arguments& a) {

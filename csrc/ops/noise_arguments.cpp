@@ -36,19 +36,21 @@ core::NoiseParams noise_params(const char* op, const at::Tensor& seed, std::stri
       to_noise_kind(op, kind), 0, seed.const_data_ptr<int64_t>(), ndim, {1, 1, 1}, {0, 0, 0}};
   // Reading it on another device would stall that.
   if (seed.is_cpu()) p.seed = static_cast<uint64_t>(*p.device_seed);
-  TORCH_CHECK_VALUE(num_heads <= core::kMaxNoiseHeads, op, ": noise is generated for at most ",
-                    core::kMaxNoiseHeads, " heads, got ", num_heads);
-  TORCH_CHECK_VALUE(in_features <= core::kMaxNoiseFeatures, op, ": noise is generated for at most ",
-                    core::kMaxNoiseFeatures, " features of a head, got ", in_features);
+  TORCH_CHECK_VALUE(num_heads <= core::kMaxNoiseHeads, op, ": num_heads must be at most ",
+                    core::kMaxNoiseHeads, " with generated noise, got ", num_heads);
+  TORCH_CHECK_VALUE(in_features <= core::kMaxNoiseFeatures, op, ": in_features must be at most ",
+                    core::kMaxNoiseFeatures, " with generated noise, got ", in_features);
   TORCH_CHECK_VALUE(num_realizations <= core::kMaxNoiseRealizations, op,
                     ": num_realizations must be at most ", core::kMaxNoiseRealizations, ", got ",
                     num_realizations);
   const int64_t limit = int64_t{1} << (core::noise_position_bits(ndim) - 1);
   for (int i = 0; i < ndim; ++i) {
     const int64_t first = start.empty() ? 0 : start[i].expect_int();
-    TORCH_CHECK_VALUE(first >= -limit && first <= limit - size[i], op, ": positions of noise in ",
-                      ndim, " dimensions must be in [", -limit, ", ", limit, "), got ", first,
-                      " .. ", first, " + ", size[i] - 1, " in dimension ", i);
+    TORCH_CHECK_VALUE(first >= -limit && first <= limit - size[i], op,
+                      ": start must be such that the "
+                      "positions of noise in ",
+                      ndim, " dimensions are in [", -limit, ", ", limit, "), got ", first, " .. ",
+                      first, " + ", size[i] - 1, " in dimension ", i);
     p.start[3 - ndim + i] = first;
     if (!stride.empty()) p.stride[3 - ndim + i] = stride[stride.size() == 1 ? 0 : i];
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ def check_positive(owner: str, **values: int) -> tuple[int, ...]:
 
 def check_sizes(owner: str, name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Return one integer of at least 1 for each dimension, from one for all or one each."""
-    sizes = (value,) * ndim if is_integer(value) or not _is_sequence(value) else tuple(value)
+    sizes = (value,) * ndim if is_integer(value) or not is_sequence(value) else tuple(value)
     if len(sizes) != ndim:
         raise ValueError(
             f"{owner}: {name} must be a number or {ndim} of them (ndim), got {value!r}"
@@ -43,7 +44,7 @@ def check_sizes(owner: str, name: str, value: int | Sequence[int], ndim: int) ->
 
 def check_lags(owner: str, max_lag: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Return one largest lag for each dimension, from one for all or one each."""
-    lags = tuple(max_lag) if _is_sequence(max_lag) else (max_lag,) * ndim
+    lags = tuple(max_lag) if is_sequence(max_lag) else (max_lag,) * ndim
     if len(lags) != ndim or any(not is_integer(lag) or lag < 0 for lag in lags):
         raise ValueError(
             f"{owner}: max_lag must be an integer >= 0 or {ndim} of them (ndim), got {max_lag!r}"
@@ -53,6 +54,8 @@ def check_lags(owner: str, max_lag: int | Sequence[int], ndim: int) -> tuple[int
 
 def check_size(owner: str, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the lengths in ``shape``, ``(batch, *size)``."""
+    if not is_sequence(shape):
+        raise TypeError(f"{owner}: shape must be (batch, *size), got {type(shape).__name__}")
     shape = tuple(shape)
     if len(shape) < 2 or any(isinstance(n, float) or n < 0 for n in shape):
         raise ValueError(f"{owner}: shape must be (batch, *size) with integers >= 0, got {shape}")
@@ -61,16 +64,24 @@ def check_size(owner: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 def check_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[float, ...]:
     """Return one first position for each dimension, from one for all or one each."""
-    starts = tuple(start) if _is_sequence(start) else (start,) * ndim
+    starts = tuple(start) if is_sequence(start) else (start,) * ndim
     if len(starts) != ndim:
         raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
+    if not all(_is_finite(first) for first in starts):
+        raise ValueError(f"{owner}: start must be finite, got {start!r}")
     return starts
+
+
+def _is_finite(value: object) -> bool:
+    """Say whether a number is finite; a symbolic one is."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
     """Return one first position for each dimension, after a check that they are whole."""
-    starts = tuple(start) if _is_sequence(start) else (start,) * ndim
-    if len(starts) != ndim or any(isinstance(n, float) and n != int(n) for n in starts):
+    starts = tuple(start) if is_sequence(start) else (start,) * ndim
+    whole = all(not isinstance(n, float) or n.is_integer() for n in starts)
+    if len(starts) != ndim or not whole:
         raise ValueError(
             f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
         )
@@ -81,7 +92,7 @@ def check_positions(
     owner: str,
     size: tuple[int, ...],
     ndim: int,
-    device: torch.device,
+    device: torch.device | None,
     start: float | Sequence[float],
     positions: Tensor | None,  # [N] or [N, ndim]
 ) -> tuple[float, ...]:
@@ -107,7 +118,7 @@ def check_positions(
             f"{owner}: positions must have shape {' or '.join(map(str, expected))}, got "
             f"{tuple(positions.shape)}"
         )
-    if positions.device != device:
+    if device is not None and positions.device != device:
         raise ValueError(
             f"{owner}: positions must be on the device of the parameters, {device}, got "
             f"{positions.device}"
@@ -165,7 +176,7 @@ def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: 
         )
 
 
-def _is_sequence(value: object) -> bool:
+def is_sequence(value: object) -> bool:
     """Say whether `value` is a sequence: a list, a tuple, a NumPy array of one dimension."""
     return isinstance(value, Sequence) or (
         hasattr(value, "__len__") and not isinstance(value, Tensor) and hasattr(value, "tolist")

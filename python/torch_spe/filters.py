@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch_spe.checks import check_choice, check_noise, check_not_nan, check_positive
 from torch_spe.codes import Code
 from torch_spe.feature_maps import bounded_exponential
+from torch_spe.precision import Float32Module, parameter_type
 
 __all__ = ["SPEFilter", "SPESoftmaxFilter"]
 
 INITS = ("published", "spread")
 
 
-class SPEFilter(nn.Module):
+class SPEFilter(Float32Module):
     r"""Applies a positional code to queries and keys.
 
     .. math::
@@ -32,7 +33,7 @@ class SPEFilter(nn.Module):
         code_shape: ``(num_heads, in_features)``, ``spe.code_shape``; needed for a gate.
         init: ``"published"``: gate N(0, 1); ``"spread"``: gate -2, most of the code positional.
         device: of the gate.
-        dtype: of the gate.
+        dtype: of the gate, at least float32.
 
     Parameter ``gate``, ``[H, D]``, if gated.
 
@@ -76,7 +77,9 @@ class SPEFilter(nn.Module):
                 raise ValueError(
                     "SPEFilter: code_shape must be given (as spe.code_shape) when gated, got None"
                 )
-            self.gate = nn.Parameter(torch.empty(code_shape, device=device, dtype=dtype))
+            self.gate = nn.Parameter(
+                torch.empty(code_shape, device=device, dtype=parameter_type(dtype))
+            )
         else:
             self.register_parameter("gate", None)
         self.reset_parameters()

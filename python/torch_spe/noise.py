@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_spe import functional
 from torch_spe._library import _C
+from torch_spe.checks import is_integer, is_sequence
 from torch_spe.functional.noise import seed_tensor
 
 __all__ = [
@@ -54,6 +55,18 @@ def seeded_normal(
         >>> torch.equal(seeded_normal((2, 3), seed=1), seeded_normal((2, 3), seed=1))
         True
     """
+    if not is_sequence(shape) or len(shape) == 0:
+        raise TypeError(
+            f"seeded_normal: shape must be a sequence of at least one size, got {shape!r}"
+        )
+    if seed is None:
+        raise TypeError("seeded_normal: seed must be an integer or a tensor, got None")
+    if not is_integer(stream):
+        raise TypeError(f"seeded_normal: stream must be an integer, got {type(stream).__name__}")
+    if stream < 0:
+        raise ValueError(f"seeded_normal: stream must be >= 0, got {stream}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"seeded_normal: dtype must be of a floating-point type, got {dtype}")
     *rows, num_realizations = shape
     heads, features = rows[:2] if len(rows) > 1 else (1, 1)
     count = math.prod(rows[2:] if len(rows) > 1 else rows)
@@ -233,6 +246,13 @@ def orthogonal_noise(
         >>> torch.allclose(rows @ rows.T, 10 * torch.eye(6), atol=1e-4)
         True
     """
+    counts = {
+        "num_heads": num_heads, "in_features": in_features, "num_rows": num_rows,
+        "num_realizations": num_realizations,
+    }  # fmt: skip
+    for name, count in counts.items():
+        if not is_integer(count) or count < 0:
+            raise ValueError(f"orthogonal_noise: {name} must be an integer >= 0, got {count!r}")
     if generator is not None and seed is not None:
         raise ValueError("orthogonal_noise: give generator or seed, not both")
     rows = in_features * num_rows

@@ -13,8 +13,8 @@ from helpers import here
 from test_codes import plain_gate_code, plain_phase_code, plain_sine_code
 
 from torch_spe import functional, reference
+from torch_spe.feature_maps import apply_feature_map
 
-ops = torch.ops.torch_spe
 DATA_TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Sizes that kernels treat apart: none, one, odd ones, and those around widths of vectors and tiles.
 SMALL, SMALL_WEIGHTS = [0, 1, 2, 3, 4, 5, 7, 9, 17, 33], [1, 4, 4, 4, 2, 4, 2, 2, 1, 1]
@@ -147,6 +147,7 @@ def x_and_freqs(draw, symbol):
     tail = {"positions": positions, "start": start}
     if positions is not None:
         shapes["positions"] = "N ndim" if positions.dim() == 2 else "N"
+    arguments["feature_map"] = draw.choose("identity", "identity", "elu", "relu")
     return arguments, shapes, tail
 
 
@@ -161,11 +162,26 @@ def one_output(function):
     return lambda **arguments: (function(**arguments),)
 
 
+def plain_rotary(x, freqs, positions=None, start=0.0):
+    if positions is None:
+        positions = start + torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+    angle = 2 * math.pi * positions.double()[:, None, None] * freqs.double()
+    cos, sin = angle.cos(), angle.sin()
+    even, odd = x.double()[..., ::2], x.double()[..., 1::2]
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
 def encoder(name, arguments, shapes, tail, finite):
     arguments = {**arguments, **tail}
+    plain = plain_rotary if name == "rotary" else getattr(reference, name)
+
+    def expected(x, feature_map, **others):
+        return plain(apply_feature_map(feature_map, x), **others)
+
     return Call(
-        name, arguments, shapes, one_output(getattr(functional, name)),
-        one_output(getattr(reference, name)), ("freqs", *finite, "constant", "positions", "start"),
+        name, arguments, shapes, one_output(getattr(functional, name)), one_output(expected),
+        ("freqs", *finite, "constant", "positions", "start"),
     )  # fmt: skip
 
 
@@ -208,6 +224,25 @@ def sine_features(draw):
             arguments[name] = draw.tensor(values, draw.parameter_type())
             shapes[name] = "H D K" if shape else "H D"
     return encoder("sine_features", arguments, shapes, tail, ("amplitudes", "offsets"))
+
+
+def rotary(draw):
+    batch, length, heads, pairs = (
+        draw.size("B", most=5), draw.length(), draw.size("H", most=5), draw.size("D", most=17),
+    )  # fmt: skip
+    positions, start = positions_and_start(draw, length, 1)
+    if positions is not None and positions.dim() == 2:
+        positions = positions.detach()[:, 0].clone().requires_grad_(positions.requires_grad)
+    freqs = draw.normal(heads, pairs).sigmoid() / 2
+    arguments = {
+        "x": draw.tensor(draw.normal(batch, length, heads, 2 * pairs), draw.dtype),
+        "freqs": draw.tensor(freqs, draw.choose(*DATA_TYPES[:2], draw.dtype)),
+        "feature_map": draw.choose("identity", "elu", "relu"),
+    }
+    shapes = {"x": "B N H D", "freqs": "H D"}
+    if positions is not None:
+        shapes["positions"] = "N"
+    return encoder("rotary", arguments, shapes, {"positions": positions, "start": start}, ())
 
 
 def conv_sizes(draw, ndim):
@@ -304,6 +339,34 @@ def conv_noise(draw):
     return Call("conv_noise", arguments, {}, one_output(functional.conv_noise), piece)
 
 
+def plain_linear_attention(
+    q, k, v, *, feature_map, normalize=True, eps=1e-6, initial_state=None, denominator_q=None,
+    denominator_k=None, denominator_feature_map="identity", rms_norm=False, **which,
+):  # fmt: skip
+    """`reference.linear_attention`, with denominators of their own and row norms."""
+    if denominator_q is None:
+        out, state = reference.linear_attention(
+            q, k, v, feature_map, normalize=normalize, eps=eps, initial_state=initial_state, **which
+        )
+        if rms_norm:
+            out = out / (out.square().mean(-1, keepdim=True) + eps).sqrt()
+        return out, state
+    of_keys = of_sums = None
+    if initial_state is not None:
+        s, z = initial_state
+        of_keys, of_sums = (s, s.new_zeros(s.shape[:3])), (z.unsqueeze(-1), z)
+    which["normalize"] = False
+    out, (s, _) = reference.linear_attention(q, k, v, feature_map, initial_state=of_keys, **which)
+    total, (_, z) = reference.linear_attention(
+        denominator_q, denominator_k, torch.ones_like(v[..., :1]), denominator_feature_map,
+        initial_state=of_sums, **which,
+    )  # fmt: skip
+    if normalize:
+        total = total + eps
+        out = torch.where(total == 0, 0.0, out / total.masked_fill(total == 0, 1.0))
+    return out, (s, z)
+
+
 def linear_attention(draw):
     batch, heads = draw.size("B", most=5), draw.size("H", most=5)
     features, values = draw.size("R", least=1), draw.size("E", least=1)
@@ -335,6 +398,9 @@ def linear_attention(draw):
         "eps": draw.choose(1e-6, 0.3, 0.0),
         "return_state": draw.chance(0.5),
     }
+    if not normalize and draw.chance(0.5):
+        arguments["rms_norm"] = True
+        arguments["eps"] = draw.choose(1e-3, 0.3)
     if draw.chance(0.3):
         share = draw.choose(0.0, 0.3, 0.9, 1.1)
         mask = torch.rand(batch, keys, generator=draw.generator, device="cpu") < share
@@ -347,14 +413,22 @@ def linear_attention(draw):
         bounds = torch.tensor([0, *inner, queries], device="cpu")
         arguments["cu_seqlens"] = draw.tensor(bounds, draw.choose(torch.int32, torch.int64))
         shapes["cu_seqlens"] = "S"
+    width, z = features, "R"
+    if normalize and ("F" in draw.fixed or draw.chance(0.3)):
+        width, z = draw.size("F", least=1), "F"
+        psi = arguments["denominator_feature_map"] = draw.choose("elu", "relu", "identity")
+        for name, like in (("denominator_q", "q"), ("denominator_k", "k")):
+            rows = draw.normal(*arguments[like].shape[:3], width).abs() + 0.1
+            arguments[name] = draw.tensor(rows if psi != "elu" else -rows, draw.dtype)
+            shapes[name] = shapes[like][:-1] + "F"
     if draw.chance(0.4):
         dtype = draw.choose(torch.float32, torch.float64)
         state = draw.normal(sequences, heads, features, values)
-        total = draw.normal(sequences, heads, features).abs() + 0.1
+        total = draw.normal(sequences, heads, width).abs() + 0.1
         arguments["initial_s"] = draw.tensor(state, dtype)
         arguments["initial_z"] = draw.tensor(total, draw.choose(dtype, torch.float64))
         shapes["initial_s"] = ("S" if packed else "B") + " H R E"
-        shapes["initial_z"] = ("S" if packed else "B") + " H R"
+        shapes["initial_z"] = ("S" if packed else "B") + f" H {z}"
 
     def gather(arguments):
         state = arguments.pop("initial_s", None), arguments.pop("initial_z", None)
@@ -366,10 +440,36 @@ def linear_attention(draw):
         return (out[0], *out[1]) if arguments.get("return_state") else (out,)
 
     def expected(return_state, **arguments):
-        out, state = reference.linear_attention(**gather(arguments))
+        out, state = plain_linear_attention(**gather(arguments))
         return (out, *state) if return_state else (out,)
 
     return Call("linear_attention", arguments, shapes, function, expected)
+
+
+def linear_attention_state(draw):
+    """The keys of a call of `linear_attention` without queries."""
+    call = linear_attention(draw)
+    kept = (
+        "k", "v", "feature_map", "key_padding_mask", "cu_seqlens", "initial_s", "initial_z",
+        "denominator_k", "denominator_feature_map",
+    )  # fmt: skip
+    arguments = {name: call.arguments[name] for name in kept if name in call.arguments}
+    shapes = {name: shape for name, shape in call.shapes.items() if name in arguments}
+
+    def gather(arguments):
+        state = arguments.pop("initial_s", None), arguments.pop("initial_z", None)
+        return {**arguments, "initial_state": state if state[0] is not None else None}
+
+    def function(**arguments):
+        return functional.linear_attention_state(**gather(arguments))
+
+    def expected(k, v, **arguments):
+        denominator = arguments.get("denominator_k")
+        if denominator is not None:
+            arguments["denominator_q"] = denominator
+        return plain_linear_attention(k, k, v, **gather(arguments))[1]
+
+    return Call("linear_attention_state", arguments, shapes, function, expected)
 
 
 def code_parameters(draw):
@@ -393,7 +493,7 @@ def sine_code(draw):
     shapes["noise"] = "H D K R"
     arguments["scale"] = 0.3
     return Call(
-        "sine_code", arguments, shapes, lambda **a: ops.sine_code(**a),
+        "sine_code", arguments, shapes, lambda **a: functional.sine_code(**a),
         lambda **a: plain_sine_code(**a),
     )  # fmt: skip
 
@@ -414,7 +514,7 @@ def phase_code(draw):
     arguments["phases"] = more(pairs).detach()
     arguments["scale"] = 0.3
     return Call(
-        "phase_code", arguments, shapes, lambda **a: ops.phase_code(**a),
+        "phase_code", arguments, shapes, lambda **a: functional.phase_code(**a),
         lambda **a: plain_phase_code(**a),
     )  # fmt: skip
 
@@ -432,7 +532,7 @@ def gate_code(draw):
     arguments |= {"noise": more(draw.size("R")), "scale": 0.3}
     shapes = {"query": code, "key": code, "gate": "H D", "noise": "H D R"}
     return Call(
-        "gate_code", arguments, shapes, lambda **a: ops.gate_code(**a),
+        "gate_code", arguments, shapes, lambda **a: functional.gate_code(**a),
         lambda **a: plain_gate_code(**a),
     )  # fmt: skip
 
@@ -440,8 +540,8 @@ def gate_code(draw):
 OPERATORS = {
     f.__name__: f
     for f in (
-        sine_filter, phasor_filter, sine_features, conv_filter, conv_noise, linear_attention,
-        sine_code, phase_code, gate_code,
+        sine_filter, phasor_filter, sine_features, rotary, conv_filter, conv_noise,
+        linear_attention, linear_attention_state, sine_code, phase_code, gate_code,
     )
 }  # fmt: skip
 

@@ -11,59 +11,6 @@ REQUIRED = {
     "gains", "noise", "sine", "phases", "query", "key", "gate", "seed",
 }  # fmt: skip
 OPTIONAL = {("conv_filter", "noise"), ("conv_filter", "seed"), ("sine_features", "offsets")}
-NOT_A_TENSOR = "an AttributeError of functional.py"
-NOT_ITERABLE = "Python's own error of functional._numbers"
-ENCODERS = ("sine_filter", "phasor_filter", "sine_features")
-CODES = ("sine_code", "phase_code", "gate_code")
-# (operator, argument, kind) whose error is missing or not ours, and why. "" stands for any.
-KNOWN = {
-    **{
-        (operator, "", kind): "other layouts reach the dispatcher"
-        for operator in (*ENCODERS, *CODES, "conv_filter", "linear_attention")
-        for kind in ("sparse", "nested", "mkldnn")
-    },
-    **{
-        (operator, "", "none"): "None in place of a tensor becomes 'tensor does not have a device'"
-        for operator in (*ENCODERS, *CODES, "linear_attention")
-    },
-    **{
-        ("conv_filter", name, kind): NOT_A_TENSOR
-        for name in ("x", "kernel")
-        for kind in ("list", "number", "str", "none")
-    },
-    **{
-        (operator, name, kind): NOT_ITERABLE
-        for operator, name in [
-            *((o, n) for o in ("conv_filter", "conv_noise") for n in ("noise_stride", "start")),
-            ("conv_noise", "size"),
-        ]
-        for kind in ("float", "nan", "none")
-    },
-    **{
-        (operator, name, kind): reason
-        for operator in ("conv_filter", "conv_noise")
-        for name, kind, reason in [
-            ("start", "inf", NOT_ITERABLE),
-            ("start", "too far", "'positions of noise', not start"),
-            ("start", "far below", "'positions of noise', not start"),
-            ("noise_stride", "too many", "any number of ones is accepted"),
-            ("noise_stride", "tensor", "ones of any type are accepted"),
-        ]
-    },
-    **{
-        ("conv_noise", "dtype", kind): "names torch_spe, not dtype"
-        for kind in ("int64", "bool", "complex")
-    },
-    ("conv_noise", "num_heads", "too many"): "'heads', not num_heads",
-    ("conv_noise", "in_features", "too many"): "'features of a head', not in_features",
-    ("conv_noise", "seed", "none"): "reaches the dispatcher",
-    ("linear_attention", "causal", "none"): "None counts as false",
-    ("linear_attention", "normalize", "none"): "None counts as false",
-}
-
-
-def is_known(operator, argument, kind):
-    return (operator, argument, kind) in KNOWN or (operator, "", kind) in KNOWN
 
 
 def complaint(call, argument, kind, value):

@@ -25,6 +25,11 @@ def to_batch_first(
     dims = {2: "unbatched", 3: "batch first" if batch_first else "sequence first"}
     if ndim > 1 and batch_first:
         dims[ndim + 2] = "grid"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{OWNER}: {name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided and not x.is_nested:
+            raise TypeError(f"{OWNER}: {name} must be a dense tensor, got {x.layout}")
     layout = dims.get(query.dim())
     if query.is_nested or layout is None:
         hint = "" if batch_first or ndim == 1 else " (a grid needs batch_first=True)"

@@ -71,7 +71,7 @@ class SPEMultiheadAttention(nn.Module):
         batch_first: input ``[B, N, embed_dim]`` instead of ``[N, B, embed_dim]``. Default False, as
             in ``nn.MultiheadAttention``.
         device: of the parameters.
-        dtype: of the parameters.
+        dtype: of the parameters; those of positions are at least float32 (docs/precision.md).
         position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best beyond the trained
             length in docs/experiments.md), ``"paper"`` (`SineSPE` as in the paper: Gaussian noise,
             its `encode` and `init`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`),
@@ -349,6 +349,7 @@ class SPEMultiheadAttention(nn.Module):
     ) -> Encoder:
         """Return what encodes the queries and keys of this call, gate included."""
         position = self._position()
+        position.warn_of_half_precision()
         size = tuple(max(n, m) for n, m in zip(q.shape[1:-2], k.shape[1:-2], strict=True))
         fixed = self.resample == "never" or (self.resample == "train" and not self.training)
         seed = self.seed if fixed else None

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
+from torch_spe.functional.arguments import names_arguments
 
 
+@names_arguments
 def linear_attention(
     q: Tensor,  # [B, N, H, R]
     k: Tensor,  # [B, M, H, R]
@@ -90,6 +92,9 @@ def linear_attention(
         >>> torch.allclose(torch.cat((head, tail), dim=1), whole, atol=1e-5)
         True
     """
+    if causal is None or normalize is None or rms_norm is None:  # None would count as False
+        name = "causal" if causal is None else "normalize" if normalize is None else "rms_norm"
+        raise TypeError(f"linear_attention: {name} must be a bool, got None")
     s, z = (None, None) if initial_state is None else initial_state
     out, s, z, _ = torch.ops.torch_spe.linear_attention(
         q,
@@ -112,6 +117,7 @@ def linear_attention(
     return (out, (s, z)) if return_state else out
 
 
+@names_arguments
 def linear_attention_state(
     k: Tensor,  # [B, M, H, R]
     v: Tensor,  # [B, M, H, E]

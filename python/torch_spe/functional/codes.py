@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
+from torch_spe.functional.arguments import names_arguments
 
 
+@names_arguments
 def sine_code(
     freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
     offsets: Tensor,  # [H, D, K]
@@ -47,6 +49,7 @@ def sine_code(
     return torch.ops.torch_spe.sine_code(freqs, offsets, gains, noise, scale)
 
 
+@names_arguments
 def phase_code(
     freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
     offsets: Tensor,  # [H, D, K]
@@ -97,6 +100,7 @@ def phase_code(
     )
 
 
+@names_arguments
 def gate_code(
     query: Tensor,  # [H, D, ...]
     key: Tensor,  # [H, D, ...]

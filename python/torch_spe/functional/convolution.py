@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
-from torch_spe.checks import is_integer
+from torch_spe.checks import is_integer, is_sequence
+from torch_spe.functional.arguments import names_arguments
 from torch_spe.functional.noise import seed_tensor
 
 
+@names_arguments
 def conv_filter(
     x: Tensor,  # [B, *size, H, D]
     kernel: Tensor,  # [H, D, *P]
@@ -86,10 +88,12 @@ def conv_filter(
     ndim = kernel.dim() - 2
     return torch.ops.torch_spe.conv_filter(
         x, kernel, noise, constant, seed_tensor("conv_filter", seed, x.device), num_realizations,
-        noise_kind, _sizes(noise_stride, 1), _starts(start, ndim), feature_map,
+        noise_kind, _strides("conv_filter", noise_stride, ndim),
+        _starts("conv_filter", start, ndim), feature_map,
     )  # fmt: skip
 
 
+@names_arguments
 def conv_noise(
     seed: int | Tensor,
     num_heads: int,
@@ -135,21 +139,33 @@ def conv_noise(
     """
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
-    size = _sizes(size, None)
+    size = _integers("conv_noise", "size", size)
     return torch.ops.torch_spe.conv_noise(
         seed_tensor("conv_noise", seed, device), num_heads, in_features, size, num_realizations,
-        noise_kind, _sizes(noise_stride, 1), _starts(start, len(size)), dtype,
+        noise_kind, _strides("conv_noise", noise_stride, len(size)),
+        _starts("conv_noise", start, len(size)), dtype,
     )  # fmt: skip
 
 
-def _sizes(value: int | Sequence[int], default: int | None) -> list[int]:
-    """Return one size or several as a list, none if all are the default."""
-    sizes = [value] if is_integer(value) else list(value)
-    return [] if default is not None and all(n == default for n in sizes) else sizes
+def _integers(owner: str, name: str, value: int | Sequence[int]) -> list[int]:
+    """Return one integer or several as a list."""
+    if is_integer(value):
+        return [value]
+    values = list(value) if is_sequence(value) and not isinstance(value, str) else None
+    if values is None or not all(is_integer(n) for n in values):
+        raise TypeError(f"{owner}: {name} must be an integer or a sequence of them, got {value!r}")
+    return values
 
 
-def _starts(start: int | Sequence[int], ndim: int) -> list[int]:
+def _strides(owner: str, value: int | Sequence[int], ndim: int) -> list[int]:
+    """Return the strides of noise as a list, none if all are 1."""
+    strides = _integers(owner, "noise_stride", value)
+    return [] if len(strides) in (1, ndim) and all(n == 1 for n in strides) else strides
+
+
+def _starts(owner: str, start: int | Sequence[int], ndim: int) -> list[int]:
     """Return one first position for each dimension, none if all are 0."""
+    starts = _integers(owner, "start", start)
     if is_integer(start):
-        return [start] * ndim if start != 0 else []
-    return list(start)
+        return starts * ndim if start != 0 else []
+    return starts

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
 from torch_spe.checks import is_integer, to_int
+from torch_spe.functional.arguments import names_arguments
 
 
 def seed_tensor(
@@ -35,6 +36,7 @@ def seed_tensor(
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
+@names_arguments
 def phase_noise(
     seed: int | Tensor,
     num_heads: int,
@@ -81,6 +83,7 @@ def phase_noise(
     )  # fmt: skip
 
 
+@names_arguments
 def circle_noise(
     seed: int | Tensor,
     num_heads: int,

@@ -22,6 +22,7 @@ from torch_spe.codes import ConvCode
 from torch_spe.codes.base import code_scale, code_type
 from torch_spe.noise import draw_seed, seed_tensor
 from torch_spe.positions.spe import SPE
+from torch_spe.precision import parameter_type
 
 INITS = ("published", "delta")
 NOISES = ("gaussian", "rademacher")
@@ -57,7 +58,7 @@ class ConvSPE(SPE):
             query's, and the key's one tap of 1 at a random place, so that every feature begins with
             a window of lags of its own.
         device: of the parameters.
-        dtype: of the parameters.
+        dtype: of the parameters, at least float32.
 
     Parameters ``query_kernel`` and ``key_kernel``, ``[H, D, *P]``.
 
@@ -97,8 +98,9 @@ class ConvSPE(SPE):
         self.noise = noise
         self.init = init
         shape = (*self.code_shape, *self.kernel_size)
-        self.query_kernel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.key_kernel = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        factory = {"device": device, "dtype": parameter_type(dtype)}
+        self.query_kernel = nn.Parameter(torch.empty(shape, **factory))
+        self.key_kernel = nn.Parameter(torch.empty(shape, **factory))
         self.reset_parameters()
 
     @classmethod

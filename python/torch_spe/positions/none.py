@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torch_spe.checks import check_positions
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import apply_feature_map
 from torch_spe.positions.protocol import Position
@@ -43,4 +44,5 @@ class NoPositions(Position):
         positions: Tensor | None = None,
     ) -> NoEncoder:
         """Return an encoder that changes nothing; see `Position.draw`."""
+        check_positions("NoPositions", tuple(size), len(size), None, start, positions)
         return NoEncoder()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spe.encoder import Encoder
+from torch_spe.precision import Float32Module, parameter_type
 
 __all__ = ["Encoder", "Position"]
 
@@ -16,12 +17,15 @@ __all__ = ["Encoder", "Position"]
 LAYER_ARGUMENTS = ("num_heads", "in_features", "num_realizations", "init", "device", "dtype")
 
 
-class Position(nn.Module):
+class Position(Float32Module):
     """Base of the position modules: what gives queries and keys their positions in a layer.
 
     A subclass implements `draw`, whose result encodes queries and keys of one call
     (`torch_spe.Encoder`). It has the attributes below, of which those with a default may be left
     out, and overrides of the other methods what does not fit. docs/positions.md has an example.
+
+    Its floating-point parameters and buffers stay float32 or wider when a model is converted to
+    half precision (docs/precision.md).
 
     Attributes:
         num_heads: heads H.
@@ -58,7 +62,7 @@ class Position(nn.Module):
             num_realizations: of the layer, default 64.
             init: of the layer, ``"spread"`` or ``"published"``.
             device: of the parameters.
-            dtype: of the parameters.
+            dtype: of the parameters; at least float32 is asked for.
             options: other arguments of the constructor.
 
         Returns:
@@ -66,7 +70,8 @@ class Position(nn.Module):
         """
         arguments = {
             "num_heads": num_heads, "in_features": in_features,
-            "num_realizations": num_realizations, "init": init, "device": device, "dtype": dtype,
+            "num_realizations": num_realizations, "init": init, "device": device,
+            "dtype": parameter_type(dtype),
         }  # fmt: skip
         return call_factory(cls, arguments, options)
 

@@ -13,6 +13,7 @@ from torch_spe.positions.convolution import ConvSPE
 from torch_spe.positions.protocol import Position, call_factory, factory_options
 from torch_spe.positions.rotary import RotaryPositions
 from torch_spe.positions.sine import SineSPE
+from torch_spe.precision import parameter_type
 
 DEFAULT_REALIZATIONS = 64
 
@@ -155,8 +156,10 @@ def make_position(
     if isinstance(factory, type):
         made = factory.for_layer(**layer, **options)
     else:
+        layer = layer | {"dtype": parameter_type(layer["dtype"])}
         made = call_factory(factory, layer, options)
     if made is not None:
+        made.widen_parameters()
         expected = layer["num_heads"], layer["in_features"]
         got = made.num_heads, made.in_features
         if got != expected:

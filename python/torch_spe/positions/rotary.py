@@ -14,6 +14,7 @@ from torch_spe import functional
 from torch_spe.checks import check_choice, check_not_nan, check_positive, check_starts
 from torch_spe.encoder import Encoder
 from torch_spe.positions.protocol import Position
+from torch_spe.precision import parameter_type
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class RotaryPositions(Position):
             sigmoid(N(-1.5, 1.5)) / 2, drawn once and fixed.
         base: of the fixed and the learned frequencies.
         device: of the frequencies.
-        dtype: of the frequencies.
+        dtype: of the frequencies, at least float32.
 
     Parameter or buffer ``freqs``, ``[H, D / 2]``; the frequencies are sigmoid(freqs) / 2.
 
@@ -88,7 +89,7 @@ class RotaryPositions(Position):
         self.in_features = in_features
         self.frequencies = frequencies
         self.base = base
-        freqs = torch.empty(num_heads, in_features // 2, device=device, dtype=dtype)
+        freqs = torch.empty(num_heads, in_features // 2, device=device, dtype=parameter_type(dtype))
         if frequencies == "learned":
             self.freqs = nn.Parameter(freqs)
         else:
@@ -138,6 +139,7 @@ class RotaryPositions(Position):
         positions: Tensor | None = None,
     ) -> RotaryEncoder:
         """Return what rotates queries and keys; see `Position.draw`."""
+        self.warn_of_half_precision()
         check_not_nan("RotaryPositions", freqs=self.freqs)
         if positions is not None and tuple(positions.shape) != tuple(size):
             raise ValueError(

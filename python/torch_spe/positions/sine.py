@@ -23,6 +23,7 @@ from torch_spe.codes.base import code_scale, code_type
 from torch_spe.codes.sinusoids import kernel_amplitudes
 from torch_spe.noise import STREAMS, PhaseNoise, draw_normal, orthogonal_noise, phase_noise
 from torch_spe.positions.spe import SPE
+from torch_spe.precision import parameter_type
 
 INITS = ("published", "spread")
 NOISES = ("gaussian", "phase", "orthogonal", "exact")
@@ -75,7 +76,7 @@ class SineSPE(SPE):
         noise: the kind of noise.
         bandwidth: whether there are bandwidths, with phase noise.
         device: of the parameters.
-        dtype: of the parameters.
+        dtype: of the parameters, at least float32.
 
     Parameters ``freqs``, ``offsets``, ``gains``, each ``[H, D, K]`` (freqs ``[H, D, K, ndim]`` for
     ndim > 1), and ``bandwidths``, ``[H, D, K]``, if asked for.
@@ -121,7 +122,7 @@ class SineSPE(SPE):
         self.num_sines = num_sines
         self.init = init
         shape = (*self.code_shape, num_sines)
-        factory = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": parameter_type(dtype)}
         axes = () if self.ndim == 1 else (self.ndim,)
         self.freqs = nn.Parameter(torch.empty((*shape, *axes), **factory))
         self.offsets = nn.Parameter(torch.empty(shape, **factory))
@@ -221,6 +222,7 @@ class SineSPE(SPE):
             [(1, 100, 4, 16, 32), (1, 100, 4, 16, 32)]
         """
         size = self._size(shape)
+        self.warn_of_half_precision()
         self._check_parameters()
         check_source("SineSPE", generator, seed)
         start = check_positions("SineSPE", size, self.ndim, self.freqs.device, start, positions)

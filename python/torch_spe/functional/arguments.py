@@ -1,0 +1,91 @@
+"""Errors that name the argument, where PyTorch would refuse a call with a message of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable)
+
+_KINDS = {
+    "bool": ((bool, int), "a bool"),
+    "str": (str, "a string"),
+}
+
+
+def names_arguments(function: Function) -> Function:
+    """Let the errors of a function of an operator say which argument is not what it must be.
+
+    Nothing is looked at before a call has failed, so that good calls cost nothing more.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if torch.compiler.is_compiling():
+                raise
+            explanation = _explain(function, args, kwargs)
+            if explanation is None:
+                raise
+            raise explanation from error
+
+    return call
+
+
+def _explain(function: Callable, args: tuple, kwargs: dict) -> Exception | None:
+    """Return an error for the first argument of a wrong kind."""
+    signature = inspect.signature(function)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    for name, value in bound.items():
+        expected = _find_mismatch(signature.parameters[name].annotation, value)
+        if expected is not None:
+            return TypeError(f"{function.__name__}: {name} must be {expected}")
+    return None
+
+
+def _find_mismatch(annotation: str, value: object) -> str | None:
+    """Say what `value` should have been and what it is; None if its kind is right."""
+    got = f", got {type(value).__name__}"
+    if annotation == "tuple[Tensor, Tensor] | None":
+        if value is None:
+            return None
+        if (
+            isinstance(value, Tensor)
+            or not isinstance(value, (tuple, list))
+            or len(value) != 2
+            or not all(isinstance(part, Tensor) for part in value)
+        ):
+            return f"a pair of tensors (S, z) or None{got}"
+        return next((p for part in value if (p := _find_layout(part)) is not None), None)
+    if annotation in ("Tensor", "Tensor | None"):
+        if value is None and annotation == "Tensor | None":
+            return None
+        if not isinstance(value, Tensor):
+            return f"a tensor{' or None' * (annotation != 'Tensor')}{got}"
+        return _find_layout(value)
+    if annotation == "int | Tensor" and value is None:
+        return f"an integer or a tensor{got}"
+    if isinstance(value, Tensor) and "Tensor" in annotation:
+        return _find_layout(value)
+    if annotation in _KINDS:
+        types, expected = _KINDS[annotation]
+        return None if isinstance(value, types) else f"{expected}{got}"
+    return None
+
+
+def _find_layout(tensor: Tensor) -> str | None:
+    if tensor.is_nested:
+        return "a dense tensor, got a nested one"
+    if tensor.layout != torch.strided:
+        return f"a dense tensor (torch.strided), got {tensor.layout}"
+    return None
