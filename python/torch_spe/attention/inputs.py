@@ -71,6 +71,35 @@ def to_batch_first(
     return query, key, value, layout
 
 
+def from_nested(
+    x: Tensor,  # [B, N_b, features], nested
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:  # [B, N, features], [B, N]
+    """Return a nested tensor as a padded one and the mask of its padding."""
+    if not batch_first:
+        raise ValueError(f"{OWNER}: a nested tensor needs batch_first=True, got False")
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None:
+            raise ValueError(
+                f"{OWNER}: {name} must be None with a nested tensor, got shape {tuple(mask.shape)}"
+            )
+    if x.dim() != 3:
+        raise ValueError(
+            f"{OWNER}: a nested query must have 3 dimensions, [B, N_b, features], got {x.dim()}"
+        )
+    lengths = torch.tensor([row.shape[0] for row in x.unbind()], device=x.device)
+    padded = torch.nested.to_padded_tensor(x, 0.0)
+    return padded, torch.arange(padded.shape[1], device=x.device) >= lengths.unsqueeze(1)
+
+
+def to_nested(out: Tensor, like: Tensor) -> Tensor:  # [B, N, features] -> [B, N_b, features]
+    """Return a padded tensor as a nested one with the lengths and layout of `like`."""
+    rows = [row[: part.shape[0]] for row, part in zip(out.unbind(), like.unbind(), strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=like.layout)
+
+
 def find_causal(
     attn_mask: Tensor | None,
     is_causal: bool,

@@ -111,6 +111,10 @@ class SPEMultiheadAttention(nn.Module):
         torch.Size([2, 100, 64])
     """
 
+    # PyTorch's containers read it: unless it is False, nn.TransformerEncoderLayer computes softmax
+    # attention from the projections in eval mode and never calls this module.
+    _qkv_same_embed_dim = False
+
     def __init__(
         self,
         embed_dim: int,
@@ -177,7 +181,6 @@ class SPEMultiheadAttention(nn.Module):
             kdim=embed_dim if kdim is None else kdim,
             vdim=embed_dim if vdim is None else vdim,
         )
-        self._qkv_same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
         self.dropout = dropout
         self.batch_first = batch_first
         self.encode = encode
@@ -192,7 +195,7 @@ class SPEMultiheadAttention(nn.Module):
         self.eps = eps
 
         factory = {"device": device, "dtype": dtype}
-        if self._qkv_same_embed_dim:
+        if self.kdim == embed_dim and self.vdim == embed_dim:
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **factory))
             for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 self.register_parameter(name, None)
@@ -258,7 +261,9 @@ class SPEMultiheadAttention(nn.Module):
         Args:
             query: ``[N, B, embed_dim]``, or ``[B, N, embed_dim]`` if batch_first, or unbatched
                 ``[N, embed_dim]``. With a position module of ndim > 1 and batch_first also ``[B,
-                *size, embed_dim]``.
+                *size, embed_dim]``. With batch_first also a nested tensor, ``[B, N_b, embed_dim]``,
+                if it is key and value as well: what ``nn.TransformerEncoder`` makes of padding in
+                eval mode.
             key: the same with M for N and kdim.
             value: the same with M for N and vdim.
             key_padding_mask: ``[B, M]`` (``[M]`` unbatched), bool, True where a key is padding; or
@@ -291,6 +296,13 @@ class SPEMultiheadAttention(nn.Module):
                 f"{owner}: need_weights must be False: linear attention never forms the matrix of "
                 f"weights, got {need_weights!r}"
             )
+        if query.is_nested and query is key and key is value:
+            padded, padding = inputs.from_nested(query, key_padding_mask, attn_mask, self.batch_first)
+            out, _ = self(
+                padded, padded, padded, padding, is_causal=is_causal, start=start,
+                positions=positions, grid=grid,
+            )  # fmt: skip
+            return inputs.to_nested(out, query), None
         position, sizes = self._position(), (self.embed_dim, self.kdim, self.vdim)
         query, key, value, layout = inputs.to_batch_first(
             query, key, value, sizes, self.batch_first, position.ndim
@@ -323,10 +335,10 @@ class SPEMultiheadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, *size, H, head_dim]
         heads = (self.num_heads, self.head_dim)
-        if self._qkv_same_embed_dim and query is key and key is value:
+        if self.in_proj_weight is not None and query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
             return tuple(x.unflatten(-1, heads) for x in projected)
-        if self._qkv_same_embed_dim:
+        if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
