@@ -35,7 +35,7 @@ def sine_filter(
         weight: coefficients of cos (even) and sin (odd rows), ``[H, D, 2K, R]``; of the type of
             ``x``, or float32 beside a half-precision ``x``.
         constant: a code that does not depend on the position, ``[H, D, R]``, added when given.
-        positions: of any integer type, float32 or float64, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
+        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
             are exact wherever the positions lie. Differentiable when of a float type.
         start: first of the default positions.
         feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
@@ -89,7 +89,7 @@ def phasor_filter(
         coefficients: c as real and imaginary part, ``[H, D, R/2, 2]``; of the type of ``x``, or
             float32 beside a half-precision ``x``.
         constant: a code that does not depend on the position, ``[H, D, R]``, added when given.
-        positions: of any integer type, float32 or float64, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``, which
+        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``, which
             is several times faster. Phases are exact wherever the positions lie. Differentiable
             when of a float type.
         start: first of the default positions.
@@ -148,7 +148,7 @@ def sine_features(
         offsets: theta in radians, ``[H, D, K]``, of a type as the amplitudes; default 0.
         constant: c, ``[H, D]``, of a type as the amplitudes: D more features that do not depend on
             the position.
-        positions: of any integer type, float32 or float64, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
+        positions: int or float, ``[N]`` or ``[N, ndim]``; default ``start, start + 1, ...``. Phases
             are exact wherever the positions lie. Differentiable when of a float type.
         start: first of the default positions.
         feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
@@ -191,7 +191,7 @@ def rotary(
     Args:
         x: queries or keys, ``[B, N, H, D]`` with an even D; float32, float64, float16 or bfloat16.
         freqs: frequencies f in cycles per position, ``[H, D/2]``.
-        positions: of any integer type, float32 or float64, ``[N]``; default ``start, start + 1, ...``. Phases are exact
+        positions: int or float, ``[N]``; default ``start, start + 1, ...``. Phases are exact
             wherever the positions lie. Differentiable when of a float type.
         start: first of the default positions.
         feature_map: phi: what is encoded is phi(x); ``"identity"``, ``"elu"`` (elu(x) + 1) or
