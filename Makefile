@@ -6,7 +6,7 @@ ARGS ?=
 
 BIN := .venv/bin
 DEMO := build/demo
-# The environment is renewed when these change: the stamp of another choice is another file.
+# The environment is made again when these change: the stamp of another choice is another file.
 CHOICE := $(shell { echo '$(TORCH) $(PYTHON)'; cat pyproject.toml; } | cksum | cut -d ' ' -f 1)
 REQUIREMENTS := .venv/requirements-$(CHOICE)
 EDITABLE := .venv/editable-$(CHOICE)

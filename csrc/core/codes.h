@@ -1,5 +1,5 @@
 // What codes of sines are made of, from the parameters of a position kernel and noise, and the
-// gate that adds a part without positions. A few numbers for each feature: the filters apply them.
+// gate that adds a part without positions. A few values for each feature: the filters apply them.
 //
 // Every function makes one item of its result with kLanes lanes that share the work: 1 on the CPU,
 // a warp on a GPU. `sum` adds up a number over the lanes.
@@ -287,7 +287,7 @@ TORCH_SPE_INLINE void store_grad_freq(const PhaseCodeBackwardParams& p, std::int
 struct GateCodeParams {
   DType dtype;                    // of all tensors: float32 or float64
   std::int64_t features;          // H D
-  std::int64_t size;              // numbers of a feature's code
+  std::int64_t size;              // values of a feature's code
   std::int64_t num_realizations;  // R
   double scale;                   // of the noise
   int num_threads;                // on the CPU

@@ -1,4 +1,4 @@
-// Lines of generated noise, with the lanes of vectors as indices. The numbers are those of
+// Lines of generated noise, with the lanes of vectors as indices. The values are those of
 // core/noise.h to the last bit.
 #pragma once
 

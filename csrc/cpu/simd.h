@@ -100,7 +100,7 @@ TORCH_SPE_INLINE void visit_storage(core::DType dtype, const Function& function)
   }
 }
 
-// A row of `n` numbers with a stride, converted to the type of computation.
+// A row of `n` values with a stride, converted to the type of computation.
 template <class Storage, class T>
 TORCH_SPE_INLINE void load_row(const Storage* in, std::int64_t stride, std::int64_t n, T* out) {
   if (stride == 1) {
@@ -118,7 +118,7 @@ TORCH_SPE_INLINE void store_row(const T* in, std::int64_t stride, std::int64_t n
   }
 }
 
-// Length of rows of `size` numbers that fill an odd number of cache lines: a column of such rows
+// Length of rows of `size` values that fill an odd number of cache lines: a column of such rows
 // then spreads over the whole level 1 cache.
 template <class T>
 TORCH_SPE_INLINE std::int64_t odd_lines(std::int64_t size) {
@@ -126,7 +126,7 @@ TORCH_SPE_INLINE std::int64_t odd_lines(std::int64_t size) {
   return ((size + line - 1) / line | 1) * line;
 }
 
-// Asks for a row of `n` numbers that will be read soon. Rows with a stride between the numbers are
+// Asks for a row of `n` values that will be read soon. Rows with a stride between the values are
 // left to the machine.
 template <class Storage>
 TORCH_SPE_INLINE void prefetch_row(const Storage* in, std::int64_t stride, std::int64_t n) {

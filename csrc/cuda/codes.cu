@@ -153,7 +153,7 @@ struct MakeCircleNoise {
   }
 };
 
-// Calls function(Make<T>{p}) for the type of the numbers.
+// Calls function(Make<T>{p}) for the type of the values.
 template <template <class> class Make, class Params, class Function>
 void with_type(const Params& p, const Function& function) {
   if (p.dtype == core::DType::kFloat64) return function(Make<double>{p});

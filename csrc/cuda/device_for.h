@@ -1,4 +1,4 @@
-// Independent work on many numbers, spread over the device by CUB. It does not compile as C++, so
+// Independent work on many values, spread over the device by CUB. It does not compile as C++, so
 // the emulation has a plain kernel in its place.
 #pragma once
 

@@ -21,7 +21,7 @@ TORCH_SPE_DEVICE void fast_normal_pair(std::uint32_t w0, std::uint32_t w1, float
   *z1 = radius * s;
 }
 
-// The four normals of a block of the generator, for numbers of a type.
+// The four normals of a block of the generator, for values of a type.
 template <class Number>
 TORCH_SPE_DEVICE void normals_of(const core::Words<core::ScalarNumbers>& words, float (&z)[4]) {
   if constexpr (sizeof(Number) == 2) {

@@ -2,7 +2,7 @@
 // warp must call a warp operation.
 //
 // Fragments of mma (PTX manual, "Matrix fragments for mma.m16n8k16"), lane = 4 g + c, with two
-// numbers in a register, the lower first:
+// values in a register, the lower first:
 //   A [16, 16]: a[0] row g,     columns 2c, 2c + 1    a[2] row g,     columns 2c + 8, 2c + 9
 //               a[1] row g + 8, columns 2c, 2c + 1    a[3] row g + 8, columns 2c + 8, 2c + 9
 //   B [16, 8]:  b[0] rows 2c, 2c + 1, column g        b[1] rows 2c + 8, 2c + 9, column g
@@ -33,7 +33,7 @@ __device__ __forceinline__ void from_float(float value, core::BFloat16* out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 }
 
-// Two numbers rounded into the halves of a register, the first one into the lower half, as
+// Two values rounded into the halves of a register, the first one into the lower half, as
 // fragments of mma hold them.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack_pair(float low, float high);
@@ -50,7 +50,7 @@ __device__ __forceinline__ std::uint32_t pack_pair<core::BFloat16>(float low, fl
   return result;
 }
 
-// The two numbers of a register.
+// The two values of a register.
 template <class T>
 __device__ __forceinline__ void unpack_pair(std::uint32_t pair, float* low, float* high) {
   T value;
@@ -71,7 +71,7 @@ __device__ __forceinline__ std::uint32_t join_halves(std::uint16_t low, std::uin
   return __byte_perm(low, high, 0x5410u);
 }
 
-// Products of the numbers in two registers, half by half.
+// Products of the values in two registers, half by half.
 template <class T>
 __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b);
 template <>
@@ -128,7 +128,7 @@ __device__ __forceinline__ float fast_exp(float x) {
   return result;
 }
 
-// Four 8 x 8 matrices of 16-bit numbers from shared memory. Lanes 8 i .. 8 i + 7 give the addresses
+// Four 8 x 8 matrices of 16-bit values from shared memory. Lanes 8 i .. 8 i + 7 give the addresses
 // (multiples of 16 bytes) of the rows of matrix i; lane 4 g + c receives the columns 2c, 2c + 1 of
 // row g of each, or of its transpose.
 template <bool kTranspose>
@@ -185,7 +185,7 @@ __device__ __forceinline__ std::uint32_t to_tf32(float value) {
   return result;
 }
 
-// d += A B of tf32 numbers.
+// d += A B of tf32 values.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4],
                                                  const std::uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "

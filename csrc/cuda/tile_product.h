@@ -45,7 +45,7 @@ TORCH_SPE_INLINE constexpr int row_of(int contiguous) {
 }
 
 // A Toeplitz matrix [rows, columns] in shared memory: number i is that with column - row equal to
-// i - (rows - 1). As 16-bit numbers are read in pairs, there are 2 copies of them, copy 1 without
+// i - (rows - 1). As 16-bit values are read in pairs, there are 2 copies of them, copy 1 without
 // the first number.
 template <class Operand>
 constexpr int kToeplitzCopies = sizeof(Operand) == 2 ? 2 : 1;
@@ -111,7 +111,7 @@ class TileProduct {
     }
   }
 
-  // Calls function(row, column, number) for the numbers that this thread holds.
+  // Calls function(row, column, value) for the values that this thread holds.
   template <class Function>
   TORCH_SPE_DEVICE void for_each(const Function& function) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -154,9 +154,9 @@ class TileProduct {
     constexpr int kRowB = row_of<Operand>(kB == Major::kDepth ? kK : kN);
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int m0 = warp / kWarpsN * kWarpM, n0 = warp % kWarpsN * kWarpN;
-    // The lane's row within the 16 x 16 numbers that one ldmatrix brings, for each of both orders.
+    // The lane's row within the 16 x 16 values that one ldmatrix brings, for each of both orders.
     const int low = lane % 8 + lane / 8 % 2 * 8, high = lane / 16 * 8;
-    // Of a Toeplitz matrix, blocks of 8 x 8 numbers along a diagonal are the same.
+    // Of a Toeplitz matrix, blocks of 8 x 8 values along a diagonal are the same.
     constexpr int kBlocks = kA == Major::kToeplitz ? (kWarpM + kK) / 8 - 1 : 1;
     std::uint32_t blocks[kBlocks];
     if constexpr (kA == Major::kToeplitz) {

@@ -106,14 +106,14 @@ TORCH_SPE_DEVICE void map_copied_tile(FeatureMap map, Storage* tile, std::int64_
   }
 }
 
-// 16 bytes of numbers.
+// 16 bytes of values.
 template <class Storage>
 struct alignas(16) Vector {
   static constexpr int kSize = 16 / static_cast<int>(sizeof(Storage));
   Storage values[kSize];
 };
 
-// Writes a group of numbers as operands, those of 16 bits all at once.
+// Writes a group of values as operands, those of 16 bits all at once.
 template <int kCount, class T, class Operand>
 TORCH_SPE_DEVICE void write_operands(const T (&values)[kCount], Operand* out) {
   if constexpr (sizeof(Operand) == 2) {
@@ -160,7 +160,7 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
 }
 
 // out[i] = sum over parts of parts[part * size + i], always in the same order. A block takes 32
-// numbers; each warp adds up a quarter of the parts.
+// values; each warp adds up a quarter of the parts.
 template <class Part, class T>
 __global__ void __launch_bounds__(kThreads)
     sum_parts_kernel(const Part* parts, std::int64_t count, std::int64_t size, T* out) {

@@ -14,7 +14,7 @@ namespace {
 
 using namespace torch_spe;
 
-// A heap block of exactly the numbers asked for.
+// A heap block of exactly the values asked for.
 template <class Storage>
 std::vector<Storage> numbers(std::size_t size, unsigned seed) {
   std::vector<Storage> out(size);

@@ -53,7 +53,9 @@ def test_encoder_layer_of_pytorch_in_eval_mode(mode, padded):
 def test_encoder_of_pytorch_in_eval_mode(mode, replaced, padded):
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nested tensors are not used; nested tensors are a prototype
+        warnings.simplefilter(
+            "ignore"
+        )  # nested tensors are not used; nested tensors are a prototype
         if replaced == "before":
             encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=True)
         else:

@@ -42,7 +42,7 @@ struct Inst {
   std::uint32_t guard = 0;     // byte offset of the guard predicate, 0 for none
   std::uint32_t target = 0;    // of a branch; or where operands start in Kernel::extra
   std::uint8_t guard_not = 0;  // the guard is negated
-  std::uint8_t vector = 1;     // numbers of a vector access
+  std::uint8_t vector = 1;     // values of a vector access
   std::uint8_t bytes = 0;      // bytes of one number of an access
   std::uint8_t flags = 0;
 };
@@ -207,7 +207,7 @@ struct Warp {
   bool gather(std::uint32_t need, const char* what);
 };
 
-// Who touched 2 bytes of global memory in this launch: numbers of blocks + 1, 0 for nobody.
+// Who touched 2 bytes of global memory in this launch: the number of a block + 1, 0 for nobody.
 struct Touched {
   std::uint32_t writer = 0, reader = 0;
   std::uint32_t pc = 0;  // of the write

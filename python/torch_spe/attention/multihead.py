@@ -297,7 +297,9 @@ class SPEMultiheadAttention(nn.Module):
                 f"weights, got {need_weights!r}"
             )
         if query.is_nested and query is key and key is value:
-            padded, padding = inputs.from_nested(query, key_padding_mask, attn_mask, self.batch_first)
+            padded, padding = inputs.from_nested(
+                query, key_padding_mask, attn_mask, self.batch_first
+            )
             out, _ = self(
                 padded, padded, padded, padding, is_causal=is_causal, start=start,
                 positions=positions, grid=grid,

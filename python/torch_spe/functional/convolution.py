@@ -51,13 +51,13 @@ def conv_filter(
         x: queries or keys, ``[B, *size, H, D]``; float32, float64, float16 or bfloat16.
         kernel: taps, ``[H, D, *P]`` with P >= 1 in 1 to 3 dimensions; of the type of ``x``, or
             float32 beside a half-precision ``x``.
-        noise: finite numbers ``[H, D, *(size + P - 1), R]``, of a type as ``kernel``; the first one
+        noise: finite values ``[H, D, *(size + P - 1), R]``, of a type as ``kernel``; the first one
             is that of the first position of ``x``.
         constant: a code that does not depend on the position, ``[H, D, R]``, added when given.
         seed: makes the noise, instead of ``noise``: an integer, of which 64 bits count, or a tensor
             with one int64 on the device of ``x``.
         num_realizations: R of generated noise, at most 2^26.
-        noise_kind: ``"gaussian"`` (unit normal float32 numbers) or ``"rademacher"`` (signs: a lower
+        noise_kind: ``"gaussian"`` (unit normal float32 values) or ``"rademacher"`` (signs: a lower
             variance, and quicker).
         noise_stride: one number for every dimension, or one each. R should be a multiple of their
             product: otherwise some positions get more realizations than others, which the random

@@ -7,7 +7,7 @@ namespace vgpu {
 namespace {
 
 // ldmatrix: matrix i has its 8 rows of 16 bytes at the addresses of lanes 8 i .. 8 i + 7. Lane t
-// gets row t / 4, numbers 2 (t % 4) and the next; of a transposed matrix the same of its columns.
+// gets row t / 4, values 2 (t % 4) and the next; of a transposed matrix the same of its columns.
 void load_matrix(Warp& w, const Inst& in) {
   whole_group(w, "ldmatrix");
   if (!w.gather(w.live(), "ldmatrix")) return;
@@ -36,7 +36,7 @@ void load_matrix(Warp& w, const Inst& in) {
 }
 
 // mma m16n8k16 and m16n8k8: lane t = 4 g + c of the warp holds
-//   of A numbers (g or g + 8, 2c or 2c + 1 and those + 8), of B (2c.. and those + 8, g), of C and D
+//   of A values (g or g + 8, 2c or 2c + 1 and those + 8), of B (2c.. and those + 8, g), of C and D
 //   (g or g + 8, 2c or 2c + 1); for tf32, which has one number in a register, A (g or g + 8, c or
 //   c + 4) and B (c or c + 4, g).
 // The sum of the products of one instruction and C is rounded to float once.
@@ -140,7 +140,7 @@ struct MatrixDescriptor {
     const u32 width = swizzle == 1   ? 64
                       : swizzle == 2 ? 32
                       : swizzle == 3 ? 16
-                                     : 8;  // numbers in a row
+                                     : 8;  // values in a row
     u32 a = start;
     if (transposed) {  // mn is contiguous
       a += mn / width * leading + k / 8 * stride + k % 8 * width * 2 + mn % width * 2;

@@ -1,7 +1,7 @@
 // A block makes codes, sum_p kernel[p] z[n+p, r], for a tile of positions n along the last
 // dimension and of realizations r, of one head and feature. The taps of the other dimensions come
 // one after the other; each needs a line of noise along the last dimension, which comes in windows
-// of some numbers for each realization. Dense noise is multiplied with a Toeplitz tile of the
+// of some values for each realization. Dense noise is multiplied with a Toeplitz tile of the
 // kernel. Of polyphase noise a window holds one number for a period, and a code adds up its few
 // taps.
 #pragma once

@@ -12,7 +12,7 @@ constexpr int kConvForwardBatch = sizeof(Storage) == 8             ? 2
                                   : sizeof(Storage) == 2 && kDense ? 8
                                                                    : 4;
 
-// The numbers of a token, in some batch rows.
+// The values of a token, in some batch rows.
 template <class T, int kRows>
 struct alignas(16) BatchRows {
   T row[kRows];

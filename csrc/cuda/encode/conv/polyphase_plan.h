@@ -8,7 +8,7 @@
 // n) mod s.
 //
 // A warp follows 16 diagonals (forward) or features (gradient of x) over some positions with the
-// codes' taps in registers. Two taps of a code, s apart, times two numbers of the stream are a pair
+// codes' taps in registers. Two taps of a code, s apart, times two values of the stream are a pair
 // of operands; the other operand of the tensor cores is the pair (x, x), for 8 batch rows or more.
 #pragma once
 

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const float factor = __builtin_sqrtf(static_cast<float>(s));
   NoiseStreams<Storage> streams(p, plan, shared, head);
 
-  // Rows of the product that this lane holds numbers of.
+  // Rows of the product that this lane holds values of.
   int rows[2], row_index[2];
   TORCH_SPE_UNROLL
   for (int e = 0; e < 2; ++e) {

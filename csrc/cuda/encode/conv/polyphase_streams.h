@@ -107,7 +107,7 @@ class NoiseStreams {
     }
   }
 
-  // A thread makes the numbers of kRun realizations of a feature, for one period after the other.
+  // A thread makes the values of kRun realizations of a feature, for one period after the other.
   template <int kRun>
   TORCH_SPE_DEVICE void fill(std::int64_t feature, std::int64_t first_group) const {
     const int s = plan_.stride;
@@ -176,8 +176,8 @@ class NoiseStreams {
   const std::uint64_t seed_;
 };
 
-// Copies rows of `columns` numbers to shared memory: number `at(column)` of row(i), zero where it
-// is not below `count`, or the row is null. `aligned` rows can be read 8 numbers at once. The copy
+// Copies rows of `columns` values to shared memory: number `at(column)` of row(i), zero where it
+// is not below `count`, or the row is null. `aligned` rows can be read 8 values at once. The copy
 // may go on until copy_async_wait.
 template <class Storage, class Row, class At>
 TORCH_SPE_DEVICE void copy_polyphase_rows(Storage* out, int row_stride, int rows, int columns,

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     turns += tokens.positions;
     const Storage* const x_tile = shared.x + k % 2 * kGradientTokens * Shared::kRowX;
     const Storage* const grad_tile = shared.grad + k % 2 * kGradientTokens * Shared::kRowGrad;
-    // This lane's rows and columns within the 16 x 16 numbers that one ldmatrix brings; they
+    // This lane's rows and columns within the 16 x 16 values that one ldmatrix brings; they
     // advance from position to position, but not in the row of zeros.
     const int low = lane % 16, high = lane / 16 * 8, x_row = lane % 8 + high;
     const bool has_x = x_row < tokens.batch, has_grad = low < tokens.batch;

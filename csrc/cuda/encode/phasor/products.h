@@ -25,7 +25,7 @@ constexpr int kProductInputs = 64;
 constexpr int kProductSteps = kProductInputs / 16;
 constexpr int kLaneInputs = 4 * kProductSteps;
 
-// 16 numbers of a row in pairs, zero from `count` on.
+// 16 values of a row in pairs, zero from `count` on.
 template <class Storage>
 TORCH_SPE_DEVICE void load_pairs(const Storage* row, std::int64_t count, std::int64_t stride,
                                  bool aligned, std::uint32_t (&out)[kLaneInputs / 2]) {
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       return feature < p.in_features && pair < p.num_pairs;
     };
     // A row of A is a real or imaginary part (filter), or a feature (gradient).
-    const auto fragment = [&](const Phasor<float>(&codes)[4], std::uint32_t(&a)[4]) {
+    const auto fragment = [&](const Phasor<float>(&codes)[4], std::uint32_t (&a)[4]) {
       TORCH_SPE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const Phasor<float>&first = codes[i / 2 * 2], &second = codes[i / 2 * 2 + 1];
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
 
     const Storage* row[kTiles];
-    std::int64_t inside[kTiles];  // numbers of the row that belong to this lane
+    std::int64_t inside[kTiles];  // values of the row that belong to this lane
     std::uint32_t next[kTiles][kLaneInputs / 2];
     TORCH_SPE_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {

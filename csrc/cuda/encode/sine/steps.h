@@ -1,4 +1,4 @@
-// The sine filter of 16-bit numbers at consecutive positions, on tensor cores. The products
+// The sine filter of 16-bit values at consecutive positions, on tensor cores. The products
 // x (.) basis are made in registers, just where the tensor cores want them.
 //
 // Weights come in steps of 16 rows: the cos and the sin of the k-th sine of 8 features. After the K
