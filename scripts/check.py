@@ -6,6 +6,7 @@ style instead.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -55,10 +56,19 @@ def count(name, succeeded, report):
     return Result(name, passed, failed, skipped)
 
 
+def has_nvcc():
+    folder = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return bool(shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(folder, "bin")))
+
+
 def cpp_tests(report, everything):
-    targets = ("--target", "all", "torch_spe_emulated_sanitized") if everything else ()
+    options, targets = ["-DTORCH_SPE_TESTS=ON"], ()
+    if everything:
+        targets = ("--target", "all", "torch_spe_emulated_sanitized")
+        if has_nvcc():
+            options.append("-DTORCH_SPE_VIRTUAL_GPU=80 90")
     succeeded = (
-        run("cmake", "-DTORCH_SPE_TESTS=ON", BUILD)
+        run("cmake", *options, BUILD)
         and run("cmake", "--build", BUILD, *targets)
         and run(
             *("ctest", "--test-dir", BUILD, "--output-junit", report, "--no-tests=error"),
@@ -79,6 +89,17 @@ def python_tests(report, arguments, everything):
         **variables,
     )
     return count("Python tests", succeeded, report)
+
+
+def older_gpu_tests(report):
+    """What nvcc makes of the CUDA kernels for compute_80; `make test` runs those for compute_90."""
+    succeeded = run(
+        *(sys.executable, "-m", "pytest", f"--junitxml={report}", "-n", "auto"),
+        *("tests/python/test_cuda_kernels.py", "-k", "virtual_gpu"),
+        OMP_NUM_THREADS="1",
+        TORCH_SPE_VIRTUAL_GPU="80",
+    )
+    return count("compute_80", succeeded, report)
 
 
 def cpp_sources():
@@ -107,6 +128,8 @@ def main(arguments):
             check("ruff format", *ruff, "format", "--check", "."),
             check("ruff check", *ruff, "check", "."),
         ]
+        if everything and has_nvcc():
+            results.append(older_gpu_tests(Path(reports) / "compute_80.xml"))
         if everything:
             sanitizers = (sys.executable, "scripts/sanitize.py")
             results.append(check("sanitizers", *sanitizers))

@@ -132,7 +132,6 @@ def test_errors_of_the_state(changes, kind, message):
         state(**arguments)
 
 
-@pytest.mark.skip(reason="the kernels take the bounds as those of queries too")
 def test_packed_sequences_of_the_state():
     _, k, v, *_ = data(torch.float64)
     k, v = k[:1], v[:1]
