@@ -6,6 +6,8 @@ What they compute is tested with the functions that have them.
 import pytest
 import torch
 
+import torch_spe  # noqa: F401
+
 pytestmark = pytest.mark.cpu_only
 attention = torch.ops.torch_spe.linear_attention
 state = torch.ops.torch_spe.linear_attention_state
