@@ -73,13 +73,13 @@ part build 200 "$PYTHON" setup.py build_ext --inplace &&
 # the time costs the results of one file only. Left out are files that compute nothing on a GPU and
 # whose imports may be missing. Status 5: no test of the file has that name.
 printf '%s\n' tests/python/test_*.py |
-  grep -vE '_(benchmarks|chorales|cuda_emulation_catches|digits|docstrings|experiment_tasks|experiments|packaging|source_rules)\.py$' \
+  grep -vE '_(benchmarks|chorales|cuda_emulation_catches|digits|experiment_tasks|experiments|packaging|source_rules|virtual_gpu_catches)\.py$' \
     > "$OUT_DIR/tests.txt"
 export PYTHON OUT_DIR
 part tests 170 env OMP_NUM_THREADS=2 xargs -a "$OUT_DIR/tests.txt" -P 8 -n 1 bash -c '
   report=$OUT_DIR/$(basename "$1" .py)
   timeout --foreground --signal=INT --kill-after=3 165 \
-    "$PYTHON" -m pytest "$1" -vv -k "cuda and not emulated" -p no:cacheprovider --tb=short \
+    "$PYTHON" -m pytest "$1" -vv -k "cuda and not emulated and not virtual_gpu" -p no:cacheprovider --tb=short \
     --junitxml="$report.xml" > "$report.log" 2>&1
   status=$?
   echo "$(tail -n 1 "$report.log") $1"

@@ -26,6 +26,7 @@ def main():
             phasors(dtype, *shape)
             conv(dtype, *shape)
             attention(dtype, *shape)
+            rotary_and_maps(dtype, *shape)
             if wide(dtype) == dtype:
                 codes(dtype, *shape[2:])
     torch.cuda.synchronize()
@@ -116,16 +117,49 @@ def attention(dtype, batch, length, heads, features, sines, real):
     mask = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
     mask[:, 3:5] = True
     for causal in (False, True):
-        out, s1, z1 = torch.ops.torch_spe.linear_attention(
+        out, s1, z1, _ = torch.ops.torch_spe.linear_attention(
             q, k, v, "elu", causal, True, 1e-3, mask, None, s, z, True
         )
         (out.float().sum() + s1.sum() + z1.sum()).backward()
     bounds = torch.tensor([0, 0, 5, length], device="cuda")
     q, k, v = (t[:1].detach().requires_grad_() for t in (q, k, v))
-    out, _, _ = torch.ops.torch_spe.linear_attention(
+    out, *_ = torch.ops.torch_spe.linear_attention(
         q, k, v, "identity", True, False, 1e-3, None, bounds
     )
     out.float().sum().backward()
+    # Features of the denominator apart, the norm of rows, and keys alone.
+    apart = [leaf(1, length, heads, 3, dtype=dtype) for _ in range(2)]
+    for options in (
+        {"denominator_q": apart[0], "denominator_k": apart[1], "denominator_feature_map": "elu"},
+        {"normalize": False, "rms_norm": True},
+    ):
+        out, *_ = torch.ops.torch_spe.linear_attention(q, k, v, causal=True, **options)
+        out.float().sum().backward()
+    s, z = torch.ops.torch_spe.linear_attention_state(k, v, cu_seqlens=bounds)
+    (s.sum() + z.sum()).backward()
+
+
+def rotary_and_maps(dtype, batch, length, heads, features, sines, real):
+    ops = torch.ops.torch_spe
+    x = leaf(batch, length, heads, 2 * features, dtype=dtype)
+    positions = leaf(length, dtype=torch.float64)
+    for p in (None, positions):
+        out = ops.rotary(x, leaf(heads, features, dtype=wide(dtype)), p, feature_map="elu")
+        out.backward(torch.randn_like(out))
+    x = leaf(batch, length, heads, features, dtype=dtype)
+    freqs = leaf(heads, features, sines, dtype=wide(dtype))
+    weight = leaf(heads, features, 2 * sines, real, dtype=wide(dtype))
+    pairs = leaf(heads, features, sines, 2, dtype=wide(dtype))
+    for out in (
+        ops.sine_filter(x, freqs, weight, feature_map="elu"),
+        ops.phasor_filter(x, freqs, pairs, feature_map="relu"),
+        ops.sine_features(x, freqs, freqs, feature_map="elu"),
+        ops.conv_filter(
+            x, freqs, seed=torch.full((), 3, dtype=torch.int64, device="cuda"),
+            num_realizations=real, feature_map="elu",
+        ),
+    ):  # fmt: skip
+        out.backward(torch.randn_like(out))
 
 
 if __name__ == "__main__":
