@@ -1,7 +1,7 @@
 """Run C++ tests and random calls of the operators under AddressSanitizer and UBSan.
 
-Builds the library without CUDA in build/sanitize, by default for the baseline instruction set,
-whose kernels are the same source with shorter vectors; the fuzz test then runs with the
+Builds the library without CUDA in build/sanitize, by default for the baseline instruction set
+alone, whose kernels are the same source with shorter vectors; the fuzz test then runs with the
 sanitizers preloaded.
 """
 

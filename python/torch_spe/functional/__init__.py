@@ -7,8 +7,8 @@ under ``torch.compile``, autocast and on any strides. The plain equations stand 
 Layers are made of the encoders (`sine_filter`, `phasor_filter`, `sine_features`, `conv_filter`,
 `rotary`) and `linear_attention`, whose state `linear_attention_state` makes from keys alone. Codes
 are made by `sine_code`, `phase_code` and `gate_code`, from noise that is a function of a seed:
-`conv_noise`, `phase_noise`, `circle_noise`. PyTorch's counter of operations (`FlopCounterMode`) knows
-them.
+`conv_noise`, `phase_noise`, `circle_noise`. PyTorch's counter of operations (`FlopCounterMode`)
+knows them.
 """
 
 from torch_spe.functional import flops as flops
