@@ -69,15 +69,14 @@ struct SineParameters {
 };
 
 // f in cycles per position from its logit: in (0, 1/2) in the first dimension, which the signs of
-// the others make up for.
-template <class T>
-TORCH_SPE_INLINE T cycles_of(std::int64_t axis, T logit) {
-  const T value = sigmoid(logit);
-  return axis == 0 ? value / 2 : value - T(0.5);
+// the others make up for. In double: rounded to float, a phase at position 20000 would be off by a
+// thousandth of a cycle.
+TORCH_SPE_INLINE double cycles_of(std::int64_t axis, double logit) {
+  const double value = sigmoid(logit);
+  return axis == 0 ? value / 2 : value - 0.5;
 }
-template <class T>
-TORCH_SPE_INLINE T cycles_derivative(std::int64_t axis, T logit) {
-  return sigmoid(logit) * sigmoid(-logit) * (axis == 0 ? T(0.5) : T(1));
+TORCH_SPE_INLINE double cycles_derivative(std::int64_t axis, double logit) {
+  return sigmoid(logit) * sigmoid(-logit) * (axis == 0 ? 0.5 : 1.0);
 }
 
 // Amplitude, and the turn by the offset, of sine `index` of [H, D, K].
@@ -99,12 +98,13 @@ struct Sine {
 struct SineCodeParams : SineParameters {
   std::int64_t num_realizations;  // R
   const void* noise;              // [H, D, K, 2, R]
-  void* cycles;                   // [H, D, K, ndim]
+  double* cycles;                 // [H, D, K, ndim]
   void* query_weight;             // [H, D, K, 2, R]
   void* key_weight;               // [H, D, K, 2, R]
 };
 struct SineCodeBackwardParams : SineCodeParams {
-  const void *grad_cycles, *grad_query_weight, *grad_key_weight;
+  const double* grad_cycles;
+  const void *grad_query_weight, *grad_key_weight;
   // Each of these may be null when its gradient is not wanted.
   void *grad_freqs, *grad_offsets, *grad_gains, *grad_noise;
 };
@@ -115,7 +115,7 @@ TORCH_SPE_INLINE void make_sine_code(const SineCodeParams& p, std::int64_t index
   const std::int64_t real = p.num_realizations, at = index * 2 * real;
   for (std::int64_t axis = lane; axis < p.ndim; axis += kLanes) {
     const std::int64_t i = index * p.ndim + axis;
-    static_cast<T*>(p.cycles)[i] = cycles_of(axis, static_cast<const T*>(p.freqs)[i]);
+    p.cycles[i] = cycles_of(axis, static_cast<const T*>(p.freqs)[i]);
   }
   const Sine<T> sine(p, index);
   const T amplitude = sine.amplitude, cos = sine.cos, sin = sine.sin;
@@ -137,8 +137,8 @@ TORCH_SPE_INLINE void make_sine_code_backward(const SineCodeBackwardParams& p, s
   const std::int64_t real = p.num_realizations, at = index * 2 * real;
   for (std::int64_t axis = lane; axis < p.ndim && p.grad_freqs != nullptr; axis += kLanes) {
     const std::int64_t i = index * p.ndim + axis;
-    static_cast<T*>(p.grad_freqs)[i] = static_cast<const T*>(p.grad_cycles)[i] *
-                                       cycles_derivative(axis, static_cast<const T*>(p.freqs)[i]);
+    static_cast<T*>(p.grad_freqs)[i] = static_cast<T>(
+        p.grad_cycles[i] * cycles_derivative(axis, static_cast<const T*>(p.freqs)[i]));
   }
   const Sine<T> sine(p, index);
   const T cos = sine.cos, sin = sine.sin;
@@ -181,12 +181,13 @@ struct PhaseCodeParams : SineParameters {
   const std::int64_t* sine;  // k(i), [H, D, R/2]
   const void* phases;        // in cycles, [H, D, R/2]
   const void* deviates;      // of the frequencies, [H, D, R/2, ndim], with bandwidths
-  void* cycles;              // [H, D, R/2, ndim]
+  double* cycles;            // [H, D, R/2, ndim]
   void* query_coefficients;  // [H, D, R/2, 2]
   void* key_coefficients;    // [H, D, R/2, 2]
 };
 struct PhaseCodeBackwardParams : PhaseCodeParams {
-  const void *grad_cycles, *grad_query_coefficients, *grad_key_coefficients;
+  const double* grad_cycles;
+  const void *grad_query_coefficients, *grad_key_coefficients;
   // Each of these may be null when its gradient is not wanted.
   void *grad_freqs, *grad_offsets, *grad_gains, *grad_bandwidths;
 };
@@ -239,7 +240,7 @@ TORCH_SPE_INLINE void make_phase_code(const PhaseCodeParams& p, const PhaseSine<
     const std::int64_t at = index * p.ndim + axis;
     const T move =
         p.bandwidths == nullptr ? T(0) : sine.deviation * static_cast<const T*>(p.deviates)[at];
-    static_cast<T*>(p.cycles)[at] = cycles(axis) + move;
+    p.cycles[at] = cycles(axis) + static_cast<double>(move);
   }
 }
 
@@ -258,7 +259,7 @@ struct PhaseSums {
     offset += query[1] * query_phase.cos - query[0] * query_phase.sin;
     for (std::int64_t axis = 0; axis < p.ndim && p.bandwidths != nullptr; ++axis) {
       const std::int64_t at = index * p.ndim + axis;
-      bandwidth += static_cast<const T*>(p.grad_cycles)[at] * static_cast<const T*>(p.deviates)[at];
+      bandwidth += static_cast<T>(p.grad_cycles[at]) * static_cast<const T*>(p.deviates)[at];
     }
   }
 };
@@ -276,10 +277,10 @@ TORCH_SPE_INLINE void store_gradients(const PhaseCodeBackwardParams& p, const Ph
 }
 // That of frequency `index` of [H, D, K, ndim], from the sum over its pairs.
 template <class T>
-TORCH_SPE_INLINE void store_grad_freq(const PhaseCodeBackwardParams& p, std::int64_t axis, T sum,
-                                      std::int64_t index) {
+TORCH_SPE_INLINE void store_grad_freq(const PhaseCodeBackwardParams& p, std::int64_t axis,
+                                      double sum, std::int64_t index) {
   const T freq = static_cast<const T*>(p.freqs)[index];
-  static_cast<T*>(p.grad_freqs)[index] = sum * cycles_derivative(axis, freq);
+  static_cast<T*>(p.grad_freqs)[index] = static_cast<T>(sum * cycles_derivative(axis, freq));
 }
 
 // The gate: with g = sigmoid(gate) a code keeps the share 1 - g of its power, sqrt(1 - g) of its

@@ -60,7 +60,7 @@ void make_phase_codes(const PhaseCodeParams& p) {
 #pragma omp parallel num_threads(p.num_threads)
   {
     PhaseTables<T> tables(p);
-    const Workspace<T> cycles(p.num_sines * p.ndim);
+    const Workspace<double> cycles(p.num_sines * p.ndim);
 #pragma omp for schedule(static)
     for (std::int64_t feature = 0; feature < p.num_heads * p.in_features; ++feature) {
       tables.set(feature);
@@ -86,7 +86,7 @@ void make_phase_codes_backward(const PhaseCodeBackwardParams& p) {
     const std::int64_t freqs = p.num_sines * p.ndim;
     PhaseTables<T> tables(p);
     const Workspace<core::PhaseSums<T>> sums(p.num_sines);
-    const Workspace<T> sums_of_freqs(freqs);
+    const Workspace<double> sums_of_freqs(freqs);
 #pragma omp for schedule(static)
     for (std::int64_t feature = 0; feature < p.num_heads * p.in_features; ++feature) {
       const std::int64_t first = feature * p.num_sines;
@@ -97,13 +97,12 @@ void make_phase_codes_backward(const PhaseCodeBackwardParams& p) {
         const std::int64_t k = p.sine[i];
         sums[k].add(p, tables.sine(k), tables.phase(i), i);
         for (std::int64_t axis = 0; axis < p.ndim; ++axis)
-          sums_of_freqs[k * p.ndim + axis] +=
-              static_cast<const T*>(p.grad_cycles)[i * p.ndim + axis];
+          sums_of_freqs[k * p.ndim + axis] += p.grad_cycles[i * p.ndim + axis];
       }
       for (std::int64_t k = 0; k < p.num_sines; ++k)
         core::store_gradients(p, tables.sine(k), sums[k], first + k);
       for (std::int64_t i = 0; i < freqs && p.grad_freqs != nullptr; ++i)
-        core::store_grad_freq(p, i % p.ndim, sums_of_freqs[i], first * p.ndim + i);
+        core::store_grad_freq<T>(p, i % p.ndim, sums_of_freqs[i], first * p.ndim + i);
     }
   }
 }

@@ -76,12 +76,12 @@ struct MakePhaseCodeBackward {
     sums = {warp_sum(sums.amplitude), warp_sum(sums.offset), warp_sum(sums.bandwidth)};
     if (lane == 0) core::store_gradients(p, sine, sums, index);
     for (std::int64_t axis = 0; axis < p.ndim && p.grad_freqs != nullptr; ++axis) {
-      T sum = 0;
+      double sum = 0;
       for (std::int64_t i = first + lane; i < end; i += kLanes) {
-        if (p.sine[i] == k) sum += static_cast<const T*>(p.grad_cycles)[i * p.ndim + axis];
+        if (p.sine[i] == k) sum += p.grad_cycles[i * p.ndim + axis];
       }
       sum = warp_sum(sum);
-      if (lane == 0) core::store_grad_freq(p, axis, sum, index * p.ndim + axis);
+      if (lane == 0) core::store_grad_freq<T>(p, axis, sum, index * p.ndim + axis);
     }
   }
 };

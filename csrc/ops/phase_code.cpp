@@ -61,7 +61,7 @@ struct PhaseCode : Operator {
     const c10::SymDimVector cycles(c10::SymIntArrayRef(with_grid(sizes, a.freqs)));
     sizes.emplace_back(2);
     const c10::SymDimVector coefficients{c10::SymIntArrayRef(sizes)};
-    return {{cycles, a.gains.options()},
+    return {{cycles, a.gains.options().dtype(at::kDouble)},
             {coefficients, a.gains.options()},
             {coefficients, a.gains.options()}};
   }
@@ -74,14 +74,15 @@ struct PhaseCode : Operator {
     p.sine = static_cast<const int64_t*>(kept.contiguous(a.sine));
     p.phases = kept.contiguous(a.phases);
     p.deviates = kept.contiguous(a.deviates);
-    p.cycles = p.query_coefficients = p.key_coefficients = nullptr;
+    p.cycles = nullptr;
+    p.query_coefficients = p.key_coefficients = nullptr;
   }
 
   static void forward(const Arguments& a, const Tensors& outputs) {
     core::PhaseCodeParams p;
     KernelTensors kept;
     fill(p, a, kept);
-    p.cycles = outputs[0].mutable_data_ptr();
+    p.cycles = outputs[0].mutable_data_ptr<double>();
     p.query_coefficients = outputs[1].mutable_data_ptr();
     p.key_coefficients = outputs[2].mutable_data_ptr();
     kernel_of<core::PhaseCodeParams>(a.gains.device().type())(p, a.gains);
@@ -93,7 +94,7 @@ struct PhaseCode : Operator {
     core::PhaseCodeBackwardParams p;
     KernelTensors kept;
     fill(p, a, kept);
-    p.grad_cycles = gradient_or_zeros(b, 0, kept);
+    p.grad_cycles = static_cast<const double*>(gradient_or_zeros(b, 0, kept));
     p.grad_query_coefficients = gradient_or_zeros(b, 1, kept);
     p.grad_key_coefficients = gradient_or_zeros(b, 2, kept);
     p.grad_freqs = b.overwritten_gradient("freqs", type);

@@ -32,21 +32,24 @@ struct SineCode : Operator {
   }
 
   static TensorSpecs results(const Arguments& a) {
-    return {spec_like(a.freqs), spec_like(a.noise), spec_like(a.noise)};
+    TensorSpec cycles = spec_like(a.freqs);
+    cycles.options = cycles.options.dtype(at::kDouble);
+    return {cycles, spec_like(a.noise), spec_like(a.noise)};
   }
 
   static void fill(core::SineCodeParams& p, const Arguments& a, KernelTensors& kept) {
     fill_parameters(p, a, kept);
     p.num_realizations = a.noise.size(3);
     p.noise = kept.contiguous(a.noise);
-    p.cycles = p.query_weight = p.key_weight = nullptr;
+    p.cycles = nullptr;
+    p.query_weight = p.key_weight = nullptr;
   }
 
   static void forward(const Arguments& a, const Tensors& outputs) {
     core::SineCodeParams p;
     KernelTensors kept;
     fill(p, a, kept);
-    p.cycles = outputs[0].mutable_data_ptr();
+    p.cycles = outputs[0].mutable_data_ptr<double>();
     p.query_weight = outputs[1].mutable_data_ptr();
     p.key_weight = outputs[2].mutable_data_ptr();
     kernel_of<core::SineCodeParams>(a.gains.device().type())(p, a.gains);
@@ -58,7 +61,7 @@ struct SineCode : Operator {
     core::SineCodeBackwardParams p;
     KernelTensors kept;
     fill(p, a, kept);
-    p.grad_cycles = gradient_or_zeros(b, 0, kept);
+    p.grad_cycles = static_cast<const double*>(gradient_or_zeros(b, 0, kept));
     p.grad_query_weight = gradient_or_zeros(b, 1, kept);
     p.grad_key_weight = gradient_or_zeros(b, 2, kept);
     p.grad_freqs = b.overwritten_gradient("freqs", type);

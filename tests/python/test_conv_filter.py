@@ -560,8 +560,12 @@ def test_errors_with_given_noise(name, change, kind, message):
         ({"noise_stride": (-2,)}, ValueError, r"noise_stride must be in 1 .. 2\^20, got .-2"),
         ({"noise_stride": (2, 2)}, ValueError, "noise_stride must be one number or 1, got .2, 2"),
         ({"start": (1, 2)}, ValueError, "start must have 1 coordinates, got .1, 2"),
-        ({"start": 2**61 - 10}, ValueError, r"must be in \[-2305843009213693952, .* dimension 0"),
-        ({"start": -(2**61) - 1}, ValueError, r"must be in \[-2305843009213693952"),
+        (
+            {"start": 2**61 - 10},
+            ValueError,
+            r"start must .* in \[-2305843009213693952.* dimension 0",
+        ),
+        ({"start": -(2**61) - 1}, ValueError, r"start must .* in \[-2305843009213693952"),
     ],
 )
 def test_errors_with_generated_noise(changes, kind, message):
@@ -576,11 +580,13 @@ def test_errors_of_positions_in_several_dimensions():
     x, kernel, _ = make(1, (3, 4), taps=(2, 2))
     options = {"seed": 1, "num_realizations": 2}
     functional.conv_filter(x, kernel, start=(0, 2**31 - 5), **options)
-    with pytest.raises(ValueError, match=r"2 dimensions must be in \[-2147483648, .*dimension 1"):
+    with pytest.raises(
+        ValueError, match=r"start .* in 2 dimensions .* \[-2147483648, .*dimension 1"
+    ):
         functional.conv_filter(x, kernel, start=(0, 2**31 - 4), **options)
     x, kernel, _ = make(1, (3, 4, 5), taps=(2, 2, 1))
     functional.conv_filter(x, kernel, start=(-(2**20), 0, 0), **options)
-    with pytest.raises(ValueError, match=r"3 dimensions must be in \[-1048576, .*dimension 0"):
+    with pytest.raises(ValueError, match=r"start .* in 3 dimensions .* \[-1048576, .*dimension 0"):
         functional.conv_filter(x, kernel, start=(-(2**20) - 1, 0, 0), **options)
     with pytest.raises(ValueError, match=r"the product of noise_stride must be at most 2\^20"):
         functional.conv_filter(x, kernel, noise_stride=1024, **options)
@@ -590,8 +596,8 @@ def test_errors_of_positions_in_several_dimensions():
     ("arguments", "kind", "message"),
     [
         ((1, -1, 1, 5, 2), ValueError, "num_heads must not be negative, got -1"),
-        ((1, 70000, 1, 5, 2), ValueError, "at most 65536 heads, got 70000"),
-        ((1, 1, 70000, 5, 2), ValueError, "at most 65536 features of a head, got 70000"),
+        ((1, 70000, 1, 5, 2), ValueError, "num_heads must be at most 65536 .* got 70000"),
+        ((1, 1, 70000, 5, 2), ValueError, "in_features must be at most 65536 .* got 70000"),
         ((1, 1, 1, (-5,), 2), ValueError, "size must not be negative, got -5"),
         ((1, 1, 1, (1, 1, 1, 1), 2), ValueError, "size must have 1 to 3 numbers"),
         ((1, 1, 1, 5, -2), ValueError, "num_realizations must not be negative, got -2"),

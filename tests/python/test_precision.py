@@ -179,10 +179,7 @@ def test_late_positions_are_as_exact_as_early_ones(kind, dtype, page):  # noqa: 
         layer = make(kind, page, 32, **({} if fixed else {"num_realizations": 32})).eval().to(dtype)
         total = total + errors(layer, torch.randn(1, 20_000, 32).to(dtype))
     first, last, scale = total.tolist()
-    # Frequencies of float32 are known up to half a unit of 2^-25: their phases at position 20000
-    # to 2e-3 rad, which is more than float16 rounds.
-    floor = 1.2e-3 * scale if dtype == torch.float16 else 0.0
-    assert last <= max(1.2 * first, floor), (first, last, scale)
+    assert last <= 1.2 * first, (first, last, scale)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

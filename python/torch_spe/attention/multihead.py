@@ -296,7 +296,7 @@ class SPEMultiheadAttention(nn.Module):
                 f"{owner}: need_weights must be False: linear attention never forms the matrix of "
                 f"weights, got {need_weights!r}"
             )
-        if query.is_nested and query is key and key is value:
+        if isinstance(query, Tensor) and query.is_nested and query is key and key is value:
             padded, padding = inputs.from_nested(
                 query, key_padding_mask, attn_mask, self.batch_first
             )

@@ -63,10 +63,12 @@ def _find_mismatch(annotation: str, value: object) -> str | None:
             isinstance(value, Tensor)
             or not isinstance(value, (tuple, list))
             or len(value) != 2
-            or not all(isinstance(part, Tensor) for part in value)
+            or not any(isinstance(part, Tensor) for part in value)
+            or not all(part is None or isinstance(part, Tensor) for part in value)
         ):
             return f"a pair of tensors (S, z) or None{got}"
-        return next((p for part in value if (p := _find_layout(part)) is not None), None)
+        found = (_find_layout(part) for part in value if part is not None)
+        return next((problem for problem in found if problem is not None), None)
     if annotation in ("Tensor", "Tensor | None"):
         if value is None and annotation == "Tensor | None":
             return None

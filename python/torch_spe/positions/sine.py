@@ -155,7 +155,7 @@ class SineSPE(SPE):
 
     def _cycles(self) -> Tensor:
         """Return the frequencies in cycles per position, ``[H, D, K]`` or ``[H, D, K, ndim]``."""
-        freqs = self.freqs.to(code_type(self.freqs)).sigmoid()
+        freqs = self.freqs.double().sigmoid()  # float32 would lose the phase at far positions
         if self.ndim == 1:
             return freqs / 2
         return torch.cat((freqs[..., :1] / 2, freqs[..., 1:] - 0.5), dim=-1)
