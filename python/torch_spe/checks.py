@@ -67,9 +67,17 @@ def check_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple
     starts = tuple(start) if is_sequence(start) else (start,) * ndim
     if len(starts) != ndim:
         raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
+    _check_numbers(owner, starts)
     if not all(_is_finite(first) for first in starts):
         raise ValueError(f"{owner}: start must be finite, got {start!r}")
     return starts
+
+
+def _check_numbers(owner: str, starts: Sequence[float]) -> None:
+    """Raise TypeError for the first of `starts` that is no number."""
+    for first in starts:
+        if not hasattr(first, "__float__") and not hasattr(first, "__index__"):
+            raise TypeError(f"{owner}: start must be a number, got {first!r}")
 
 
 def _is_finite(value: object) -> bool:
@@ -80,6 +88,7 @@ def _is_finite(value: object) -> bool:
 def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
     """Return one first position for each dimension, after a check that they are whole."""
     starts = tuple(start) if is_sequence(start) else (start,) * ndim
+    _check_numbers(owner, starts)
     whole = all(not isinstance(n, float) or n.is_integer() for n in starts)
     if len(starts) != ndim or not whole:
         raise ValueError(

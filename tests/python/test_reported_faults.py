@@ -147,3 +147,19 @@ def test_errors_of_nested_tensors():
         attention()(x, x, x, torch.zeros(2, 7, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"query must have .* got a nested tensor"):
         attention()(x, other, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_an_attn_mask_of_integers(dtype, is_causal):
+    x, mask = torch.randn(2, 5, 32), torch.ones(5, 5).triu(1).to(dtype)
+    with pytest.raises(TypeError, match=f"attn_mask must be bool or floating point, got {dtype}"):
+        attention()(x, x, x, attn_mask=mask, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("position", ["sine", "conv", "rotary", None])
+@pytest.mark.parametrize(("start", "kind"), [((3, 4), ValueError), ("a", TypeError)])
+def test_a_start_that_does_not_fit(position, start, kind):
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(kind, match="start must be"):
+        attention(position=position)(x, x, x, start=start)

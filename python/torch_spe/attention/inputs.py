@@ -116,6 +116,10 @@ def find_causal(
                 f"{OWNER}: attn_mask must have shape {shapes[0]} or {shapes[1]}, got "
                 f"{tuple(attn_mask.shape)}"
             )
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(
+                f"{OWNER}: attn_mask must be bool or floating point, got {attn_mask.dtype}"
+            )
         if not is_causal:
             if torch.compiler.is_compiling():
                 raise ValueError(
