@@ -230,7 +230,7 @@ def mapped(function, feature_map):
 
 @pytest.mark.parametrize("feature_map", ["elu", "relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("operator", "shape"), MAPPED_CASES, ids=" of ".join)
+@pytest.mark.parametrize(("operator", "shape"), MAPPED_CASES, ids=map(" of ".join, MAPPED_CASES))
 def test_feature_maps(compare, operator, shape, dtype, feature_map):
     if feature_map == "relu" and dtype in (torch.float64, torch.float16):
         pytest.skip("the other types go the same way")
