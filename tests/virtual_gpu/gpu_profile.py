@@ -135,9 +135,9 @@ def short(name):
     found = re.search(r"\d+([a-z]\w*_kernel)(I.*)?", name)
     kernel = found.group(1) if found else name[:40]
     kernel = re.sub(r"^.*?([a-z_]+_kernel)$", r"\1", kernel)
-    inner = re.search(r"cu_[0-9a-f]{8}\d*([A-Z]\w+?)I", name)
-    if "static_kernel" in kernel and inner:
-        kernel = "cub:" + inner.group(1).lstrip("0123456789")
+    inner = re.search(r"13static_kernelI.*?4cuda(?:\d+[a-z_]+)*\d+([A-Z]\w*?)(?:I|E)", name)
+    if inner:  # CUB's loop, known by its function
+        kernel = "cub:" + inner.group(1)
     for code, word in (("8BFloat16", "bf16"), ("4Half", "f16"), ("4Tf32", "tf32")):
         if code in name:
             return f"{kernel}<{word}>"
