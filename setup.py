@@ -64,7 +64,7 @@ class CMakeBuild(build_ext):
     """
 
     def run(self):
-        build = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+        build = Path(os.environ.get("TORCH_SPE_BUILD_DIR") or ROOT / "build" / "cmake").resolve()
         prefix = ROOT / "python" if self.inplace else Path(self.build_lib).resolve()
         self._configure(build)
         self._run("cmake", "--build", build, "--target", "python")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
+BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR") or ROOT / "build" / "cmake").resolve()
 CPP_FOLDERS = ("csrc", "tests", "examples")
 CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 

@@ -299,7 +299,7 @@ class BackwardWorker {
   void store_features(const Chunk& chunk, FeatureMap feature_map, std::int64_t columns,
                       std::int64_t width, const T* features, std::int64_t length, bool are_keys,
                       void* grad) const {
-    visit_feature_map(feature_map, [&](auto map) {
+    with_feature_map(feature_map, [&](auto map) {
       for (std::int64_t t = 0; t < chunk.size; ++t) {
         T* row = out_ + t * width;
         if (are_keys && is_padding(p_, chunk, t)) set_zero(row, columns);

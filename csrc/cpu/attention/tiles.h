@@ -4,6 +4,7 @@
 
 #include "blas.h"
 #include "core/feature_map.h"
+#include "cpu/rows.h"
 #include "state.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
@@ -18,35 +19,6 @@ TORCH_SPE_INLINE T dot(const T* a, const T* b, std::int64_t n) {
   Vec<T> sum = {};
   for (std::int64_t i = 0; i < n; i += kLanes<T>) sum += load_vec(a + i) * load_vec(b + i);
   return sum_lanes<T>(sum);
-}
-
-// phi of a row with a stride.
-template <FeatureMap kMap, class Storage, class T>
-TORCH_SPE_INLINE void load_mapped_row(const Storage* in, std::int64_t stride, std::int64_t n,
-                                      T* out) {
-  if (stride == 1) {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = core::apply_feature_map<kMap>(core::load(in[i]));
-  } else {
-    for (std::int64_t i = 0; i < n; ++i)
-      out[i] = core::apply_feature_map<kMap>(core::load(in[i * stride]));
-  }
-}
-
-// Calls `function` with the feature map as a type.
-template <FeatureMap kMap>
-struct MapTag {
-  static constexpr FeatureMap value = kMap;
-};
-template <class Function>
-TORCH_SPE_INLINE void visit_feature_map(FeatureMap map, const Function& function) {
-  switch (map) {
-    case FeatureMap::kIdentity:
-      return function(MapTag<FeatureMap::kIdentity>{});
-    case FeatureMap::kElu:
-      return function(MapTag<FeatureMap::kElu>{});
-    case FeatureMap::kRelu:
-      return function(MapTag<FeatureMap::kRelu>{});
-  }
 }
 
 // Divisors below this are divided by: their reciprocals, or what these are multiplied with, might
@@ -202,7 +174,7 @@ class AttentionTiles {
  private:
   void load_features(const Strided<Storage>& x, FeatureMap feature_map, const Chunk& chunk,
                      bool are_keys, T* out, std::int64_t ld, std::int64_t width) const {
-    visit_feature_map(feature_map, [&](auto map) {
+    with_feature_map(feature_map, [&](auto map) {
       for (std::int64_t t = 0; t < chunk.size; ++t) {
         T* row = out + t * ld;
         if (are_keys && is_padding(p_, chunk, t)) {

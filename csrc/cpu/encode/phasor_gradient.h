@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/encode/phasor_tiles.h"
-#include "cpu/encode/rows.h"
+#include "cpu/rows.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 

@@ -4,7 +4,7 @@
 
 #include "core/rotary.h"
 #include "cpu/encode/phasors.h"
-#include "cpu/encode/rows.h"
+#include "cpu/rows.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 

@@ -2,8 +2,8 @@
 // of x and of the parameters. Included by kernels only, like simd.h.
 #pragma once
 
-#include "cpu/encode/rows.h"
 #include "cpu/encode/sine_features_phasors.h"
+#include "cpu/rows.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 

@@ -2,8 +2,8 @@
 // Included by kernels only, like simd.h.
 #pragma once
 
-#include "cpu/encode/rows.h"
 #include "cpu/encode/sine_basis.h"
+#include "cpu/rows.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
