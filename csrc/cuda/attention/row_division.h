@@ -70,7 +70,8 @@ struct RowGradients {
 
 // Eight threads add up a row.
 template <class Storage>
-__global__ void __launch_bounds__(kThreads) row_factors_kernel(const RowGradients<Storage> p) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    row_factors_kernel(const RowGradients<Storage> p) {
   using T = core::accumulate_t<Storage>;
   using Rows = RowGradients<Storage>;
   constexpr int kVector = Vector<Storage>::kSize;
