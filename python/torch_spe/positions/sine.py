@@ -338,14 +338,15 @@ class SineSPE(SPE):
         ]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         freqs, offsets = self._cycles(), self.offsets.to(code_type(self.offsets))
+        dtype = offsets.dtype
         # Phases in float64, reduced to one cycle: exact at any lag.
-        cycles = freqs.double() if self.ndim > 1 else freqs.double().unsqueeze(-1)
+        cycles = freqs if self.ndim > 1 else freqs.unsqueeze(-1)
         cycles = torch.einsum("ni,hdki->nhdk", grid, cycles)
         phases = 2 * math.pi * (cycles - cycles.detach().round())
-        basis = torch.stack((phases.cos(), phases.sin()), dim=-1).to(freqs.dtype)  # [n, H, D, K, 2]
+        basis = torch.stack((phases.cos(), phases.sin()), dim=-1).to(dtype)  # [n, H, D, K, 2]
         if self.bandwidths is not None:
-            square = grid.square().sum(-1).to(freqs.dtype)[:, None, None, None]
-            deviation = self.bandwidths.to(freqs.dtype).exp()
+            square = grid.square().sum(-1).to(dtype)[:, None, None, None]
+            deviation = self.bandwidths.to(dtype).exp()
             fading = torch.exp(-2 * math.pi**2 * deviation.square() * square)  # [n, H, D, K]
             basis = basis * fading.unsqueeze(-1)
         power = kernel_amplitudes(self.gains) ** 2
