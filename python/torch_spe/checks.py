@@ -9,19 +9,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def is_integer(value: object) -> bool:
-    """Say whether `value` is an integer of any kind (NumPy's too), and not a bool."""
+    """Say whether `value` is an integer of any kind, and not a bool.
+
+    Python's, NumPy's, a symbolic one, an integer array or tensor of no dimension: what PyTorch
+    takes for an integer.
+    """
     if isinstance(value, (int, torch.SymInt)):
         return not isinstance(value, bool)
-    if isinstance(value, Tensor) or type(value).__name__ in ("bool", "bool_"):  # NumPy's bool
-        return False
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.dtype in _INTEGER_TYPES
+    if hasattr(value, "dtype"):  # NumPy's
+        return value.ndim == 0 and value.dtype.kind in "iu"
     return hasattr(value, "__index__") and not hasattr(value, "__len__")
 
 
 def to_int(value: int) -> int:
     """Return an integer of any kind as Python's; a symbolic one as it is."""
     return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+
+
+def to_number(value: float) -> float:
+    """Return a number of any kind as Python's, an integer as an integer; a symbolic one as it is.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value
+    return operator.index(value) if is_integer(value) else float(value)
+
+
+def check_number(owner: str, name: str, value: float) -> float:
+    """Return `value` as Python's number, or raise TypeError if it is none."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return to_number(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}") from None
 
 
 def check_positive(owner: str, **values: int) -> tuple[int, ...]:
@@ -57,9 +86,9 @@ def check_size(owner: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not is_sequence(shape):
         raise TypeError(f"{owner}: shape must be (batch, *size), got {type(shape).__name__}")
     shape = tuple(shape)
-    if len(shape) < 2 or any(isinstance(n, float) or n < 0 for n in shape):
+    if len(shape) < 2 or any(not is_integer(n) or n < 0 for n in shape):
         raise ValueError(f"{owner}: shape must be (batch, *size) with integers >= 0, got {shape}")
-    return shape[1:]
+    return tuple(to_int(n) for n in shape[1:])
 
 
 def check_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[float, ...]:
@@ -67,17 +96,10 @@ def check_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple
     starts = tuple(start) if is_sequence(start) else (start,) * ndim
     if len(starts) != ndim:
         raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
-    _check_numbers(owner, starts)
+    starts = tuple(check_number(owner, "start", first) for first in starts)
     if not all(_is_finite(first) for first in starts):
         raise ValueError(f"{owner}: start must be finite, got {start!r}")
     return starts
-
-
-def _check_numbers(owner: str, starts: Sequence[float]) -> None:
-    """Raise TypeError for the first of `starts` that is no number."""
-    for first in starts:
-        if not hasattr(first, "__float__") and not hasattr(first, "__index__"):
-            raise TypeError(f"{owner}: start must be a number, got {first!r}")
 
 
 def _is_finite(value: object) -> bool:
@@ -88,7 +110,7 @@ def _is_finite(value: object) -> bool:
 def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
     """Return one first position for each dimension, after a check that they are whole."""
     starts = tuple(start) if is_sequence(start) else (start,) * ndim
-    _check_numbers(owner, starts)
+    starts = tuple(check_number(owner, "start", first) for first in starts)
     whole = all(not isinstance(n, float) or n.is_integer() for n in starts)
     if len(starts) != ndim or not whole:
         raise ValueError(
@@ -187,6 +209,6 @@ def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: 
 
 def is_sequence(value: object) -> bool:
     """Say whether `value` is a sequence: a list, a tuple, a NumPy array of one dimension."""
-    return isinstance(value, Sequence) or (
-        hasattr(value, "__len__") and not isinstance(value, Tensor) and hasattr(value, "tolist")
-    )
+    if isinstance(value, Sequence):
+        return not isinstance(value, (str, bytes))
+    return not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 1

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torch_spe.checks import check_choice, check_positive, check_seed
+from torch_spe.checks import check_choice, check_number, check_positive, check_seed
 from torch_spe.noise import STREAMS, draw_normal, orthogonal_noise
 
 __all__ = ["FEATURE_MAPS", "PositiveFeatures", "PositiveProjection", "apply_feature_map"]
@@ -160,6 +160,8 @@ class PositiveFeatures(nn.Module):
         check_choice("PositiveFeatures", "resample", resample, ("train", "always", "never"))
         self.in_features = in_features
         self.num_features = num_features
+        if scale is not None:
+            scale = check_number("PositiveFeatures", "scale", scale)
         self.scale = in_features**-0.25 if scale is None else scale
         self.orthogonal = orthogonal
         self.resample = resample

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_spe import functional
 from torch_spe._library import _C
-from torch_spe.checks import is_integer, is_sequence
+from torch_spe.checks import is_integer, is_sequence, to_int
 from torch_spe.functional.noise import seed_tensor
 
 __all__ = [
@@ -73,7 +73,7 @@ def seeded_normal(
     # Streams are positions too far apart to meet.
     values = functional.conv_noise(
         seed_tensor("seeded_normal", seed, device), heads, features, [count], num_realizations,
-        start=[stream << 48], dtype=dtype,
+        start=[to_int(stream) << 48], dtype=dtype,
     )  # fmt: skip
     return values.reshape(shape)
 

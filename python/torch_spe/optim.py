@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from torch_spe.checks import check_number
+
 __all__ = ["parameter_groups"]
 
 
@@ -39,6 +41,7 @@ def parameter_groups(
         [('model', 0.001), ('positions', 0.005)]
     """
     for name, value in (("lr", lr), ("spe_lr_scale", spe_lr_scale)):
+        check_number("parameter_groups", name, value)
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
     own = {

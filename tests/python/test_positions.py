@@ -259,6 +259,6 @@ def test_numpy_integers_are_integers():
     assert RotaryPositions(n(3), n(8)).freqs.shape == (3, 4)
     assert SPEFilter(True, (n(3), n(8))).code_shape == (3, 8)
     assert PositiveFeatures(n(8), n(4), seed=n(2)).weight.shape == (4, 8)
-    for value in (True, numpy.bool_(True), numpy.float64(2), 2.0, "2", torch.tensor(2)):
+    for value in (True, numpy.bool_(True), numpy.float64(2), 2.0, "2", torch.tensor([2])):
         with pytest.raises(ValueError, match="num_heads must be an integer >= 1, got"):
             SineSPE(value, 8)

@@ -3,18 +3,30 @@
 import copy
 import warnings
 
+import numpy
 import pytest
 import torch
 from helpers import error
 from torch import nn
 
-from torch_spe import SPEMultiheadAttention
+import torch_spe
+from torch_spe import (
+    ConvSPE,
+    LinearAttention,
+    PositiveFeatures,
+    RotaryPositions,
+    SineSPE,
+    SPEFilter,
+    SPEMultiheadAttention,
+    SPETransformerEncoderLayer,
+)
+from torch_spe import functional as SF
 
 pytestmark = pytest.mark.usefixtures("device", "one_thread")
 cpu_only = pytest.mark.cpu_only
 E, H, B, N = 32, 4, 2, 20
 
-# 1. Private attributes of nn.MultiheadAttention that switch on fast paths of PyTorch's containers.
+# Private attributes of nn.MultiheadAttention that switch on fast paths of PyTorch's containers.
 
 GRAD_MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
 
@@ -163,3 +175,188 @@ def test_a_start_that_does_not_fit(position, start, kind):
     x = torch.randn(2, 5, 32)
     with pytest.raises(kind, match="start must be"):
         attention(position=position)(x, x, x, start=start)
+
+
+# Every integer and every number of an argument: NumPy's, and tensors of no dimension.
+
+INTEGERS = {
+    "int64": numpy.int64,
+    "int32": numpy.int32,
+    "uint8": numpy.uint8,
+    "array": numpy.array,
+    "tensor": torch.tensor,
+    "tensor32": lambda n: torch.tensor(n, dtype=torch.int32),
+}
+FLOATS = {
+    "float32": numpy.float32,
+    "float64": numpy.float64,
+    "array": lambda x: numpy.array(float(x)),
+    "tensor": lambda x: torch.tensor(float(x)),
+}
+
+
+def small(**options):
+    return SPEMultiheadAttention(8, 2, batch_first=True, **options).eval()
+
+
+def attend(layer, **options):
+    x = torch.linspace(-1, 1, 48).reshape(1, 6, 8)
+    return layer(x, x, x, **options)[0]
+
+
+def head_input():
+    return torch.linspace(-1, 1, 48).reshape(1, 6, 2, 4)
+
+
+# Whoever adds a number to a public function adds it here.
+INTEGER_CALLS = {
+    "attention": lambda n: attend(
+        SPEMultiheadAttention(
+            n(8), n(2), kdim=n(8), vdim=n(8), batch_first=True, num_realizations=n(8),
+            eval_realizations=n(16), seed=n(3), num_sines=n(3), ndim=n(1), dropout=n(0), eps=n(1),
+        ).eval()
+    ),
+    "attention, conv": lambda n: attend(
+        small(position="conv", kernel_size=n(3), noise_stride=n(2), ndim=n(1)), start=n(3)
+    ),
+    "attention, rotary": lambda n: attend(
+        small(position="rotary", base=n(100)), start=n(3)
+    ),
+    "attention, rotary, start of one": lambda n: attend(small(position="rotary"), start=(n(3),)),
+    "attention, grid": lambda n: attend(
+        small(ndim=2), grid=(n(2), n(3)), start=(n(1), n(2))
+    ),
+    "attention, start": lambda n: attend(small(), start=n(3)),
+    "attention, template": lambda n: small().template(n(3)),
+    "layer": lambda n: SPETransformerEncoderLayer(n(8), n(2), n(16)).linear1.weight,
+    "SineSPE": lambda n: SineSPE(n(2), n(4), n(8), n(2), ndim=n(1))(
+        (n(1), n(6)), n(4), seed=n(1), start=n(5)
+    ).encode(head_input(), "query"),
+    "SineSPE, exact": lambda n: SineSPE(n(2), n(4), num_sines=n(2), noise="exact").freqs,
+    "SineSPE, template": lambda n: SineSPE(2, 4, ndim=2).template((n(3), n(1))),
+    "SineSPE, at": lambda n: SineSPE(2, 4, 8)((1, 6), seed=1).at(n(3)).encode(head_input(), "key"),
+    "ConvSPE": lambda n: ConvSPE(n(1), n(2), n(4), n(8), n(3), noise_stride=n(2))(
+        (n(1), n(6)), n(4), seed=n(1), start=n(5)
+    ).encode(head_input(), "query"),
+    "ConvSPE, sequences": lambda n: ConvSPE(
+        2, 2, 4, 8, (n(3), n(2)), noise_stride=[n(1), n(2)]
+    ).template([n(2), n(1)]),
+    "ConvSPE, at": lambda n: ConvSPE(1, 2, 4, 8, 3)((1, 6), seed=1).at(n(3)).encode(
+        head_input(), "key"
+    ),
+    "SPEFilter": lambda n: SPEFilter(code_shape=(n(2), n(4)))(
+        head_input(), head_input(), SineSPE(2, 4, 8)((1, 6), seed=1), seed=n(3)
+    )[0],
+    "PositiveFeatures": lambda n: PositiveFeatures(n(4), n(8), seed=n(3), scale=n(1)).weight,
+    "RotaryPositions": lambda n: RotaryPositions(n(2), n(4), base=n(100))(
+        head_input(), start=n(3)
+    ),
+    "parameter_groups": lambda n: torch.as_tensor(
+        torch_spe.parameter_groups(small(), n(1), n(3))[1]["lr"]
+    ),
+    "linear_attention": lambda n: SF.linear_attention(*[head_input()] * 3, eps=n(1)),
+    "rotary": lambda n: SF.rotary(head_input(), torch.ones(2, 2) / 9, None, n(3)),
+    "functional.phase_noise": lambda n: SF.phase_noise(
+        n(1), n(2), n(4), n(3), n(4), stream=n(1), ndim=n(1)
+    )[1],
+    "functional.circle_noise": lambda n: SF.circle_noise(n(1), n(2), n(4), n(4), stream=n(1)),
+    "conv_noise": lambda n: SF.conv_noise(
+        n(1), n(2), n(4), n(5), n(6), start=n(1), noise_stride=n(2)
+    ),
+    "conv_noise, sequences": lambda n: SF.conv_noise(
+        n(1), n(2), n(4), [n(5)], n(6), start=[n(1)], noise_stride=[n(2)]
+    ),
+    "conv_filter": lambda n: SF.conv_filter(
+        head_input(), torch.ones(2, 4, 3), seed=n(3), num_realizations=n(4), noise_stride=n(2),
+        start=n(1),
+    ),
+    "seeded_normal": lambda n: torch_spe.noise.seeded_normal((n(2), n(3)), n(1), n(1)),
+    "phase_noise": lambda n: torch_spe.noise.phase_noise(
+        n(2), n(4), n(3), n(4), seed=n(1), stream=n(1), ndim=n(1)
+    ).cycles,
+    "orthogonal_noise": lambda n: torch_spe.noise.orthogonal_noise(
+        n(2), n(4), n(3), n(4), seed=n(1), stream=n(1)
+    ),
+}  # fmt: skip
+FLOAT_CALLS = {
+    "attention": lambda n: attend(small(dropout=n(0.5), eps=n(0.25)), start=n(2.5)),
+    "attention, whole start": lambda n: attend(small(position="conv", kernel_size=3), start=n(2)),
+    "attention, rotary": lambda n: attend(small(position="rotary", base=n(64)), start=n(2.5)),
+    "LinearAttention": lambda n: LinearAttention(eps=n(0.25))(*[head_input()] * 3),
+    "PositiveFeatures": lambda n: PositiveFeatures(4, scale=n(0.5)).draw()(head_input()),
+    "SineSPE": lambda n: SineSPE(2, 4, 8)((1, 6), seed=1, start=n(0.5)).encode(head_input(), "key"),
+    "parameter_groups": lambda n: torch.as_tensor(
+        torch_spe.parameter_groups(small(), n(0.5), n(2.5))[1]["lr"]
+    ),
+    "linear_attention": lambda n: SF.linear_attention(*[head_input()] * 3, eps=n(0.25)),
+    "sine_filter": lambda n: SF.sine_filter(
+        head_input(), torch.ones(2, 4, 1) / 9, torch.ones(2, 4, 2, 3), start=n(0.5)
+    ),
+    "rotary": lambda n: SF.rotary(head_input(), torch.ones(2, 2) / 9, None, n(0.5)),
+}
+
+
+def seeded(call, make):
+    torch.manual_seed(0)
+    return call(make).detach()
+
+
+@cpu_only
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("call", INTEGER_CALLS)
+def test_integers_of_any_kind(call, kind):
+    call = INTEGER_CALLS[call]
+    assert torch.equal(seeded(call, INTEGERS[kind]), seeded(call, int))
+
+
+@cpu_only
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("call", FLOAT_CALLS)
+def test_numbers_of_any_kind(call, kind):
+    call = FLOAT_CALLS[call]
+    assert torch.equal(seeded(call, FLOATS[kind]), seeded(call, float))
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    "value",
+    [True, 8.0, "8", None, [8], numpy.float64(8), numpy.bool_(True), numpy.array([8]),
+     torch.tensor(8.0), torch.tensor(True), torch.tensor([8])],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_integer(value):
+    with pytest.raises(ValueError, match="embed_dim must be an integer >= 1, got"):
+        SPEMultiheadAttention(value, 2)
+    with pytest.raises(ValueError, match="max_lag must be an integer >= 0"):
+        SineSPE(2, 4, ndim=2).template((value, 2))
+    with pytest.raises(ValueError, match=r"shape must be \(batch, \*size\) with integers >= 0"):
+        SineSPE(2, 4)((1, value))
+
+
+@cpu_only
+@pytest.mark.parametrize("value", ["1", None, [1.0], 1j, torch.ones(2)], ids=repr)
+def test_what_is_no_number(value):
+    for make in (
+        lambda: LinearAttention(eps=value),
+        lambda: SPEMultiheadAttention(8, 2, dropout=value),
+        lambda: RotaryPositions(2, 4, base=value),
+        lambda: torch_spe.parameter_groups(small(), value),
+    ):
+        with pytest.raises(TypeError, match="must be a number, got"):
+            make()
+
+
+@pytest.mark.parametrize("position", ["sine", "paper", "conv", "rotary"])
+def test_a_start_of_one_number(position):
+    layer, x = attention(position=position).eval(), torch.ones(B, N, E)
+    assert torch.equal(layer(x, x, x, start=(3,))[0], layer(x, x, x, start=3)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"ndim": 2}, {"noise": "phase", "bandwidth": True}])
+def test_a_template_has_the_type_of_the_parameters(options, dtype):
+    torch.manual_seed(0)
+    spe = SineSPE(2, 3, num_sines=2, dtype=dtype, **options)
+    assert spe.template(4).dtype == dtype
+    wide = copy.deepcopy(spe).double().template(4)
+    assert error(spe.template(4), wide) < (1e-12 if dtype == torch.float64 else 1e-5)

@@ -41,7 +41,7 @@ struct ValuesShared {
 };
 
 template <class Storage, class Operand, Result kResult>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     values_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Cut chunks,
                   const Cut segments, bool causal, bool columns_follow,
                   const States<core::accumulate_t<Storage>> states,

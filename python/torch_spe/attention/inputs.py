@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_spe.checks import is_integer, to_int
+
 OWNER = "SPEMultiheadAttention"
 # Float masks block with -inf or with a value whose exponential is 0 in every type.
 _BLOCKED = -1e4
@@ -178,7 +180,7 @@ def check_grid(
     grid: Sequence[int], length: int, key_length: int, layout: str, ndim: int
 ) -> tuple[int, ...]:
     """Return the sizes of the grid, after a check that they fit flattened inputs."""
-    grid = tuple(grid)
+    grid = tuple(to_int(n) if is_integer(n) else n for n in grid)
     if layout == "grid":
         raise ValueError(f"{OWNER}: grid must be None when the input is a grid, got {grid}")
     if len(grid) != ndim:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from torch_spe import functional
 from torch_spe.attention import inputs
-from torch_spe.checks import check_choice, check_positive, check_seed
+from torch_spe.checks import check_choice, check_number, check_positive, check_seed
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import (
     FeatureMap,
@@ -156,6 +156,9 @@ class SPEMultiheadAttention(nn.Module):
                     f"{owner}: {name} must be False: linear attention has no such key, got "
                     f"{value!r}"
                 )
+        dropout, eps = (
+            check_number(owner, name, value) for name, value in (("dropout", dropout), ("eps", eps))
+        )
         if not 0 <= dropout <= 1:
             raise ValueError(f"{owner}: dropout must be a probability, got {dropout!r}")
         if not eps >= 0:

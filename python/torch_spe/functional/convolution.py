@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
-from torch_spe.checks import is_integer, is_sequence
+from torch_spe.checks import is_integer, is_sequence, to_int
 from torch_spe.functional.arguments import names_arguments
 from torch_spe.functional.noise import seed_tensor
 
@@ -150,11 +150,11 @@ def conv_noise(
 def _integers(owner: str, name: str, value: int | Sequence[int]) -> list[int]:
     """Return one integer or several as a list."""
     if is_integer(value):
-        return [value]
-    values = list(value) if is_sequence(value) and not isinstance(value, str) else None
+        return [to_int(value)]
+    values = list(value) if is_sequence(value) else None
     if values is None or not all(is_integer(n) for n in values):
         raise TypeError(f"{owner}: {name} must be an integer or a sequence of them, got {value!r}")
-    return values
+    return [to_int(n) for n in values]
 
 
 def _strides(owner: str, value: int | Sequence[int], ndim: int) -> list[int]:

@@ -13,11 +13,11 @@ from torch_spe.functional.arguments import names_arguments
 def seed_tensor(
     owner: str, seed: int | Tensor | None, device: torch.device | str | None
 ) -> Tensor | None:
-    """Return a seed as a tensor with one int64, without a copy from the host; a tensor as it is.
+    """Return a seed as a tensor with one int64, without a copy from the host; a tensor stays one.
 
     Args:
         owner: who asks, for the error message.
-        seed: any integer, of which 64 bits count; None stays None.
+        seed: any integer, of which 64 bits count, or a tensor with one; None stays None.
         device: of the result; None is PyTorch's default.
 
     Raises:
@@ -27,8 +27,10 @@ def seed_tensor(
         >>> seed_tensor("example", 2**64 - 1, "cpu")
         tensor([-1])
     """
-    if seed is None or isinstance(seed, Tensor):
-        return seed
+    if seed is None:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.to(torch.int64) if is_integer(seed) else seed
     if not is_integer(seed):
         raise TypeError(f"{owner}: seed must be an integer or a tensor, got {type(seed).__name__}")
     # The lowest 64 bits, in two's complement.

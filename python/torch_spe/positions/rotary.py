@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spe import functional
-from torch_spe.checks import check_choice, check_not_nan, check_positive, check_starts
+from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive, check_starts
 from torch_spe.encoder import Encoder
 from torch_spe.positions.protocol import Position
 from torch_spe.precision import parameter_type
@@ -83,6 +83,7 @@ class RotaryPositions(Position):
         if in_features % 2 != 0:
             raise ValueError(f"RotaryPositions: in_features must be even, got {in_features}")
         check_choice("RotaryPositions", "frequencies", frequencies, ("fixed", "learned", "random"))
+        base = check_number("RotaryPositions", "base", base)
         if not base > 1:
             raise ValueError(f"RotaryPositions: base must be > 1, got {base!r}")
         self.num_heads = num_heads
