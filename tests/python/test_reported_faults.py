@@ -1,4 +1,4 @@
-"""What users of such layers reported, each kind wherever it can occur; issue 24."""
+"""What users of such layers reported, each kind wherever it can occur."""
 
 import copy
 import warnings
@@ -360,3 +360,44 @@ def test_a_template_has_the_type_of_the_parameters(options, dtype):
     assert spe.template(4).dtype == dtype
     wide = copy.deepcopy(spe).double().template(4)
     assert error(spe.template(4), wide) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("output_norm", ["rms", None])
+@torch.no_grad()
+def test_float16_sums_of_long_sequences(output_norm):
+    layer = SPEMultiheadAttention(
+        64, 1, batch_first=True, position=None, output_norm=output_norm
+    ).eval()
+    layer.in_proj_weight.mul_(4)
+    layer.in_proj_bias.fill_(2)
+    x = torch.randn(1, 16384, 64)
+    expected = layer(x, x, x)[0]
+    with torch.autocast("cpu", torch.float16):
+        out = layer(x, x, x)[0]
+    assert error(out, expected) < 0.02
+
+
+@pytest.mark.cpu_only
+@torch.no_grad()
+def test_a_causal_prefix_in_float16_does_not_depend_on_what_follows():
+    layer = SPEMultiheadAttention(
+        64, 1, batch_first=True, position=None, feature_map=PositiveFeatures(64, 128)
+    ).eval()
+    layer.in_proj_weight.mul_(1.4)
+    x = torch.randn(1, 8192, 64)
+    prefix = x[:, :64]
+    with torch.autocast("cpu", torch.float16):
+        whole = layer(x, x, x, is_causal=True)[0][:, :64]
+        alone = layer(prefix, prefix, prefix, is_causal=True)[0]
+    assert error(whole, alone) < 2e-3
+
+
+@pytest.mark.parametrize(("scale", "feature_map"), [(3e-20, "identity"), (-45.0, "elu")])
+def test_denominators_near_the_smallest_number(scale, feature_map):
+    q = torch.full((1, 3, 1, 1), scale, requires_grad=True)
+    v = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
+    out = SF.linear_attention(q, q, v, feature_map=feature_map, causal=True, eps=0.0)
+    assert error(out, torch.tensor([1.0, 1.5, 2.0]).view(1, 3, 1, 1)) < 1e-5
+    out.sum().backward()
+    assert q.grad.isfinite().all()
