@@ -46,7 +46,7 @@ struct SineFeatureGroups {
 };
 
 template <class Storage, class Operand>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     sine_input_gradient_kernel(const SineFilterBackwardParams p, std::int64_t segments,
                                double* freqs_parts,        // [segment, H, D, K, ndim]
                                double* positions_parts) {  // [batch tile, head, group, N, ndim]
