@@ -42,9 +42,16 @@ struct LinearAttentionParams {
   std::int64_t denominator_k_strides[4] = {};
   FeatureMap denominator_feature_map = FeatureMap::kIdentity;  // psi
   std::int64_t denominator_features = 0;                       // F; R where they are not apart
-  const void* initial_s;                                       // [S, H, R, E], or null
-  const void* initial_z;                                       // [S, H, F], or null
-  void* out;                                                   // [B, N, H, E]
+  // The decay: the logarithm, at most 0, of the factor with which everything before a token fades
+  // on the way from the token before it. Null for none. Strides are 0 where it is shared; one
+  // column for all features, or one for each. Then query_length is key_length, or 0 (keys alone).
+  const void* log_decay = nullptr;  // [B, M, H, 1 or R], strided
+  std::int64_t log_decay_strides[4] = {};
+  DType log_decay_dtype = DType::kFloat32;  // or kFloat64
+  std::int64_t decay_features = 0;          // 1 or R; 0 for none
+  const void* initial_s;                    // [S, H, R, E], or null
+  const void* initial_z;                    // [S, H, F], or null
+  void* out;                                // [B, N, H, E]
   // What every row was divided by, kept for the backward pass: the denominator plus eps, or the
   // root of the mean square plus eps; where that is 0, out is 0. Null where nobody wants it.
   void* row_divisor = nullptr;  // [B, N, H], accumulate type
@@ -69,6 +76,10 @@ struct LinearAttentionBackwardParams : LinearAttentionParams {
   void* grad_initial_z;                // [S, H, F]
   void* grad_denominator_q = nullptr;  // [B, N, H, F]
   void* grad_denominator_k = nullptr;  // [B, M, H, F]
+  // Of log_decay_dtype: [H, 1 or R], summed over batch and tokens, if the decay is shared by these
+  // (constant_decay), else [B, M, H, 1 or R].
+  void* grad_log_decay = nullptr;
+  bool constant_decay = false;
 };
 
 }  // namespace torch_spe::core

@@ -126,6 +126,28 @@ void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor&
                       ": denominator_k must have at least one feature (F >= 1), got shape ",
                       k.sym_sizes());
   }
+  if (a.log_decay.has_value()) {
+    const at::Tensor& decay = *a.log_decay;
+    const int64_t dim = decay.dim(), tokens = dim > 2 ? 2 : 0;  // dimensions before H
+    TORCH_CHECK_VALUE(dim >= 1 && dim <= 4, op,
+                      ": log_decay must have the shape [H], [H, R], [B, M, H] or [B, M, H, R], got "
+                      "shape ",
+                      decay.sym_sizes());
+    TORCH_CHECK_TYPE(decay.scalar_type() == at::kFloat || decay.scalar_type() == at::kDouble, op,
+                     ": log_decay must be float32 or float64, got ", decay.scalar_type());
+    check_same_device(op, "log_decay", decay, like, like_name);
+    if (tokens > 0) {
+      check_size(op, "log_decay", decay, 0, like.sym_size(0), ("B" + of).c_str());
+      check_size(op, "log_decay", decay, 1, a.k.sym_size(1), "M of k");
+    }
+    check_size(op, "log_decay", decay, tokens, like.sym_size(2), ("H" + of).c_str());
+    if (dim % 2 == 0) {
+      check_size(op, "log_decay", decay, tokens + 1, like.sym_size(3), ("R" + of).c_str());
+      if (a.denominator_k.has_value())
+        check_size(op, "denominator_k", *a.denominator_k, 3, like.sym_size(3),
+                   ("R" + of + ", with a decay per feature").c_str());
+    }
+  }
   TORCH_CHECK_VALUE(a.initial_s.has_value() == a.initial_z.has_value(), op, ": ",
                     a.initial_s.has_value() ? "initial_z" : "initial_s", " must be given with ",
                     a.initial_s.has_value() ? "initial_s" : "initial_z", ", got none");
@@ -133,6 +155,14 @@ void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor&
     check_state(op, "initial_s", *a.initial_s, a, like_name, true);
     check_state(op, "initial_z", *a.initial_z, a, like_name, false);
   }
+}
+
+void check_decay_values(const char* op, const AttentionKeys& a) {
+  if (!a.log_decay.has_value() || !a.log_decay->is_cpu()) return;
+  const at::Tensor wrong = a.log_decay->le(0).logical_not();
+  if (!wrong.any().item<bool>()) return;
+  TORCH_CHECK_VALUE(false, op, ": log_decay must be at most 0, got ",
+                    a.log_decay->masked_select(wrong)[0].item<double>());
 }
 
 void fill_keys(const char* op, core::LinearAttentionParams& p, const AttentionKeys& a,
@@ -161,6 +191,15 @@ void fill_keys(const char* op, core::LinearAttentionParams& p, const AttentionKe
     p.denominator_features = a.denominator_k->size(3);
     p.denominator_k = a.denominator_k->const_data_ptr();
     copy_strides(*a.denominator_k, p.denominator_k_strides);
+  }
+  if (a.log_decay.has_value()) {
+    at::Tensor decay = *a.log_decay;
+    p.decay_features = decay.dim() % 2 == 0 ? p.num_realizations : 1;
+    if (decay.dim() % 2 == 1) decay = decay.unsqueeze(-1);
+    decay = decay.expand({a.k.size(0), p.key_length, p.num_heads, p.decay_features});
+    p.log_decay = decay.const_data_ptr();
+    copy_strides(decay, p.log_decay_strides);
+    p.log_decay_dtype = to_dtype(decay.scalar_type());
   }
   p.initial_s = kept.contiguous(a.initial_s, state);
   p.initial_z = kept.contiguous(a.initial_z, state);

@@ -18,6 +18,7 @@ struct AttentionKeys {
   OptionalTensor initial_z;         // [S, H, F]
   OptionalTensor denominator_k;     // [B, M, H, F]
   std::string denominator_feature_map;
+  OptionalTensor log_decay;  // [H], [H, R], [B, M, H] or [B, M, H, R]
 
   c10::SymInt num_sequences() const;  // S
   c10::SymInt num_features() const;   // F
@@ -31,6 +32,8 @@ void check_keys(const char* op, const AttentionKeys& a, const at::Tensor& like,
 // What comes with them.
 void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor& like,
                        const char* like_name);
+// On the CPU, an error that names the first entry of log_decay that is NaN or greater than 0.
+void check_decay_values(const char* op, const AttentionKeys& a);
 // A state or the gradient of one.
 void check_state(const char* op, const char* name, const at::Tensor& tensor, const AttentionKeys& a,
                  const char* like_name, bool is_s);
@@ -54,6 +57,9 @@ void set_key_gradients(core::LinearAttentionBackwardParams& p, Call& b) {
   p.grad_initial_s = b.overwritten_gradient("initial_s", accumulate_type(type));
   p.grad_initial_z = b.overwritten_gradient("initial_z", accumulate_type(type));
   p.grad_denominator_k = b.overwritten_gradient("denominator_k", type);
+  if (!b.arguments.log_decay.has_value()) return;
+  p.grad_log_decay = b.overwritten_gradient("log_decay", b.arguments.log_decay->scalar_type());
+  p.constant_decay = b.arguments.log_decay->dim() <= 2;
 }
 
 }  // namespace torch_spe::ops

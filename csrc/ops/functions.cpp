@@ -80,12 +80,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(
     bool causal, bool normalize, double eps, const MaybeTensor& key_padding_mask,
     const MaybeTensor& cu_seqlens, const MaybeTensor& initial_s, const MaybeTensor& initial_z,
     bool return_state, const MaybeTensor& denominator_q, const MaybeTensor& denominator_k,
-    std::string_view denominator_feature_map, bool rms_norm) {
+    std::string_view denominator_feature_map, bool rms_norm, const MaybeTensor& log_decay) {
   static const auto op = find("torch_spe::linear_attention");
   const auto results =
       call(op, {q, k, v, text(feature_map), causal, normalize, eps, key_padding_mask, cu_seqlens,
                 initial_s, initial_z, return_state, denominator_q, denominator_k,
-                text(denominator_feature_map), rms_norm});
+                text(denominator_feature_map), rms_norm, log_decay});
   return {results[0].toTensor(), results[1].toTensor(), results[2].toTensor()};
 }
 
@@ -93,10 +93,11 @@ std::tuple<at::Tensor, at::Tensor> linear_attention_state(
     const at::Tensor& k, const at::Tensor& v, std::string_view feature_map,
     const MaybeTensor& key_padding_mask, const MaybeTensor& cu_seqlens,
     const MaybeTensor& initial_s, const MaybeTensor& initial_z, const MaybeTensor& denominator_k,
-    std::string_view denominator_feature_map) {
+    std::string_view denominator_feature_map, const MaybeTensor& log_decay) {
   static const auto op = find("torch_spe::linear_attention_state");
-  const auto results = call(op, {k, v, text(feature_map), key_padding_mask, cu_seqlens, initial_s,
-                                 initial_z, denominator_k, text(denominator_feature_map)});
+  const auto results =
+      call(op, {k, v, text(feature_map), key_padding_mask, cu_seqlens, initial_s, initial_z,
+                denominator_k, text(denominator_feature_map), log_decay});
   return {results[0].toTensor(), results[1].toTensor()};
 }
 

@@ -15,14 +15,14 @@ struct LinearAttention : Operator {
       "bool normalize=True, float eps=1e-6, Tensor? key_padding_mask=None, "
       "Tensor? cu_seqlens=None, Tensor? initial_s=None, Tensor? initial_z=None, "
       "bool return_state=False, Tensor? denominator_q=None, Tensor? denominator_k=None, "
-      "str denominator_feature_map='identity', bool rms_norm=False) "
+      "str denominator_feature_map='identity', bool rms_norm=False, Tensor? log_decay=None) "
       "-> (Tensor out, Tensor s, Tensor z, Tensor divisor)";
   static constexpr const char* kDoc =
       "Linear attention [B, N, H, E] of queries q [B, N, H, R], keys k [B, M, H, R] and values v "
       "[B, M, H, E]; the state after the last key with return_state; what each row was divided "
       "by.";
   static constexpr std::array kGradients{
-      "q", "k", "v", "initial_s", "initial_z", "denominator_q", "denominator_k"};
+      "q", "k", "v", "initial_s", "initial_z", "denominator_q", "denominator_k", "log_decay"};
   static constexpr std::array kData{"q", "k", "v", "denominator_q", "denominator_k"};
   static constexpr std::array kOutputs{"out", "s", "z"};
   static constexpr std::array kSaved{"out", "divisor"};
@@ -36,7 +36,7 @@ struct LinearAttention : Operator {
     auto fields() {
       return std::tie(q, k, v, feature_map, causal, normalize, eps, key_padding_mask, cu_seqlens,
                       initial_s, initial_z, return_state, denominator_q, denominator_k,
-                      denominator_feature_map, rms_norm);
+                      denominator_feature_map, rms_norm, log_decay);
     }
     bool divides() const { return normalize || rms_norm; }
     c10::SymDimVector out_sizes() const {
@@ -65,6 +65,8 @@ struct LinearAttention : Operator {
     }
     if (a.cu_seqlens.has_value())
       check_size(kName, "k", a.k, 1, a.q.sym_size(1), "N of q, with cu_seqlens");
+    if (a.log_decay.has_value())
+      check_size(kName, "k", a.k, 1, a.q.sym_size(1), "N of q, with log_decay");
     TORCH_CHECK_VALUE(
         a.denominator_q.has_value() == a.denominator_k.has_value(), kName, ": ",
         a.denominator_q.has_value() ? "denominator_k" : "denominator_q", " must be given with ",
@@ -82,6 +84,8 @@ struct LinearAttention : Operator {
       check_size(kName, "denominator_q", q, 3, a.num_features(), "F of denominator_k");
     }
   }
+
+  static void check_values(const Arguments& a) { check_decay_values(kName, a); }
 
   static TensorSpecs results(const Arguments& a) {
     const at::TensorOptions state = a.s().options;

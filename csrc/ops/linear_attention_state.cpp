@@ -11,18 +11,19 @@ struct LinearAttentionState : Operator {
       "linear_attention_state(Tensor k, Tensor v, str feature_map='elu', "
       "Tensor? key_padding_mask=None, Tensor? cu_seqlens=None, Tensor? initial_s=None, "
       "Tensor? initial_z=None, Tensor? denominator_k=None, "
-      "str denominator_feature_map='identity') -> (Tensor s, Tensor z)";
+      "str denominator_feature_map='identity', Tensor? log_decay=None) -> (Tensor s, Tensor z)";
   static constexpr const char* kDoc =
       "The state of linear attention after keys k [B, M, H, R] and values v [B, M, H, E]: "
       "s [B, H, R, E] and z [B, H, R].";
-  static constexpr std::array kGradients{"k", "v", "initial_s", "initial_z", "denominator_k"};
+  static constexpr std::array kGradients{"k",        "v", "initial_s", "initial_z", "denominator_k",
+                                         "log_decay"};
   static constexpr std::array kData{"k", "v", "denominator_k"};
   static constexpr std::array kOutputs{"s", "z"};
 
   struct Arguments : AttentionKeys {
     auto fields() {
       return std::tie(k, v, feature_map, key_padding_mask, cu_seqlens, initial_s, initial_z,
-                      denominator_k, denominator_feature_map);
+                      denominator_k, denominator_feature_map, log_decay);
     }
   };
 
@@ -31,6 +32,8 @@ struct LinearAttentionState : Operator {
     check_keys(kName, a, a.k, "k");
     check_key_options(kName, a, a.k, "k");
   }
+
+  static void check_values(const Arguments& a) { check_decay_values(kName, a); }
 
   static TensorSpecs results(const Arguments& a) { return {a.s(), a.z()}; }
 

@@ -197,6 +197,19 @@ FEATURE_MAPS = {
 }
 
 
+def decay_factors(log_decay: Tensor) -> tuple[Tensor, Tensor]:  # [B, H, W, N, N], [B, H, W, N]
+    """Return what every key fades by on the way to every query, and all that came before them.
+
+    Sums of the steps ``log_decay [B, N, H, W]`` in between, never differences of sums: steps may be
+    -inf.
+    """
+    steps = log_decay.permute(0, 2, 3, 1)
+    n = torch.arange(steps.shape[-1], device=steps.device)
+    later = n.unsqueeze(1) > n  # [query, key]
+    lags = torch.where(later, steps.unsqueeze(-1), 0.0).cumsum(-2)
+    return (lags + lags.mT).exp(), steps.cumsum(-1).exp()
+
+
 def linear_attention(
     q: Tensor,  # [B, N, H, R]
     k: Tensor,  # [B, M, H, R]
@@ -208,11 +221,16 @@ def linear_attention(
     key_padding_mask: Tensor | None = None,  # [B, M], True where a key is padding
     cu_seqlens: Tensor | None = None,  # [S + 1]
     initial_state: tuple[Tensor, Tensor] | None = None,  # S [B, H, R, E], z [B, H, R]
+    log_decay: Tensor | None = None,  # [H], [H, R], [B, N, H] or [B, N, H, R]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # out [B, N, H, E], final state
     """`torch_spe.functional.linear_attention` through the N x M matrix of weights.
 
     The states have a batch row for every packed sequence when `cu_seqlens` is given.
     """
+    if log_decay is not None:
+        if log_decay.dim() % 2 == 1:
+            log_decay = log_decay.unsqueeze(-1)
+        log_decay = log_decay.to(q.dtype).expand(*k.shape[:3], log_decay.shape[-1])
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         outs, states = [], []
@@ -222,6 +240,7 @@ def linear_attention(
                 q[:, piece], k[:, piece], v[:, piece], feature_map, causal, normalize, eps,
                 None if key_padding_mask is None else key_padding_mask[:, piece], None,
                 None if initial_state is None else tuple(s[i : i + 1] for s in initial_state),
+                None if log_decay is None else log_decay[:, piece],
             )  # fmt: skip
             outs.append(out)
             states.append(state)
@@ -231,15 +250,28 @@ def linear_attention(
     if key_padding_mask is not None:
         k = k.masked_fill(key_padding_mask[:, :, None, None], 0)
         v = v.masked_fill(key_padding_mask[:, :, None, None], 0)
-    weights = torch.einsum("bnhr,bmhr->bhnm", q, k)
+    late_k, late_q = k, q  # faded to the last token, and from the initial state
+    if log_decay is None or k.shape[1] == 0:
+        weights = torch.einsum("bnhr,bmhr->bhnm", q, k)
+    else:
+        between, before = decay_factors(log_decay)
+        weights = torch.einsum(
+            "bnhr,bmhr,bhrnm->bhnm", q, k, between.expand(-1, -1, q.shape[-1], -1, -1)
+        )
+        late_k = k * between[..., -1:, :].squeeze(-2).permute(0, 3, 1, 2)
+        late_q = q * before.permute(0, 3, 1, 2)
+        if initial_state is not None:
+            last = before[..., -1]  # [B, H, 1 or R]
+            initial_state = initial_state[0] * last.unsqueeze(-1), initial_state[1] * last
     if causal:
         weights = weights.tril()
     out = torch.einsum("bhnm,bmhe->bnhe", weights, v)
     denominator = weights.sum(-1).transpose(1, 2)  # [B, N, H]
-    state = torch.einsum("bmhr,bmhe->bhre", k, v), k.sum(1)
+    state = torch.einsum("bmhr,bmhe->bhre", late_k, v), late_k.sum(1)
     if initial_state is not None:
-        out = out + torch.einsum("bnhr,bhre->bnhe", q, initial_state[0].to(q.dtype))
-        denominator = denominator + torch.einsum("bnhr,bhr->bnh", q, initial_state[1].to(q.dtype))
+        s, z = (x.to(q.dtype) for x in initial_state)
+        out = out + torch.einsum("bnhr,bhre->bnhe", late_q, s)
+        denominator = denominator + torch.einsum("bnhr,bhr->bnh", late_q, z)
         state = tuple(new + old for new, old in zip(state, initial_state, strict=True))
     if normalize:
         total = (denominator + eps).unsqueeze(-1)

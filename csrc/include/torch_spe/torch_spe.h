@@ -111,6 +111,10 @@ at::Tensor conv_noise(const at::Tensor& seed, int64_t num_heads, int64_t in_feat
 // denominator_feature_map: sum_m psi(dq_n) . psi(dk_m) + eps. With rms_norm instead of normalize,
 // rows are divided by the root of their mean square plus eps.
 //
+// With log_decay the weight of key m for query n is multiplied by exp(-|d_n - d_m|), d being the
+// cumulative sums of the steps log_decay <= 0; token n has the step from the token before it. Steps
+// may be the same for all tokens, and apart for the features of queries and keys.
+//
 // The results are out [B, N, H, E], of q's type, and, with return_state, the state after the last
 // key, S = sum_m phi(k_m) v_m^T [B, H, R, E] and z = sum_m phi(k_m) [B, H, R] (of psi(dk_m),
 // [B, H, F], with denominator_k), in float32, or float64 for float64 (both empty without). Passed
@@ -131,7 +135,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(
     bool return_state = false,
     const std::optional<at::Tensor>& denominator_q = std::nullopt,  // [B, N, H, F]
     const std::optional<at::Tensor>& denominator_k = std::nullopt,  // [B, M, H, F]
-    std::string_view denominator_feature_map = "identity", bool rms_norm = false);
+    std::string_view denominator_feature_map = "identity", bool rms_norm = false,
+    // [H], [H, R], [B, N, H] or [B, N, H, R]
+    const std::optional<at::Tensor>& log_decay = std::nullopt);
 
 // The state (S, z) that linear_attention returns, of keys and values alone.
 std::tuple<at::Tensor, at::Tensor> linear_attention_state(
@@ -143,7 +149,9 @@ std::tuple<at::Tensor, at::Tensor> linear_attention_state(
     const std::optional<at::Tensor>& initial_s = std::nullopt,         // [B, H, R, E]
     const std::optional<at::Tensor>& initial_z = std::nullopt,         // [B, H, R]
     const std::optional<at::Tensor>& denominator_k = std::nullopt,     // [B, M, H, F]
-    std::string_view denominator_feature_map = "identity");
+    std::string_view denominator_feature_map = "identity",
+    // [H], [H, R], [B, M, H] or [B, M, H, R]
+    const std::optional<at::Tensor>& log_decay = std::nullopt);
 
 // How this library was built, and what it uses on this machine.
 struct BuildInfo {

@@ -27,6 +27,7 @@ def linear_attention(
     denominator_k: Tensor | None = None,  # [B, M, H, F]
     denominator_feature_map: str = "identity",
     rms_norm: bool = False,
+    log_decay: Tensor | None = None,  # [H], [H, R], [B, N, H] or [B, N, H, R]
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:  # [B, N, H, E], state
     r"""Attention at a cost that grows linearly with the length; no N x M matrix is stored.
 
@@ -44,6 +45,17 @@ def linear_attention(
         s_n = \sum_m \phi(q_n) \cdot \phi(k_m)\, v_m
 
     computed from the sums before they are rounded to the type of ``q``.
+
+    With ``log_decay`` g the weights fade with the lag: that of a key m that a query n sees is
+    multiplied by
+
+    .. math::
+        \exp \sum_{t = m + 1}^{n} g_t \quad (m \le n), \qquad
+        \exp \sum_{t = n + 1}^{m} g_t \quad (m > n),
+
+    in numerators and denominators alike, and so is what the initial state holds (its tokens come
+    before the first one, whose own step it fades by). With a step for each feature, each product
+    :math:`\phi(q_n)_r \phi(k_m)_r` fades on its own.
 
     Args:
         q: queries, ``[B, N, H, R]``; float32, float64, float16 or bfloat16.
@@ -71,11 +83,16 @@ def linear_attention(
             z then belongs to them: ``z = sum_m psi(denominator_k_m)``, ``[B, H, F]``.
         denominator_feature_map: psi, for these: ``"identity"``, ``"elu"`` or ``"relu"``.
         rms_norm: divide by the root mean square of every row.
+        log_decay: the logarithm g of the decay from each token to the next, at most 0 (-inf forgets
+            everything): ``[H]``, the same for all tokens; ``[B, N, H]``, where entry n belongs to
+            the step from token n - 1 to token n; ``[H, R]`` and ``[B, N, H, R]``, the same for each
+            feature of queries and keys. float32 or float64. ``M`` must be ``N``. Differentiable. On
+            the CPU its values are checked.
 
     Returns:
         The output ``[B, N, H, E]``, of the type of ``q``; with ``return_state`` a pair of it and
-        ``(S, z)``, ``S = sum_m phi(k_m) v_m^T`` and ``z = sum_m phi(k_m)``, in float32, or float64
-        for float64. Sums are taken in the type of the state.
+        ``(S, z)``, ``S = sum_m phi(k_m) v_m^T`` and ``z = sum_m phi(k_m)`` (faded up to the last
+        token), in float32, or float64 for float64. Sums are taken in the type of the state.
 
     Raises:
         ValueError: a shape, device or value does not fit; the message names the argument.
@@ -113,6 +130,7 @@ def linear_attention(
         denominator_k,
         denominator_feature_map,
         rms_norm,
+        log_decay,
     )
     return (out, (s, z)) if return_state else out
 
@@ -128,6 +146,7 @@ def linear_attention_state(
     initial_state: tuple[Tensor, Tensor] | None = None,  # S [B, H, R, E], z [B, H, F]
     denominator_k: Tensor | None = None,  # [B, M, H, F]
     denominator_feature_map: str = "identity",
+    log_decay: Tensor | None = None,  # [H], [H, R], [B, M, H] or [B, M, H, R]
 ) -> tuple[Tensor, Tensor]:  # S [B, H, R, E], z [B, H, F]
     r"""Compute the state of `linear_attention` after some keys, without queries.
 
@@ -149,6 +168,7 @@ def linear_attention_state(
         denominator_k: keys of the denominator, ``[B, M, H, F]``, see `linear_attention`; z is then
             the sum of psi of these.
         denominator_feature_map: psi.
+        log_decay: of each token, see `linear_attention`: the state fades up to the last token.
 
     Returns:
         ``(S, z)``, ``[B, H, R, E]`` and ``[B, H, R]`` or ``[B, H, F]`` (a row for each packed
@@ -171,5 +191,5 @@ def linear_attention_state(
     s, z = (None, None) if initial_state is None else initial_state
     return torch.ops.torch_spe.linear_attention_state(
         k, v, feature_map, key_padding_mask, cu_seqlens, s, z, denominator_k,
-        denominator_feature_map,
+        denominator_feature_map, log_decay,
     )  # fmt: skip
