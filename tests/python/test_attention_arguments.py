@@ -37,7 +37,7 @@ def test_shapes_and_types(dtype, wide):
     out, s, z, divisor = attention(q, k, v, denominator_q=dq, denominator_k=dk)
     grads = torch.ops.torch_spe.linear_attention_backward(
         out, None, None, out, divisor, q, k, v, "elu", False, True, 1e-6, None, None, None, None,
-        False, dq, dk, "identity", False, [True] * 7,
+        False, dq, dk, "identity", False, None, [True] * 8,
     )  # fmt: skip
     expected = [q.shape, k.shape, v.shape, dq.shape, dk.shape]
     assert [g.shape for g in grads if g is not None] == expected
