@@ -8,6 +8,7 @@ from torch_spe.attention import (
     SPETransformerEncoderLayer,
 )
 from torch_spe.codes import Code, ConvCode, ExactCode, PhaseCode, SineCode, SinusoidCode
+from torch_spe.decay import Decay
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import PositiveFeatures
 from torch_spe.filters import SPEFilter, SPESoftmaxFilter
@@ -26,6 +27,7 @@ __all__ = [
     "Code",
     "ConvCode",
     "ConvSPE",
+    "Decay",
     "Encoder",
     "ExactCode",
     "LinearAttention",

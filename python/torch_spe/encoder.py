@@ -54,6 +54,23 @@ class Encoder:
         encoded = self.encode(queries, "query", feature_map), self.encode(keys, "key", feature_map)
         return *encoded, "identity"
 
+    def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
+        """Give values of features to the encoded features that belong to each of them.
+
+        Args:
+            values: ``[..., D]``.
+            gate: whether what a gate adds gets them too; otherwise 0.
+
+        Returns:
+            ``[..., num_features]``.
+
+        Raises:
+            ValueError: encoded features mix those of the input, as those with noise do.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: every encoded feature belongs to several features of the input"
+        )
+
     def scaled(self, factor: float) -> Encoder:
         """Return an encoder whose encoded queries and keys are those of this one times `factor`.
 
@@ -76,3 +93,7 @@ class ScaledEncoder(Encoder):
     ) -> Tensor:
         """Encode, and multiply."""
         return self.encoder.encode(x, side, feature_map) * self.factor
+
+    def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
+        """Spread as the encoder does."""
+        return self.encoder.spread(values, gate)

@@ -10,9 +10,13 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, spe_lr_scale: float = 5.0, **spe_options: object
+    model: nn.Module,
+    lr: float,
+    spe_lr_scale: float = 5.0,
+    decay_lr_scale: float = 5.0,
+    **spe_options: object,
 ) -> list[dict[str, object]]:
-    """Split a model's parameters for an optimizer: the positions' own, and all others.
+    """Split a model's parameters for an optimizer: the positions' own, decays, and all others.
 
     Frequencies, offsets, gains, bandwidths, kernels and gates start from guesses and move little at
     the rate that suits a model's weights.
@@ -23,12 +27,15 @@ def parameter_groups(
         spe_lr_scale: that of the positions' parameters (those of `torch_spe.Position` and
             `torch_spe.SPEFilter` modules; in general what the method ``position_parameters`` of a
             module returns), as a multiple of ``lr``.
-        spe_options: further options of the positions' group; default ``weight_decay=0``: there is
-            no reason why a frequency should be drawn to the value of parameter 0.
+        decay_lr_scale: that of the rates of `torch_spe.Decay` (in general what the method
+            ``decay_parameters`` of a module returns), likewise.
+        spe_options: further options of the groups of positions and decays; default
+            ``weight_decay=0``: there is no reason why a frequency should be drawn to the value of
+            parameter 0.
 
     Returns:
         Groups for a ``torch.optim.Optimizer``, the others first, without the empty ones. Each has a
-        ``name``, ``"model"`` or ``"positions"``.
+        ``name``: ``"model"``, ``"positions"`` or ``"decays"``.
 
     Raises:
         ValueError: a rate is not a positive number.
@@ -40,27 +47,25 @@ def parameter_groups(
         >>> [(group["name"], group["lr"]) for group in groups]
         [('model', 0.001), ('positions', 0.005)]
     """
-    for name, value in (("lr", lr), ("spe_lr_scale", spe_lr_scale)):
+    rates = {"lr": lr, "spe_lr_scale": spe_lr_scale, "decay_lr_scale": decay_lr_scale}
+    for name, value in rates.items():
         check_number("parameter_groups", name, value)
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
-    own = {
-        id(parameter)
-        for module in model.modules()
-        if hasattr(module, "position_parameters")
-        for parameter in module.position_parameters()
-    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    positions = [parameter for parameter in trained if id(parameter) in own]
-    others = [parameter for parameter in trained if id(parameter) not in own]
-    groups = [
-        {"name": "model", "params": others, "lr": lr},
-        {
-            "name": "positions",
-            "params": positions,
-            "lr": lr * spe_lr_scale,
-            "weight_decay": 0.0,
-            **spe_options,
-        },
-    ]
+    groups = [{"name": "model", "params": trained, "lr": lr}]
+    for name, hook, scale in (
+        ("positions", "position_parameters", spe_lr_scale),
+        ("decays", "decay_parameters", decay_lr_scale),
+    ):
+        own = {
+            id(parameter)
+            for module in model.modules()
+            if hasattr(module, hook)
+            for parameter in getattr(module, hook)()
+        }
+        params = [parameter for parameter in trained if id(parameter) in own]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in own]
+        options = {"lr": lr * scale, "weight_decay": 0.0, **spe_options}
+        groups.append({"name": name, "params": params, **options})
     return [group for group in groups if group["params"]]

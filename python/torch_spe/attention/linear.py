@@ -51,6 +51,7 @@ class LinearAttention(nn.Module):
         keys: Tensor,  # [B, M, H, R]
         values: Tensor,  # [B, M, H, E]
         key_padding_mask: Tensor | None = None,  # [B, M]
+        log_decay: Tensor | None = None,  # [H], [H, R], [B, N, H] or [B, N, H, R]
     ) -> Tensor:  # [B, N, H, E]
         """Attend.
 
@@ -60,6 +61,8 @@ class LinearAttention(nn.Module):
             values: ``[B, M, H, E]``.
             key_padding_mask: bool ``[B, M]``, True where a key is padding. A query without any key
                 gives 0.
+            log_decay: logarithms of what weights fade by from each position to the next, see
+                `torch_spe.functional.linear_attention`; such as `Decay` makes.
 
         Returns:
             ``[B, N, H, E]``.
@@ -69,7 +72,7 @@ class LinearAttention(nn.Module):
             queries, keys, name = name(queries), name(keys), "identity"
         return functional.linear_attention(
             queries, keys, values, feature_map=name, causal=self.causal, eps=self.eps,
-            key_padding_mask=key_padding_mask,
+            key_padding_mask=key_padding_mask, log_decay=log_decay,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe import functional
-from torch_spe.attention import inputs
+from torch_spe.attention import fading, inputs
 from torch_spe.checks import check_choice, check_number, check_positive, check_seed
+from torch_spe.decay import Decay, check_range
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import (
     FeatureMap,
@@ -47,6 +48,12 @@ class SPEMultiheadAttention(nn.Module):
 
     ``encode="inputs"`` is the paper's order (Liutkus et al. 2021): the code first,
     then the feature map, :math:`\phi(\hat q_n) \cdot \phi(\hat k_m)` in numerator and denominator.
+
+    **Decay.** With ``decay`` every weight is also multiplied by :math:`e^{-|n - m| / \tau_h}`, with
+    a time constant of each head, in numerators and denominators (`Decay`): attention fades with the
+    lag, to both sides where it is not causal. Real-valued and irregular ``positions`` fade by their
+    differences; they must not fall. What decay costs is recall from far away; see
+    docs/experiments.md.
 
     **Noise.** Every layer draws its own at every call in training, from PyTorch's generator of the
     device, so that ``torch.utils.checkpoint`` replays it. In eval mode the noise is a function of
@@ -95,6 +102,13 @@ class SPEMultiheadAttention(nn.Module):
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
         eps: added to the denominator; under the root of the output norm.
+        decay: None, ``"learned"``, ``"fixed"``, ``"feature"`` or ``"data"``, see `Decay`, or a
+            module of this class. ``"feature"`` needs positions whose encoded features belong to one
+            feature of the input: `SineSPE` without noise, rotary ones (the two features of a pair
+            fade alike) or none.
+        decay_range: smallest and largest time constant at the start, in positions.
+        decay_gate: whether what the gate adds, which knows no positions, fades as well. False needs
+            the same positions as ``"feature"``.
         options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="phase"``,
             ``bandwidth`` (True with phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``,
             ``ndim=1`` for ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``,
@@ -140,6 +154,9 @@ class SPEMultiheadAttention(nn.Module):
         resample: Literal["train", "always", "never"] = "train",
         seed: int = 0,
         eps: float = 1e-6,
+        decay: Literal["learned", "fixed", "feature", "data"] | Decay | None = None,
+        decay_range: Sequence[float] = (8.0, 512.0),
+        decay_gate: bool = True,
         **options: object,
     ) -> None:
         super().__init__()
@@ -228,6 +245,12 @@ class SPEMultiheadAttention(nn.Module):
                     self.position.check_realizations(value, owner, name)
             if self.position.code_shape is not None:
                 self.filter = SPEFilter(gated, self.position.code_shape, init=init, **factory)
+        self.decay = fading.make_decay(
+            decay, check_range(owner, decay_range), decay_gate, self._position(),
+            num_heads=num_heads, in_features=features, embed_dim=self.kdim,
+            mixes_features=encode == "inputs" and not isinstance(feature_map, str), **factory,
+        )  # fmt: skip
+        self.decay_gate = decay_gate
         self._reset_projections()
 
     @torch.no_grad()
@@ -324,8 +347,11 @@ class SPEMultiheadAttention(nn.Module):
         if grid is not None:
             grid = inputs.check_grid(grid, length, key_length, layout, position.ndim)
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
+        steps = None
+        if self.decay is not None:
+            steps = fading.steps_of_call(self.decay, key, positions, length)
         attend = self._attend_features if self.encode == "features" else self._attend_inputs
-        out = attend(q, k, v, start, positions, is_causal, mask)
+        out = attend(q, k, v, start, positions, is_causal, mask, steps)
         if self.output_norm == "rms" and self.encode == "inputs":
             out = F.rms_norm(out, out.shape[-1:], eps=self.eps)
         out = F.dropout(out.flatten(-2), self.dropout, self.training)
@@ -392,15 +418,18 @@ class SPEMultiheadAttention(nn.Module):
         positions: Tensor | None,  # [N] or [N, ndim]
         causal: bool,
         mask: Tensor | None,  # [B, M]
+        steps: Tensor | None,  # [..., H] or [..., H, D]
     ) -> Tensor:  # [B, N, H, E]
         """Encode queries and keys, apply the feature map, and attend."""
-        q, k, _ = self._draw(q, k, start, positions).encode_both(q, k)
+        encoder = self._draw(q, k, start, positions)
+        log_decay = self._log_decay(steps, encoder, q)
+        q, k, _ = encoder.encode_both(q, k)
         feature_map = draw_feature_map(self.feature_map)
         if callable(feature_map):
             q, k, feature_map = feature_map(q), feature_map(k), "identity"
         return functional.linear_attention(
             q.flatten(1, -3), k.flatten(1, -3), v, feature_map=feature_map, causal=causal,
-            eps=self.eps, key_padding_mask=mask,
+            eps=self.eps, key_padding_mask=mask, log_decay=log_decay,
         )  # fmt: skip
 
     def _attend_features(
@@ -412,6 +441,7 @@ class SPEMultiheadAttention(nn.Module):
         positions: Tensor | None,  # [N] or [N, ndim]
         causal: bool,
         mask: Tensor | None,  # [B, M]
+        steps: Tensor | None,  # [..., H] or [..., H, D]
     ) -> Tensor:  # [B, N, H, E]
         """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
         feature_map = draw_feature_map(self.feature_map)
@@ -422,6 +452,7 @@ class SPEMultiheadAttention(nn.Module):
             # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
             encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
         qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
+        log_decay = self._log_decay(steps, encoder, q)
         rms_norm, denominator = self.output_norm == "rms", {}
         if not rms_norm and (qhat is not q or khat is not k):
             denominator = {
@@ -429,21 +460,50 @@ class SPEMultiheadAttention(nn.Module):
                 "denominator_k": k.flatten(1, -3),
                 "denominator_feature_map": feature_map,
             }
+            if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
+                denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
         return functional.linear_attention(
             qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
             normalize=not rms_norm, rms_norm=rms_norm, eps=self.eps, key_padding_mask=mask,
-            **denominator,
+            log_decay=log_decay, **denominator,
         )  # fmt: skip
 
+    def _log_decay(
+        self,
+        steps: Tensor | None,  # [..., H] or [..., H, D]
+        encoder: Encoder,
+        q: Tensor,  # [B, N, H, D]
+    ) -> Tensor | None:
+        """Return the steps in the operator's form."""
+        if steps is None:
+            return None
+        return fading.steps_of_features(
+            self.decay, steps, encoder, q.shape[-1], self.decay_gate, q.shape[0]
+        )
+
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
-        """Return the layer's position kernels, gate included; see `SineSPE.template`."""
+        """Return the layer's position kernels, gate and decay included; see `SineSPE.template`."""
         if not self._position().has_template:
             raise ValueError(
                 "SPEMultiheadAttention: template needs an SPE position, got "
                 f"{type(self.position).__name__}"
             )
-        template = self.position.template(max_lag)
-        return template if self.filter is None else self.filter.template(template)
+        template, fades = self.position.template(max_lag), None
+        if self.decay is not None:
+            if self.decay.kind == "data":
+                raise ValueError(
+                    "SPEMultiheadAttention: template needs a decay that does not depend on the "
+                    "input, got decay='data'"
+                )
+            lags = torch.arange(template.shape[-1], device=template.device)
+            lags = (lags - template.shape[-1] // 2).abs()
+            steps = self.decay()
+            fades = (lags * steps.view(self.num_heads, -1, 1)).exp()
+        if fades is not None and not self.decay_gate:
+            template = template * fades
+        if self.filter is not None:
+            template = self.filter.template(template)
+        return template * fades if fades is not None and self.decay_gate else template
 
     def extra_repr(self) -> str:
         """Show the most telling arguments of the constructor."""

@@ -316,6 +316,13 @@ class ExactCode(SinusoidCode):
             self, amplitudes=self.amplitudes * coded[..., None], constant=constant
         )
 
+    def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
+        """Give the cosines, sines and gate of a feature its value; see `Encoder.spread`."""
+        blocks = [values] * (2 * self.amplitudes.shape[2])
+        if self.constant is not None:
+            blocks.append(values if gate else torch.zeros_like(values))
+        return torch.cat(blocks, dim=-1)
+
     def scaled(self, factor: float) -> ExactCode:
         """Return the code times a factor; see `Encoder.scaled`."""
         return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)

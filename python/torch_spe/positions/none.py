@@ -23,6 +23,10 @@ class NoEncoder(Encoder):
         """Return phi(x)."""
         return apply_feature_map(feature_map, x)
 
+    def spread(self, values: Tensor, gate: bool = True) -> Tensor:
+        """Return the values."""
+        return values
+
     def encode_both(
         self, queries: Tensor, keys: Tensor, feature_map: str = "identity"
     ) -> tuple[Tensor, Tensor, str]:
@@ -32,6 +36,8 @@ class NoEncoder(Encoder):
 
 class NoPositions(Position):
     """No positions: what a layer with ``position=None`` calls."""
+
+    keeps_features = True
 
     def draw(
         self,

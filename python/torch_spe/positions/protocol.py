@@ -34,6 +34,8 @@ class Position(Float32Module):
         num_realizations: realizations of the noise; default None, no noise.
         code_shape: ``(num_heads, in_features)`` where `draw` returns a `torch_spe.Code`: a layer
             then has an `torch_spe.SPEFilter` with a gate. Default None.
+        keeps_features: whether every encoded feature belongs to one feature of the input, as
+            `torch_spe.Encoder.spread` needs it; default False.
     """
 
     num_heads: int
@@ -41,6 +43,7 @@ class Position(Float32Module):
     ndim: int = 1
     num_realizations: int | None = None
     code_shape: tuple[int, int] | None = None
+    keeps_features: bool = False
 
     @classmethod
     def for_layer(

@@ -43,6 +43,13 @@ def _sine(
     )  # fmt: skip
 
 
+def _exact(num_heads, in_features, init, device, dtype, *, num_sines=1, ndim=1):
+    return SineSPE(
+        num_heads, in_features, num_sines=num_sines, ndim=ndim, init=init, noise="exact",
+        device=device, dtype=dtype,
+    )  # fmt: skip
+
+
 def _paper(num_heads, in_features, num_realizations, init, device, dtype, *, num_sines=4, ndim=1):
     return SineSPE(
         num_heads, in_features, num_realizations, num_sines, ndim=ndim, init=init, device=device,
@@ -62,6 +69,7 @@ def _conv(
 
 PRESETS: dict[str, Preset] = {
     "sine": Preset(_sine),
+    "exact": Preset(_exact),
     "paper": Preset(_paper, encode="inputs", init="published"),
     "conv": Preset(_conv),
     "rotary": Preset(RotaryPositions),

@@ -39,6 +39,11 @@ class RotaryEncoder(Encoder):
         start = self.start if positions is None else 0.0
         return functional.rotary(x, self.cycles, positions, start, feature_map)
 
+    def spread(self, values: Tensor, gate: bool = True) -> Tensor:
+        """Give both features of a pair the mean of their values: a rotation mixes the two."""
+        pairs = values.unflatten(-1, (-1, 2))
+        return pairs.mean(-1, keepdim=True).expand_as(pairs).flatten(-2)
+
 
 class RotaryPositions(Position):
     r"""Rotary positions (Su et al. 2021): pairs of features rotated by the position.
@@ -65,6 +70,8 @@ class RotaryPositions(Position):
         >>> RotaryPositions(4, 16)(torch.randn(2, 100, 4, 16)).shape
         torch.Size([2, 100, 4, 16])
     """
+
+    keeps_features = True
 
     def __init__(
         self,

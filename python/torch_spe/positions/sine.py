@@ -118,6 +118,7 @@ class SineSPE(SPE):
             num_realizations = 2 * num_sines * in_features
         super().__init__(num_heads, in_features, num_realizations, ndim)
         self.noise = noise
+        self.keeps_features = noise == "exact"
         self.check_realizations(num_realizations)
         self.num_sines = num_sines
         self.init = init

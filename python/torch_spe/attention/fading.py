@@ -1,0 +1,136 @@
+"""The decay of a layer: how it is made, and the steps of one call in the operator's form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_spe.decay import KINDS, Decay, steps_between
+from torch_spe.encoder import Encoder
+from torch_spe.feature_maps import FeatureMap, apply_feature_map
+from torch_spe.positions import Position
+
+OWNER = "SPEMultiheadAttention"
+
+
+def make_decay(
+    decay: str | Decay | None,
+    decay_range: Sequence[float],
+    decay_gate: bool,
+    position: Position,
+    *,
+    num_heads: int,
+    in_features: int,
+    embed_dim: int,
+    mixes_features: bool,
+    device: object,
+    dtype: object,
+) -> Decay | None:
+    """Make the decay of a layer.
+
+    Args:
+        decay: argument of the layer.
+        decay_range: the same.
+        decay_gate: the same.
+        position: position module of the layer, or `NoPositions`.
+        num_heads: H.
+        in_features: features of what is encoded.
+        embed_dim: size of the keys' input.
+        mixes_features: whether the layer's feature map mixes encoded features.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+    if decay is None:
+        return None
+    if isinstance(decay, str) and decay in KINDS:
+        decay = Decay(
+            num_heads, decay, in_features=in_features, embed_dim=embed_dim,
+            decay_range=decay_range, device=device, dtype=dtype,
+        )  # fmt: skip
+    elif not isinstance(decay, Decay):
+        kinds = ", ".join(map(repr, KINDS))
+        raise ValueError(f"{OWNER}: decay must be {kinds}, a Decay or None, got {decay!r}")
+    if decay.num_heads != num_heads:
+        raise ValueError(f"{OWNER}: decay must have {num_heads} heads, got {decay.num_heads}")
+    if position.ndim > 1:
+        raise ValueError(
+            f"{OWNER}: decay must be None with positions of several dimensions (ndim = "
+            f"{position.ndim}): there is no order in which attention could fade"
+        )
+    per_feature = decay.kind == "feature"
+    if per_feature or not decay_gate:
+        what = "decay='feature'" if per_feature else "decay_gate=False"
+        if not position.keeps_features:
+            raise ValueError(
+                f"{OWNER}: {what} needs positions whose encoded features belong to one feature of "
+                "the input each (SineSPE without noise, rotary positions or none), got "
+                f"{type(position).__name__}"
+            )
+        if mixes_features:
+            raise ValueError(
+                f"{OWNER}: {what} needs a feature map by name with encode='inputs': another one "
+                "may mix the encoded features"
+            )
+    if per_feature and decay.in_features != in_features:
+        raise ValueError(
+            f"{OWNER}: decay must have {in_features} features, got {decay.in_features}"
+        )
+    return decay
+
+
+def steps_of_call(
+    decay: Decay,
+    x: Tensor,  # [B, M, kdim]
+    positions: Tensor | None,  # [N]
+    length: int,
+) -> Tensor:  # [H], [H, D], [B, N, H] or [B, N, H, D]
+    """Return the steps of a call of a layer whose keys are projected from `x`."""
+    if x.dim() != 3 or x.shape[1] != length:
+        raise ValueError(
+            f"{OWNER}: key must be as long as query where attention fades (decay), got lengths "
+            f"{x.shape[1]} and {length}"
+        )
+    steps = decay(x)
+    if positions is None:
+        return steps
+    between = steps_between(OWNER, positions).to(steps.dtype)
+    if steps.dim() < 3 or decay.kind == "feature":
+        return steps * between.view(1, -1, *(1 for _ in steps.shape))
+    return steps * between.view(1, -1, 1)
+
+
+def steps_of_features(
+    decay: Decay,
+    steps: Tensor,  # [..., H] or [..., H, D]
+    encoder: Encoder,
+    in_features: int,
+    decay_gate: bool,
+    batch: int,
+) -> Tensor:  # [H], [H, R], [B, N, H] or [B, N, H, R]
+    """Return the operator's log_decay, given the steps of a call."""
+    per_feature = decay.kind == "feature"
+    if not per_feature and not decay_gate:
+        steps, per_feature = steps.unsqueeze(-1).expand(*steps.shape, in_features), True
+    if per_feature:
+        steps = encoder.spread(steps, decay_gate)
+    if steps.dim() > 2:
+        steps = steps.expand(batch, *steps.shape[1:])
+    return steps
+
+
+def fading_denominators(
+    q: Tensor,  # [B, N, H, D]
+    k: Tensor,  # [B, N, H, D]
+    feature_map: FeatureMap,
+    num_features: int,
+) -> dict[str, object]:
+    """Return the operator's arguments for un-encoded denominators where each feature fades.
+
+    Encoded features start with one for each feature of the input; the others are 0 here.
+    """
+    q, k = (
+        F.pad(apply_feature_map(feature_map, x), (0, num_features - x.shape[-1])) for x in (q, k)
+    )
+    return {"denominator_q": q, "denominator_k": k}

@@ -1,0 +1,166 @@
+"""How fast attention fades with the lag."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive
+from torch_spe.precision import Float32Module, parameter_type
+
+__all__ = ["Decay"]
+
+KINDS = ("learned", "fixed", "feature", "data")
+
+
+class Decay(Float32Module):
+    r"""Steps of a decay: the logarithms of what attention fades by from each position to the next.
+
+    .. math::
+        g_h = -\mathrm{softplus}(\rho_h) = -1 / \tau_h
+
+    so that the weight of a key at lag n fades by :math:`e^{-n / \tau_h}`. The time constants
+    :math:`\tau` start log-uniform, spread over the heads in order.
+
+    Args:
+        num_heads: attention heads H.
+        kind: ``"learned"``: a parameter for each head; ``"fixed"``: the same, not learned;
+            ``"feature"``: a parameter for each head and feature, as diagonal linear recurrences
+            have it; ``"data"``: a step for each head and token, :math:`-\mathrm{softplus}(w_h \cdot
+            x_n + \rho_h)` of the layer's input x, as forget gates and Mamba-2 have it, w starting
+            at 0.
+        in_features: features D of a head; with ``"feature"``.
+        embed_dim: size of x; with ``"data"``.
+        decay_range: smallest and largest :math:`\tau` at the start, in positions.
+        device: of the parameters.
+        dtype: of the parameters, at least float32.
+
+    Parameter or buffer ``rate``, :math:`\rho`, ``[H]`` or, with ``"feature"``, ``[H * D]``;
+    parameter ``weight``, ``[H, embed_dim]``, with ``"data"``.
+
+    Raises:
+        ValueError, TypeError: an argument is not what it must be; the message names it.
+
+    Example:
+        >>> Decay(4, decay_range=(8, 512))().exp()
+        tensor([0.8825, 0.9692, 0.9922, 0.9980], grad_fn=<ExpBackward0>)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        kind: Literal["learned", "fixed", "feature", "data"] = "learned",
+        *,
+        in_features: int | None = None,
+        embed_dim: int | None = None,
+        decay_range: Sequence[float] = (8.0, 512.0),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("Decay", "kind", kind, KINDS)
+        (self.num_heads,) = check_positive("Decay", num_heads=num_heads)
+        self.kind = kind
+        self.decay_range = check_range("Decay", decay_range)
+        self.in_features = 1
+        if kind == "feature":
+            (self.in_features,) = check_positive("Decay", in_features=in_features)
+        factory = {"device": device, "dtype": parameter_type(dtype)}
+        # One dimension: what initializes all matrices of a model leaves it alone.
+        rate = torch.empty(self.num_heads * self.in_features, **factory)
+        if kind == "fixed":
+            self.register_buffer("rate", rate)
+        else:
+            self.rate = nn.Parameter(rate)
+        if kind == "data":
+            (embed_dim,) = check_positive("Decay", embed_dim=embed_dim)
+            self.weight = nn.Parameter(torch.empty(self.num_heads, embed_dim, **factory))
+        else:
+            self.register_parameter("weight", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the time constants as the constructor does."""
+        low, high = (math.log(tau) for tau in self.decay_range)
+        count = self.rate.numel()
+        share = torch.arange(count, dtype=torch.float64, device=self.rate.device)
+        share = share / (count - 1) if count > 1 else share + 0.5
+        rate = (-low - share * (high - low)).exp()
+        self.rate.copy_(rate.expm1().log())  # the inverse of softplus
+        if self.weight is not None:
+            self.weight.zero_()
+
+    def forward(self, x: Tensor | None = None) -> Tensor:  # [B, N, embed_dim]
+        """Compute the steps, at most 0.
+
+        Args:
+            x: input of the layer, ``[B, N, embed_dim]``; with ``kind="data"``.
+
+        Returns:
+            ``[H]``; ``[H, D]`` with ``kind="feature"``; ``[B, N, H]`` with ``kind="data"``.
+        """
+        check_not_nan("Decay", rate=self.rate)
+        rate = self.rate
+        if self.kind == "feature":
+            rate = rate.unflatten(0, (self.num_heads, self.in_features))
+        if self.weight is not None:
+            rate = rate + F.linear(x, self.weight.to(x.dtype)).to(rate.dtype)
+        return -F.softplus(rate)
+
+    def decay_parameters(self) -> list[nn.Parameter]:
+        """Return the rates, for `torch_spe.parameter_groups`."""
+        return [self.rate] if isinstance(self.rate, nn.Parameter) else []
+
+    def extra_repr(self) -> str:
+        """Show the arguments of the constructor."""
+        return f"num_heads={self.num_heads}, kind={self.kind!r}, decay_range={self.decay_range}"
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        if strict and prefix + "rate" not in state_dict:
+            error_msgs.append(
+                f"{prefix}rate is missing: the checkpoint is of a layer without a decay; make this "
+                "one with decay=None"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def check_range(owner: str, decay_range: Sequence[float]) -> tuple[float, float]:
+    """Return smallest and largest time constant, or raise an error that names `decay_range`."""
+    try:
+        low, high = decay_range
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{owner}: decay_range must be a pair of time constants, got {decay_range!r}"
+        ) from None
+    low, high = (check_number(owner, "decay_range", tau) for tau in (low, high))
+    if not 0 < low <= high < math.inf:
+        raise ValueError(
+            f"{owner}: decay_range must be finite, positive and rising, got {decay_range!r}"
+        )
+    return low, high
+
+
+def steps_between(
+    owner: str,
+    positions: Tensor,  # [N]
+) -> Tensor:  # [N], float
+    """Return the differences of positions that follow each other; the first is 0."""
+    if positions.dim() == 2:
+        positions = positions.squeeze(-1)
+    between = torch.cat((positions.new_zeros(1), positions.diff()))[: len(positions)]
+    if between.device.type == "cpu" and not torch.compiler.is_compiling() and (between < 0).any():
+        raise ValueError(
+            f"{owner}: positions must not fall where attention fades (decay), got "
+            f"{between.min().item():g} between two of them"
+        )
+    return between
