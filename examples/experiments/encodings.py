@@ -25,8 +25,11 @@ class LearnedPositions(nn.Module):
         return self.table[:length]
 
 
-def _rotary(label: str, **options) -> Encoding:
-    return Encoding(label, position=lambda: RotaryPositions(HEADS, HEAD, **options), spe_lr_scale=5)
+def _rotary(label: str, layer: dict | None = None, **options) -> Encoding:
+    return Encoding(
+        label, position=lambda: RotaryPositions(HEADS, HEAD, **options), layer=layer or {},
+        spe_lr_scale=5,
+    )  # fmt: skip
 
 
 def _softmax(label: str, *, alibi: bool = False, **options) -> Encoding:
@@ -49,15 +52,24 @@ def _sine(
     )
 
 
-def _conv(label: str, **options) -> Encoding:
+def _conv(label: str, decay: str | None = None, **options) -> Encoding:
     return Encoding(
         label,
         position=lambda: ConvSPE(1, HEADS, HEAD, REALIZATIONS, 64, init="delta", **options),
-        layer={"encode": "features"},
+        layer={"encode": "features", "decay": decay},
         spe_lr_scale=5,
         eval_realizations=(None, MORE),
     )
 
+
+def _exact(label: str, num_sines: int = 1, **layer) -> Encoding:
+    return _sine(
+        f"SineSPE after the map, no noise, K = {num_sines}{label}", num_sines=num_sines,
+        noise="exact", more=False, layer=layer,
+    )  # fmt: skip
+
+
+DECAY, LONG = {"decay": "learned"}, (8.0, 1e5)
 
 # K divides R / 2, so that every sine of phase noise has equally many pairs.
 ENCODINGS = {
@@ -82,16 +94,37 @@ ENCODINGS = {
     "bandwidth": _sine(
         "SineSPE after the map, phase noise, bandwidths", noise="phase", bandwidth=True
     ),
-    "exact": _sine(
-        "SineSPE after the map, no noise, K = 1", num_sines=1, noise="exact", more=False
-    ),
-    "exact-3": _sine(
-        "SineSPE after the map, no noise, K = 3", num_sines=3, noise="exact", more=False
-    ),
+    "exact": _exact(""),
+    "exact-3": _exact("", 3),
     "conv": _conv("ConvSPE after the map, P = 64"),
     "conv-sparse": _conv(
         "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
     ),
+    # With a decay of each head, learned, unless said.
+    "decay": Encoding("decay alone", layer=DECAY),
+    "decay-fixed": Encoding("decay alone, fixed", layer={"decay": "fixed"}),
+    "rotary-1e4-decay": _rotary("rotary, base 10000, decay", DECAY),
+    "rotary-random-decay": _rotary(
+        "rotary, random frequencies, decay", DECAY, frequencies="random"
+    ),
+    "rotary-random-decay-feature": _rotary(
+        "rotary, random frequencies, decay of each pair", {"decay": "feature"},
+        frequencies="random",
+    ),
+    "bandwidth-decay": _sine(
+        "SineSPE after the map, phase noise, bandwidths, decay", noise="phase", bandwidth=True,
+        layer=DECAY,
+    ),
+    "conv-decay": _conv("ConvSPE after the map, P = 64, decay", **DECAY),
+    "exact-decay": _exact(", decay", **DECAY),
+    "exact-3-decay": _exact(", decay", 3, **DECAY),
+    "exact-decay-long": _exact(", decay, to 10^5", **DECAY, decay_range=LONG),
+    "exact-decay-feature": _exact(", decay of each feature", decay="feature"),
+    "exact-decay-feature-long": _exact(
+        ", decay of each feature, to 10^5", decay="feature", decay_range=LONG
+    ),
+    "exact-decay-gate": _exact(", decay, not of the gate's part", **DECAY, decay_gate=False),
+    "exact-decay-data": _exact(", decay by token", decay="data"),
     "softmax-rotary-1e4": _softmax("softmax attention, rotary, base 10000", frequencies="fixed"),
     "softmax-rotary-random": _softmax(
         "softmax attention, rotary, random frequencies", frequencies="random"
