@@ -211,4 +211,6 @@ def is_sequence(value: object) -> bool:
     """Say whether `value` is a sequence: a list, a tuple, a NumPy array of one dimension."""
     if isinstance(value, Sequence):
         return not isinstance(value, (str, bytes))
-    return not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 1
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+        return False
+    return getattr(value, "ndim", 0) == 1
