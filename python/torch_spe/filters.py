@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch_spe.checks import check_choice, check_noise, check_not_nan, check_positive
 from torch_spe.codes import Code
 from torch_spe.feature_maps import bounded_exponential
-from torch_spe.precision import Float32Module, parameter_type
+from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
+from torch_spe.precision import parameter_type
 
 __all__ = ["SPEFilter", "SPESoftmaxFilter"]
 
 INITS = ("published", "spread")
 
 
-class SPEFilter(Float32Module):
+class SPEFilter(FlatParameterModule):
     r"""Applies a positional code to queries and keys.
 
     .. math::
@@ -35,7 +36,8 @@ class SPEFilter(Float32Module):
         device: of the gate.
         dtype: of the gate, at least float32.
 
-    Parameter ``gate``, ``[H, D]``, if gated.
+    Parameter ``gate``, ``[H, D]``, if gated. ``parameters()`` has it flat, see
+    `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: gated without code_shape, or an unknown init.
@@ -48,6 +50,8 @@ class SPEFilter(Float32Module):
         >>> khat.shape
         torch.Size([2, 70, 4, 32])
     """
+
+    gate = flat_parameter("gate")
 
     def __init__(
         self,
@@ -77,8 +81,8 @@ class SPEFilter(Float32Module):
                 raise ValueError(
                     "SPEFilter: code_shape must be given (as spe.code_shape) when gated, got None"
                 )
-            self.gate = nn.Parameter(
-                torch.empty(code_shape, device=device, dtype=parameter_type(dtype))
+            self.register_flat_parameter(
+                "gate", code_shape, device=device, dtype=parameter_type(dtype)
             )
         else:
             self.register_parameter("gate", None)

@@ -45,7 +45,7 @@ def parameter_groups(
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
     own = {
-        id(parameter)
+        id(parameter if parameter.is_leaf else parameter._base)  # of what is read in its shape
         for module in model.modules()
         if hasattr(module, "position_parameters")
         for parameter in module.position_parameters()

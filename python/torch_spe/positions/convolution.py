@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe.checks import (
@@ -20,6 +20,7 @@ from torch_spe.checks import (
 )
 from torch_spe.codes import ConvCode
 from torch_spe.codes.base import code_scale, code_type
+from torch_spe.flat_parameters import flat_parameter
 from torch_spe.noise import draw_seed, seed_tensor
 from torch_spe.positions.spe import SPE
 from torch_spe.precision import parameter_type
@@ -60,7 +61,8 @@ class ConvSPE(SPE):
         device: of the parameters.
         dtype: of the parameters, at least float32.
 
-    Parameters ``query_kernel`` and ``key_kernel``, ``[H, D, *P]``.
+    Parameters ``query_kernel`` and ``key_kernel``, ``[H, D, *P]``. ``parameters()`` has them flat,
+    see `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: an argument is not what it must be; the message names it.
@@ -74,6 +76,9 @@ class ConvSPE(SPE):
         >>> qhat.shape
         torch.Size([2, 100, 4, 32])
     """
+
+    query_kernel = flat_parameter("query_kernel")
+    key_kernel = flat_parameter("key_kernel")
 
     def __init__(
         self,
@@ -99,8 +104,8 @@ class ConvSPE(SPE):
         self.init = init
         shape = (*self.code_shape, *self.kernel_size)
         factory = {"device": device, "dtype": parameter_type(dtype)}
-        self.query_kernel = nn.Parameter(torch.empty(shape, **factory))
-        self.key_kernel = nn.Parameter(torch.empty(shape, **factory))
+        self.register_flat_parameter("query_kernel", shape, **factory)
+        self.register_flat_parameter("key_kernel", shape, **factory)
         self.reset_parameters()
 
     @classmethod

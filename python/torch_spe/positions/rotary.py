@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_spe import functional
 from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive, check_starts
 from torch_spe.encoder import Encoder
+from torch_spe.flat_parameters import flat_parameter
 from torch_spe.positions.protocol import Position
 from torch_spe.precision import parameter_type
 
@@ -57,6 +58,7 @@ class RotaryPositions(Position):
         dtype: of the frequencies, at least float32.
 
     Parameter or buffer ``freqs``, ``[H, D / 2]``; the frequencies are sigmoid(freqs) / 2.
+    ``parameters()`` has it flat, see `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: in_features is odd, or an argument is not what it must be.
@@ -65,6 +67,8 @@ class RotaryPositions(Position):
         >>> RotaryPositions(4, 16)(torch.randn(2, 100, 4, 16)).shape
         torch.Size([2, 100, 4, 16])
     """
+
+    freqs = flat_parameter("freqs")
 
     def __init__(
         self,
@@ -90,11 +94,12 @@ class RotaryPositions(Position):
         self.in_features = in_features
         self.frequencies = frequencies
         self.base = base
-        freqs = torch.empty(num_heads, in_features // 2, device=device, dtype=parameter_type(dtype))
+        shape = (num_heads, in_features // 2)
+        factory = {"device": device, "dtype": parameter_type(dtype)}
         if frequencies == "learned":
-            self.freqs = nn.Parameter(freqs)
+            self.register_flat_parameter("freqs", shape, **factory)
         else:
-            self.register_buffer("freqs", freqs)
+            self.register_buffer("freqs", torch.empty(shape, **factory))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_spe import functional
 from torch_spe.checks import (
@@ -21,6 +21,7 @@ from torch_spe.checks import (
 from torch_spe.codes import ExactCode, PhaseCode, SineCode, SinusoidCode
 from torch_spe.codes.base import code_scale, code_type
 from torch_spe.codes.sinusoids import kernel_amplitudes
+from torch_spe.flat_parameters import flat_parameter
 from torch_spe.noise import STREAMS, PhaseNoise, draw_normal, orthogonal_noise, phase_noise
 from torch_spe.positions.spe import SPE
 from torch_spe.precision import parameter_type
@@ -79,7 +80,8 @@ class SineSPE(SPE):
         dtype: of the parameters, at least float32.
 
     Parameters ``freqs``, ``offsets``, ``gains``, each ``[H, D, K]`` (freqs ``[H, D, K, ndim]`` for
-    ndim > 1), and ``bandwidths``, ``[H, D, K]``, if asked for.
+    ndim > 1), and ``bandwidths``, ``[H, D, K]``, if asked for. ``parameters()`` has them flat, see
+    `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: an argument is not what it must be; the message names it.
@@ -93,6 +95,11 @@ class SineSPE(SPE):
         >>> qhat.shape
         torch.Size([2, 100, 4, 32])
     """
+
+    freqs = flat_parameter("freqs")
+    offsets = flat_parameter("offsets")
+    gains = flat_parameter("gains")
+    bandwidths = flat_parameter("bandwidths")
 
     def __init__(
         self,
@@ -124,11 +131,11 @@ class SineSPE(SPE):
         shape = (*self.code_shape, num_sines)
         factory = {"device": device, "dtype": parameter_type(dtype)}
         axes = () if self.ndim == 1 else (self.ndim,)
-        self.freqs = nn.Parameter(torch.empty((*shape, *axes), **factory))
-        self.offsets = nn.Parameter(torch.empty(shape, **factory))
-        self.gains = nn.Parameter(torch.empty(shape, **factory))
+        self.register_flat_parameter("freqs", (*shape, *axes), **factory)
+        self.register_flat_parameter("offsets", shape, **factory)
+        self.register_flat_parameter("gains", shape, **factory)
         if bandwidth:
-            self.bandwidths = nn.Parameter(torch.empty(shape, **factory))
+            self.register_flat_parameter("bandwidths", shape, **factory)
         else:
             self.register_parameter("bandwidths", None)
         self.reset_parameters()
