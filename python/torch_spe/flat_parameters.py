@@ -71,21 +71,24 @@ class FlatParameterModule(Float32Module):
         raise AttributeError(name)
 
     def _view(self, name: str, stored: Tensor | None) -> Tensor | None:
+        view = self._shaped(name, stored)
+        if view is stored or torch.compiler.is_compiling():
+            return view
+        if isinstance(stored, nn.Parameter) and stored.grad is not None:
+            view.grad = stored.grad.view(view.shape)
+        # torch.nn.utils.parametrize would make a buffer of any other tensor, and train it no more;
+        # a parameter that is no leaf it refuses.
+        view._is_param = True
+        return view
+
+    def _shaped(self, name: str, stored: Tensor | None) -> Tensor | None:
         shape = self._shapes.get(name)
         if stored is None or shape in (None, stored.shape):
             return stored
         # Who shards parameters is to find what it has put here.
         if stored.numel() != math.prod(shape) or hasattr(stored, "device_mesh"):
             return stored
-        view = stored.view(shape)
-        if torch.compiler.is_compiling():
-            return view
-        if isinstance(stored, nn.Parameter) and stored.grad is not None:
-            view.grad = stored.grad.view(shape)
-        # torch.nn.utils.parametrize would make a buffer of any other tensor, and train it no more;
-        # a parameter that is no leaf it refuses.
-        view._is_param = True
-        return view
+        return stored.view(shape)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -93,7 +96,7 @@ class FlatParameterModule(Float32Module):
             return
         for name in self._shapes:
             if isinstance(destination.get(prefix + name), Tensor):
-                destination[prefix + name] = self._view(name, destination[prefix + name])
+                destination[prefix + name] = self._shaped(name, destination[prefix + name])
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for name, shape in self._shapes.items():

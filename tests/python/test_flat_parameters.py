@@ -163,6 +163,8 @@ def test_checkpoints_of_every_form_load(name, assign):
     layer.load_state_dict(old, assign=assign)
     new = layer.state_dict()
     assert all(torch.equal(new[key], value) for key, value in old.items())
+    assert {type(value) for value in new.values()} == {torch.Tensor}
+    assert not any(isinstance(value, nn.Parameter) for value in new.values())
     # Flat, as parameters are: what tools that save parameters by themselves have.
     flat = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     flat = {name: flat[name] for name in new}
