@@ -8,7 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torch_spe.checks import check_choice, check_noise, check_not_nan, check_positive
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_noise,
+    check_not_nan,
+    check_positive,
+    check_tensor,
+    is_sequence,
+)
 from torch_spe.codes import Code
 from torch_spe.feature_maps import bounded_exponential
 from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
@@ -64,11 +73,12 @@ class SPEFilter(FlatParameterModule):
     ) -> None:
         super().__init__()
         check_choice("SPEFilter", "init", init, INITS)
+        check_flags("SPEFilter", gated=gated)
+        check_dtype("SPEFilter", dtype)
         if code_shape is not None:
-            code_shape = tuple(code_shape)
-            if len(code_shape) != 2:
+            if not is_sequence(code_shape) or len(code_shape) != 2:
                 raise ValueError(
-                    f"SPEFilter: code_shape must be (num_heads, in_features), got {code_shape}"
+                    f"SPEFilter: code_shape must be (num_heads, in_features), got {code_shape!r}"
                 )
             code_shape = check_positive(
                 "SPEFilter", num_heads=code_shape[0], in_features=code_shape[1]
@@ -165,8 +175,14 @@ class SPEFilter(FlatParameterModule):
 
     def template(self, template: Tensor) -> Tensor:  # [H, D, *lags]
         """Return the kernels ``(1 - g) P_d + g`` behind the gate, from those of the SPE module."""
+        check_tensor("SPEFilter", "template", template)
         if self.gate is None:
             return template
+        if template.dim() < 3 or tuple(template.shape[:2]) != self.code_shape:
+            raise ValueError(
+                "SPEFilter: template must have shape [H, D, *lags] with (H, D) = "
+                f"{self.code_shape}, got {tuple(template.shape)}"
+            )
         gate = self.gate.to(template.dtype).sigmoid()[(...,) + (None,) * (template.dim() - 2)]
         return (1 - gate) * template + gate
 

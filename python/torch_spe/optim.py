@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_spe.checks import check_number
+from torch_spe.checks import check_module, check_number
 
 __all__ = ["parameter_groups"]
 
@@ -32,6 +32,7 @@ def parameter_groups(
 
     Raises:
         ValueError: a rate is not a positive number.
+        TypeError: model is no module, or a rate no number.
 
     Example:
         >>> import torch_spe
@@ -40,6 +41,7 @@ def parameter_groups(
         >>> [(group["name"], group["lr"]) for group in groups]
         [('model', 0.001), ('positions', 0.005)]
     """
+    check_module("parameter_groups", "model", model)
     for name, value in (("lr", lr), ("spe_lr_scale", spe_lr_scale)):
         check_number("parameter_groups", name, value)
         if not value > 0:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from torch_spe.checks import (
     check_choice,
+    check_dtype,
     check_noise,
     check_not_nan,
     check_sizes,
@@ -98,6 +99,7 @@ class ConvSPE(SPE):
         check_choice("ConvSPE", "ndim", self.ndim, (1, 2, 3))
         check_choice("ConvSPE", "noise", noise, NOISES)
         check_choice("ConvSPE", "init", init, INITS)
+        check_dtype("ConvSPE", dtype)
         self.kernel_size = check_sizes("ConvSPE", "kernel_size", kernel_size, self.ndim)
         self.noise_stride = check_sizes("ConvSPE", "noise_stride", noise_stride, self.ndim)
         self.noise = noise

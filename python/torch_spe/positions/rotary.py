@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from torch_spe import functional
-from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive, check_starts
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_not_nan,
+    check_number,
+    check_positive,
+    check_size,
+    check_starts,
+    check_tensor,
+    is_sequence,
+)
 from torch_spe.encoder import Encoder
 from torch_spe.flat_parameters import flat_parameter
 from torch_spe.positions.protocol import Position
@@ -87,6 +97,7 @@ class RotaryPositions(Position):
         if in_features % 2 != 0:
             raise ValueError(f"RotaryPositions: in_features must be even, got {in_features}")
         check_choice("RotaryPositions", "frequencies", frequencies, ("fixed", "learned", "random"))
+        check_dtype("RotaryPositions", dtype)
         base = check_number("RotaryPositions", "base", base)
         if not base > 1:
             raise ValueError(f"RotaryPositions: base must be > 1, got {base!r}")
@@ -126,6 +137,7 @@ class RotaryPositions(Position):
             start: first position.
             positions: ``[N]``, integer or floating-point, instead of consecutive ones.
         """
+        check_tensor("RotaryPositions", "x", x)
         if x.dim() != 4 or x.shape[2:] != (self.num_heads, self.in_features):
             raise ValueError(
                 "RotaryPositions: x must have shape [B, N, H, D] with (H, D) = "
@@ -147,7 +159,13 @@ class RotaryPositions(Position):
         """Return what rotates queries and keys; see `Position.draw`."""
         self.warn_of_half_precision()
         check_not_nan("RotaryPositions", freqs=self.freqs)
-        if positions is not None and tuple(positions.shape) != tuple(size):
+        if not is_sequence(size):
+            raise TypeError(
+                f"RotaryPositions: size must be a sequence of one length, got {type(size).__name__}"
+            )
+        size = check_size("RotaryPositions", (1, *size))
+        check_tensor("RotaryPositions", "positions", positions, optional=True)
+        if positions is not None and tuple(positions.shape) != size:
             raise ValueError(
                 f"RotaryPositions: positions must have shape ({size[0]},), got "
                 f"{tuple(positions.shape)}"

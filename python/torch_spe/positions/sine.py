@@ -12,6 +12,8 @@ from torch import Tensor
 from torch_spe import functional
 from torch_spe.checks import (
     check_choice,
+    check_dtype,
+    check_flags,
     check_noise,
     check_not_nan,
     check_positions,
@@ -118,6 +120,8 @@ class SineSPE(SPE):
         (num_sines,) = check_positive("SineSPE", num_sines=num_sines)
         check_choice("SineSPE", "init", init, INITS)
         check_choice("SineSPE", "noise", noise, NOISES)
+        check_flags("SineSPE", bandwidth=bandwidth)
+        check_dtype("SineSPE", dtype)
         if bandwidth and noise != "phase":
             raise ValueError(f"SineSPE: bandwidth=True needs noise='phase', got noise={noise!r}")
         if noise == "exact":
