@@ -47,10 +47,11 @@ def parameter_groups(
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
     own = {
-        id(parameter if parameter.is_leaf else parameter._base)  # of what is read in its shape
+        id(tensor)
         for module in model.modules()
         if hasattr(module, "position_parameters")
         for parameter in module.position_parameters()
+        for tensor in (parameter, parameter._base)  # what a flat parameter's attribute is a view of
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     positions = [parameter for parameter in trained if id(parameter) in own]
