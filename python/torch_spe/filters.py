@@ -158,16 +158,17 @@ class SPEFilter(FlatParameterModule):
                 "SPEFilter: code must have code_shape (num_heads, in_features) = "
                 f"{self.code_shape}, got {code.code_shape}"
             )
-        if self.gate is None:
+        gate = self.gate
+        if gate is None:
             if noise is not None:
                 raise ValueError("SPEFilter: noise must be None when gated=False, got a tensor")
             return code
-        check_not_nan("SPEFilter", gate=self.gate)
+        check_not_nan("SPEFilter", gate=gate)
         if noise is None:
             noise = code.draw_gate_noise(generator, seed)
         else:
             check_noise("SPEFilter", noise, (*code.code_shape, code.num_realizations), "[H, D, R]")
-        return code.gated(self.gate, noise)
+        return code.gated(gate, noise)
 
     def position_parameters(self) -> list[nn.Parameter]:
         """Return the gate, for `torch_spe.parameter_groups`."""

@@ -179,7 +179,7 @@ class ConvSPE(SPE):
                 "ConvSPE: positions must be None, since its positions are whole and consecutive; "
                 "start says where they begin"
             )
-        check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
+        query_kernel, key_kernel = self._read_kernels()
         check_source("ConvSPE", generator, seed)
         start = check_whole_starts("ConvSPE", start, self.ndim)
         if noise is not None:
@@ -187,7 +187,7 @@ class ConvSPE(SPE):
             if any(start):
                 raise ValueError(f"ConvSPE: start must be 0 when noise is given, got {start!r}")
         num_realizations = self._realizations(num_realizations, noise)
-        device, dtype = self.query_kernel.device, code_type(self.query_kernel)
+        device, dtype = query_kernel.device, code_type(query_kernel)
         if noise is not None:
             seed, noise = None, noise.to(dtype)
         elif seed is None:
@@ -196,9 +196,15 @@ class ConvSPE(SPE):
             seed = seed_tensor("ConvSPE", seed, device)
         scale = code_scale(self.code_shape, num_realizations)
         return ConvCode(
-            self.query_kernel.to(dtype) * scale, self.key_kernel.to(dtype) * scale, size, start,
+            query_kernel.to(dtype) * scale, key_kernel.to(dtype) * scale, size, start,
             num_realizations, seed, self.noise, self.noise_stride, noise,
         )  # fmt: skip
+
+    def _read_kernels(self) -> tuple[Tensor, Tensor]:
+        """Return both kernels, each of them read once, after a check for NaN."""
+        query, key = self.query_kernel, self.key_kernel
+        check_not_nan("ConvSPE", query_kernel=query, key_kernel=key)
+        return query, key
 
     def _given_noise(self, noise: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return given noise as ``[H, D, *(size + P - 1), R]``, a view of the published layout."""
@@ -235,12 +241,12 @@ class ConvSPE(SPE):
             torch.Size([4, 16, 21])
         """
         lags = self._lags(max_lag)
-        check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
-        dtype = code_type(self.query_kernel)
+        query_kernel, key_kernel = self._read_kernels()
+        dtype = code_type(query_kernel)
         padding = [n for lag in reversed(lags) for n in (lag, lag)]
         # Sums over taps of the query's kernel and the key's, which is shifted by every lag.
-        keys = F.pad(self.key_kernel.to(dtype), padding).flatten(0, 1).unsqueeze(0)
-        queries = self.query_kernel.to(dtype).flatten(0, 1).unsqueeze(1)
+        keys = F.pad(key_kernel.to(dtype), padding).flatten(0, 1).unsqueeze(0)
+        queries = query_kernel.to(dtype).flatten(0, 1).unsqueeze(1)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self.ndim - 1]
         return convolve(keys, queries, groups=len(queries))[0].unflatten(0, self.code_shape)
 

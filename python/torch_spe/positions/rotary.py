@@ -158,7 +158,8 @@ class RotaryPositions(Position):
     ) -> RotaryEncoder:
         """Return what rotates queries and keys; see `Position.draw`."""
         self.warn_of_half_precision()
-        check_not_nan("RotaryPositions", freqs=self.freqs)
+        freqs = self.freqs
+        check_not_nan("RotaryPositions", freqs=freqs)
         if not is_sequence(size):
             raise TypeError(
                 f"RotaryPositions: size must be a sequence of one length, got {type(size).__name__}"
@@ -172,7 +173,7 @@ class RotaryPositions(Position):
             )
         (start,) = check_starts("RotaryPositions", start, 1)
         # In float64: in float32 the phase at position 10^6 would have lost its fraction.
-        return RotaryEncoder(self.freqs.double().sigmoid() / 2, start, positions)
+        return RotaryEncoder(freqs.double().sigmoid() / 2, start, positions)
 
     def extra_repr(self) -> str:
         """Show the arguments of the constructor."""
