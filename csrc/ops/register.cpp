@@ -56,7 +56,7 @@ class AutocastOperator final : public c10::OperatorKernel {
     const auto type = at::autocast::get_autocast_dtype(device);
     c10::IValue* arguments = stack->data() + stack->size() - info_.num_arguments;
     for (const std::size_t i : info_.data) {
-      if (arguments[i].isTensor())
+      if (arguments[i].isTensor() && !arguments[i].toTensor().is_mkldnn())  // refused below
         arguments[i] = at::autocast::cached_cast(type, arguments[i].toTensor(), device);
     }
     op.callBoxed(stack);
@@ -65,6 +65,42 @@ class AutocastOperator final : public c10::OperatorKernel {
  private:
   const OperatorInfo& info_;
 };
+
+// Where tensors arrive that no kernel reads, such as sparse ones.
+constexpr c10::DispatchKey kOtherLayouts[] = {
+    c10::DispatchKey::SparseCPU,           c10::DispatchKey::SparseCUDA,
+    c10::DispatchKey::SparseMeta,          c10::DispatchKey::SparseCsrCPU,
+    c10::DispatchKey::SparseCsrCUDA,       c10::DispatchKey::SparseCsrMeta,
+    c10::DispatchKey::MkldnnCPU,           c10::DispatchKey::QuantizedCPU,
+    c10::DispatchKey::QuantizedCUDA,       c10::DispatchKey::NestedTensorCPU,
+    c10::DispatchKey::NestedTensorCUDA,    c10::DispatchKey::NestedTensorMeta,
+    c10::DispatchKey::AutogradNestedTensor};
+
+// Names the first argument that is no dense tensor.
+void refuse_layouts(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const c10::IValue* values = stack->data() + stack->size() - arguments.size();
+  const std::string name = op.schema().name().substr(op.schema().name().find("::") + 2);
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    if (!values[i].isTensor()) continue;
+    const at::Tensor& tensor = values[i].toTensor();
+    if (!tensor.defined()) continue;
+    TORCH_CHECK_TYPE(!tensor.is_nested(), name, ": ", arguments[i].name(),
+                     " must be a dense tensor, got a nested one");
+    TORCH_CHECK_TYPE(!tensor.is_quantized(), name, ": ", arguments[i].name(),
+                     " must be a dense tensor, got a quantized one, ", tensor.scalar_type());
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, ": ", arguments[i].name(),
+                     " must be a dense tensor (torch.strided), got ", tensor.layout());
+  }
+  TORCH_INTERNAL_ASSERT(false, name, ": all arguments are dense");
+}
+
+void refuse_other_layouts(torch::Library& library, const std::string& name) {
+  for (const c10::DispatchKey key : kOtherLayouts) {
+    library.impl(name.c_str(),
+                 torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<refuse_layouts>()));
+  }
+}
 
 template <class Kernel>
 torch::CppFunction function_of(const OperatorInfo& info) {
@@ -120,6 +156,7 @@ OperatorInfo& declare(torch::Library& library, const char* schema, const char* d
 
   if (!lists.gradients.empty()) {
     library.def(backward_schema(forward, lists));
+    refuse_other_layouts(library, info.name + "_backward");
     library.impl(
         (info.name + "_backward").c_str(),
         torch::dispatch(c10::DispatchKey::Autograd, function_of<OnceDifferentiableOperator>(info)));
@@ -127,6 +164,7 @@ OperatorInfo& declare(torch::Library& library, const char* schema, const char* d
         ("torch_spe::" + info.name + "_backward").c_str(), "");
   }
   library.def(std::move(forward));
+  refuse_other_layouts(library, info.name);
   const char* name = info.name.c_str();
   if (!lists.gradients.empty()) {
     library.impl(name, torch::dispatch(c10::DispatchKey::Autograd,

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -53,11 +53,60 @@ def check_number(owner: str, name: str, value: float) -> float:
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}") from None
 
 
+def check_flags(owner: str, **values: bool) -> None:
+    """Raise TypeError for the first value that is no bool (of Python, NumPy, or symbolic), 0 or 1.
+
+    A word such as ``"False"`` would count as True.
+    """
+    for name, value in values.items():
+        numpys = getattr(getattr(value, "dtype", None), "kind", None) == "b"
+        if isinstance(value, (bool, torch.SymBool)) or numpys:
+            continue
+        if not is_integer(value) or value not in (0, 1):
+            raise TypeError(f"{owner}: {name} must be a bool, got {value!r}")
+
+
+def check_tensor(owner: str, name: str, value: Tensor | None, *, optional: bool = False) -> None:
+    """Raise TypeError unless `value` is a dense or nested tensor, or None where it is optional."""
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        raise TypeError(
+            f"{owner}: {name} must be a tensor{' or None' * optional}, got {type(value).__name__}"
+        )
+    if value is not None and value.layout != torch.strided and not value.is_nested:
+        raise TypeError(f"{owner}: {name} must be a dense tensor, got {value.layout}")
+
+
+def check_dtype(owner: str, dtype: torch.dtype | None, *, optional: bool = True) -> None:
+    """Raise TypeError unless `dtype` is a floating type, or None where it is optional."""
+    if dtype is None and optional:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{owner}: dtype must be of a floating-point type, got {dtype!r}")
+
+
+def check_module(owner: str, name: str, value: nn.Module) -> None:
+    """Raise TypeError unless `value` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{owner}: {name} must be a module, got {type(value).__name__}")
+
+
+def check_stream(owner: str, stream: int) -> int:
+    """Return a stream of normal values as an integer, or raise unless it is one of 0 .. 8191."""
+    if not is_integer(stream):
+        raise TypeError(f"{owner}: stream must be an integer, got {type(stream).__name__}")
+    stream = to_int(stream)
+    if not 0 <= stream < 2**13:  # positions of noise lie between -2^61 and 2^61
+        raise ValueError(f"{owner}: stream must be >= 0 and < 2^13, got {stream}")
+    return stream
+
+
 def check_positive(owner: str, **values: int) -> tuple[int, ...]:
     """Return the values as integers, or raise ValueError for the first that is not at least 1."""
     for name, value in values.items():
         if not is_integer(value) or value < 1:
             raise ValueError(f"{owner}: {name} must be an integer >= 1, got {value!r}")
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"{owner}: {name} must be an integer below 2^63, got {value!r}")
     return tuple(to_int(value) for value in values.values())
 
 
@@ -176,7 +225,7 @@ def check_not_nan(owner: str, **parameters: Tensor) -> None:
 
 def check_seed(owner: str, seed: int) -> int:
     """Return `seed` as an integer, or raise unless it is one of 64 bits."""
-    if not isinstance(seed, int) and not is_integer(seed):
+    if not is_integer(seed):
         raise TypeError(f"{owner}: seed must be an integer, got {type(seed).__name__}")
     seed = to_int(seed)
     if not -(2**63) <= seed < 2**63:

@@ -10,7 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torch_spe.checks import check_choice, check_number, check_positive, check_seed
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_number,
+    check_positive,
+    check_seed,
+    check_tensor,
+)
 from torch_spe.noise import STREAMS, draw_normal, orthogonal_noise
 
 __all__ = ["FEATURE_MAPS", "PositiveFeatures", "PositiveProjection", "apply_feature_map"]
@@ -41,6 +49,8 @@ def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:
         >>> apply_feature_map("elu", torch.tensor([-1.0, 0.0, 2.0]))
         tensor([0.3679, 1.0000, 3.0000])
     """
+    check_feature_map("apply_feature_map", feature_map)
+    check_tensor("apply_feature_map", "x", x)
     return feature_map(x) if callable(feature_map) else FEATURE_MAPS[feature_map](x)
 
 
@@ -51,7 +61,8 @@ def draw_feature_map(feature_map: FeatureMap) -> FeatureMap:
 
 def check_feature_map(owner: str, feature_map: FeatureMap) -> None:
     """Raise ValueError unless `feature_map` is callable or the name of one."""
-    if not callable(feature_map) and feature_map not in FEATURE_MAPS:
+    known = isinstance(feature_map, str) and feature_map in FEATURE_MAPS
+    if not callable(feature_map) and not known:
         names = ", ".join(repr(name) for name in FEATURE_MAPS)
         raise ValueError(f"{owner}: feature_map must be callable or {names}, got {feature_map!r}")
 
@@ -93,6 +104,7 @@ class PositiveProjection:
 
     def __call__(self, x: Tensor) -> Tensor:  # [..., D] -> [..., M]
         """Compute the features."""
+        check_tensor("PositiveFeatures", "x", x)
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(
                 f"PositiveFeatures: x must end in in_features = {self.weight.shape[1]}, got shape "
@@ -158,6 +170,8 @@ class PositiveFeatures(nn.Module):
             num_features=in_features if num_features is None else num_features,
         )
         check_choice("PositiveFeatures", "resample", resample, ("train", "always", "never"))
+        check_flags("PositiveFeatures", orthogonal=orthogonal)
+        check_dtype("PositiveFeatures", dtype)
         self.in_features = in_features
         self.num_features = num_features
         if scale is not None:

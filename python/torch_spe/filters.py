@@ -8,17 +8,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torch_spe.checks import check_choice, check_noise, check_not_nan, check_positive
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_noise,
+    check_not_nan,
+    check_positive,
+    check_tensor,
+    is_sequence,
+)
 from torch_spe.codes import Code
 from torch_spe.feature_maps import bounded_exponential
-from torch_spe.precision import Float32Module, parameter_type
+from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
+from torch_spe.precision import parameter_type
 
 __all__ = ["SPEFilter", "SPESoftmaxFilter"]
 
 INITS = ("published", "spread")
 
 
-class SPEFilter(Float32Module):
+class SPEFilter(FlatParameterModule):
     r"""Applies a positional code to queries and keys.
 
     .. math::
@@ -35,7 +45,8 @@ class SPEFilter(Float32Module):
         device: of the gate.
         dtype: of the gate, at least float32.
 
-    Parameter ``gate``, ``[H, D]``, if gated.
+    Parameter ``gate``, ``[H, D]``, if gated. ``parameters()`` has it flat, see
+    `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: gated without code_shape, or an unknown init.
@@ -49,6 +60,8 @@ class SPEFilter(Float32Module):
         torch.Size([2, 70, 4, 32])
     """
 
+    gate = flat_parameter("gate")
+
     def __init__(
         self,
         gated: bool = True,
@@ -60,11 +73,12 @@ class SPEFilter(Float32Module):
     ) -> None:
         super().__init__()
         check_choice("SPEFilter", "init", init, INITS)
+        check_flags("SPEFilter", gated=gated)
+        check_dtype("SPEFilter", dtype)
         if code_shape is not None:
-            code_shape = tuple(code_shape)
-            if len(code_shape) != 2:
+            if not is_sequence(code_shape) or len(code_shape) != 2:
                 raise ValueError(
-                    f"SPEFilter: code_shape must be (num_heads, in_features), got {code_shape}"
+                    f"SPEFilter: code_shape must be (num_heads, in_features), got {code_shape!r}"
                 )
             code_shape = check_positive(
                 "SPEFilter", num_heads=code_shape[0], in_features=code_shape[1]
@@ -77,8 +91,8 @@ class SPEFilter(Float32Module):
                 raise ValueError(
                     "SPEFilter: code_shape must be given (as spe.code_shape) when gated, got None"
                 )
-            self.gate = nn.Parameter(
-                torch.empty(code_shape, device=device, dtype=parameter_type(dtype))
+            self.register_flat_parameter(
+                "gate", code_shape, device=device, dtype=parameter_type(dtype)
             )
         else:
             self.register_parameter("gate", None)
@@ -144,16 +158,17 @@ class SPEFilter(Float32Module):
                 "SPEFilter: code must have code_shape (num_heads, in_features) = "
                 f"{self.code_shape}, got {code.code_shape}"
             )
-        if self.gate is None:
+        gate = self.gate
+        if gate is None:
             if noise is not None:
                 raise ValueError("SPEFilter: noise must be None when gated=False, got a tensor")
             return code
-        check_not_nan("SPEFilter", gate=self.gate)
+        check_not_nan("SPEFilter", gate=gate)
         if noise is None:
             noise = code.draw_gate_noise(generator, seed)
         else:
             check_noise("SPEFilter", noise, (*code.code_shape, code.num_realizations), "[H, D, R]")
-        return code.gated(self.gate, noise)
+        return code.gated(gate, noise)
 
     def position_parameters(self) -> list[nn.Parameter]:
         """Return the gate, for `torch_spe.parameter_groups`."""
@@ -161,8 +176,14 @@ class SPEFilter(Float32Module):
 
     def template(self, template: Tensor) -> Tensor:  # [H, D, *lags]
         """Return the kernels ``(1 - g) P_d + g`` behind the gate, from those of the SPE module."""
+        check_tensor("SPEFilter", "template", template)
         if self.gate is None:
             return template
+        if template.dim() < 3 or tuple(template.shape[:2]) != self.code_shape:
+            raise ValueError(
+                "SPEFilter: template must have shape [H, D, *lags] with (H, D) = "
+                f"{self.code_shape}, got {tuple(template.shape)}"
+            )
         gate = self.gate.to(template.dtype).sigmoid()[(...,) + (None,) * (template.dim() - 2)]
         return (1 - gate) * template + gate
 

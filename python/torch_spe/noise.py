@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_spe import functional
 from torch_spe._library import _C
-from torch_spe.checks import is_integer, is_sequence, to_int
+from torch_spe.checks import check_dtype, check_flags, check_stream, is_integer, is_sequence, to_int
 from torch_spe.functional.noise import seed_tensor
 
 __all__ = [
@@ -46,7 +46,7 @@ def seeded_normal(
         shape: of the result, of at least one dimension; with more than two the first two are at
             most 65536.
         seed: an integer, of which 64 bits count, or a tensor with one int64.
-        stream: 0, 1, ...: tells independent sets of values of one seed apart; `STREAMS` lists those
+        stream: 0 .. 8191: tells independent sets of values of one seed apart; `STREAMS` lists those
             that the modules use.
         dtype: floating type of the result.
         device: of the result.
@@ -55,25 +55,23 @@ def seeded_normal(
         >>> torch.equal(seeded_normal((2, 3), seed=1), seeded_normal((2, 3), seed=1))
         True
     """
-    if not is_sequence(shape) or len(shape) == 0:
+    sizes = is_sequence(shape) and all(is_integer(n) and 0 <= to_int(n) < 2**63 for n in shape)
+    if not sizes or len(shape) == 0:
         raise TypeError(
-            f"seeded_normal: shape must be a sequence of at least one size, got {shape!r}"
+            "seeded_normal: shape must be a sequence of at least one size, integers >= 0, got "
+            f"{shape!r}"
         )
     if seed is None:
         raise TypeError("seeded_normal: seed must be an integer or a tensor, got None")
-    if not is_integer(stream):
-        raise TypeError(f"seeded_normal: stream must be an integer, got {type(stream).__name__}")
-    if stream < 0:
-        raise ValueError(f"seeded_normal: stream must be >= 0, got {stream}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"seeded_normal: dtype must be of a floating-point type, got {dtype}")
+    stream = check_stream("seeded_normal", stream)
+    check_dtype("seeded_normal", dtype, optional=False)
     *rows, num_realizations = shape
     heads, features = rows[:2] if len(rows) > 1 else (1, 1)
     count = math.prod(rows[2:] if len(rows) > 1 else rows)
     # Streams are positions too far apart to meet.
     values = functional.conv_noise(
         seed_tensor("seeded_normal", seed, device), heads, features, [count], num_realizations,
-        start=[to_int(stream) << 48], dtype=dtype,
+        start=[stream << 48], dtype=dtype,
     )  # fmt: skip
     return values.reshape(shape)
 
@@ -196,7 +194,8 @@ def phase_noise(
     """
     if generator is not None and seed is not None:
         raise ValueError("phase_noise: give generator or seed, not both")
-
+    check_flags("phase_noise", deviates=deviates)
+    check_dtype("phase_noise", dtype, optional=False)
     sine, cycles, deviate = functional.phase_noise(
         _seed(generator, seed, device), num_heads, in_features, num_sines, num_pairs, stream=stream,
         ndim=ndim if deviates else 0, dtype=dtype,
@@ -251,8 +250,10 @@ def orthogonal_noise(
         "num_realizations": num_realizations,
     }  # fmt: skip
     for name, count in counts.items():
-        if not is_integer(count) or count < 0:
+        if not is_integer(count) or not 0 <= to_int(count) < 2**63:
             raise ValueError(f"orthogonal_noise: {name} must be an integer >= 0, got {count!r}")
+    stream = check_stream("orthogonal_noise", stream)
+    check_dtype("orthogonal_noise", dtype, optional=False)
     if generator is not None and seed is not None:
         raise ValueError("orthogonal_noise: give generator or seed, not both")
     rows = in_features * num_rows

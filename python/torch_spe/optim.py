@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_spe.checks import check_number
+from torch_spe.checks import check_module, check_number
 
 __all__ = ["parameter_groups"]
 
@@ -39,6 +39,7 @@ def parameter_groups(
 
     Raises:
         ValueError: a rate is not a positive number.
+        TypeError: model is no module, or a rate no number.
 
     Example:
         >>> import torch_spe
@@ -47,6 +48,7 @@ def parameter_groups(
         >>> [(group["name"], group["lr"]) for group in groups]
         [('model', 0.001), ('positions', 0.005)]
     """
+    check_module("parameter_groups", "model", model)
     rates = {"lr": lr, "spe_lr_scale": spe_lr_scale, "decay_lr_scale": decay_lr_scale}
     for name, value in rates.items():
         check_number("parameter_groups", name, value)
@@ -59,10 +61,11 @@ def parameter_groups(
         ("decays", "decay_parameters", decay_lr_scale),
     ):
         own = {
-            id(parameter)
+            id(tensor)
             for module in model.modules()
             if hasattr(module, hook)
             for parameter in getattr(module, hook)()
+            for tensor in (parameter, parameter._base)  # a flat parameter's attribute is a view
         }
         params = [parameter for parameter in trained if id(parameter) in own]
         groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in own]

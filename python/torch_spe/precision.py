@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from torch_spe.checks import check_module
+
 __all__ = ["Float32Module", "float32_parameters", "parameter_type"]
 
 
@@ -82,6 +84,7 @@ def float32_parameters(module: nn.Module) -> set[nn.Parameter]:
 
     For tools that convert parameters on their own, as ``ignored_params`` of FSDP's ``fully_shard``.
     """
+    check_module("float32_parameters", "module", module)
     return {
         parameter
         for part in module.modules()

@@ -125,3 +125,25 @@ def test_positions_of_every_integer_type(position, dtype):
     places = torch.arange(10).flip(0)
     expected = layer(x, x, x, positions=places.double())[0]
     assert torch.equal(layer(x, x, x, positions=places.to(dtype))[0], expected)
+
+
+LAYOUTS = {
+    "sparse": lambda x: x.to_sparse(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 1.0, 0, torch.qint8),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("argument", ["x", "freqs"])
+def test_layouts_below_the_functions(layout, autocast, argument):
+    arguments = {"x": torch.ones(1, 3, 2, 4), "freqs": torch.ones(2, 2)}
+    arguments[argument] = LAYOUTS[layout](arguments[argument])
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=f"rotary: {argument} must be a dense tensor"),
+    ):
+        torch.ops.torch_spe.rotary(**arguments)

@@ -107,7 +107,7 @@ def test_inits():
     torch.manual_seed(0)
     spe = ConvSPE(1, 8, 64, kernel_size=50)
     limit = math.sqrt(2 / 50)
-    for kernel in spe.parameters():
+    for kernel in (spe.query_kernel, spe.key_kernel):
         assert kernel.shape == (8, 64, 50)
         assert 0 <= kernel.min() < 0.01 * limit < 0.99 * limit < kernel.max() <= limit
     assert not torch.equal(spe.query_kernel, spe.key_kernel)

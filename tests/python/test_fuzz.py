@@ -85,9 +85,12 @@ def check(call, repeat, monkeypatch):
     """Compare outputs and gradients, by the rule of CONTRIBUTING.md.
 
     In float64 and float32 an error is at most a small share of the largest entry, otherwise at
-    most twice that of PyTorch's own composition in the same types. Where a difference of nearly
-    equal numbers is left, the latter is a matter of luck in float32 and float64 too: then the
-    composition has several tries, on arguments that differ by roundings.
+    most twice that of PyTorch's own composition in the same types. `linear_attention` divides by
+    sums that may nearly cancel: what is left is then a matter of luck, in the composition too,
+    which has nine tries, on arguments that differ by roundings, and in float32 and float64 three
+    times its error. (Of 5600 random calls 34 had more than twice the error of one try, up to 10^12
+    times it; 5 had more than twice that of nine tries, at most 2.3 times. Of no other operator any
+    call had.)
     """
     trace(call, repeat)
     about = f"\nrepeat with {repeat}\n{call}"
@@ -128,10 +131,12 @@ def check(call, repeat, monkeypatch):
     data = next((t.dtype for t in tensors.values()), torch.float32)
     # What float64 loses is what float32 loses, in other units.
     narrow = torch.float32 if data == torch.float64 else None
-    factor = 2 if least_exact not in TOLERANCE else 4
+    lucky = call.operator == "linear_attention"
+    factor = 3 if lucky and least_exact in TOLERANCE else 2
     if narrow:
         factor *= torch.finfo(data).eps / torch.finfo(narrow).eps
-    for attempt in range(9):
+    torch.manual_seed(0)  # of the tries
+    for attempt in range(10 if lucky else 2):
         if all(e <= limit for e, limit in zip(errors, limits, strict=True)):
             return
         change = torch.finfo(narrow or least_exact).eps * min(1, attempt)

@@ -120,7 +120,8 @@ def test_bandwidth_fades_the_kernel(ndim):
     size = (LENGTH,) if ndim == 1 else (3, 4)
     # The kernel of the formula, at one lag.
     lag = torch.tensor([5.0] if ndim == 1 else [2.0, -3.0], dtype=torch.float64)
-    freqs = spe._cycles() if ndim > 1 else spe._cycles().unsqueeze(-1)
+    freqs = spe._cycles(spe.freqs)
+    freqs = freqs if ndim > 1 else freqs.unsqueeze(-1)
     phases = 2 * math.pi * (freqs * lag).sum(-1) + spe.offsets
     fading = torch.exp(-2 * math.pi**2 * (2 * spe.bandwidths).exp() * lag.square().sum())
     power = torch.nn.functional.softplus(spe.gains) ** 2 / (2 * SINES)

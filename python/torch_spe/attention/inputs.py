@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_spe.checks import is_integer, to_int
+from torch_spe.checks import is_integer, is_sequence, to_int
 
 OWNER = "SPEMultiheadAttention"
 # Float masks block with -inf or with a value whose exponential is 0 in every type.
@@ -180,7 +180,9 @@ def check_grid(
     grid: Sequence[int], length: int, key_length: int, layout: str, ndim: int
 ) -> tuple[int, ...]:
     """Return the sizes of the grid, after a check that they fit flattened inputs."""
-    grid = tuple(to_int(n) if is_integer(n) else n for n in grid)
+    if not is_sequence(grid) or not all(is_integer(n) and n >= 0 for n in grid):
+        raise TypeError(f"{OWNER}: grid must be a sequence of integers >= 0, got {grid!r}")
+    grid = tuple(to_int(n) for n in grid)
     if layout == "grid":
         raise ValueError(f"{OWNER}: grid must be None when the input is a grid, got {grid}")
     if len(grid) != ndim:

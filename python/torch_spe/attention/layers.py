@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe.attention.multihead import SPEMultiheadAttention
-from torch_spe.checks import check_choice, check_positive
+from torch_spe.checks import check_choice, check_flags, check_number, check_positive
 
 
 class SPETransformerEncoderLayer(nn.Module):
@@ -66,6 +66,10 @@ class SPETransformerEncoderLayer(nn.Module):
             d_model=d_model,
             nhead=nhead,
             dim_feedforward=dim_feedforward,
+        )
+        check_flags("SPETransformerEncoderLayer", norm_first=norm_first)
+        layer_norm_eps = check_number(
+            "SPETransformerEncoderLayer", "layer_norm_eps", layer_norm_eps
         )
         if not callable(activation):
             check_choice("SPETransformerEncoderLayer", "activation", activation, ("relu", "gelu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torch_spe import functional
-from torch_spe.checks import check_number
+from torch_spe.checks import check_flags, check_number
 from torch_spe.feature_maps import FeatureMap, check_feature_map, draw_feature_map
 
 
@@ -38,6 +38,7 @@ class LinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_feature_map("LinearAttention", feature_map)
+        check_flags("LinearAttention", causal=causal)
         eps = check_number("LinearAttention", "eps", eps)
         if not eps >= 0:
             raise ValueError(f"LinearAttention: eps must be >= 0, got {eps!r}")

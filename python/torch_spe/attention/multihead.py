@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from torch_spe import functional
 from torch_spe.attention import fading, inputs
-from torch_spe.checks import check_choice, check_number, check_positive, check_seed
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_number,
+    check_positive,
+    check_seed,
+    check_tensor,
+)
 from torch_spe.decay import Decay, check_range
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import (
@@ -167,6 +175,11 @@ class SPEMultiheadAttention(nn.Module):
                 f"{owner}: embed_dim must be a multiple of num_heads, got {embed_dim} and "
                 f"{num_heads}"
             )
+        check_flags(
+            owner, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
+            batch_first=batch_first, gated=gated, decay_gate=decay_gate,
+        )  # fmt: skip
+        check_dtype(owner, dtype)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise ValueError(
@@ -317,6 +330,9 @@ class SPEMultiheadAttention(nn.Module):
                 cannot do.
         """
         owner = "SPEMultiheadAttention"
+        check_flags(owner, need_weights=need_weights, is_causal=is_causal)
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            check_tensor(owner, name, mask, optional=True)
         if need_weights:
             raise ValueError(
                 f"{owner}: need_weights must be False: linear attention never forms the matrix of "

@@ -110,7 +110,8 @@ class Code(Encoder):
 
     def _check(self, x: Tensor, side: str) -> tuple[int, ...]:
         """Return the lengths of `x`, after checks that it fits the code."""
-        owner, argument = "SPEFilter", {"query": "queries", "key": "keys"}.get(side)
+        owner, sides = "SPEFilter", {"query": "queries", "key": "keys"}
+        argument = sides.get(side) if isinstance(side, str) else None
         if argument is None:
             raise ValueError(f"{owner}: side must be 'query' or 'key', got {side!r}")
         layout = "[B, N, H, D]" if len(self.size) == 1 else "[B, *size, H, D]"

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from torch_spe.checks import is_integer
+
 Function = TypeVar("Function", bound=Callable)
 
 _KINDS = {
@@ -75,6 +77,8 @@ def _find_mismatch(annotation: str, value: object) -> str | None:
         if not isinstance(value, Tensor):
             return f"a tensor{' or None' * (annotation != 'Tensor')}{got}"
         return _find_layout(value)
+    if annotation == "int" and is_integer(value) and not -(2**63) <= value < 2**63:
+        return f"an integer of 64 bits, got {value}"
     if annotation == "int | Tensor" and value is None:
         return f"an integer or a tensor{got}"
     if isinstance(value, Tensor) and "Tensor" in annotation:

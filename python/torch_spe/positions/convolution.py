@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe.checks import (
     check_choice,
+    check_dtype,
     check_noise,
     check_not_nan,
     check_sizes,
@@ -20,6 +21,7 @@ from torch_spe.checks import (
 )
 from torch_spe.codes import ConvCode
 from torch_spe.codes.base import code_scale, code_type
+from torch_spe.flat_parameters import flat_parameter
 from torch_spe.noise import draw_seed, seed_tensor
 from torch_spe.positions.spe import SPE
 from torch_spe.precision import parameter_type
@@ -60,7 +62,8 @@ class ConvSPE(SPE):
         device: of the parameters.
         dtype: of the parameters, at least float32.
 
-    Parameters ``query_kernel`` and ``key_kernel``, ``[H, D, *P]``.
+    Parameters ``query_kernel`` and ``key_kernel``, ``[H, D, *P]``. ``parameters()`` has them flat,
+    see `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: an argument is not what it must be; the message names it.
@@ -74,6 +77,9 @@ class ConvSPE(SPE):
         >>> qhat.shape
         torch.Size([2, 100, 4, 32])
     """
+
+    query_kernel = flat_parameter("query_kernel")
+    key_kernel = flat_parameter("key_kernel")
 
     def __init__(
         self,
@@ -93,14 +99,15 @@ class ConvSPE(SPE):
         check_choice("ConvSPE", "ndim", self.ndim, (1, 2, 3))
         check_choice("ConvSPE", "noise", noise, NOISES)
         check_choice("ConvSPE", "init", init, INITS)
+        check_dtype("ConvSPE", dtype)
         self.kernel_size = check_sizes("ConvSPE", "kernel_size", kernel_size, self.ndim)
         self.noise_stride = check_sizes("ConvSPE", "noise_stride", noise_stride, self.ndim)
         self.noise = noise
         self.init = init
         shape = (*self.code_shape, *self.kernel_size)
         factory = {"device": device, "dtype": parameter_type(dtype)}
-        self.query_kernel = nn.Parameter(torch.empty(shape, **factory))
-        self.key_kernel = nn.Parameter(torch.empty(shape, **factory))
+        self.register_flat_parameter("query_kernel", shape, **factory)
+        self.register_flat_parameter("key_kernel", shape, **factory)
         self.reset_parameters()
 
     @classmethod
@@ -172,7 +179,7 @@ class ConvSPE(SPE):
                 "ConvSPE: positions must be None, since its positions are whole and consecutive; "
                 "start says where they begin"
             )
-        check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
+        query_kernel, key_kernel = self._read_kernels()
         check_source("ConvSPE", generator, seed)
         start = check_whole_starts("ConvSPE", start, self.ndim)
         if noise is not None:
@@ -180,7 +187,7 @@ class ConvSPE(SPE):
             if any(start):
                 raise ValueError(f"ConvSPE: start must be 0 when noise is given, got {start!r}")
         num_realizations = self._realizations(num_realizations, noise)
-        device, dtype = self.query_kernel.device, code_type(self.query_kernel)
+        device, dtype = query_kernel.device, code_type(query_kernel)
         if noise is not None:
             seed, noise = None, noise.to(dtype)
         elif seed is None:
@@ -189,9 +196,15 @@ class ConvSPE(SPE):
             seed = seed_tensor("ConvSPE", seed, device)
         scale = code_scale(self.code_shape, num_realizations)
         return ConvCode(
-            self.query_kernel.to(dtype) * scale, self.key_kernel.to(dtype) * scale, size, start,
+            query_kernel.to(dtype) * scale, key_kernel.to(dtype) * scale, size, start,
             num_realizations, seed, self.noise, self.noise_stride, noise,
         )  # fmt: skip
+
+    def _read_kernels(self) -> tuple[Tensor, Tensor]:
+        """Return both kernels, each of them read once, after a check for NaN."""
+        query, key = self.query_kernel, self.key_kernel
+        check_not_nan("ConvSPE", query_kernel=query, key_kernel=key)
+        return query, key
 
     def _given_noise(self, noise: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return given noise as ``[H, D, *(size + P - 1), R]``, a view of the published layout."""
@@ -228,12 +241,12 @@ class ConvSPE(SPE):
             torch.Size([4, 16, 21])
         """
         lags = self._lags(max_lag)
-        check_not_nan("ConvSPE", query_kernel=self.query_kernel, key_kernel=self.key_kernel)
-        dtype = code_type(self.query_kernel)
+        query_kernel, key_kernel = self._read_kernels()
+        dtype = code_type(query_kernel)
         padding = [n for lag in reversed(lags) for n in (lag, lag)]
         # Sums over taps of the query's kernel and the key's, which is shifted by every lag.
-        keys = F.pad(self.key_kernel.to(dtype), padding).flatten(0, 1).unsqueeze(0)
-        queries = self.query_kernel.to(dtype).flatten(0, 1).unsqueeze(1)
+        keys = F.pad(key_kernel.to(dtype), padding).flatten(0, 1).unsqueeze(0)
+        queries = query_kernel.to(dtype).flatten(0, 1).unsqueeze(1)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self.ndim - 1]
         return convolve(keys, queries, groups=len(queries))[0].unflatten(0, self.code_shape)
 

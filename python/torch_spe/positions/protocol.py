@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_spe.encoder import Encoder
-from torch_spe.precision import Float32Module, parameter_type
+from torch_spe.flat_parameters import FlatParameterModule
+from torch_spe.precision import parameter_type
 
 __all__ = ["Encoder", "Position"]
 
@@ -17,7 +18,7 @@ __all__ = ["Encoder", "Position"]
 LAYER_ARGUMENTS = ("num_heads", "in_features", "num_realizations", "init", "device", "dtype")
 
 
-class Position(Float32Module):
+class Position(FlatParameterModule):
     """Base of the position modules: what gives queries and keys their positions in a layer.
 
     A subclass implements `draw`, whose result encodes queries and keys of one call

@@ -8,11 +8,22 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_spe import functional
-from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive, check_starts
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_not_nan,
+    check_number,
+    check_positive,
+    check_size,
+    check_starts,
+    check_tensor,
+    is_sequence,
+)
 from torch_spe.encoder import Encoder
+from torch_spe.flat_parameters import flat_parameter
 from torch_spe.positions.protocol import Position
 from torch_spe.precision import parameter_type
 
@@ -62,6 +73,7 @@ class RotaryPositions(Position):
         dtype: of the frequencies, at least float32.
 
     Parameter or buffer ``freqs``, ``[H, D / 2]``; the frequencies are sigmoid(freqs) / 2.
+    ``parameters()`` has it flat, see `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: in_features is odd, or an argument is not what it must be.
@@ -72,6 +84,7 @@ class RotaryPositions(Position):
     """
 
     keeps_features = True
+    freqs = flat_parameter("freqs")
 
     def __init__(
         self,
@@ -90,6 +103,7 @@ class RotaryPositions(Position):
         if in_features % 2 != 0:
             raise ValueError(f"RotaryPositions: in_features must be even, got {in_features}")
         check_choice("RotaryPositions", "frequencies", frequencies, ("fixed", "learned", "random"))
+        check_dtype("RotaryPositions", dtype)
         base = check_number("RotaryPositions", "base", base)
         if not base > 1:
             raise ValueError(f"RotaryPositions: base must be > 1, got {base!r}")
@@ -97,11 +111,12 @@ class RotaryPositions(Position):
         self.in_features = in_features
         self.frequencies = frequencies
         self.base = base
-        freqs = torch.empty(num_heads, in_features // 2, device=device, dtype=parameter_type(dtype))
+        shape = (num_heads, in_features // 2)
+        factory = {"device": device, "dtype": parameter_type(dtype)}
         if frequencies == "learned":
-            self.freqs = nn.Parameter(freqs)
+            self.register_flat_parameter("freqs", shape, **factory)
         else:
-            self.register_buffer("freqs", freqs)
+            self.register_buffer("freqs", torch.empty(shape, **factory))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -128,6 +143,7 @@ class RotaryPositions(Position):
             start: first position.
             positions: ``[N]``, integer or floating-point, instead of consecutive ones.
         """
+        check_tensor("RotaryPositions", "x", x)
         if x.dim() != 4 or x.shape[2:] != (self.num_heads, self.in_features):
             raise ValueError(
                 "RotaryPositions: x must have shape [B, N, H, D] with (H, D) = "
@@ -148,15 +164,22 @@ class RotaryPositions(Position):
     ) -> RotaryEncoder:
         """Return what rotates queries and keys; see `Position.draw`."""
         self.warn_of_half_precision()
-        check_not_nan("RotaryPositions", freqs=self.freqs)
-        if positions is not None and tuple(positions.shape) != tuple(size):
+        freqs = self.freqs
+        check_not_nan("RotaryPositions", freqs=freqs)
+        if not is_sequence(size):
+            raise TypeError(
+                f"RotaryPositions: size must be a sequence of one length, got {type(size).__name__}"
+            )
+        size = check_size("RotaryPositions", (1, *size))
+        check_tensor("RotaryPositions", "positions", positions, optional=True)
+        if positions is not None and tuple(positions.shape) != size:
             raise ValueError(
                 f"RotaryPositions: positions must have shape ({size[0]},), got "
                 f"{tuple(positions.shape)}"
             )
         (start,) = check_starts("RotaryPositions", start, 1)
         # In float64: in float32 the phase at position 10^6 would have lost its fraction.
-        return RotaryEncoder(self.freqs.double().sigmoid() / 2, start, positions)
+        return RotaryEncoder(freqs.double().sigmoid() / 2, start, positions)
 
     def extra_repr(self) -> str:
         """Show the arguments of the constructor."""

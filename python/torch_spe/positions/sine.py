@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_spe import functional
 from torch_spe.checks import (
     check_choice,
+    check_dtype,
+    check_flags,
     check_noise,
     check_not_nan,
     check_positions,
@@ -21,12 +23,36 @@ from torch_spe.checks import (
 from torch_spe.codes import ExactCode, PhaseCode, SineCode, SinusoidCode
 from torch_spe.codes.base import code_scale, code_type
 from torch_spe.codes.sinusoids import kernel_amplitudes
+from torch_spe.flat_parameters import flat_parameter
 from torch_spe.noise import STREAMS, PhaseNoise, draw_normal, orthogonal_noise, phase_noise
 from torch_spe.positions.spe import SPE
 from torch_spe.precision import parameter_type
 
 INITS = ("published", "spread")
 NOISES = ("gaussian", "phase", "orthogonal", "exact")
+
+
+class SineParameters(NamedTuple):
+    """The parameters of a `SineSPE` in their shapes; every attribute read is a view made anew."""
+
+    freqs: Tensor  # [H, D, K] or [H, D, K, ndim]
+    offsets: Tensor  # [H, D, K]
+    gains: Tensor  # [H, D, K]
+    bandwidths: Tensor | None  # [H, D, K]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of a code's elements."""
+        return code_type(self.gains)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.gains.device
+
+    def wide(self) -> list[Tensor]:
+        """Return frequencies' logits, offsets and gains in the type of a code's elements."""
+        return [p.to(code_type(p)) for p in self[:3]]
 
 
 class SineSPE(SPE):
@@ -79,7 +105,8 @@ class SineSPE(SPE):
         dtype: of the parameters, at least float32.
 
     Parameters ``freqs``, ``offsets``, ``gains``, each ``[H, D, K]`` (freqs ``[H, D, K, ndim]`` for
-    ndim > 1), and ``bandwidths``, ``[H, D, K]``, if asked for.
+    ndim > 1), and ``bandwidths``, ``[H, D, K]``, if asked for. ``parameters()`` has them flat, see
+    `torch_spe.flat_parameters.FlatParameterModule`.
 
     Raises:
         ValueError: an argument is not what it must be; the message names it.
@@ -93,6 +120,11 @@ class SineSPE(SPE):
         >>> qhat.shape
         torch.Size([2, 100, 4, 32])
     """
+
+    freqs = flat_parameter("freqs")
+    offsets = flat_parameter("offsets")
+    gains = flat_parameter("gains")
+    bandwidths = flat_parameter("bandwidths")
 
     def __init__(
         self,
@@ -111,6 +143,8 @@ class SineSPE(SPE):
         (num_sines,) = check_positive("SineSPE", num_sines=num_sines)
         check_choice("SineSPE", "init", init, INITS)
         check_choice("SineSPE", "noise", noise, NOISES)
+        check_flags("SineSPE", bandwidth=bandwidth)
+        check_dtype("SineSPE", dtype)
         if bandwidth and noise != "phase":
             raise ValueError(f"SineSPE: bandwidth=True needs noise='phase', got noise={noise!r}")
         if noise == "exact":
@@ -125,11 +159,11 @@ class SineSPE(SPE):
         shape = (*self.code_shape, num_sines)
         factory = {"device": device, "dtype": parameter_type(dtype)}
         axes = () if self.ndim == 1 else (self.ndim,)
-        self.freqs = nn.Parameter(torch.empty((*shape, *axes), **factory))
-        self.offsets = nn.Parameter(torch.empty(shape, **factory))
-        self.gains = nn.Parameter(torch.empty(shape, **factory))
+        self.register_flat_parameter("freqs", (*shape, *axes), **factory)
+        self.register_flat_parameter("offsets", shape, **factory)
+        self.register_flat_parameter("gains", shape, **factory)
         if bandwidth:
-            self.bandwidths = nn.Parameter(torch.empty(shape, **factory))
+            self.register_flat_parameter("bandwidths", shape, **factory)
         else:
             self.register_parameter("bandwidths", None)
         self.reset_parameters()
@@ -154,18 +188,22 @@ class SineSPE(SPE):
             lag = 150
             self.bandwidths.fill_(-math.log(math.sqrt(2) * math.pi * lag))
 
-    def _cycles(self) -> Tensor:
-        """Return the frequencies in cycles per position, ``[H, D, K]`` or ``[H, D, K, ndim]``."""
-        freqs = self.freqs.double().sigmoid()  # float32 would lose the phase at far positions
+    def _cycles(
+        self,
+        freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
+    ) -> Tensor:  # [H, D, K] or [H, D, K, ndim]
+        """Return the frequencies in cycles per position, from their logits."""
+        freqs = freqs.double().sigmoid()  # float32 would lose the phase at far positions
         if self.ndim == 1:
             return freqs / 2
         return torch.cat((freqs[..., :1] / 2, freqs[..., 1:] - 0.5), dim=-1)
 
-    def _check_parameters(self) -> None:
-        named = {"freqs": self.freqs, "offsets": self.offsets, "gains": self.gains}
-        if self.bandwidths is not None:
-            named["bandwidths"] = self.bandwidths
-        check_not_nan("SineSPE", **named)
+    def _read_parameters(self) -> SineParameters:
+        """Return the parameters, each of them read once, after a check for NaN."""
+        read = SineParameters(self.freqs, self.offsets, self.gains, self.bandwidths)
+        named = read._asdict().items()
+        check_not_nan("SineSPE", **{n: value for n, value in named if value is not None})
+        return read
 
     def check_realizations(
         self, num_realizations: int, owner: str = "SineSPE", name: str = "num_realizations"
@@ -224,14 +262,15 @@ class SineSPE(SPE):
         """
         size = self._size(shape)
         self.warn_of_half_precision()
-        self._check_parameters()
+        parameters = self._read_parameters()
         check_source("SineSPE", generator, seed)
-        start = check_positions("SineSPE", size, self.ndim, self.freqs.device, start, positions)
+        start = check_positions("SineSPE", size, self.ndim, parameters.device, start, positions)
         if self.noise == "exact":
             if noise is not None:
                 raise ValueError("SineSPE: noise must be None with noise='exact', got a noise")
             self.check_realizations(self._realizations(num_realizations, None))
-            fields = self._exact_fields()
+            freqs, offsets, gains, _ = parameters
+            fields = self._cycles(freqs), kernel_amplitudes(gains), offsets.to(code_type(offsets))
             return ExactCode(*fields, size, start, positions)
         if self.noise == "phase":
             if noise is None:
@@ -239,43 +278,43 @@ class SineSPE(SPE):
                 self.check_realizations(num_realizations)
                 noise = phase_noise(
                     *self.code_shape, self.num_sines, num_realizations // 2, generator, seed=seed,
-                    stream=STREAMS["code"], ndim=self.ndim, deviates=self.bandwidths is not None,
-                    dtype=code_type(self.gains), device=self.gains.device,
+                    stream=STREAMS["code"], ndim=self.ndim,
+                    deviates=parameters.bandwidths is not None, dtype=parameters.dtype,
+                    device=parameters.device,
                 )  # fmt: skip
             elif num_realizations is not None or not isinstance(noise, PhaseNoise):
                 raise TypeError(
                     "SineSPE: noise must be a PhaseNoise, and num_realizations left to it, with "
                     f"noise='phase', got {type(noise).__name__} and {num_realizations}"
                 )
-            elif self.bandwidths is not None and noise.deviate is None:
+            elif parameters.bandwidths is not None and noise.deviate is None:
                 raise ValueError(
                     "SineSPE: noise must be a PhaseNoise with deviates when bandwidth=True, got "
                     "deviate None"
                 )
-            return PhaseCode(*self._phase_fields(noise), size, start, positions, self.gains)
-        fields, gate_noise = self._dense_fields(num_realizations, noise, generator, seed)
-        return SineCode(*fields, size, start, positions, self.gains, gate_noise)
+            fields = self._phase_fields(parameters, noise)
+            return PhaseCode(*fields, size, start, positions, parameters.gains)
+        fields, gate_noise = self._dense_fields(
+            parameters, num_realizations, noise, generator, seed
+        )
+        return SineCode(*fields, size, start, positions, parameters.gains, gate_noise)
 
-    def _wide_parameters(self) -> list[Tensor]:
-        """Return frequencies' logits, offsets and gains in the type of a code's elements."""
-        return [p.to(code_type(p)) for p in (self.freqs, self.offsets, self.gains)]
-
-    def _exact_fields(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._cycles(), kernel_amplitudes(self.gains), self._wide_parameters()[1]
-
-    def _phase_fields(self, noise: PhaseNoise) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = code_type(self.gains)
+    def _phase_fields(
+        self, parameters: SineParameters, noise: PhaseNoise
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = parameters.dtype
         bandwidths = deviates = None
-        if self.bandwidths is not None:
-            bandwidths, deviates = self.bandwidths.to(dtype), noise.deviate.to(dtype)
+        if parameters.bandwidths is not None:
+            bandwidths, deviates = parameters.bandwidths.to(dtype), noise.deviate.to(dtype)
         # A pair has the mean of squares of its amplitude's, and stands for all K sines.
         return functional.phase_code(
-            *self._wide_parameters(), bandwidths, noise.sine, noise.cycles.to(dtype), deviates,
+            *parameters.wide(), bandwidths, noise.sine, noise.cycles.to(dtype), deviates,
             code_scale(self.code_shape, 2 * noise.sine.shape[-1]),
         )  # fmt: skip
 
     def _dense_fields(
         self,
+        parameters: SineParameters,
         num_realizations: int | None,
         noise: Tensor | None,
         generator: torch.Generator | None,
@@ -291,7 +330,7 @@ class SineSPE(SPE):
         if noise is None and self.noise == "gaussian":
             noise = draw_normal(
                 (*shape, num_realizations), generator, seed, STREAMS["code"],
-                dtype=code_type(self.gains), device=self.gains.device,
+                dtype=parameters.dtype, device=parameters.device,
             )  # fmt: skip
         elif noise is None:
             # The gate's noise is one more row of each feature, orthogonal to the others unless
@@ -301,7 +340,7 @@ class SineSPE(SPE):
             def draw(count: int, stream: int) -> Tensor:
                 return orthogonal_noise(
                     *self.code_shape, count, num_realizations, generator, seed=seed,
-                    stream=stream, dtype=code_type(self.gains), device=self.gains.device,
+                    stream=stream, dtype=parameters.dtype, device=parameters.device,
                 )  # fmt: skip
 
             if joint:
@@ -309,9 +348,9 @@ class SineSPE(SPE):
             else:
                 noise, gate_noise = draw(rows, STREAMS["code"]), draw(1, STREAMS["gate"])
             gate_noise = gate_noise.squeeze(2)
-        noise = noise.to(code_type(self.gains))
+        noise = noise.to(parameters.dtype)
         scale = code_scale(self.code_shape, num_realizations) / math.sqrt(2 * self.num_sines)
-        fields = functional.sine_code(*self._wide_parameters(), noise, scale)
+        fields = functional.sine_code(*parameters.wide(), noise, scale)
         return fields, gate_noise
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
@@ -332,24 +371,24 @@ class SineSPE(SPE):
             torch.Size([4, 16, 21])
         """
         lags = self._lags(max_lag)
-        self._check_parameters()
+        parameters = self._read_parameters()
         axes = [
-            torch.arange(-lag, lag + 1, dtype=torch.float64, device=self.freqs.device)
+            torch.arange(-lag, lag + 1, dtype=torch.float64, device=parameters.device)
             for lag in lags
         ]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-        freqs, offsets = self._cycles(), self.offsets.to(code_type(self.offsets))
+        freqs, offsets = self._cycles(parameters.freqs), parameters.wide()[1]
         # Phases in float64, reduced to one cycle: exact at any lag.
         dtype, cycles = offsets.dtype, freqs if self.ndim > 1 else freqs.unsqueeze(-1)
         cycles = torch.einsum("ni,hdki->nhdk", grid, cycles)
         phases = 2 * math.pi * (cycles - cycles.detach().round())
         basis = torch.stack((phases.cos(), phases.sin()), dim=-1).to(dtype)  # [n, H, D, K, 2]
-        if self.bandwidths is not None:
+        if parameters.bandwidths is not None:
             square = grid.square().sum(-1).to(dtype)[:, None, None, None]
-            deviation = self.bandwidths.to(dtype).exp()
+            deviation = parameters.bandwidths.to(dtype).exp()
             fading = torch.exp(-2 * math.pi**2 * deviation.square() * square)  # [n, H, D, K]
             basis = basis * fading.unsqueeze(-1)
-        power = kernel_amplitudes(self.gains) ** 2
+        power = kernel_amplitudes(parameters.gains) ** 2
         template = torch.einsum(
             "nhdkc,hdkc->hdn",
             basis,

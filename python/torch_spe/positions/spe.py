@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_spe.checks import check_lags, check_positive, check_size
+from torch_spe.checks import check_lags, check_positive, check_size, is_sequence
 from torch_spe.codes import Code
 from torch_spe.positions.protocol import Position
 
@@ -58,6 +58,11 @@ class SPE(Position):
         positions: Tensor | None = None,
     ) -> Code:
         """Draw a code for queries and keys of at most this size; see `Position.draw`."""
+        if not is_sequence(size):
+            raise TypeError(
+                f"{type(self).__name__}: size must be a sequence of lengths, got "
+                f"{type(size).__name__}"
+            )
         return self(
             (1, *size), num_realizations, generator=generator, seed=seed, start=start,
             positions=positions,
