@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spe import functional
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import (
     check_choice,
     check_noise,
@@ -313,6 +314,7 @@ class SineSPE(SPE):
         fields = functional.sine_code(*self._wide_parameters(), noise, scale)
         return fields, gate_noise
 
+    @without_autocast
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the exact position kernels ``P_d(lag)``, differentiable in the parameters.
 
