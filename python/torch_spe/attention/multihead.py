@@ -12,13 +12,10 @@ from torch.nn import functional as F
 
 from torch_spe import functional
 from torch_spe.attention import inputs
+from torch_spe.autocast import attend_in_range
 from torch_spe.checks import check_choice, check_number, check_positive, check_seed
 from torch_spe.encoder import Encoder
-from torch_spe.feature_maps import (
-    FeatureMap,
-    check_feature_map,
-    draw_feature_map,
-)
+from torch_spe.feature_maps import FeatureMap, check_feature_map, map_features
 from torch_spe.filters import SPEFilter
 from torch_spe.positions import NoPositions, Position
 from torch_spe.positions.registry import find_preset, make_position
@@ -94,7 +91,8 @@ class SPEMultiheadAttention(nn.Module):
         resample: ``"train"`` (new noise at every call in training, fixed in eval mode),
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
-        eps: added to the denominator; under the root of the output norm.
+        eps: added to the denominator (not with `PositiveFeatures`, see `LinearAttention`); under
+            the root of the output norm.
         options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="phase"``,
             ``bandwidth`` (True with phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``,
             ``ndim=1`` for ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``,
@@ -395,13 +393,15 @@ class SPEMultiheadAttention(nn.Module):
     ) -> Tensor:  # [B, N, H, E]
         """Encode queries and keys, apply the feature map, and attend."""
         q, k, _ = self._draw(q, k, start, positions).encode_both(q, k)
-        feature_map = draw_feature_map(self.feature_map)
-        if callable(feature_map):
-            q, k, feature_map = feature_map(q), feature_map(k), "identity"
-        return functional.linear_attention(
-            q.flatten(1, -3), k.flatten(1, -3), v, feature_map=feature_map, causal=causal,
-            eps=self.eps, key_padding_mask=mask,
-        )  # fmt: skip
+        q, k, feature_map, scaled = map_features(self.feature_map, q, k)
+
+        def attend(v: Tensor) -> Tensor:
+            return functional.linear_attention(
+                q.flatten(1, -3), k.flatten(1, -3), v, feature_map=feature_map, causal=causal,
+                eps=0.0 if scaled else self.eps, key_padding_mask=mask,
+            )  # fmt: skip
+
+        return attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
 
     def _attend_features(
         self,
@@ -414,26 +414,34 @@ class SPEMultiheadAttention(nn.Module):
         mask: Tensor | None,  # [B, M]
     ) -> Tensor:  # [B, N, H, E]
         """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
-        feature_map = draw_feature_map(self.feature_map)
-        if callable(feature_map):
-            q, k, feature_map = feature_map(q), feature_map(k), "identity"
-        encoder = self._draw(q, k, start, positions)
-        if encoder.num_features is not None:
-            # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
-            encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
-        qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
-        rms_norm, denominator = self.output_norm == "rms", {}
-        if not rms_norm and (qhat is not q or khat is not k):
-            denominator = {
-                "denominator_q": q.flatten(1, -3),
-                "denominator_k": k.flatten(1, -3),
-                "denominator_feature_map": feature_map,
-            }
-        return functional.linear_attention(
-            qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
-            normalize=not rms_norm, rms_norm=rms_norm, eps=self.eps, key_padding_mask=mask,
-            **denominator,
-        )  # fmt: skip
+        q, k, feature_map, scaled = map_features(self.feature_map, q, k)
+        rms_norm = self.output_norm == "rms"
+        # Sums of any scale are brought to that of the values first, which eps is measured by.
+        normalize = scaled or not rms_norm
+
+        def attend(v: Tensor) -> Tensor:
+            encoder = self._draw(q, k, start, positions)
+            if encoder.num_features is not None:
+                # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
+                encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
+            qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
+            denominator = {}
+            if normalize and (qhat is not q or khat is not k):
+                denominator = {
+                    "denominator_q": q.flatten(1, -3),
+                    "denominator_k": k.flatten(1, -3),
+                    "denominator_feature_map": feature_map,
+                }
+            out = functional.linear_attention(
+                qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
+                normalize=normalize, rms_norm=not normalize, eps=0.0 if scaled else self.eps,
+                key_padding_mask=mask, **denominator,
+            )  # fmt: skip
+            if rms_norm and normalize:
+                out = F.rms_norm(out, out.shape[-1:], eps=max(self.eps, 1e-30))  # rows of 0 stay 0
+            return out
+
+        return attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the layer's position kernels, gate included; see `SineSPE.template`."""
