@@ -63,6 +63,8 @@ def map_features(
     """
     if isinstance(feature_map, str):
         return queries, keys, feature_map, False
+    if isinstance(feature_map, PositiveFeatures):
+        feature_map.materialize(queries.device)
     if hasattr(feature_map, "draw"):
         feature_map = feature_map.draw()
     if hasattr(feature_map, "for_quotients"):
@@ -191,6 +193,9 @@ class PositiveFeatures(nn.Module):
     features within float32 for inputs of any size that float32's exponentials of keys allow; a
     denominator has no eps; and under float16 features and sums are float32.
 
+    The rows are a function of the seed and not in the state dict: a module that was on the meta
+    device has them again after ``to_empty``, ``reset_parameters`` or the first call.
+
     Args:
         in_features: features D of its input; R behind an `SPEFilter`.
         num_features: features M that it makes; default the same.
@@ -245,6 +250,30 @@ class PositiveFeatures(nn.Module):
         like = torch.empty(0, device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("weight", self._rows(like, seed), persistent=False)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make the fixed rows again, from the seed."""
+        self.weight.copy_(self._rows(self.weight, self.seed))
+
+    def materialize(self, device: torch.device) -> None:
+        """Make the fixed rows on the device if they are still on the meta device.
+
+        There they stay where a checkpoint is loaded with ``assign=True``, since they are not in it.
+        """
+        if self.weight.is_meta and device.type != "meta":
+            self.weight = self._rows(torch.empty_like(self.weight, device=device), self.seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.weight
+        super()._apply(fn, recurse)
+        # Also to_empty goes this way, which leaves whatever was in memory.
+        if self.weight is not before and not self.weight.is_meta:
+            if before.is_meta:
+                self.reset_parameters()
+            else:
+                self.weight.copy_(before)
+        return self
+
     def _rows(self, like: Tensor, seed: int | None) -> Tensor:  # [M, D]
         """Draw rows, each of them a unit normal vector."""
         shape = (self.num_features, self.in_features)
@@ -274,6 +303,7 @@ class PositiveFeatures(nn.Module):
                 "PositiveFeatures: with resampling, queries and keys must go through the map of "
                 "one draw(); got a direct call"
             )
+        self.materialize(x.device)
         return self.draw()(x)
 
     def extra_repr(self) -> str:

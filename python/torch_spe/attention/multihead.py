@@ -17,6 +17,7 @@ from torch_spe.checks import check_choice, check_number, check_positive, check_s
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import FeatureMap, check_feature_map, map_features
 from torch_spe.filters import SPEFilter
+from torch_spe.initialization import reset_modules
 from torch_spe.positions import NoPositions, Position
 from torch_spe.positions.registry import find_preset, make_position
 
@@ -226,6 +227,11 @@ class SPEMultiheadAttention(nn.Module):
                     self.position.check_realizations(value, owner, name)
             if self.position.code_shape is not None:
                 self.filter = SPEFilter(gated, self.position.code_shape, init=init, **factory)
+        self._reset_projections()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters as the constructor does, a shared position's included."""
+        reset_modules(self.out_proj, self.position, self.filter, self.feature_map)
         self._reset_projections()
 
     @torch.no_grad()
