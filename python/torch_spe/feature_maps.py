@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -54,9 +55,31 @@ def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:
     return feature_map(x) if callable(feature_map) else FEATURE_MAPS[feature_map](x)
 
 
-def draw_feature_map(feature_map: FeatureMap) -> FeatureMap:
-    """Return the map of one call: a random one is drawn once, for queries and keys alike."""
-    return feature_map.draw() if hasattr(feature_map, "draw") else feature_map
+def map_features(
+    feature_map: FeatureMap,
+    queries: Tensor,  # [B, *size, H, R]
+    keys: Tensor,  # [B, *size, H, R]
+) -> tuple[Tensor, Tensor, str, bool]:  # [B, *size, H, M] twice
+    """Apply the feature map of one call: a random one is drawn once, for queries and keys alike.
+
+    A callable is applied to both. One that has a method ``for_quotients(queries, keys)`` returns
+    features up to a factor of each query, and one factor that all keys of all calls share: these
+    cancel where sums over keys are divided by each other, as attention does, so that the features
+    can stay within the range of their type. No absolute eps goes with them.
+
+    Returns:
+        Features of queries and keys, the name of the map that is still to be applied, and whether
+        the features have such factors.
+    """
+    if isinstance(feature_map, str):
+        return queries, keys, feature_map, False
+    if isinstance(feature_map, PositiveFeatures):
+        feature_map.materialize(queries.device)
+    if hasattr(feature_map, "draw"):
+        feature_map = feature_map.draw()
+    if hasattr(feature_map, "for_quotients"):
+        return *feature_map.for_quotients(queries, keys), "identity", True
+    return feature_map(queries), feature_map(keys), "identity", False
 
 
 def check_feature_map(owner: str, feature_map: FeatureMap) -> None:
@@ -67,17 +90,48 @@ def check_feature_map(owner: str, feature_map: FeatureMap) -> None:
         raise ValueError(f"{owner}: feature_map must be callable or {names}, got {feature_map!r}")
 
 
-# Where exponents end: the sums of linear attention over products of two features stay within
-# float32. It depends on neither the inputs nor their positions: the usual maximum over the sequence
-# tells a causal position about later ones. Nor does it scale the features of ordinary inputs, which
-# the eps of a denominator would drown.
+# Where exponents of features end: sums of products of two of them stay within float32. It depends
+# on neither the inputs nor their positions: the usual maximum over the sequence tells a causal
+# position about later ones.
 _LARGEST_EXPONENT = 30.0
+# The factor of all keys' features where factors cancel, as an exponent. Features of keys lie mostly
+# below 1, and those of queries at 1: with it the sums are in the middle of float32's range, and
+# those of 10^6 keys with exponents at the end are still finite.
+_KEY_SHIFT = 30.0
 
 
 def bounded_exponential(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the exponential, of exponents of at most 30, or what keeps it finite."""
     largest = min(_LARGEST_EXPONENT, math.log(torch.finfo(dtype).max) - 1)
     return exponent.clamp(max=largest).exp()
+
+
+def query_exponential(exponent: Tensor) -> Tensor:  # [..., M] -> [..., M]
+    """Compute the exponential of a query's exponents, but for the query's own factor.
+
+    The largest feature of a query is 1, at any size of the query. The factor is a constant for the
+    gradient, too: what the result is used in does not depend on it.
+    """
+    return (exponent - exponent.detach().amax(-1, keepdim=True)).exp()
+
+
+def key_exponential(exponent: Tensor, subtrahend: Tensor) -> Tensor:
+    """Compute ``exp(exponent - subtrahend)`` of keys, times the factor that all keys share.
+
+    Args:
+        exponent: ``[..., M]``.
+        subtrahend: ``[..., 1]``.
+    """
+    exponent = exponent - (subtrahend - _KEY_SHIFT)
+    return exponent.clamp(max=_LARGEST_EXPONENT + _KEY_SHIFT).exp()
+
+
+def ranged_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type for features of inputs of a type: that, but float32 for float16.
+
+    Float16 ends where the features of ordinary inputs do: below 6e-8 and above 65504.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _wide_type(x: Tensor) -> torch.dtype:
@@ -102,9 +156,32 @@ class PositiveProjection:
     weight: Tensor
     scale: float
 
+    @without_autocast
     def __call__(self, x: Tensor) -> Tensor:  # [..., D] -> [..., M]
         """Compute the features."""
         check_tensor("PositiveFeatures", "x", x)
+        scaled, products = self._products(x)
+        exponent = products - scaled.square().sum(-1, keepdim=True) / 2
+        return (bounded_exponential(exponent, x.dtype) / math.sqrt(len(self.weight))).to(x.dtype)
+
+    @without_autocast
+    def for_quotients(
+        self,
+        queries: Tensor,  # [..., D]
+        keys: Tensor,  # [..., D]
+    ) -> tuple[Tensor, Tensor]:  # [..., M] twice
+        r"""Compute features for attention: each query's up to a factor, keys' up to a common one.
+
+        A query's largest feature is 1. Keys' are :math:`e^{30} \sqrt M \phi(k)`. Neither depends on
+        other positions. Of float16 inputs they are float32; otherwise of the type of the inputs.
+        """
+        _, exponent = self._products(queries)
+        phi_q = query_exponential(exponent)
+        scaled, exponent = self._products(keys)
+        phi_k = key_exponential(exponent, scaled.square().sum(-1, keepdim=True) / 2)
+        return phi_q.to(ranged_type(queries.dtype)), phi_k.to(ranged_type(keys.dtype))
+
+    def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:  # s x, [..., D]; w . s x, [..., M]
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(
                 f"PositiveFeatures: x must end in in_features = {self.weight.shape[1]}, got shape "
@@ -112,8 +189,7 @@ class PositiveProjection:
             )
         weight = self.weight.to(_wide_type(x))
         scaled = self.scale * x.to(weight.dtype)
-        exponent = scaled @ weight.T - scaled.square().sum(-1, keepdim=True) / 2
-        return (bounded_exponential(exponent, x.dtype) / math.sqrt(weight.shape[0])).to(x.dtype)
+        return scaled, scaled @ weight.T
 
 
 class PositiveFeatures(nn.Module):
@@ -125,7 +201,12 @@ class PositiveFeatures(nn.Module):
 
     for unit normal w (Choromanski et al. 2021, lemma 1). Given as ``feature_map`` to
     `LinearAttention` or `SPEMultiheadAttention`, it is drawn once for a call, for queries and keys
-    alike. A position's features depend on this position alone.
+    alike. A position's features depend on this position alone. There, factors that cancel keep the
+    features within float32 for inputs of any size that float32's exponentials of keys allow; a
+    denominator has no eps; and under float16 features and sums are float32.
+
+    The rows are a function of the seed and not in the state dict: a module that was on the meta
+    device has them again after ``to_empty``, ``reset_parameters`` or the first call.
 
     Args:
         in_features: features D of its input; R behind an `SPEFilter`.
@@ -183,6 +264,30 @@ class PositiveFeatures(nn.Module):
         like = torch.empty(0, device=device, dtype=dtype or torch.get_default_dtype())
         self.register_buffer("weight", self._rows(like, seed), persistent=False)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make the fixed rows again, from the seed."""
+        self.weight.copy_(self._rows(self.weight, self.seed))
+
+    def materialize(self, device: torch.device) -> None:
+        """Make the fixed rows on the device if they are still on the meta device.
+
+        There they stay where a checkpoint is loaded with ``assign=True``, since they are not in it.
+        """
+        if self.weight.is_meta and device.type != "meta":
+            self.weight = self._rows(torch.empty_like(self.weight, device=device), self.seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self.weight
+        super()._apply(fn, recurse)
+        # Also to_empty goes this way, which leaves whatever was in memory.
+        if self.weight is not before and not self.weight.is_meta:
+            if before.is_meta:
+                self.reset_parameters()
+            else:
+                self.weight.copy_(before)
+        return self
+
     def _rows(self, like: Tensor, seed: int | None) -> Tensor:  # [M, D]
         """Draw rows, each of them a unit normal vector."""
         shape = (self.num_features, self.in_features)
@@ -212,6 +317,7 @@ class PositiveFeatures(nn.Module):
                 "PositiveFeatures: with resampling, queries and keys must go through the map of "
                 "one draw(); got a direct call"
             )
+        self.materialize(x.device)
         return self.draw()(x)
 
     def extra_repr(self) -> str:

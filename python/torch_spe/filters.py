@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -19,7 +20,12 @@ from torch_spe.checks import (
     is_sequence,
 )
 from torch_spe.codes import Code
-from torch_spe.feature_maps import bounded_exponential
+from torch_spe.feature_maps import (
+    bounded_exponential,
+    key_exponential,
+    query_exponential,
+    ranged_type,
+)
 from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
 from torch_spe.precision import parameter_type
 
@@ -201,22 +207,28 @@ class SPESoftmaxFilter(SPEFilter):
 
     with the encoded :math:`\tilde x`, normal of variance :math:`|x|_P^2`, of a dense code
     (`SineSPE` with ``noise="gaussian"``) and :math:`P_d(0)` before the offset. Then
-    :math:`E[\phi(q_m) \cdot \phi(k_n)] = \exp(\sum_d q_{md} P_d(m - n) k_{nd} / \sqrt D)`: with
-    ``LinearAttention("identity")`` an unbiased estimate of numerator and denominator of softmax
-    attention with relative positions, from one randomization where `SPEFilter` and
-    `PositiveFeatures` need two. Codes whose noise is not normal (``"phase"``, ``"orthogonal"``)
-    have the same exponents up to higher moments.
+    :math:`E[\phi(q_m) \cdot \phi(k_n)] = \exp(\sum_d q_{md} P_d(m - n) k_{nd} / \sqrt D)`: an
+    unbiased estimate of numerator and denominator of softmax attention with relative positions,
+    from one randomization where `SPEFilter` and `PositiveFeatures` need two. Codes whose noise is
+    not normal (``"phase"``, ``"orthogonal"``) have the same exponents up to higher moments.
 
-    Arguments, parameters and call are those of `SPEFilter`.
+    For ``LinearAttention("identity", eps=0)``, which divides the two, the features have a factor of
+    each query, which makes its largest feature 1, and one that all keys share, :math:`e^{30} \sqrt
+    R`. Both cancel, and no exponential leaves the range of float32 (an eps would not cancel). With
+    ``scaled=False`` in the call they are left out, and exponents end at 30 (at 10 in float16).
+    Features of float16 inputs are float32, and `LinearAttention` then attends in float32.
+
+    Arguments, parameters and call are otherwise those of `SPEFilter`.
 
     Example:
         >>> from torch_spe import LinearAttention, SineSPE
         >>> spe, filt = SineSPE(4, 16, 32), SPESoftmaxFilter(code_shape=(4, 16))
         >>> q, k, v = (torch.randn(2, 10, 4, 16) for _ in range(3))
-        >>> LinearAttention("identity")(*filt(q, k, spe((2, 10))), v).shape
+        >>> LinearAttention("identity", eps=0)(*filt(q, k, spe((2, 10))), v).shape
         torch.Size([2, 10, 4, 16])
     """
 
+    @without_autocast
     def forward(
         self,
         queries: Tensor,  # [B, *size, H, D]
@@ -226,27 +238,45 @@ class SPESoftmaxFilter(SPEFilter):
         noise: Tensor | None = None,  # [H, D, R]
         generator: torch.Generator | None = None,
         seed: int | None = None,
+        scaled: bool = True,
     ) -> tuple[Tensor, Tensor]:  # [B, *size, H, R]
-        """Encode queries and keys, and compute their features; see `SPEFilter.forward`."""
+        """Encode queries and keys, and compute their features; see `SPEFilter.forward`.
+
+        Args:
+            queries: ``[B, *size, H, D]``.
+            keys: ``[B, *size, H, D]``.
+            code: what a `SineSPE` with noise returned.
+            noise: unit normal values ``[H, D, R]`` for the gate.
+            generator: for the noise.
+            seed: of the noise.
+            scaled: whether features have the factors that cancel in a quotient.
+        """
         variances = getattr(code, "variances", None)
         if variances is None:
             raise TypeError(
                 "SPESoftmaxFilter: code must be one with noise, of SineSPE, got "
                 f"{type(code).__name__}"
             )
-        encoded = super().forward(queries, keys, code, noise=noise, generator=generator, seed=seed)
+        # What is exponentiated is not rounded to half precision before.
+        wide = [
+            x.to(variances.dtype) if isinstance(x, Tensor) and x.dtype.itemsize < 4 else x
+            for x in (queries, keys)
+        ]
+        encoded = super().forward(*wide, code, noise=noise, generator=generator, seed=seed)
         if self.gate is not None:
             gate = self.gate.to(variances.dtype).sigmoid()
             variances = (1 - gate) * variances + gate
+        num_features = encoded[0].shape[-1]
+        q, k = (num_features**0.25 * x.to(variances.dtype) for x in encoded)
+        squares = [
+            (x.to(variances.dtype).square() * variances).sum(-1, keepdim=True)
+            / (2 * math.sqrt(x.shape[-1]))
+            for x in wide
+        ]
+        if scaled:
+            phi_q, phi_k = query_exponential(q), key_exponential(k, squares[1])
+            return phi_q.to(ranged_type(queries.dtype)), phi_k.to(ranged_type(keys.dtype))
         return tuple(
-            self._features(x, xhat, variances)
-            for x, xhat in zip((queries, keys), encoded, strict=True)
+            (bounded_exponential(x - square, like.dtype) / math.sqrt(num_features)).to(like.dtype)
+            for x, square, like in zip((q, k), squares, (queries, keys), strict=True)
         )
-
-    @staticmethod
-    def _features(x: Tensor, xhat: Tensor, variances: Tensor) -> Tensor:
-        wide = x.to(variances.dtype)
-        square = (wide.square() * variances).sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
-        num_features = xhat.shape[-1]
-        exponent = num_features**0.25 * xhat.to(variances.dtype) - square / 2
-        return (bounded_exponential(exponent, x.dtype) / math.sqrt(num_features)).to(x.dtype)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from torch_spe.attention.multihead import SPEMultiheadAttention
 from torch_spe.checks import check_choice, check_flags, check_number, check_positive
+from torch_spe.initialization import reset_modules
 
 
 class SPETransformerEncoderLayer(nn.Module):
@@ -88,6 +89,10 @@ class SPETransformerEncoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.activation = activation
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters as the constructor does."""
+        reset_modules(self.self_attn, self.linear1, self.linear2, self.norm1, self.norm2)
 
     def forward(
         self,

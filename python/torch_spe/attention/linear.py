@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torch_spe import functional
+from torch_spe.autocast import attend_in_range
 from torch_spe.checks import check_flags, check_number
-from torch_spe.feature_maps import FeatureMap, check_feature_map, draw_feature_map
+from torch_spe.feature_maps import FeatureMap, check_feature_map, map_features
 
 
 class LinearAttention(nn.Module):
@@ -22,7 +23,8 @@ class LinearAttention(nn.Module):
         feature_map: ``"elu"`` (elu(x) + 1), ``"relu"``, ``"identity"``, or a callable, ``[B, N, H,
             R]`` -> ``[B, N, H, M]``.
         causal: whether a position attends to those up to itself only.
-        eps: added to the denominator.
+        eps: added to the denominator; not with `PositiveFeatures`, whose features have no scale
+            that it could be measured by.
 
     Raises:
         ValueError: the feature map is unknown, or eps is negative.
@@ -68,13 +70,16 @@ class LinearAttention(nn.Module):
         Returns:
             ``[B, N, H, E]``.
         """
-        name = draw_feature_map(self.feature_map)
-        if callable(name):
-            queries, keys, name = name(queries), name(keys), "identity"
-        return functional.linear_attention(
-            queries, keys, values, feature_map=name, causal=self.causal, eps=self.eps,
-            key_padding_mask=key_padding_mask, log_decay=log_decay,
-        )  # fmt: skip
+        queries, keys, name, scaled = map_features(self.feature_map, queries, keys)
+
+        def attend(values: Tensor) -> Tensor:
+            return functional.linear_attention(
+                queries, keys, values, feature_map=name, causal=self.causal,
+                eps=0.0 if scaled else self.eps, key_padding_mask=key_padding_mask,
+                log_decay=log_decay,
+            )  # fmt: skip
+
+        return attend_in_range(queries, values, attend) if name == "identity" else attend(values)
 
     def extra_repr(self) -> str:
         """Show the arguments of the constructor."""

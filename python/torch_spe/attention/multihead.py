@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from torch_spe import functional
 from torch_spe.attention import fading, inputs
+from torch_spe.autocast import attend_in_range
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -23,12 +24,9 @@ from torch_spe.checks import (
 )
 from torch_spe.decay import Decay, check_range
 from torch_spe.encoder import Encoder
-from torch_spe.feature_maps import (
-    FeatureMap,
-    check_feature_map,
-    draw_feature_map,
-)
+from torch_spe.feature_maps import FeatureMap, check_feature_map, map_features
 from torch_spe.filters import SPEFilter
+from torch_spe.initialization import reset_modules
 from torch_spe.positions import NoPositions, Position
 from torch_spe.positions.registry import find_preset, make_position
 
@@ -109,7 +107,8 @@ class SPEMultiheadAttention(nn.Module):
         resample: ``"train"`` (new noise at every call in training, fixed in eval mode),
             ``"always"`` or ``"never"`` (fixed).
         seed: of the fixed noise.
-        eps: added to the denominator; under the root of the output norm.
+        eps: added to the denominator (not with `PositiveFeatures`, see `LinearAttention`); under
+            the root of the output norm.
         decay: None, ``"learned"``, ``"fixed"``, ``"feature"`` or ``"data"``, see `Decay`, or a
             module of this class. ``"feature"`` needs positions whose encoded features belong to one
             feature of the input: `SineSPE` without noise, rotary ones (the two features of a pair
@@ -264,6 +263,11 @@ class SPEMultiheadAttention(nn.Module):
             mixes_features=encode == "inputs" and not isinstance(feature_map, str), **factory,
         )  # fmt: skip
         self.decay_gate = decay_gate
+        self._reset_projections()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters as the constructor does, a shared position's included."""
+        reset_modules(self.out_proj, self.position, self.filter, self.feature_map, self.decay)
         self._reset_projections()
 
     @torch.no_grad()
@@ -440,13 +444,16 @@ class SPEMultiheadAttention(nn.Module):
         encoder = self._draw(q, k, start, positions)
         log_decay = self._log_decay(steps, encoder, q)
         q, k, _ = encoder.encode_both(q, k)
-        feature_map = draw_feature_map(self.feature_map)
-        if callable(feature_map):
-            q, k, feature_map = feature_map(q), feature_map(k), "identity"
-        return functional.linear_attention(
-            q.flatten(1, -3), k.flatten(1, -3), v, feature_map=feature_map, causal=causal,
-            eps=self.eps, key_padding_mask=mask, log_decay=log_decay,
-        )  # fmt: skip
+        q, k, feature_map, scaled = map_features(self.feature_map, q, k)
+
+        def attend(v: Tensor) -> Tensor:
+            return functional.linear_attention(
+                q.flatten(1, -3), k.flatten(1, -3), v, feature_map=feature_map, causal=causal,
+                eps=0.0 if scaled else self.eps, key_padding_mask=mask,
+                log_decay=log_decay,
+            )  # fmt: skip
+
+        return attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
 
     def _attend_features(
         self,
@@ -460,29 +467,37 @@ class SPEMultiheadAttention(nn.Module):
         steps: Tensor | None,  # [..., H] or [..., H, D]
     ) -> Tensor:  # [B, N, H, E]
         """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
-        feature_map = draw_feature_map(self.feature_map)
-        if callable(feature_map):
-            q, k, feature_map = feature_map(q), feature_map(k), "identity"
-        encoder = self._draw(q, k, start, positions)
-        if encoder.num_features is not None:
-            # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
-            encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
-        qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
-        log_decay = self._log_decay(steps, encoder, q)
-        rms_norm, denominator = self.output_norm == "rms", {}
-        if not rms_norm and (qhat is not q or khat is not k):
-            denominator = {
-                "denominator_q": q.flatten(1, -3),
-                "denominator_k": k.flatten(1, -3),
-                "denominator_feature_map": feature_map,
-            }
-            if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
-                denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
-        return functional.linear_attention(
-            qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
-            normalize=not rms_norm, rms_norm=rms_norm, eps=self.eps, key_padding_mask=mask,
-            log_decay=log_decay, **denominator,
-        )  # fmt: skip
+        q, k, feature_map, scaled = map_features(self.feature_map, q, k)
+        rms_norm = self.output_norm == "rms"
+        # Sums of any scale are brought to that of the values first, which eps is measured by.
+        normalize = scaled or not rms_norm
+
+        def attend(v: Tensor) -> Tensor:
+            encoder = self._draw(q, k, start, positions)
+            if encoder.num_features is not None:
+                # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
+                encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
+            qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
+            log_decay = self._log_decay(steps, encoder, q)
+            denominator = {}
+            if normalize and (qhat is not q or khat is not k):
+                denominator = {
+                    "denominator_q": q.flatten(1, -3),
+                    "denominator_k": k.flatten(1, -3),
+                    "denominator_feature_map": feature_map,
+                }
+                if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
+                    denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
+            out = functional.linear_attention(
+                qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
+                normalize=normalize, rms_norm=not normalize, eps=0.0 if scaled else self.eps,
+                key_padding_mask=mask, log_decay=log_decay, **denominator,
+            )  # fmt: skip
+            if rms_norm and normalize:
+                out = F.rms_norm(out, out.shape[-1:], eps=max(self.eps, 1e-30))  # rows of 0 stay 0
+            return out
+
+        return attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
 
     def _log_decay(
         self,

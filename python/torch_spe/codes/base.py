@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_spe import functional
+from torch_spe.autocast import without_autocast
 from torch_spe.encoder import Encoder
 
 
@@ -90,6 +91,7 @@ class Code(Encoder):
         """Draw the noise of the gate, from the seed, the generator, or PyTorch's own."""
         raise NotImplementedError
 
+    @without_autocast
     def materialize(self) -> tuple[Tensor, Tensor]:
         """Compute the codes themselves, ``(qbar, kbar)``, each ``[1, *size, H, D, R]``.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -222,6 +223,7 @@ class ConvSPE(SPE):
         )
         return noise
 
+    @without_autocast
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the exact position kernels ``P_d(lag)``, differentiable in the parameters.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_spe import functional
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -353,6 +354,7 @@ class SineSPE(SPE):
         fields = functional.sine_code(*parameters.wide(), noise, scale)
         return fields, gate_noise
 
+    @without_autocast
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the exact position kernels ``P_d(lag)``, differentiable in the parameters.
 
