@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t stride = rows.x_strides[3];
     return [=](int column, T value) {
       if (column >= own_end) return;
-      const T x = read(from[column * stride]);
-      const T derivative = feature_map_derivative(map, feature_map<Storage>(map, x));
-      const T gradient = (value + row_weight * z[column]) * derivative * row_scale;
+      const T gradient =
+          gradient_of_input_at(map, value + row_weight * z[column], from + column * stride) *
+          row_scale;
       write(row_scale == T(0) ? T(0) : gradient, to + column);
     };
   });

@@ -83,41 +83,6 @@ struct Part {
             max_of(0, min_of(cut.size, cut.length_of(sequence) - number * cut.size)))) {}
 };
 
-// phi(x) for a storage type; for 16 bits the hardware's exponential is precise enough.
-template <class Storage, class T>
-TORCH_SPE_DEVICE T feature_map(core::FeatureMap map, T x) {
-  using core::FeatureMap;
-  if constexpr (sizeof(Storage) == 2) {  // without branches
-    const T positive = x < T(0) ? T(0) : x, decayed = fast_exp(x > T(0) ? T(0) : x);
-    const T elu = positive + decayed;
-    return map == FeatureMap::kElu ? elu : map == FeatureMap::kRelu ? positive : x;
-  }
-  switch (map) {
-    case FeatureMap::kElu:
-      return core::apply_feature_map<FeatureMap::kElu>(x);
-    case FeatureMap::kRelu:
-      return core::apply_feature_map<FeatureMap::kRelu>(x);
-    case FeatureMap::kIdentity:
-      break;
-  }
-  return x;
-}
-
-// phi'(x), given phi(x).
-template <class T>
-TORCH_SPE_DEVICE T feature_map_derivative(core::FeatureMap map, T phi) {
-  using core::FeatureMap;
-  switch (map) {
-    case FeatureMap::kElu:
-      return core::feature_map_derivative<FeatureMap::kElu>(phi);
-    case FeatureMap::kRelu:
-      return core::feature_map_derivative<FeatureMap::kRelu>(phi);
-    case FeatureMap::kIdentity:
-      break;
-  }
-  return T(1);
-}
-
 // Queries or keys.
 template <class Storage>
 struct Tokens {
@@ -163,7 +128,7 @@ struct Tokens {
                      : nullptr;
         },
         [&](int row, T value) {
-          const T mapped = feature_map<Storage>(map, value);
+          const T mapped = select_feature<Storage>(map, value);
           return own == nullptr ? mapped : mapped * own[row * heads].scale;
         });
   }
