@@ -8,9 +8,9 @@
 // set to zero, joined with another, stepped over a token and applied to a query; the sums over a
 // chunk of tokens, and what a chunk of queries reads, are matrix products of each device.
 //
-// That two states add up is decided in `join` and nowhere else: what happens to a state while
-// tokens pass (a decay, a rotation to another position) enters there, and every scan, sum over
-// segments, initial state and transfer between ranks goes through it.
+// What happens to a state while tokens pass, a decay, and that two states then add up, is decided
+// in `carry` and `join` and nowhere else: every scan, sum over segments, initial state and transfer
+// between ranks goes through them.
 #pragma once
 
 #include <cstdint>
@@ -20,22 +20,26 @@
 namespace torch_spe::core {
 
 // What lies between two states that are joined: the tokens of the second one, over which the first
-// one is carried. In a backward pass the first one is the gradient that comes from behind them. The
-// states of linear attention pass unchanged.
+// one is carried. In a backward pass the first one is the gradient that comes from behind them.
+template <class T>
 struct Passage {
-  std::int64_t tokens;
+  const T* factors = nullptr;  // exp of the sum of the tokens' log_decay, or null without a decay
+  std::int64_t stride = 0;     // 1 where features have factors of their own, 0 for one factor
+
+  TORCH_SPE_INLINE bool fades() const { return factors != nullptr; }
+  TORCH_SPE_INLINE T factor(std::int64_t feature) const { return factors[feature * stride]; }
 };
 
-// What becomes of an element of S or z on the way.
+// What becomes of an element of S or z that belongs to a feature.
 template <class T>
-TORCH_SPE_INLINE T carry(Passage, T element) {
-  return element;
+TORCH_SPE_INLINE T carry(const Passage<T>& passage, std::int64_t feature, T element) {
+  return passage.fades() ? passage.factor(feature) * element : element;
 }
 
 // An element of S or z: `first` is carried over the tokens of `second`, then they are added.
 template <class T>
-TORCH_SPE_INLINE T join(Passage passage, T first, T second) {
-  return carry(passage, first) + second;
+TORCH_SPE_INLINE T join(const Passage<T>& passage, std::int64_t feature, T first, T second) {
+  return carry(passage, feature, first) + second;
 }
 
 // The elements of a state are shared by a team; a member has those at first, first + count, ...
@@ -78,54 +82,57 @@ TORCH_SPE_INLINE void set_zero(const StateView<T>& state, const Team& team = Tea
 // Carries a state over the tokens of a chunk whose sums a matrix product then adds to it: together
 // that is a join.
 template <class T, class Team = Alone>
-TORCH_SPE_INLINE void carry(const Passage& passage, const StateView<T>& state,
+TORCH_SPE_INLINE void carry(const Passage<T>& passage, const StateView<T>& state,
                             const Team& team = Team{}) {
-  for (std::int64_t r = 0; r < loop_rows(state); ++r) {
+  if (!passage.fades()) return;
+  for (std::int64_t r = 0; r < state.features; ++r) {
+    const T factor = passage.factor(r);
     T* const row = state.s + r * state.stride;
-    for (std::int64_t e = team.first; e < loop_columns(state); e += team.count)
-      row[e] = carry(passage, row[e]);
+    for (std::int64_t e = team.first; e < state.values; e += team.count) row[e] *= factor;
   }
   for (std::int64_t f = team.first; f < state.denominator_features; f += team.count)
-    state.z[f] = carry(passage, state.z[f]);
+    state.z[f] *= passage.factor(f);
 }
 
 // out = first joined with second, which may be the same memory as out, and so may first. The first
 // one may be the state of no tokens (s null). All have the same sizes and, where loops run over one
 // long row, the same stride.
 template <class T, class First, class Second, class Team = Alone>
-TORCH_SPE_INLINE void join(const Passage& passage, const StateView<First>& first,
+TORCH_SPE_INLINE void join(const Passage<T>& passage, const StateView<First>& first,
                            const StateView<Second>& second, const StateView<T>& out,
                            const Team& team = Team{}) {
-  const std::int64_t rows = loop_rows(out), columns = loop_columns(out);
+  const bool none = first.s == nullptr, fades = passage.fades();
+  const std::int64_t rows = fades ? out.features : loop_rows(out);
+  const std::int64_t columns = fades ? out.values : loop_columns(out);
   for (std::int64_t r = 0; r < rows; ++r) {
     const Second* const b = second.s + r * second.stride;
     T* const to = out.s + r * out.stride;
-    if (first.s == nullptr) {
+    if (none) {
       for (std::int64_t e = team.first; e < columns; e += team.count) to[e] = b[e];
+    } else if (fades) {
+      const First* const a = first.s + r * first.stride;
+      const T factor = passage.factor(r);
+      for (std::int64_t e = team.first; e < columns; e += team.count) to[e] = factor * a[e] + b[e];
     } else {
       const First* const a = first.s + r * first.stride;
-      for (std::int64_t e = team.first; e < columns; e += team.count)
-        to[e] = join(passage, T(a[e]), T(b[e]));
+      for (std::int64_t e = team.first; e < columns; e += team.count) to[e] = a[e] + b[e];
     }
   }
-  const std::int64_t size = out.denominator_features;
-  if (first.s == nullptr) {
-    for (std::int64_t f = team.first; f < size; f += team.count) out.z[f] = second.z[f];
-  } else {
-    for (std::int64_t f = team.first; f < size; f += team.count)
-      out.z[f] = join(passage, T(first.z[f]), T(second.z[f]));
-  }
+  for (std::int64_t f = team.first; f < out.denominator_features; f += team.count)
+    out.z[f] = none ? T(second.z[f]) : join(passage, f, T(first.z[f]), T(second.z[f]));
 }
 
-// A step over one token, row by row of S: row r becomes to = join(from, phi(k)_r v) and is applied
-// to the token's query, out += phi(q)_r to, while it is at hand. `from` is null where there is no
-// state before, `to` where none is wanted after.
+// A step over one token, row r of S: it becomes to = join(from, phi(k)_r v) and is applied to the
+// token's query, out += phi(q)_r to, while it is at hand. `from` is null where there is no state
+// before, `to` where none is wanted after.
 template <class T, class Team = Alone>
-TORCH_SPE_INLINE void step_row(const Passage& passage, T key, const T* v, T query, const T* from,
-                               std::int64_t values, T* to, T* out, const Team& team = Team{}) {
+TORCH_SPE_INLINE void step_row(const Passage<T>& passage, std::int64_t r, T key, const T* v,
+                               T query, const T* from, std::int64_t values, T* to, T* out,
+                               const Team& team = Team{}) {
+  const T factor = passage.fades() ? passage.factor(r) : T(1);
   for (std::int64_t e = team.first; e < values; e += team.count) {
     const T added = key * v[e];
-    const T state = from == nullptr ? added : join(passage, from[e], added);
+    const T state = from == nullptr ? added : factor * from[e] + added;
     if (to != nullptr) to[e] = state;
     out[e] += query * state;
   }

@@ -250,7 +250,7 @@ def linear_attention(
     if key_padding_mask is not None:
         k = k.masked_fill(key_padding_mask[:, :, None, None], 0)
         v = v.masked_fill(key_padding_mask[:, :, None, None], 0)
-    late_k, late_q = k, q  # faded to the last token, and from the initial state
+    late_k, late_q, last = k, q, None  # faded to the last token; as they see the initial state
     if log_decay is None or k.shape[1] == 0:
         weights = torch.einsum("bnhr,bmhr->bhnm", q, k)
     else:
@@ -260,9 +260,7 @@ def linear_attention(
         )
         late_k = k * between[..., -1:, :].squeeze(-2).permute(0, 3, 1, 2)
         late_q = q * before.permute(0, 3, 1, 2)
-        if initial_state is not None:
-            last = before[..., -1]  # [B, H, 1 or R]
-            initial_state = initial_state[0] * last.unsqueeze(-1), initial_state[1] * last
+        last = before[..., -1]  # [B, H, 1 or R]
     if causal:
         weights = weights.tril()
     out = torch.einsum("bhnm,bmhe->bnhe", weights, v)
@@ -272,7 +270,9 @@ def linear_attention(
         s, z = (x.to(q.dtype) for x in initial_state)
         out = out + torch.einsum("bnhr,bhre->bnhe", late_q, s)
         denominator = denominator + torch.einsum("bnhr,bhr->bnh", late_q, z)
-        state = tuple(new + old for new, old in zip(state, initial_state, strict=True))
+        if last is not None:
+            s, z = s * last.unsqueeze(-1), z * last
+        state = state[0] + s, state[1] + z
     if normalize:
         total = (denominator + eps).unsqueeze(-1)
         out = torch.where(total == 0, 0.0, out / total.masked_fill(total == 0, 1.0))

@@ -1,12 +1,22 @@
 // The backward pass of linear attention over segments and chunks: whole kernels, for one thread.
 #pragma once
 
+#include "fading_gradients.h"
 #include "row_norm.h"
-#include "tiles.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
-using core::LinearAttentionBackwardParams;
+// The states, or none, around a segment: what its tokens see, and the gradients of what they leave.
+template <class T>
+struct SegmentContext {
+  const T* start;     // of the keys before it
+  const T* grad_end;  // the gradient of the state of the keys up to its end
+  T* grad_start;      // where that of `start` goes, unless null; may be grad_end
+  // Where keys after a query fade as well.
+  const T* after;        // of the keys after it
+  const T* grad_before;  // the gradient, from the queries before it, of the state from its start on
+  double* step_sums;     // [columns], for gradients of a constant decay, or null
+};
 
 // The tiles and scratch memory of one thread.
 template <class Storage>
@@ -14,64 +24,98 @@ class BackwardWorker {
  public:
   using T = core::accumulate_t<Storage>;
 
-  BackwardWorker(const LinearAttentionBackwardParams& p, const StateLayout<T>& layout)
+  BackwardWorker(const LinearAttentionBackwardParams& p, const StateLayout<T>& layout,
+                 Decay<T>& decay)
       : p_(p),
         layout_(layout),
-        tiles_(p, layout),
+        decay_(decay),
+        tiles_(p, layout, decay),
         own_(has_own_denominator(p)),
         shares_features_(p.normalize && !own_),
-        chunks_(p.causal ? min_of(kSegment, round_up(p.query_length, kChunk)) / kChunk : 1),
-        queries_(kChunk * layout.feature_width),
-        keys_(chunks_ * kChunk * layout.feature_width),
-        values_(chunks_ * kChunk * layout.value_width),
-        own_queries_(own_ ? kChunk * layout.denominator_width : 0),
-        own_keys_(own_ ? chunks_ * kChunk * layout.denominator_width : 0),
-        grads_(kChunk * layout.value_width),
-        grad_denominators_(kChunk),
-        query_scales_(kChunk),
-        weights_(p.causal ? kChunk * kChunk : 0),
-        out_(kChunk *
+        is_ordered_(p.causal || decay.fades()),
+        both_ways_(decay.fades() && !p.causal && p.query_length > 0),
+        fading_(p, layout, decay, shares_features_),
+        chunk_(chunk_size(p)),
+        chunks_(is_ordered_ ? min_of(kChunksOfSegment, (p.key_length + chunk_ - 1) / chunk_) : 1),
+        queries_(chunk_ * layout.feature_width),
+        keys_(chunks_ * chunk_ * layout.feature_width),
+        values_(chunks_ * chunk_ * layout.value_width),
+        own_queries_(own_ ? chunk_ * layout.denominator_width : 0),
+        own_keys_(own_ ? chunks_ * chunk_ * layout.denominator_width : 0),
+        grads_(chunk_ * layout.value_width),
+        grad_denominators_(chunk_),
+        query_scales_(chunk_),
+        weights_(is_ordered_ ? chunk_ * chunk_ : 0),
+        out_(chunk_ *
              max_of(max_of(layout.feature_width, layout.value_width), layout.denominator_width)),
         row_(max_of(layout.value_width, layout.denominator_width)),
-        states_(p.causal ? chunks_ * layout.size() : 0),
+        states_(is_ordered_ ? chunks_ * layout.size() : 0),
+        query_states_(both_ways_ ? chunks_ * layout.size() : 0),
         local_(layout.size()),
-        grad_state_(layout.size()) {}
+        grad_state_(layout.size()),
+        later_(both_ways_ ? layout.size() : 0),
+        grad_queries_(decay.fades() ? chunk_ * layout.feature_width : 0),
+        grad_keys_(decay.fades() ? chunk_ * layout.feature_width : 0),
+        grad_values_(decay.fades() ? chunk_ * layout.value_width : 0),
+        grad_own_queries_(decay.fades() ? own_queries_size() : 0),
+        grad_own_keys_(decay.fades() ? own_queries_size() : 0),
+        sent_(decay.fades() ? chunk_ * layout.feature_width : 0),
+        sent_own_(decay.fades() ? own_queries_size() : 0) {}
 
-  void sum_keys(const Segment& segment, T* state) const {
-    tiles_.sum_keys(segment, keys_, values_, denominator_keys(0), state);
+  void sum_keys(Way way, const Segment& segment, T* state) const {
+    tiles_.sum_keys(way, segment, keys_, values_, denominator_keys(0), state);
   }
 
-  // The part of the gradient of the state before a segment that its own queries have.
-  void sum_queries(const Segment& segment, T* grad_state) const {
+  // The part of the gradient of a state before a segment, or after it, that its own queries have.
+  void sum_queries(Way way, const Segment& segment, T* grad_state) const {
     core::set_zero(layout_.view(grad_state));
-    for (std::int64_t i = segment.chunks() - 1; i >= 0; --i) {
-      const Chunk chunk = segment.chunk(i);
+    const std::int64_t chunks = segment.chunks();
+    for (std::int64_t i = 0; i < chunks; ++i) {
+      const Chunk chunk = segment.chunk(way == Way::kToEnd ? i : chunks - 1 - i);
+      decay_.load(chunk);
       load_queries(chunk);
-      add_queries(chunk.size, grad_state);
+      add_queries(way, chunk.size, grad_state);
     }
   }
 
-  // The gradients of a segment that starts with the state `start`, or none, and whose last state
-  // has the gradient `grad_end`, or none. The gradient of its first state goes to `grad_start`,
-  // unless null, which may be `grad_end`.
-  void causal_segment(const Segment& segment, const T* start, const T* grad_end,
-                      T* grad_start) const {
-    load_segment(segment, start);
+  // The gradients of a segment whose queries see the keys in order.
+  void ordered_segment(const Segment& segment, const SegmentContext<T>& context) const {
+    load_segment(segment, context);
     core::set_zero(layout_.view(local_.get()));
     const std::int64_t chunks = segment.chunks();
+    bool has_later = context.after != nullptr;
+    if (both_ways_ && has_later) layout_.copy(context.after, later_);
+    if (both_ways_ && !has_later) core::set_zero(layout_.view(later_.get()));
+    decay_.reset();
     for (std::int64_t i = chunks - 1; i >= 0; --i) {
       const Chunk chunk = segment.chunk(i);
       const T* future = nullptr;
-      if (grad_end != nullptr || i + 1 < chunks) {
-        layout_.join(segment.size - i * kChunk - chunk.size, grad_end, local_, grad_state_);
+      if (context.grad_end != nullptr || i + 1 < chunks) {
+        layout_.join(decay_.passed(), context.grad_end, local_, grad_state_);
         future = grad_state_;
       }
+      decay_.load(chunk);
       load_queries(chunk);
-      causal_chunk(chunk, i, start != nullptr || i > 0 ? states_ + i * layout_.size() : nullptr,
-                   future);
-      if (grad_start != nullptr || i > 0) add_queries(chunk.size, local_);
+      const T* past = context.start != nullptr || i > 0 ? states_ + i * layout_.size() : nullptr;
+      if (decay_.fades()) {
+        const bool has_before = both_ways_ && (context.grad_before != nullptr || i > 0);
+        fading_chunk(chunk, i, past, future,
+                     has_before ? query_states_ + i * layout_.size() : nullptr,
+                     both_ways_ && has_later ? later_.get() : nullptr, context.step_sums);
+      } else {
+        causal_chunk(chunk, i, past, future);
+      }
+      if (context.grad_start != nullptr || i > 0) add_queries(Way::kToStart, chunk.size, local_);
+      if (both_ways_ && i > 0) {
+        const std::int64_t n = i * chunk_;
+        tiles_.add_keys(Way::kToStart, chunk.size, keys_ + n * layout_.feature_width,
+                        values_ + n * layout_.value_width, denominator_keys(n), later_);
+        has_later = true;
+      }
+      decay_.pass();
     }
-    if (grad_start != nullptr) layout_.join(segment.size, grad_end, local_, grad_start);
+    if (context.grad_start != nullptr)
+      layout_.join(decay_.over(segment), context.grad_end, local_, context.grad_start);
   }
 
   // Without an order: the gradients of queries whose keys are all in `state`, and the part of the
@@ -83,10 +127,10 @@ class BackwardWorker {
       load_queries(chunk);
       if (p_.grad_q != nullptr) {
         add_query_gradient(chunk.size, state, T(0));
-        store_query_gradient(chunk);
+        store_query_gradient(chunk, out_);
       }
       if (p_.grad_denominator_q != nullptr) own_query_gradient(chunk, nullptr, state);
-      add_queries(chunk.size, grad_state);
+      add_queries(Way::kToStart, chunk.size, grad_state);
     }
   }
 
@@ -98,13 +142,13 @@ class BackwardWorker {
       tiles_.load_values(chunk, values_);
       if (p_.grad_k != nullptr) {
         add_key_gradient(chunk.size, values_, grad_state, T(0));
-        store_key_gradient(chunk, keys_);
+        store_key_gradient(chunk, keys_, out_);
       }
       if (p_.grad_v != nullptr) {
         gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, layout_.features, keys_,
              layout_.feature_width, grad_state, layout_.value_width, T(0), out_,
              layout_.value_width);
-        store_value_gradient(chunk);
+        store_value_gradient(chunk, out_);
       }
       if (p_.grad_denominator_k != nullptr) {
         tiles_.load_denominator_keys(chunk, own_keys_);
@@ -114,6 +158,9 @@ class BackwardWorker {
   }
 
  private:
+  std::int64_t own_queries_size() const { return own_ ? chunk_ * layout_.denominator_width : 0; }
+  bool wants_steps() const { return p_.grad_log_decay != nullptr; }
+
   T* denominator_keys(std::int64_t token) const {
     return own_ ? own_keys_ + token * layout_.denominator_width
                 : keys_ + token * layout_.feature_width;
@@ -122,6 +169,7 @@ class BackwardWorker {
   // The queries of a chunk, and what its outputs' gradients leave: the gradients of the numerators
   // and of the denominators. Rows with a query scale have queries times that, the rest through it.
   void load_queries(const Chunk& chunk) const {
+    if (p_.query_length == 0) return load_no_queries(chunk.size);
     tiles_.load_queries(chunk, queries_, layout_.feature_width);
     if (own_) tiles_.load_denominator_queries(chunk, own_queries_);
     const Strided<Storage> grad_out(p_.grad_out, p_.grad_out_strides, layout_.values);
@@ -152,79 +200,151 @@ class BackwardWorker {
     }
   }
 
+  // For the state of keys alone.
+  void load_no_queries(std::int64_t size) const {
+    set_zero(queries_.get(), size * layout_.feature_width);
+    set_zero(grads_.get(), size * layout_.value_width);
+    if (own_) set_zero(own_queries_.get(), size * layout_.denominator_width);
+    set_zero(grad_denominators_.get(), size);
+    for (std::int64_t t = 0; t < size; ++t) query_scales_[t] = 1;
+  }
+
   // Joins the gradient of a state with the sums over a chunk of queries: S += queries^T grads, z +=
   // the sum of grad_denominators psi(dq).
-  void add_queries(std::int64_t size, T* grad_state) const {
-    core::carry(Passage{size}, layout_.view(grad_state));
-    gemm(Op::kTransposed, Op::kPlain, layout_.features, layout_.values, size, queries_,
+  void add_queries(Way way, std::int64_t size, T* grad_state) const {
+    core::carry(decay_.passage(), layout_.view(grad_state));
+    const T* const queries = decay_.send(way, size, queries_, layout_.feature_width, sent_);
+    gemm(Op::kTransposed, Op::kPlain, layout_.features, layout_.values, size, queries,
          layout_.feature_width, grads_, layout_.value_width, T(1), grad_state, layout_.value_width);
     if (!p_.normalize) return;
     const std::int64_t width = layout_.denominator_width;
-    const T* queries = own_ ? own_queries_ : queries_;
+    const T* const of_z = own_ ? decay_.send(way, size, own_queries_, width, sent_own_) : queries;
     T* grad_z = grad_state + layout_.z_offset();
     for (std::int64_t t = 0; t < size; ++t) {
       for (std::int64_t f = 0; f < width; ++f)
-        grad_z[f] += grad_denominators_[t] * queries[t * width + f];
+        grad_z[f] += grad_denominators_[t] * of_z[t * width + f];
     }
   }
 
-  // Keys, values and, where gradients of queries are wanted, the states before each chunk.
-  void load_segment(const Segment& segment, const T* start) const {
-    const bool wants_states = p_.grad_q != nullptr || p_.grad_denominator_q != nullptr;
+  // Keys, values and, where gradients need them, the states before each chunk.
+  void load_segment(const Segment& segment, const SegmentContext<T>& context) const {
+    const bool wants_states =
+        p_.grad_q != nullptr || p_.grad_denominator_q != nullptr || wants_steps();
     core::set_zero(layout_.view(local_.get()));
+    decay_.reset();
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
-      const std::int64_t n = i * kChunk;
+      const std::int64_t n = i * chunk_;
       T *keys = keys_ + n * layout_.feature_width, *values = values_ + n * layout_.value_width;
       tiles_.load_keys(chunk, keys);
       tiles_.load_values(chunk, values);
       if (own_) tiles_.load_denominator_keys(chunk, denominator_keys(n));
+      decay_.load(chunk);
+      if (both_ways_) {
+        T* const state = query_states_ + i * layout_.size();
+        if (i == 0 && context.grad_before != nullptr) layout_.copy(context.grad_before, state);
+        if (i == 0 && context.grad_before == nullptr) core::set_zero(layout_.view(state));
+        if (chunk.rest > chunk.size) {
+          layout_.copy(state, state + layout_.size());
+          load_queries(chunk);
+          add_queries(Way::kToEnd, chunk.size, state + layout_.size());
+        }
+      }
       if (!wants_states) continue;
-      layout_.join(n, start, local_, states_ + i * layout_.size());
+      layout_.join(decay_.passed(), context.start, local_, states_ + i * layout_.size());
       if (chunk.rest > chunk.size)
-        tiles_.add_keys(chunk.size, keys, values, denominator_keys(n), local_);
+        tiles_.add_keys(Way::kToEnd, chunk.size, keys, values, denominator_keys(n), local_);
+      decay_.pass();
     }
+  }
+
+  // The same as causal_chunk where attention fades, before a query and, given the states on the
+  // other side, after it: the gradient, from the queries before the chunk, of the state that
+  // reaches back from its start, and the state of the keys after it.
+  void fading_chunk(const Chunk& chunk, std::int64_t i, const T* past, const T* future,
+                    const T* grad_before, const T* after, double* step_sums) const {
+    const std::int64_t n = i * chunk_, size = chunk.size;
+    const std::int64_t rw = layout_.feature_width, vw = layout_.value_width;
+    const bool wants_queries = p_.grad_q != nullptr || wants_steps();
+    const bool wants_keys = p_.grad_k != nullptr || wants_steps();
+    const bool wants_values = p_.grad_v != nullptr;
+    set_zero(grad_queries_.get(), size * rw);
+    set_zero(grad_keys_.get(), size * rw);
+    set_zero(grad_values_.get(), size * vw);
+    const FadingTokens<T> queries{queries_, grads_, grad_denominators_,
+                                  wants_queries ? grad_queries_.get() : nullptr, nullptr};
+    const FadingTokens<T> keys{keys_ + n * rw, values_ + n * vw, nullptr,
+                               wants_keys ? grad_keys_.get() : nullptr,
+                               wants_values ? grad_values_.get() : nullptr};
+    fading_.clear();
+    fading_.add_pairs(size, queries, keys, past, future);
+    if (both_ways_) fading_.add_pairs(size, keys, queries, grad_before, after);
+    fading_.add_diagonal(size, queries, keys);
+    const bool wants_own = own_ && (p_.grad_denominator_q != nullptr ||
+                                    p_.grad_denominator_k != nullptr || wants_steps());
+    if (wants_own) fading_denominators(size, n, past, future, grad_before, after);
+    if (wants_steps()) fading_.store_steps(chunk, step_sums);
+    if (p_.grad_q != nullptr) store_query_gradient(chunk, grad_queries_);
+    if (p_.grad_k != nullptr) store_key_gradient(chunk, keys.x, grad_keys_);
+    if (p_.grad_v != nullptr) store_value_gradient(chunk, grad_values_);
+    if (p_.grad_denominator_q != nullptr) store_own_query_gradient(chunk, grad_own_queries_);
+    if (p_.grad_denominator_k != nullptr)
+      store_own_key_gradient(chunk, denominator_keys(n), grad_own_keys_);
+  }
+  void fading_denominators(std::int64_t size, std::int64_t n, const T* past, const T* future,
+                           const T* grad_before, const T* after) const {
+    const auto z = [&](const T* state) {
+      return state == nullptr ? nullptr : state + layout_.z_offset();
+    };
+    set_zero(grad_own_queries_.get(), size * layout_.denominator_width);
+    set_zero(grad_own_keys_.get(), size * layout_.denominator_width);
+    const FadingTokens<T> queries{own_queries_, nullptr, grad_denominators_, grad_own_queries_,
+                                  nullptr};
+    const FadingTokens<T> keys{denominator_keys(n), nullptr, nullptr, grad_own_keys_, nullptr};
+    fading_.add_denominator_pairs(size, queries, keys, z(past), z(future));
+    if (both_ways_) fading_.add_denominator_pairs(size, keys, queries, z(grad_before), z(after));
+    fading_.add_denominator_diagonal(size, queries, keys);
   }
 
   // The gradients of chunk i of a segment, given the state before it and the gradient of the state
   // after it, or none.
   void causal_chunk(const Chunk& chunk, std::int64_t i, const T* past, const T* future) const {
-    const std::int64_t n = i * kChunk, size = chunk.size;
+    const std::int64_t n = i * chunk_, size = chunk.size;
     const std::int64_t rw = layout_.feature_width, vw = layout_.value_width;
     const T *keys = keys_ + n * rw, *values = values_ + n * vw;
     if (p_.grad_q != nullptr || p_.grad_k != nullptr) {
       gemm(Op::kPlain, Op::kTransposed, size, size, layout_.values, grads_, vw, values, vw, T(0),
-           weights_, kChunk);
+           weights_, chunk_);
       if (shares_features_) {
         for (std::int64_t t = 0; t < size; ++t) {
-          for (std::int64_t m = 0; m < size; ++m) weights_[t * kChunk + m] += grad_denominators_[t];
+          for (std::int64_t m = 0; m < size; ++m) weights_[t * chunk_ + m] += grad_denominators_[t];
         }
       }
-      tiles_.keep_lower_triangle(size, weights_, kChunk);
+      tiles_.keep_lower_triangle(size, weights_, chunk_);
     }
     if (p_.grad_q != nullptr) {
-      gemm(Op::kPlain, Op::kPlain, size, layout_.features, size, weights_, kChunk, keys, rw, T(0),
+      gemm(Op::kPlain, Op::kPlain, size, layout_.features, size, weights_, chunk_, keys, rw, T(0),
            out_, rw);
       if (past != nullptr) add_query_gradient(size, past, T(1));
-      store_query_gradient(chunk);
+      store_query_gradient(chunk, out_);
     }
     if (p_.grad_k != nullptr) {
-      gemm(Op::kTransposed, Op::kPlain, size, layout_.features, size, weights_, kChunk, queries_,
+      gemm(Op::kTransposed, Op::kPlain, size, layout_.features, size, weights_, chunk_, queries_,
            rw, T(0), out_, rw);
       if (future != nullptr) add_key_gradient(size, values, future, T(1));
-      store_key_gradient(chunk, keys);
+      store_key_gradient(chunk, keys, out_);
     }
     if (p_.grad_v != nullptr) {
       gemm(Op::kPlain, Op::kTransposed, size, size, layout_.features, queries_, rw, keys, rw, T(0),
-           weights_, kChunk);
-      tiles_.keep_lower_triangle(size, weights_, kChunk);
-      gemm(Op::kTransposed, Op::kPlain, size, layout_.values, size, weights_, kChunk, grads_, vw,
+           weights_, chunk_);
+      tiles_.keep_lower_triangle(size, weights_, chunk_);
+      gemm(Op::kTransposed, Op::kPlain, size, layout_.values, size, weights_, chunk_, grads_, vw,
            T(0), out_, vw);
       if (future != nullptr) {
         gemm(Op::kPlain, Op::kPlain, size, layout_.values, layout_.features, keys, rw, future, vw,
              T(1), out_, vw);
       }
-      store_value_gradient(chunk);
+      store_value_gradient(chunk, out_);
     }
     if (p_.grad_denominator_q != nullptr) own_query_gradient(chunk, denominator_keys(n), past);
     if (p_.grad_denominator_k != nullptr) own_key_gradient(chunk, denominator_keys(n), future);
@@ -266,8 +386,7 @@ class BackwardWorker {
         row[f] = grad_denominators_[t] * (z == nullptr ? row_[f] : row_[f] + z[f]);
       }
     }
-    store_features(chunk, p_.denominator_feature_map, layout_.denominator_features, width,
-                   own_queries_, p_.query_length, false, p_.grad_denominator_q);
+    store_own_query_gradient(chunk, out_);
   }
   // Those of its keys: the gradient of z in `grad_state` (or none) plus, when causal, that of the
   // queries from t on.
@@ -282,26 +401,35 @@ class BackwardWorker {
         row[f] = grad_z == nullptr ? row_[f] : row_[f] + grad_z[f];
       }
     }
-    store_features(chunk, p_.denominator_feature_map, layout_.denominator_features, width, keys,
-                   p_.key_length, true, p_.grad_denominator_k);
+    store_own_key_gradient(chunk, keys, out_);
   }
 
-  void store_query_gradient(const Chunk& chunk) const {
-    store_features(chunk, p_.feature_map, layout_.features, layout_.feature_width, queries_,
+  void store_query_gradient(const Chunk& chunk, T* rows) const {
+    store_features(chunk, p_.feature_map, layout_.features, layout_.feature_width, queries_, rows,
                    p_.query_length, false, p_.grad_q);
   }
-  void store_key_gradient(const Chunk& chunk, const T* keys) const {
-    store_features(chunk, p_.feature_map, layout_.features, layout_.feature_width, keys,
+  void store_key_gradient(const Chunk& chunk, const T* keys, T* rows) const {
+    store_features(chunk, p_.feature_map, layout_.features, layout_.feature_width, keys, rows,
                    p_.key_length, true, p_.grad_k);
   }
-  // Stores the rows of out_ times the derivative of the feature map, given the tile of features;
+  void store_own_query_gradient(const Chunk& chunk, T* rows) const {
+    store_features(chunk, p_.denominator_feature_map, layout_.denominator_features,
+                   layout_.denominator_width, own_queries_, rows, p_.query_length, false,
+                   p_.grad_denominator_q);
+  }
+  void store_own_key_gradient(const Chunk& chunk, const T* keys, T* rows) const {
+    store_features(chunk, p_.denominator_feature_map, layout_.denominator_features,
+                   layout_.denominator_width, keys, rows, p_.key_length, true,
+                   p_.grad_denominator_k);
+  }
+  // Stores rows of gradients times the derivative of the feature map, given the tile of features;
   // queries and their gradients leave their scale behind.
   void store_features(const Chunk& chunk, FeatureMap feature_map, std::int64_t columns,
-                      std::int64_t width, const T* features, std::int64_t length, bool are_keys,
-                      void* grad) const {
+                      std::int64_t width, const T* features, T* rows, std::int64_t length,
+                      bool are_keys, void* grad) const {
     with_feature_map(feature_map, [&](auto map) {
       for (std::int64_t t = 0; t < chunk.size; ++t) {
-        T* row = out_ + t * width;
+        T* row = rows + t * width;
         if (are_keys && is_padding(p_, chunk, t)) set_zero(row, columns);
         const T* phi = features + t * width;
         const T scale = are_keys ? T(1) : query_scales_[t], inverse = 1 / scale;
@@ -313,9 +441,9 @@ class BackwardWorker {
       }
     });
   }
-  void store_value_gradient(const Chunk& chunk) const {
+  void store_value_gradient(const Chunk& chunk, T* rows) const {
     for (std::int64_t t = 0; t < chunk.size; ++t) {
-      T* row = out_ + t * layout_.value_width;
+      T* row = rows + t * layout_.value_width;
       if (is_padding(p_, chunk, t)) set_zero(row, layout_.values);
       store_row(row, 1, layout_.values,
                 contiguous_row(p_, static_cast<Storage*>(p_.grad_v), p_.key_length, layout_.values,
@@ -325,10 +453,15 @@ class BackwardWorker {
 
   const LinearAttentionBackwardParams& p_;
   const StateLayout<T>& layout_;
+  Decay<T>& decay_;
   const AttentionTiles<Storage> tiles_;
   const bool own_;              // the denominator has features of its own
   const bool shares_features_;  // there is a denominator, of the features of the numerator
-  const std::int64_t chunks_;
+  const bool is_ordered_;       // queries see the keys in order
+  const bool both_ways_;        // and those after them, in the reverse order
+  const FadingGradients<T> fading_;
+  const std::int64_t chunk_;        // tokens of a chunk
+  const std::int64_t chunks_;       // that are held at once
   Workspace<T> queries_;            // [chunk, R]
   Workspace<T> keys_;               // [chunks, chunk, R]
   Workspace<T> values_;             // [chunks, chunk, E]
@@ -340,9 +473,15 @@ class BackwardWorker {
   Workspace<T> weights_;            // [chunk, chunk]
   Workspace<T> out_;                // [chunk, R], [chunk, E] or [chunk, F]
   Workspace<T> row_;                // [E] or [F]
-  Workspace<T> states_;             // [chunks], states
+  Workspace<T> states_;             // [chunks], states before each chunk
+  Workspace<T> query_states_;       // [chunks], gradients, from the queries before each chunk
   Workspace<T> local_;              // state, or its gradient, of the segment alone
   Workspace<T> grad_state_;
+  Workspace<T> later_;                             // state of the keys after a chunk
+  Workspace<T> grad_queries_, grad_keys_;          // [chunk, R]
+  Workspace<T> grad_values_;                       // [chunk, E]
+  Workspace<T> grad_own_queries_, grad_own_keys_;  // [chunk, F]
+  Workspace<T> sent_, sent_own_;                   // [chunk, R] and [chunk, F]
 };
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA

@@ -13,11 +13,13 @@ class ForwardWorker {
  public:
   using T = core::accumulate_t<Storage>;
 
-  ForwardWorker(const LinearAttentionParams& p, const StateLayout<T>& layout)
+  ForwardWorker(const LinearAttentionParams& p, const StateLayout<T>& layout, Decay<T>& decay)
       : p_(p),
         layout_(layout),
-        tiles_(p, layout),
-        left_width_(layout.feature_width + (p.causal ? kChunk : 0)),
+        decay_(decay),
+        tiles_(p, layout, decay),
+        both_ways_(!p.causal && decay.fades()),
+        left_width_(layout.feature_width + (p.causal || both_ways_ ? kChunk : 0)),
         own_size_(has_own_denominator(p) ? kChunk * layout.denominator_width : 0),
         left_(kChunk * left_width_),
         right_((layout.feature_width + kChunk) * layout.value_width),
@@ -27,49 +29,66 @@ class ForwardWorker {
         out_(kChunk * layout.value_width),
         divisors_(kChunk),
         z_(layout.denominator_width),
-        local_(layout.size()) {
+        local_(layout.size()),
+        later_(both_ways_ ? kChunksOfSegment * layout.size() : 0),
+        seen_(both_ways_ ? kChunk * layout.feature_width : 0),
+        reversed_(both_ways_ && decay.per_feature() ? kChunk * kChunk : 0) {
     // What products leave beyond E is never written again.
     set_zero(out_.get(), kChunk * layout.value_width);
   }
 
-  void sum_keys(const Segment& segment, T* state) const {
-    tiles_.sum_keys(segment, keys_, right_, denominator_keys(), state);
+  void sum_keys(Way way, const Segment& segment, T* state) const {
+    tiles_.sum_keys(way, segment, keys_, right_, denominator_keys(), state);
   }
 
-  // The outputs of a segment that starts with the state `start`, or none; the state after it goes
-  // to `end`, unless null, which may be `start`.
+  // The outputs of a segment whose queries see the keys in order: it starts with the state `start`,
+  // or none, and the state after it goes to `end`, unless null, which may be `start`. Where keys
+  // after a query fade as well, `after` is the state, or none, of those after the segment.
   //
   // [queries, weights] and [S; values] stand side by side, so that past and present take one
   // product.
-  void causal_segment(const Segment& segment, const T* start, T* end) const {
+  void ordered_segment(const Segment& segment, const T* start, T* end, const T* after) const {
     const std::int64_t width = layout_.feature_width;
     T* values = right_ + layout_.z_offset();
+    if (both_ways_) sum_later(segment, after);
     core::set_zero(layout_.view(local_.get()));
+    decay_.reset();
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
       const bool has_past = start != nullptr || i > 0;
       if (has_past) {
-        core::join(Passage{i * kChunk}, layout_.view(start), layout_.view(local_.get()),
+        core::join(decay_.passed(), layout_.view(start), layout_.view(local_.get()),
                    layout_.view(right_.get(), z_.get()));
       }
+      decay_.load(chunk);
       load(chunk);
       tiles_.load_keys(chunk, keys_);
       if (own_size_ > 0) tiles_.load_denominator_keys(chunk, own_keys_);
       tiles_.load_values(chunk, values);
-      T* weights = left_ + width;
-      gemm(Op::kPlain, Op::kTransposed, chunk.size, chunk.size, layout_.features, left_,
-           left_width_, keys_, width, T(0), weights, left_width_);
-      tiles_.keep_lower_triangle(chunk.size, weights, left_width_);
+      make_weights(chunk.size, left_ + width);
       denominators(chunk, has_past ? z_.get() : nullptr);
+      const T* later = nullptr;
+      if (both_ways_ && (after != nullptr || i + 1 < segment.chunks())) {
+        later = later_ + i * layout_.size();
+        receive(Way::kToStart, chunk.size, seen_, width);
+      }
+      if (both_ways_)
+        add_later_denominators(chunk, later == nullptr ? nullptr : later + layout_.z_offset());
+      if (decay_.fades() && has_past) receive(Way::kToEnd, chunk.size, left_, left_width_);
       const std::int64_t skip = has_past ? 0 : width;
       gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, width + chunk.size - skip,
            left_ + skip, left_width_, right_ + skip * layout_.value_width, layout_.value_width,
            T(0), out_, layout_.value_width);
+      if (later != nullptr) {
+        gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, layout_.features, seen_, width,
+             later, layout_.value_width, T(1), out_, layout_.value_width);
+      }
       store(chunk);
       if (end != nullptr || chunk.rest > chunk.size)
-        tiles_.add_keys(chunk.size, keys_, values, denominator_keys(), local_);
+        tiles_.add_keys(Way::kToEnd, chunk.size, keys_, values, denominator_keys(), local_);
+      decay_.pass();
     }
-    if (end != nullptr) layout_.join(segment.size, start, local_, end);
+    if (end != nullptr) layout_.join(decay_.over(segment), start, local_, end);
   }
 
   // The outputs of a segment of queries when all keys are in `state`.
@@ -99,6 +118,67 @@ class ForwardWorker {
                         divisors_);
   }
 
+  void add_later_denominators(const Chunk& chunk, const T* z) const {
+    if (!p_.normalize) return;
+    const bool own = own_size_ > 0;
+    tiles_.add_later_denominators(chunk.size, own ? own_queries_ : left_,
+                                  own ? layout_.denominator_width : left_width_, denominator_keys(),
+                                  z, divisors_);
+  }
+
+  // The products of the queries and keys of a chunk, as far as they count.
+  void make_weights(std::int64_t size, T* weights) const {
+    const std::int64_t width = layout_.feature_width;
+    if (decay_.per_feature()) {
+      decay_.make_weights(size, false, left_, left_width_, keys_, width, weights, left_width_);
+      if (!both_ways_) return;
+      decay_.make_weights(size, true, keys_, width, left_, left_width_, reversed_, kChunk);
+      for (std::int64_t t = 0; t < size; ++t) {
+        for (std::int64_t m = t + 1; m < size; ++m)
+          weights[t * left_width_ + m] = reversed_[m * kChunk + t];
+      }
+      return;
+    }
+    gemm(Op::kPlain, Op::kTransposed, size, size, layout_.features, left_, left_width_, keys_,
+         width, T(0), weights, left_width_);
+    if (both_ways_) {
+      decay_.fade_weights_both_ways(size, weights, left_width_);
+    } else if (decay_.fades()) {
+      decay_.fade_weights(size, false, weights, left_width_);
+    } else {
+      tiles_.keep_lower_triangle(size, weights, left_width_);
+    }
+  }
+
+  // Queries as they see a state that has come this way to the chunk.
+  void receive(Way way, std::int64_t size, T* out, std::int64_t ld) const {
+    for (std::int64_t t = 0; t < size; ++t)
+      decay_.receive(way, t, left_ + t * left_width_, layout_.feature_width, out + t * ld);
+  }
+
+  // later_[i] = the state of the keys after chunk i, in the segment and in `after` (or none).
+  void sum_later(const Segment& segment, const T* after) const {
+    T* const values = right_ + layout_.z_offset();
+    for (std::int64_t i = segment.chunks() - 1; i >= 0; --i) {
+      T *const state = later_ + i * layout_.size(), *const next = state + layout_.size();
+      if (i + 1 == segment.chunks()) {
+        layout_.copy(after == nullptr ? zero_state() : after, state);
+        continue;
+      }
+      const Chunk chunk = segment.chunk(i + 1);
+      decay_.load(chunk);
+      tiles_.load_keys(chunk, keys_);
+      tiles_.load_values(chunk, values);
+      if (own_size_ > 0) tiles_.load_denominator_keys(chunk, own_keys_);
+      layout_.copy(next, state);
+      tiles_.add_keys(Way::kToStart, chunk.size, keys_, values, denominator_keys(), state);
+    }
+  }
+  const T* zero_state() const {
+    core::set_zero(layout_.view(local_.get()));
+    return local_;
+  }
+
   void store(const Chunk& chunk) const {
     for (std::int64_t t = 0; t < chunk.size; ++t) {
       const T divisor =
@@ -110,7 +190,9 @@ class ForwardWorker {
 
   const LinearAttentionParams& p_;
   const StateLayout<T>& layout_;
+  Decay<T>& decay_;
   const AttentionTiles<Storage> tiles_;
+  const bool both_ways_;  // keys fade with the lag before and after a query
   const std::int64_t left_width_;
   const std::int64_t own_size_;  // of a tile of the denominator's own features
   Workspace<T> left_;            // [chunk, R + chunk]: queries, weights
@@ -122,27 +204,65 @@ class ForwardWorker {
   Workspace<T> divisors_;        // [chunk]
   Workspace<T> z_;               // [F]
   Workspace<T> local_;           // state of the segment's own keys
+  Workspace<T> later_;           // [chunks], states of the keys after each chunk
+  Workspace<T> seen_;            // [chunk, R], queries as they see such a state
+  Workspace<T> reversed_;        // [chunk, chunk], weights of later keys
 };
 
+// Segments in parallel, once their states are known.
+template <class Storage, class T>
+void forward_in_segments(const LinearAttentionParams& p, const StateLayout<T>& layout,
+                         const Segments& segments) {
+  const bool wants_final = p.final_s != nullptr || p.final_z != nullptr;
+  const bool has_initial = p.initial_s != nullptr, both_ways = !p.causal;
+  const SegmentStates<T> states(layout, segments);            // before each segment
+  const SegmentStates<T> later(layout, segments, both_ways);  // after each segment
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Decay<T> decay(p, layout.feature_width);
+    const ForwardWorker<Storage> worker(p, layout, decay);
+#pragma omp for schedule(dynamic)
+    for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
+      const Segment segment = segments.of_slot(slot);
+      if (!segment.last) worker.sum_keys(Way::kToEnd, segment, states[slot + 1]);
+      if (both_ways && !segment.first) worker.sum_keys(Way::kToStart, segment, later[slot - 1]);
+    }
+#pragma omp for schedule(static)
+    for (std::int64_t row = 0; row < segments.rows(); ++row) {
+      states.scan_forward(row, p.initial_s, p.initial_z, decay);
+      if (both_ways) later.scan_backward(row, nullptr, nullptr, decay);
+    }
+#pragma omp for schedule(dynamic)
+    for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
+      const Segment segment = segments.of_slot(slot);
+      const bool ends = wants_final && segment.last;
+      worker.ordered_segment(segment, !segment.first || has_initial ? states[slot] : nullptr,
+                             ends ? states[slot] : nullptr,
+                             both_ways && !segment.last ? later[slot] : nullptr);
+      if (ends) layout.export_to(states[slot], segment.row, p.final_s, p.final_z);
+    }
+  }
+}
+
 template <class Storage>
-void forward_causal(const LinearAttentionParams& p) {
+void forward_ordered(const LinearAttentionParams& p) {
   using T = core::accumulate_t<Storage>;
   const Segments segments(p, p.query_length);
   const StateLayout<T> layout(p);
   const bool wants_final = p.final_s != nullptr || p.final_z != nullptr;
-  const bool has_initial = p.initial_s != nullptr;
-  if (!segments.worth_sharing_rows()) {
+  if (p.causal && !segments.worth_sharing_rows()) {
 #pragma omp parallel num_threads(p.num_threads)
     {
-      const ForwardWorker<Storage> worker(p, layout);
+      Decay<T> decay(p, layout.feature_width);
+      const ForwardWorker<Storage> worker(p, layout, decay);
       Workspace<T> state(layout.size());
 #pragma omp for schedule(dynamic)
       for (std::int64_t row = 0; row < segments.rows(); ++row) {
         bool has_state = layout.import(p.initial_s, p.initial_z, row, state);
         for (std::int64_t i = 0; i < segments.count(row); ++i) {
           const Segment segment = segments.of_row(row, i);
-          worker.causal_segment(segment, has_state ? state.get() : nullptr,
-                                wants_final || !segment.last ? state.get() : nullptr);
+          worker.ordered_segment(segment, has_state ? state.get() : nullptr,
+                                 wants_final || !segment.last ? state.get() : nullptr, nullptr);
           has_state = true;
         }
         if (wants_final) layout.export_to(state, row, p.final_s, p.final_z);
@@ -151,29 +271,10 @@ void forward_causal(const LinearAttentionParams& p) {
     return;
   }
 
-  const SegmentStates<T> states(layout, segments);  // before each segment
-#pragma omp parallel num_threads(p.num_threads)
-  {
-    const ForwardWorker<Storage> worker(p, layout);
-#pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
-      const Segment segment = segments.of_slot(slot);
-      if (!segment.last) worker.sum_keys(segment, states[slot + 1]);
-    }
-#pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < segments.rows(); ++row)
-      states.scan_forward(row, p.initial_s, p.initial_z);
-#pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
-      const Segment segment = segments.of_slot(slot);
-      const bool ends = wants_final && segment.last;
-      worker.causal_segment(segment, !segment.first || has_initial ? states[slot] : nullptr,
-                            ends ? states[slot] : nullptr);
-      if (ends) layout.export_to(states[slot], segment.row, p.final_s, p.final_z);
-    }
-  }
+  forward_in_segments<Storage>(p, layout, segments);
 }
 
+// Every query sees every key: all keys are in one state.
 template <class Storage>
 void forward_full(const LinearAttentionParams& p) {
   using T = core::accumulate_t<Storage>;
@@ -183,14 +284,15 @@ void forward_full(const LinearAttentionParams& p) {
   Workspace<T> states(keys.rows() * layout.size());
 #pragma omp parallel num_threads(p.num_threads)
   {
-    const ForwardWorker<Storage> worker(p, layout);
+    Decay<T> decay(p, layout.feature_width);
+    const ForwardWorker<Storage> worker(p, layout, decay);
 #pragma omp for schedule(dynamic)
     for (std::int64_t slot = 0; slot < keys.total(); ++slot)
-      worker.sum_keys(keys.of_slot(slot), sums[slot]);
+      worker.sum_keys(Way::kToEnd, keys.of_slot(slot), sums[slot]);
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < keys.rows(); ++row) {
       T* state = states + row * layout.size();
-      sums.total(row, p.initial_s, p.initial_z, state);
+      sums.total(row, p.initial_s, p.initial_z, decay, state);
       layout.export_to(state, row, p.final_s, p.final_z);
     }
 #pragma omp for schedule(dynamic)
@@ -210,7 +312,8 @@ void linear_attention_forward(const LinearAttentionParams& p) {
     return linear_attention_one_position(p);
   visit_storage(p.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    p.causal ? forward_causal<Storage>(p) : forward_full<Storage>(p);
+    const bool is_ordered = p.causal || (p.log_decay != nullptr && p.query_length > 0);
+    is_ordered ? forward_ordered<Storage>(p) : forward_full<Storage>(p);
   });
 }
 

@@ -15,10 +15,10 @@ void one_position(const LinearAttentionParams& p) {
   const StateLayout<T> layout(p);
   const std::int64_t rows = p.num_sequences * p.num_heads;
   const bool own = has_own_denominator(p);
-  const Passage passage{1};
 #pragma omp parallel num_threads(p.num_threads) if (rows * layout.size() >= kWorthThreads)
   {
-    const AttentionTiles<Storage> tiles(p, layout);
+    Decay<T> decay(p, layout.feature_width);
+    const AttentionTiles<Storage> tiles(p, layout, decay);
     Workspace<T> queries(layout.feature_width), keys(layout.feature_width);
     Workspace<T> own_queries(own ? layout.denominator_width : 0);
     Workspace<T> own_keys(own ? layout.denominator_width : 0);
@@ -35,6 +35,8 @@ void one_position(const LinearAttentionParams& p) {
                              p.initial_s == nullptr ? 0 : row);
       const auto to = layout.tensor_view(static_cast<T*>(p.final_s), static_cast<T*>(p.final_z),
                                          p.final_s == nullptr ? 0 : row);
+      decay.load(token);
+      const Passage<T> passage = decay.passage();
       tiles.load_queries(token, queries, layout.feature_width);
       tiles.load_keys(token, keys);
       tiles.load_values(token, values);
@@ -44,12 +46,12 @@ void one_position(const LinearAttentionParams& p) {
       }
       for (std::int64_t f = 0; f < layout.denominator_features; ++f) {
         z[f] = from.z == nullptr ? denominator_keys[f]
-                                 : core::join(passage, from.z[f], denominator_keys[f]);
+                                 : core::join(passage, f, from.z[f], denominator_keys[f]);
         if (to.z != nullptr) to.z[f] = z[f];
       }
       set_zero(out.get(), layout.value_width);
       for (std::int64_t r = 0; r < layout.features; ++r) {
-        core::step_row(passage, keys[r], values.get(), queries[r],
+        core::step_row(passage, r, keys[r], values.get(), queries[r],
                        from.s == nullptr ? nullptr : from.s + r * from.stride, layout.values,
                        to.s == nullptr ? nullptr : to.s + r * to.stride, out.get());
       }

@@ -9,8 +9,16 @@ namespace torch_spe::cpu::TORCH_SPE_ISA {
 
 using core::LinearAttentionParams;
 
-constexpr std::int64_t kChunk = 64;      // tokens whose weights are formed at once
-constexpr std::int64_t kSegment = 1024;  // tokens of a unit of work; whole chunks
+constexpr std::int64_t kChunk = 64;            // tokens whose weights are formed at once, at most
+constexpr std::int64_t kChunkOfFeatures = 16;  // where features fade apart from each other
+constexpr std::int64_t kChunksOfSegment = 16;  // a segment is a unit of work
+
+TORCH_SPE_INLINE std::int64_t chunk_size(const LinearAttentionParams& p) {
+  return p.decay_features > 1 ? kChunkOfFeatures : kChunk;
+}
+TORCH_SPE_INLINE std::int64_t segment_size(const LinearAttentionParams& p) {
+  return kChunksOfSegment * chunk_size(p);
+}
 
 struct Chunk {
   std::int64_t batch;  // row of the batch
@@ -27,12 +35,13 @@ struct Segment {
   std::int64_t head;
   std::int64_t begin;  // position in the row of the batch
   std::int64_t size;
-  bool first, last;  // of its sequence
+  bool first, last;         // of its sequence
+  std::int64_t chunk_size;  // tokens
 
-  std::int64_t chunks() const { return (size + kChunk - 1) / kChunk; }
+  std::int64_t chunks() const { return (size + chunk_size - 1) / chunk_size; }
   Chunk chunk(std::int64_t index) const {
-    const std::int64_t rest = size - index * kChunk;
-    return {batch, head, begin + index * kChunk, min_of(kChunk, rest), rest};
+    const std::int64_t rest = size - index * chunk_size;
+    return {batch, head, begin + index * chunk_size, min_of(chunk_size, rest), rest};
   }
 };
 
@@ -42,10 +51,10 @@ class Segments {
  public:
   // Of queries or keys: `length` is N or M.
   Segments(const LinearAttentionParams& p, std::int64_t length)
-      : p_(p), length_(length), first_(p.num_sequences + 1) {
+      : p_(p), length_(length), size_(segment_size(p)), first_(p.num_sequences + 1) {
     first_[0] = 0;
     for (std::int64_t s = 0; s < p.num_sequences; ++s) {
-      const std::int64_t count = max_of(1, (size_of(s) + kSegment - 1) / kSegment);
+      const std::int64_t count = max_of(1, (size_of(s) + size_ - 1) / size_);
       first_[s + 1] = first_[s] + count;
       longest_ = max_of(longest_, count);
     }
@@ -63,14 +72,15 @@ class Segments {
 
   Segment of_row(std::int64_t row, std::int64_t index) const {
     const std::int64_t sequence = row / p_.num_heads;
-    const std::int64_t offset = index * kSegment;
+    const std::int64_t offset = index * size_;
     Segment segment;
     segment.row = row;
     segment.slot = first_slot(row) + index;
     segment.batch = p_.cu_seqlens == nullptr ? sequence : 0;
     segment.head = row % p_.num_heads;
     segment.begin = (p_.cu_seqlens == nullptr ? 0 : p_.cu_seqlens[sequence]) + offset;
-    segment.size = min_of(kSegment, size_of(sequence) - offset);
+    segment.size = min_of(size_, size_of(sequence) - offset);
+    segment.chunk_size = chunk_size(p_);
     segment.first = index == 0;
     segment.last = index + 1 == count(row);
     return segment;
@@ -107,6 +117,7 @@ class Segments {
 
   const LinearAttentionParams& p_;
   std::int64_t length_;
+  std::int64_t size_;              // tokens of a segment
   Workspace<std::int64_t> first_;  // [S + 1], segments of a head before each sequence
   std::int64_t longest_ = 1;       // segments of the longest sequence
 };

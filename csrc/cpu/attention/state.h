@@ -1,12 +1,9 @@
 // The states of segments: their layout in memory, the way in and out, and scans through core::join.
 #pragma once
 
-#include "core/state.h"
-#include "segments.h"
+#include "decay.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
-
-using core::Passage;
 
 // Sizes rounded up to whole cache lines.
 template <class T>
@@ -89,9 +86,13 @@ struct StateLayout {
     }
   }
 
-  // out = first (null for the state of no tokens) joined with second, the state of `tokens` tokens.
-  void join(std::int64_t tokens, const T* first, const T* second, T* out) const {
-    core::join(Passage{tokens}, view(first), view(second), view(out));
+  void copy(const T* from, T* to) const {
+    for (std::int64_t i = 0; i < size(); ++i) to[i] = from[i];
+  }
+
+  // out = first (null for the state of no tokens) joined with second, over whose tokens it passes.
+  void join(const Passage<T>& passage, const T* first, const T* second, T* out) const {
+    core::join(passage, view(first), view(second), view(out));
   }
 };
 
@@ -99,41 +100,44 @@ struct StateLayout {
 template <class T>
 class SegmentStates {
  public:
-  SegmentStates(const StateLayout<T>& layout, const Segments& segments)
-      : layout_(layout), segments_(segments), data_(segments.total() * layout.size()) {}
+  // Without memory, and without use, where they are not needed.
+  SegmentStates(const StateLayout<T>& layout, const Segments& segments, bool is_needed = true)
+      : layout_(layout),
+        segments_(segments),
+        data_(is_needed ? segments.total() * layout.size() : 0) {}
 
   T* operator[](std::int64_t slot) const { return data_ + slot * layout_.size(); }
 
   // Each segment's place holds the sums over the segment before it, and then the state before it,
   // which s and z (or null) start. The first place of a row is filled when there is an initial one.
-  void scan_forward(std::int64_t row, const void* s, const void* z) const {
+  void scan_forward(std::int64_t row, const void* s, const void* z, Decay<T>& decay) const {
     const bool has_initial = layout_.import(s, z, row, (*this)[segments_.first_slot(row)]);
     for (std::int64_t i = has_initial ? 1 : 2; i < segments_.count(row); ++i) {
       const Segment before = segments_.of_row(row, i - 1);
-      layout_.join(before.size, (*this)[before.slot], (*this)[before.slot + 1],
+      layout_.join(decay.over(before), (*this)[before.slot], (*this)[before.slot + 1],
                    (*this)[before.slot + 1]);
     }
   }
 
   // Each segment's place holds the sums over the segment after it, and then the gradient of the
   // state after it, which s and z (or null) start at the end.
-  void scan_backward(std::int64_t row, const void* s, const void* z) const {
+  void scan_backward(std::int64_t row, const void* s, const void* z, Decay<T>& decay) const {
     const std::int64_t count = segments_.count(row);
     const bool has_final =
         layout_.import(s, z, row, (*this)[segments_.first_slot(row) + count - 1]);
     for (std::int64_t i = count - (has_final ? 1 : 2); i > 0; --i) {
       const Segment after = segments_.of_row(row, i);
-      layout_.join(after.size, (*this)[after.slot], (*this)[after.slot - 1],
+      layout_.join(decay.over(after), (*this)[after.slot], (*this)[after.slot - 1],
                    (*this)[after.slot - 1]);
     }
   }
 
   // total = the state in s and z (or null) joined with the sums over the row's segments in order.
-  void total(std::int64_t row, const void* s, const void* z, T* total) const {
+  void total(std::int64_t row, const void* s, const void* z, Decay<T>& decay, T* total) const {
     const T* first = layout_.import(s, z, row, total) ? total : nullptr;
     for (std::int64_t i = 0; i < segments_.count(row); ++i) {
       const Segment segment = segments_.of_row(row, i);
-      layout_.join(segment.size, first, (*this)[segment.slot], total);
+      layout_.join(decay.over(segment), first, (*this)[segment.slot], total);
       first = total;
     }
   }

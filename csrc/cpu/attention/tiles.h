@@ -77,8 +77,14 @@ class AttentionTiles {
  public:
   using T = core::accumulate_t<Storage>;
 
-  explicit AttentionTiles(const LinearAttentionParams& p, const StateLayout<T>& layout)
-      : p_(p), layout_(layout), sum_(layout.denominator_width) {}
+  AttentionTiles(const LinearAttentionParams& p, const StateLayout<T>& layout, Decay<T>& decay)
+      : p_(p),
+        layout_(layout),
+        decay_(decay),
+        sum_(layout.denominator_width),
+        row_sum_(layout.denominator_width),
+        sent_(decay.fades() ? kChunk * layout.feature_width : 0),
+        sent_denominators_(decay.fades() ? kChunk * layout.denominator_width : 0) {}
 
   // phi(q) [chunk, R], rows `ld` apart.
   void load_queries(const Chunk& chunk, T* out, std::int64_t ld) const {
@@ -116,12 +122,16 @@ class AttentionTiles {
     }
   }
 
-  // Joins a state with the sums over a chunk of keys: S += keys^T values, z += the sum of
-  // denominator_keys.
-  void add_keys(std::int64_t size, const T* keys, const T* values, const T* denominator_keys,
-                T* state) const {
+  // Joins a state that goes one way with the sums over the chunk of keys that the decay is loaded
+  // for: S += keys^T values, z += the sum of denominator_keys.
+  void add_keys(Way way, std::int64_t size, const T* keys, const T* values,
+                const T* denominator_keys, T* state) const {
     const std::int64_t width = layout_.denominator_width;
-    core::carry(Passage{size}, layout_.view(state));
+    core::carry(decay_.passage(), layout_.view(state));
+    const bool own = denominator_keys != keys;
+    keys = decay_.send(way, size, keys, layout_.feature_width, sent_);
+    denominator_keys =
+        own ? decay_.send(way, size, denominator_keys, width, sent_denominators_) : keys;
     gemm(Op::kTransposed, Op::kPlain, layout_.features, layout_.values, size, keys,
          layout_.feature_width, values, layout_.value_width, T(1), state, layout_.value_width);
     set_zero(sum_.get(), width);
@@ -134,14 +144,17 @@ class AttentionTiles {
 
   // The sums over a segment of keys. The tiles are scratch memory; where the denominator has no
   // features of its own, denominator_keys is keys.
-  void sum_keys(const Segment& segment, T* keys, T* values, T* denominator_keys, T* state) const {
+  void sum_keys(Way way, const Segment& segment, T* keys, T* values, T* denominator_keys,
+                T* state) const {
     core::set_zero(layout_.view(state));
-    for (std::int64_t i = 0; i < segment.chunks(); ++i) {
-      const Chunk chunk = segment.chunk(i);
+    const std::int64_t chunks = segment.chunks();
+    for (std::int64_t i = 0; i < chunks; ++i) {
+      const Chunk chunk = segment.chunk(way == Way::kToEnd ? i : chunks - 1 - i);
+      decay_.load(chunk);
       load_keys(chunk, keys);
       load_values(chunk, values);
       if (denominator_keys != keys) load_denominator_keys(chunk, denominator_keys);
-      add_keys(chunk.size, keys, values, denominator_keys, state);
+      add_keys(way, chunk.size, keys, values, denominator_keys, state);
     }
   }
 
@@ -150,6 +163,7 @@ class AttentionTiles {
   void denominators(std::int64_t size, const T* queries, std::int64_t ld, const T* keys, const T* z,
                     T* out) const {
     const std::int64_t width = layout_.denominator_width;
+    if (decay_.fades()) return fading_denominators(size, queries, ld, keys, z, out);
     set_zero(sum_.get(), width);
     for (std::int64_t t = 0; t < size; ++t) {
       const T* q = queries + t * ld;
@@ -171,7 +185,37 @@ class AttentionTiles {
     for (std::int64_t t = 0; t < size; ++t) set_zero(weights + t * ld + t + 1, size - t - 1);
   }
 
+  // Adds what keys after each query give, and the z (or null) of those after the chunk.
+  void add_later_denominators(std::int64_t size, const T* queries, std::int64_t ld, const T* keys,
+                              const T* z, T* out) const {
+    const std::int64_t width = layout_.denominator_width, stride = decay_.stride();
+    set_zero(sum_.get(), width);
+    for (std::int64_t t = size - 1; t >= 0; --t) {
+      const T *const to_end = decay_.to_end(t), *const step = decay_.step(t);
+      for (std::int64_t f = 0; f < width; ++f) {
+        const T weight = z == nullptr ? sum_[f] : sum_[f] + to_end[f * stride] * z[f];
+        sum_[f] = (sum_[f] + keys[t * width + f]) * step[f * stride];
+        row_sum_[f] = weight;
+      }
+      out[t] += dot<T>(queries + t * ld, row_sum_, width);
+    }
+  }
+
  private:
+  void fading_denominators(std::int64_t size, const T* queries, std::int64_t ld, const T* keys,
+                           const T* z, T* out) const {
+    const std::int64_t width = layout_.denominator_width, stride = decay_.stride();
+    set_zero(sum_.get(), width);
+    for (std::int64_t t = 0; t < size; ++t) {
+      const T *const from_start = decay_.from_start(t), *const step = decay_.step(t);
+      for (std::int64_t f = 0; f < width; ++f) {
+        sum_[f] = sum_[f] * step[f * stride] + keys[t * width + f];
+        row_sum_[f] = z == nullptr ? sum_[f] : sum_[f] + from_start[f * stride] * z[f];
+      }
+      out[t] = dot<T>(queries + t * ld, row_sum_, width) + static_cast<T>(p_.eps);
+    }
+  }
+
   void load_features(const Strided<Storage>& x, FeatureMap feature_map, const Chunk& chunk,
                      bool are_keys, T* out, std::int64_t ld, std::int64_t width) const {
     with_feature_map(feature_map, [&](auto map) {
@@ -190,7 +234,9 @@ class AttentionTiles {
 
   const LinearAttentionParams& p_;
   const StateLayout<T>& layout_;
-  Workspace<T> sum_;  // [F]
+  Decay<T>& decay_;
+  Workspace<T> sum_, row_sum_;             // [F]
+  Workspace<T> sent_, sent_denominators_;  // [chunk, R] and [chunk, F], times factors of a decay
 };
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA
