@@ -150,7 +150,7 @@ void backward_full(const LinearAttentionBackwardParams& p) {
 void linear_attention_backward(const LinearAttentionBackwardParams& p) {
   visit_storage(p.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    p.causal || p.log_decay != nullptr ? backward_ordered<Storage>(p) : backward_full<Storage>(p);
+    p.causal || p.decay_features > 0 ? backward_ordered<Storage>(p) : backward_full<Storage>(p);
   });
 }
 

@@ -312,7 +312,7 @@ void linear_attention_forward(const LinearAttentionParams& p) {
     return linear_attention_one_position(p);
   visit_storage(p.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    const bool is_ordered = p.causal || (p.log_decay != nullptr && p.query_length > 0);
+    const bool is_ordered = p.causal || (p.decay_features > 0 && p.query_length > 0);
     is_ordered ? forward_ordered<Storage>(p) : forward_full<Storage>(p);
   });
 }
