@@ -123,6 +123,8 @@ class Case:
         expected = self.expected(self.equations, self.inputs, self.grads, like)
         if wanted is not None:
             expected = [*expected[:3], *(expected[3 + numbers.index(i)] for i in wanted)]
+        if self.form in ("head", "feature"):
+            tolerance *= 3  # the gradient of a shared step is a sum over all tokens
         compare(self.operator, self.inputs, self.grads, tolerance, wanted, expected=expected)
 
     def check_state(self, compare, tolerance):
@@ -144,7 +146,11 @@ class Case:
 @pytest.mark.parametrize("form", FORMS)
 def test_decays(compare, form, steps, causal, dtype):
     length = 70 if "feature" in form else 150
-    case = Case(dtype, length=length, form=form, steps=steps, causal=causal)
+    # Where all but the own key has faded the quotient does not depend on the query, whose gradient
+    # is then only rounding.
+    case = Case(
+        dtype, length=length, form=form, steps=steps, causal=causal, normalize=steps != "fast"
+    )
     case.check(compare, TOLERANCES[dtype])
 
 
@@ -192,7 +198,14 @@ def test_rms_norm_of_many_values(compare):
 def test_packed_sequences(compare, bounds, form, causal, own):
     own = 0 if not own else 5 if "feature" in form else 6
     case = Case(
-        torch.float64, 1, bounds[-1], form=form, steps="mixed", causal=causal, bounds=bounds, own=own
+        torch.float64,
+        1,
+        bounds[-1],
+        form=form,
+        steps="mixed",
+        causal=causal,
+        bounds=bounds,
+        own=own,
     )
     case.check(compare, 1e-12)
 
@@ -243,9 +256,7 @@ def test_a_decay_of_zero_is_none(compare, form, dtype):
     none.tensors["log_decay"] = None
     wanted = [0, 1, 2, 4, 5]
     expected = run(none.operator, none.inputs, none.grads, wanted)
-    compare(
-        case.operator, case.inputs, case.grads, TOLERANCES[dtype], wanted, expected=expected
-    )
+    compare(case.operator, case.inputs, case.grads, TOLERANCES[dtype], wanted, expected=expected)
 
 
 def test_a_decay_of_zero_is_none_bit_for_bit():

@@ -6,7 +6,6 @@ from cuda_backends import on, run
 
 import torch_spe
 
-
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 3e-6,

@@ -155,9 +155,10 @@ struct Between {
   TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head) const {
     const int own = static_cast<int>(threadIdx.x);
     if (own < kTokens) {
-      steps[own] = own < chunk.size ? core::exp_nonpositive(decay.steps.at(
-                                          chunk.batch, chunk.begin + own, head, 0))
-                                    : 1.0;
+      steps[own] =
+          own < chunk.size
+              ? core::exp_nonpositive(decay.steps.at(chunk.batch, chunk.begin + own, head, 0))
+              : 1.0;
     }
     __syncthreads();
     if (own >= kTokens) return;

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     decay_gradient_kernel(const Tokens<Storage> after, const Tokens<Storage> before,
                           const Cut chunks, const Cut segments,
                           const States<core::accumulate_t<Storage>> states_before,
-                          const States<core::accumulate_t<Storage>> states_after,
-                          const Decay decay, const StepGradients out) {
+                          const States<core::accumulate_t<Storage>> states_after, const Decay decay,
+                          const StepGradients out) {
   using T = core::accumulate_t<Storage>;
   using Shared = DecayGradientShared<Operand, Decay>;
   constexpr int kTokens = kChunk<Operand>;
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   // What each row reads from a state, times its own Y and weight.
   const int own_row = thread / kPerRow, own_part = thread % kPerRow;
   const int own_column = Wide::kTensorCores ? thread / 32 % 2 * 4 + thread % 4 : thread % 8;
-  const auto read = [&](const Tokens<Storage>& rows, const StateReader<T>& reader,
-                        const T* weights, bool backwards, double* sums) {
+  const auto read = [&](const Tokens<Storage>& rows, const StateReader<T>& reader, const T* weights,
+                        bool backwards, double* sums) {
     Wide product;
     T z_sum = 0;
     const auto own = [&](int row) { return shared.parts + row * Shared::kParts + own_column; };
@@ -206,8 +206,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
     for (int j = 0; j < thread; ++j) sum += shared.future[j];
     if (out.of_tokens != nullptr && thread < chunk.size) {
-      double* const to =
-          out.of_tokens + decay.index(chunk.batch, chunk.begin + thread, head);
+      double* const to = out.of_tokens + decay.index(chunk.batch, chunk.begin + thread, head);
       *to = out.adds ? *to + sum : sum;
     }
     passing = thread < chunk.size ? sum : 0;

@@ -1,6 +1,5 @@
 // What calls the recurrences of a decay per feature, and their scratch memory.
 #include "feature_decay.h"
-
 #include "feature_recurrence.h"
 #include "token_sets.h"
 
@@ -13,8 +12,8 @@ class FeatureDecayPass {
   using T = core::accumulate_t<Storage>;
   std::size_t workspace_size = 0;
 
-  FeatureDecayPass(const LinearAttentionParams& p, bool backward, bool wants_decay,
-                   void* workspace, Stream stream)
+  FeatureDecayPass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
+                   Stream stream)
       : p_(p), causal_(p.causal || p.query_length == 0), sets_(p), stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
     const std::int64_t features = p.num_realizations, width = p.value_features + 1;
@@ -41,8 +40,7 @@ class FeatureDecayPass {
   void forward() {
     make_step_factors();
     const bool own = sets_.has_own_denominator(), has_rows = p_.query_length > 0;
-    Recurrence<Storage> sums =
-        recurrence(sets_.queries(), sets_.keys(), p_.value_features, !own);
+    Recurrence<Storage> sums = recurrence(sets_.queries(), sets_.keys(), p_.value_features, !own);
     set_initial(sums, p_.initial_s, own ? nullptr : p_.initial_z);
     set_total(sums, p_.final_s, own ? nullptr : p_.final_z);
     values(sums, has_rows ? sums_ : nullptr);
@@ -58,8 +56,9 @@ class FeatureDecayPass {
     const std::int64_t width = sums.width();
     if (sets_.divides()) {
       divisors = p_.row_divisor == nullptr ? divisors_ : static_cast<T*>(p_.row_divisor);
-      const T* const denominators =
-          p_.rms_norm ? nullptr : own ? denominators_ : sums_ + p_.value_features;
+      const T* const denominators = p_.rms_norm ? nullptr
+                                    : own       ? denominators_
+                                                : sums_ + p_.value_features;
       for_each_index(sets_.rows(),
                      Divisors<T>{sums_, denominators, width, own ? 1 : width, p_.value_features,
                                  static_cast<T>(p_.eps), divisors},
@@ -85,8 +84,8 @@ class FeatureDecayPass {
       write_rows(sums_, nullptr, backwards.width(), p.key_length, p.grad_v);
     }
     if (own) {
-      forwards = recurrence(sets_.denominator_queries(row_factors_), sets_.denominator_keys(), 0,
-                            true);
+      forwards =
+          recurrence(sets_.denominator_queries(row_factors_), sets_.denominator_keys(), 0, true);
       backwards = reversed(forwards);
       set_initial(forwards, nullptr, p.initial_z);
       set_initial(backwards, nullptr, p.grad_final_z);
@@ -109,10 +108,10 @@ class FeatureDecayPass {
     steps.data = p_.log_decay;
     steps.is_double = p_.log_decay_dtype == core::DType::kFloat64;
     for (int i = 0; i < 4; ++i) steps.strides[i] = p_.log_decay_strides[i];
-    for_each_index(tokens() * p_.num_realizations,
-                   StepFactors<T>{steps, p_.key_length, p_.num_heads, p_.num_realizations, zero_,
-                                  factors_},
-                   stream_);
+    for_each_index(
+        tokens() * p_.num_realizations,
+        StepFactors<T>{steps, p_.key_length, p_.num_heads, p_.num_realizations, zero_, factors_},
+        stream_);
   }
 
   // Rows that read states of columns which move forwards.
@@ -158,8 +157,8 @@ class FeatureDecayPass {
   void values(Recurrence<Storage> recurrence, T* out) const {
     recurrence.out = out;
     const auto run = [&](const Recurrence<Storage>& one) {
-      for_each_index(p_.num_sequences * p_.num_heads * one.width(),
-                     ValuesRecurrence<Storage>{one}, stream_);
+      for_each_index(p_.num_sequences * p_.num_heads * one.width(), ValuesRecurrence<Storage>{one},
+                     stream_);
     };
     run(recurrence);
     if (!causal_ && out != nullptr) run(other_direction(recurrence));
@@ -175,18 +174,18 @@ class FeatureDecayPass {
       const std::int64_t count = p_.num_sequences * p_.num_heads * p_.num_realizations;
       for_each_index(count, FeaturesRecurrence<Storage>{first, products_, ends_, nullptr, false},
                      stream_);
-      for_each_index(
-          count, FeaturesRecurrence<Storage>{second, products_, ends_, step_gradients_, adds},
-          stream_);
+      for_each_index(count,
+                     FeaturesRecurrence<Storage>{second, products_, ends_, step_gradients_, adds},
+                     stream_);
     };
     run(forwards, backwards, adds_step_gradients);
     if (!causal_) run(other_direction(backwards), other_direction(forwards), true);
     const auto write = [&](const Tokens<Storage>& rows, const T* sums, void* grad) {
       if (grad == nullptr) return;
-      for_each_index(sets_.batch() * rows.length * rows.heads * p_.num_realizations,
-                     InputGradients<Storage>{rows, p_.num_realizations, sums,
-                                             static_cast<Storage*>(grad)},
-                     stream_);
+      for_each_index(
+          sets_.batch() * rows.length * rows.heads * p_.num_realizations,
+          InputGradients<Storage>{rows, p_.num_realizations, sums, static_cast<Storage*>(grad)},
+          stream_);
     };
     write(forwards.rows, sums_of_queries_, grad_q);
     write(backwards.rows, sums_, grad_k);
@@ -195,9 +194,9 @@ class FeatureDecayPass {
   void write_rows(const T* sums, const T* divisors, std::int64_t width, std::int64_t length,
                   void* out) const {
     const std::int64_t values = p_.value_features;
-    for_each_index(
-        sets_.batch() * length * p_.num_heads * values,
-        DividedRows<Storage>{sums, divisors, width, values, static_cast<Storage*>(out)}, stream_);
+    for_each_index(sets_.batch() * length * p_.num_heads * values,
+                   DividedRows<Storage>{sums, divisors, width, values, static_cast<Storage*>(out)},
+                   stream_);
   }
 
   const LinearAttentionParams& p_;
@@ -205,16 +204,16 @@ class FeatureDecayPass {
   TokenSets<Storage> sets_;
   Stream stream_;
   std::uint64_t* zero_ = nullptr;
-  T* factors_ = nullptr;                    // [B, M, H, R]
-  T* state_ = nullptr;                      // [S, H, E + 1, R]
-  T* sums_ = nullptr;                       // [B, M, H, R or E + 1]
-  T* sums_of_queries_ = nullptr;            // [B, M, H, R]
-  RowFactors<T>* row_factors_ = nullptr;    // [B, N, H]
-  T* denominators_ = nullptr;               // [B, N, H]
-  T* divisors_ = nullptr;                   // [B, N, H]
-  double* products_ = nullptr;              // [B, M, H, R]
-  double* step_gradients_ = nullptr;        // [B, M, H, R]
-  T* ends_ = nullptr;                       // [slot, H, E + 1, R]
+  T* factors_ = nullptr;                  // [B, M, H, R]
+  T* state_ = nullptr;                    // [S, H, E + 1, R]
+  T* sums_ = nullptr;                     // [B, M, H, R or E + 1]
+  T* sums_of_queries_ = nullptr;          // [B, M, H, R]
+  RowFactors<T>* row_factors_ = nullptr;  // [B, N, H]
+  T* denominators_ = nullptr;             // [B, N, H]
+  T* divisors_ = nullptr;                 // [B, N, H]
+  double* products_ = nullptr;            // [B, M, H, R]
+  double* step_gradients_ = nullptr;      // [B, M, H, R]
+  T* ends_ = nullptr;                     // [slot, H, E + 1, R]
 };
 
 template <class Function>

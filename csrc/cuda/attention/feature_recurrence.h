@@ -18,17 +18,17 @@ template <class Storage>
 struct Recurrence {
   using T = core::accumulate_t<Storage>;
   Tokens<Storage> rows, columns;
-  Cut chunks;                                  // of kAnchor tokens
-  std::int64_t heads, features, values;        // H, R, E
-  bool has_z;                                  // C = E + has_z columns
+  Cut chunks;                            // of kAnchor tokens
+  std::int64_t heads, features, values;  // H, R, E
+  bool has_z;                            // C = E + has_z columns
   bool backwards = false;
   bool strict = false;
-  bool adds = false;                           // to what `out` has
-  const T* factors = nullptr;                  // [B, L, H, R], exp of the steps
+  bool adds = false;                                   // to what `out` has
+  const T* factors = nullptr;                          // [B, L, H, R], exp of the steps
   const T *initial_s = nullptr, *initial_z = nullptr;  // [S, H, R, E], [S, H, R], or null
-  T* state = nullptr;                          // [S, H, C, R], scratch memory
-  T *total_s = nullptr, *total_z = nullptr;    // [S, H, R, E], [S, H, R], or null
-  T* out = nullptr;                            // [B, L, H, C] or [B, L, H, R], or null
+  T* state = nullptr;                                  // [S, H, C, R], scratch memory
+  T *total_s = nullptr, *total_z = nullptr;            // [S, H, R, E], [S, H, R], or null
+  T* out = nullptr;                                    // [B, L, H, C] or [B, L, H, R], or null
 
   TORCH_SPE_INLINE std::int64_t width() const { return values + (has_z ? 1 : 0); }
 
@@ -91,7 +91,8 @@ struct ValuesRecurrence : Recurrence<Storage> {
 // out[n, r] = sum_c Y_row[n, c] S[r, c], a thread for each sequence, head and feature. For the
 // gradient of the steps, with x_n = X (out without the row's own token) and `ends` the states at
 // the ends of chunks of those that move forwards,
-//   dg_t = sum_(n = t .. chunk's end) (x_n of rows that read them - x_n of rows that read what moves
+//   dg_t = sum_(n = t .. chunk's end) (x_n of rows that read them - x_n of rows that read what
+//   moves
 //          backwards) + ends times the state that moves backwards.
 template <class Storage>
 struct FeaturesRecurrence : Recurrence<Storage> {
@@ -114,13 +115,14 @@ struct FeaturesRecurrence : Recurrence<Storage> {
     for (std::int64_t j = 0; j < length; ++j) {
       const std::int64_t position = this->backwards ? length - 1 - j : j, n = begin + position;
       const bool ends_chunk = position + 1 == length || (position + 1) % kAnchor == 0;
-      T* const end = ends == nullptr
-                         ? nullptr
-                         : ends + ((this->chunks.first_slot(sequence) + position / kAnchor) *
-                                       this->heads +
-                                   head) *
-                                      width * features +
-                               r;
+      T* const end =
+          ends == nullptr
+              ? nullptr
+              : ends +
+                    ((this->chunks.first_slot(sequence) + position / kAnchor) * this->heads +
+                     head) *
+                        width * features +
+                    r;
       if (step_gradients != nullptr && ends_chunk) {
         step_gradient = 0;
         for (std::int64_t c = 0; c < width; ++c) {
@@ -144,8 +146,8 @@ struct FeaturesRecurrence : Recurrence<Storage> {
         if (!this->backwards && end != nullptr && ends_chunk) end[c * features] = s;
       }
       if (products != nullptr) {
-        const double product = static_cast<double>(this->rows.x_at(batch, n, head, r)) *
-                               static_cast<double>(sum);
+        const double product =
+            static_cast<double>(this->rows.x_at(batch, n, head, r)) * static_cast<double>(sum);
         if (!this->backwards) {
           products[token] = product;
         } else {

@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads)
     // Padding, whatever it holds, has the gradient 0.
     shared.row_scale[thread] =
         inside && !rows.is_padding(chunk.batch, n) ? rows.scale_of(chunk.batch, n, head) : T(0);
-    shared.col_weight[thread] = inside && has_chunks ? columns.weight_of(chunk.batch, n, head) : T(0);
+    shared.col_weight[thread] =
+        inside && has_chunks ? columns.weight_of(chunk.batch, n, head) : T(0);
   } else if (thread - kTokens < kWide) {
     shared.z[thread - kTokens] = reader.z(r0 + thread - kTokens);
   }
@@ -88,11 +89,27 @@ __global__ void __launch_bounds__(kThreads)
   TileProduct<Operand, kTokens, kTokens> weights;
   product.clear();
   weights.clear();
+  // Adds what rows read from the state of the other direction.
+  [[maybe_unused]] const auto add_others = [&] {
+    const StateReader<T> other(others, true, chunks, segments, slot, chunk, head,
+                               decay.to_chunk(slot, head, !columns_follow));
+    TileProduct<Operand, kTokens, kWide> sums;
+    sums.clear();
+    if (thread < kWide) shared.other_z[thread] = other.z(r0 + thread);
+    for (std::int64_t e0 = 0; e0 < values; e0 += kDeep) {
+      __syncthreads();  // the tiles before have been used
+      rows.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.row_y);
+      load_state<kWide, kDeep>(shared.state,
+                               [&](int r, int e, T(&out)[4]) { other.s(r0 + r, e0 + e, out); });
+      __syncthreads();
+      sums.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
+    }
+    product.add(sums, [&](int row) { return shared.other_fade[row]; });
+  };
   for (std::int64_t e0 = 0; e0 < values; e0 += kDeep) {
     __syncthreads();  // the tiles before have been used
     rows.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.row_y);
-    if (has_chunks)
-      columns.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.col_y);
+    if (has_chunks) columns.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.col_y);
     load_state<kWide, kDeep>(shared.state,
                              [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
     __syncthreads();
@@ -102,54 +119,24 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (values == 0) __syncthreads();  // weights and z are there
-  if constexpr (Decay::kFades) {
-    const auto fade = [&](auto& sums, const T* z, const T* factors) {
-      sums.for_each([&](int row, int column, T& element) {
-        element = (element + shared.row_weight[row] * z[column]) * factors[row];
-      });
-    };
-    fade(product, shared.z, shared.fade);
-    weights.for_each_row([&](int row) {
-      Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
-      const T row_weight = shared.row_weight[row];
-      const T* const col_weight = shared.col_weight;
-      const T* const between = shared.between.factors + row * shared.between.kRow;
-      return [=](int column, T value) {
-        const bool seen = !causal || (columns_follow ? column >= row : column <= row);
-        write(seen ? (value + row_weight * col_weight[column]) * between[column] : T(0),
-              to + column);
-      };
-    });
-    if (!causal) {
-      const StateReader<T> other(others, true, chunks, segments, slot, chunk, head,
-                                 decay.to_chunk(slot, head, !columns_follow));
-      TileProduct<Operand, kTokens, kWide> sums;
-      sums.clear();
-      if (thread < kWide) shared.other_z[thread] = other.z(r0 + thread);
-      for (std::int64_t e0 = 0; e0 < values; e0 += kDeep) {
-        __syncthreads();  // the tiles before have been used
-        rows.template load_y<kTokens, kDeep>(chunk, head, e0, values, shared.row_y);
-        load_state<kWide, kDeep>(shared.state,
-                                 [&](int r, int e, T(&out)[4]) { other.s(r0 + r, e0 + e, out); });
-        __syncthreads();
-        sums.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
-      }
-      if (values == 0) __syncthreads();
-      fade(sums, shared.other_z, shared.other_fade);
-      product.add(sums, [](int) { return T(1); });
-    }
-  } else if (causal) {
-    weights.for_each_row([&](int row) {
-      Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
-      const T row_weight = shared.row_weight[row];
-      const T* const col_weight = shared.col_weight;
-      return [=](int column, T value) {
-        const bool seen = columns_follow ? column >= row : column <= row;
-        write(seen ? value + row_weight * col_weight[column] : T(0), to + column);
-      };
-    });
-  }
   if (has_chunks) {
+    weights.for_each_row([&](int row) {
+      Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
+      const T row_weight = shared.row_weight[row];
+      const T* const col_weight = shared.col_weight;
+      [[maybe_unused]] const T* const between = shared.between.factors + row * shared.between.kRow;
+      return [=](int column, T value) {
+        const bool seen =
+            (Decay::kFades && !causal) || (columns_follow ? column >= row : column <= row);
+        T weight = value + row_weight * col_weight[column];
+        if constexpr (Decay::kFades) weight *= between[column];
+        write(seen ? weight : T(0), to + column);
+      };
+    });
+    if constexpr (Decay::kFades) {
+      product.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
+      if (!causal) add_others();
+    }
     columns.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.col_x);
     __syncthreads();
     product.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.weights, shared.col_x);
@@ -165,11 +152,19 @@ __global__ void __launch_bounds__(kThreads)
     const int own_end = row < chunk.size ? end : 0;
     const T row_weight = shared.row_weight[row], row_scale = shared.row_scale[row];
     const T* const z = shared.z;
+    [[maybe_unused]] const T* const other_z = shared.other_z;
+    [[maybe_unused]] const T fade = Decay::kFades ? shared.fade[row] : T(1);
+    [[maybe_unused]] const T other_fade = Decay::kFades ? shared.other_fade[row] : T(0);
     const auto map = rows.map;
     const std::int64_t stride = rows.x_strides[3];
     return [=](int column, T value) {
       if (column >= own_end) return;
-      const T sum = Decay::kFades ? value : value + row_weight * z[column];
+      T own_z = z[column];
+      if constexpr (Decay::kFades) {
+        own_z *= fade;
+        if (!causal) own_z += other_fade * other_z[column];
+      }
+      const T sum = value + row_weight * own_z;
       const T gradient = gradient_of_input_at(map, sum, from + column * stride) * row_scale;
       write(row_scale == T(0) ? T(0) : gradient, to + column);
     };

@@ -86,8 +86,8 @@ class AttentionPass {
     if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
     const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
     if (p.grad_q != nullptr || wants_decay) {
-      const TwoStates<T> states = make_states(keys, false, p.initial_s,
-                                              own ? nullptr : p.initial_z, nullptr, nullptr, keys_);
+      const TwoStates<T> states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z,
+                                              nullptr, nullptr, keys_);
       if (p.grad_q != nullptr) features(queries, keys, false, states, p.grad_q);
     }
     void* const grad_initial_z = own ? nullptr : p.grad_initial_z;
@@ -107,8 +107,9 @@ class AttentionPass {
     if constexpr (kFades) {
       if (wants_decay) {
         attention::write_decay_gradient(
-            step_gradients_, p.constant_decay ? cut_of_keys().slots() : sets_.batch() * p.key_length,
-            p.num_heads, p.constant_decay, p.log_decay_dtype, p.grad_log_decay, stream_);
+            step_gradients_,
+            p.constant_decay ? cut_of_keys().slots() : sets_.batch() * p.key_length, p.num_heads,
+            p.constant_decay, p.log_decay_dtype, p.grad_log_decay, stream_);
       }
     }
   }
@@ -172,9 +173,9 @@ class AttentionPass {
   }
   void make_decay_factors() const {
     if constexpr (kFades) {
-      attention::make_decay_factors(
-          decay_, cut_of_keys(), sets_.cut(p_.key_length, attention::kSegment<Operand>), zero_,
-          stream_);
+      attention::make_decay_factors(decay_, cut_of_keys(),
+                                    sets_.cut(p_.key_length, attention::kSegment<Operand>), zero_,
+                                    stream_);
     }
   }
 
@@ -183,8 +184,8 @@ class AttentionPass {
     const Tokens<Storage> keys = sets_.denominator_keys();
     const bool wants_decay = kFades && p.grad_log_decay != nullptr;
     if (p.grad_denominator_q != nullptr || wants_decay) {
-      const TwoStates<T> states = make_states(keys, false, nullptr, p.initial_z, nullptr, nullptr,
-                                              denominator_keys_);
+      const TwoStates<T> states =
+          make_states(keys, false, nullptr, p.initial_z, nullptr, nullptr, denominator_keys_);
       if (p.grad_denominator_q != nullptr)
         features(queries, keys, false, states, p.grad_denominator_q);
     }

@@ -184,9 +184,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     // Carried over the chunk, whose sums the product then adds to it: together that is a join.
     const core::Passage<T> passage = decay.over_chunk(slot, head);
-    product.for_each([&](int row, int, T& element) {
-      element = core::carry(passage, r0 + row, element);
-    });
+    product.for_each(
+        [&](int row, int, T& element) { element = core::carry(passage, r0 + row, element); });
     z = core::carry(passage, r0 + thread, z);
     if (values > 0)
       product.template multiply<kTokens, Major::kOuter, Major::kOuter>(shared.x, shared.y);

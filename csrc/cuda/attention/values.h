@@ -143,26 +143,20 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       }
     }
     if (!has_chunks) return;
+    weights.for_each_row([&](int row) {
+      Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
+      [[maybe_unused]] const T* const between = shared.between.factors + row * shared.between.kRow;
+      return [=](int column, T value) {
+        const bool seen =
+            (Decay::kFades && !causal) || (columns_follow ? column >= row : column <= row);
+        if constexpr (Decay::kFades) value *= between[column];
+        write(seen ? value : T(0), to + column);
+      };
+    });
     if constexpr (Decay::kFades) {
       product.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
       denominator *= shared.fade[own_row];
-      weights.for_each_row([&](int row) {
-        Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
-        const T* const between = shared.between.factors + row * shared.between.kRow;
-        return [=](int column, T value) {
-          const bool seen = !causal || (columns_follow ? column >= row : column <= row);
-          write(seen ? value * between[column] : T(0), to + column);
-        };
-      });
       if (!causal) add_others(e0);
-    } else {
-      weights.for_each_row([&](int row) {
-        Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
-        return [=](int column, T value) {
-          const bool seen = columns_follow ? column >= row : column <= row;
-          write(seen ? value : T(0), to + column);
-        };
-      });
     }
     if constexpr (kMakesValues)
       columns.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.col_y);
