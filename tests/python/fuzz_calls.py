@@ -421,6 +421,14 @@ def linear_attention(draw):
             rows = draw.normal(*arguments[like].shape[:3], width).abs() + 0.1
             arguments[name] = draw.tensor(rows if psi != "elu" else -rows, draw.dtype)
             shapes[name] = shapes[like][:-1] + "F"
+    if queries == keys and draw.chance(0.4):
+        form = draw.choose("H", "H R", "B M H", "B M H R")
+        if width == features or "R" not in form:
+            sizes = {"B": batch, "M": keys, "H": heads, "R": features}
+            steps = -draw.normal(*(sizes[name] for name in form.split())).abs()
+            steps = steps * draw.choose(0.0, 1e-3, 0.3, 30.0)
+            arguments["log_decay"] = draw.tensor(steps, draw.choose(torch.float32, torch.float64))
+            shapes["log_decay"] = form.replace("B M", shapes["k"][:3])
     if draw.chance(0.4):
         dtype = draw.choose(torch.float32, torch.float64)
         state = draw.normal(sequences, heads, features, values)
@@ -451,7 +459,7 @@ def linear_attention_state(draw):
     call = linear_attention(draw)
     kept = (
         "k", "v", "feature_map", "key_padding_mask", "cu_seqlens", "initial_s", "initial_z",
-        "denominator_k", "denominator_feature_map",
+        "denominator_k", "denominator_feature_map", "log_decay",
     )  # fmt: skip
     arguments = {name: call.arguments[name] for name in kept if name in call.arguments}
     shapes = {name: shape for name, shape in call.shapes.items() if name in arguments}

@@ -46,12 +46,14 @@ def _linear_attention():
     q, k, v = _draw(1, 5, 2, 3), _draw(1, 5, 2, 3).flip(1), _draw(1, 5, 2, 4)
     bounds = torch.tensor([0, 5])
     state = [_draw(1, 2, 3, 4), _draw(1, 2, 3).square()]
-    return [q, k, v, "elu", True, True, 1e-3, None, bounds, *state, True]
+    rest = [True, None, None, "identity", False, -_draw(2).abs()]
+    return [q, k, v, "elu", True, True, 1e-3, None, bounds, *state, *rest]
 
 
 def _linear_attention_state():
     return [
-        _draw(1, 5, 2, 3), _draw(1, 5, 2, 4), "elu", None, None, _draw(1, 2, 3, 4), _draw(1, 2, 3)
+        _draw(1, 5, 2, 3), _draw(1, 5, 2, 4), "elu", None, None, _draw(1, 2, 3, 4), _draw(1, 2, 3),
+        None, "identity", -_draw(1, 5, 2, 3).abs(),
     ]  # fmt: skip
 
 

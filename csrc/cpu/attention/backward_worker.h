@@ -268,17 +268,14 @@ class BackwardWorker {
     const bool wants_queries = p_.grad_q != nullptr || wants_steps();
     const bool wants_keys = p_.grad_k != nullptr || wants_steps();
     const bool wants_values = p_.grad_v != nullptr;
-    set_zero(grad_queries_.get(), size * rw);
-    set_zero(grad_keys_.get(), size * rw);
-    set_zero(grad_values_.get(), size * vw);
     const FadingTokens<T> queries{queries_, grads_, grad_denominators_,
                                   wants_queries ? grad_queries_.get() : nullptr, nullptr};
     const FadingTokens<T> keys{keys_ + n * rw, values_ + n * vw, nullptr,
                                wants_keys ? grad_keys_.get() : nullptr,
                                wants_values ? grad_values_.get() : nullptr};
     fading_.clear();
-    fading_.add_pairs(size, queries, keys, past, future);
-    if (both_ways_) fading_.add_pairs(size, keys, queries, grad_before, after);
+    fading_.add_pairs(size, true, queries, keys, past, future);
+    if (both_ways_) fading_.add_pairs(size, false, keys, queries, grad_before, after);
     fading_.add_diagonal(size, queries, keys);
     const bool wants_own = own_ && (p_.grad_denominator_q != nullptr ||
                                     p_.grad_denominator_k != nullptr || wants_steps());

@@ -19,6 +19,7 @@ class ForwardWorker {
         decay_(decay),
         tiles_(p, layout, decay),
         both_ways_(!p.causal && decay.fades()),
+        sums_weights_(p.normalize && decay.fades() && !has_own_denominator(p)),
         left_width_(layout.feature_width + (p.causal || both_ways_ ? kChunk : 0)),
         own_size_(has_own_denominator(p) ? kChunk * layout.denominator_width : 0),
         left_(kChunk * left_width_),
@@ -66,15 +67,17 @@ class ForwardWorker {
       if (own_size_ > 0) tiles_.load_denominator_keys(chunk, own_keys_);
       tiles_.load_values(chunk, values);
       make_weights(chunk.size, left_ + width);
-      denominators(chunk, has_past ? z_.get() : nullptr);
+      const T* const z = has_past ? z_.get() : nullptr;
+      if (!sums_weights_) denominators(chunk, z);
       const T* later = nullptr;
       if (both_ways_ && (after != nullptr || i + 1 < segment.chunks())) {
         later = later_ + i * layout_.size();
         receive(Way::kToStart, chunk.size, seen_, width);
       }
-      if (both_ways_)
+      if (both_ways_ && !sums_weights_)
         add_later_denominators(chunk, later == nullptr ? nullptr : later + layout_.z_offset());
       if (decay_.fades() && has_past) receive(Way::kToEnd, chunk.size, left_, left_width_);
+      if (sums_weights_) sum_weights(chunk.size, z, later);
       const std::int64_t skip = has_past ? 0 : width;
       gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, width + chunk.size - skip,
            left_ + skip, left_width_, right_ + skip * layout_.value_width, layout_.value_width,
@@ -150,6 +153,20 @@ class ForwardWorker {
     }
   }
 
+  // The denominators, where these have the features of the numerators and fade: the sums of the
+  // rows of weights, and what the queries, as they see the states, have from z and from `later` (or
+  // null).
+  void sum_weights(std::int64_t size, const T* z, const T* later) const {
+    const std::int64_t width = layout_.feature_width;
+    for (std::int64_t t = 0; t < size; ++t) {
+      const T* const queries = left_ + t * left_width_;
+      T sum = sum_row<T>(queries + width, size) + static_cast<T>(p_.eps);
+      if (z != nullptr) sum += dot<T>(queries, z, width);
+      if (later != nullptr) sum += dot<T>(seen_ + t * width, later + layout_.z_offset(), width);
+      divisors_[t] = sum;
+    }
+  }
+
   // Queries as they see a state that has come this way to the chunk.
   void receive(Way way, std::int64_t size, T* out, std::int64_t ld) const {
     for (std::int64_t t = 0; t < size; ++t)
@@ -192,7 +209,8 @@ class ForwardWorker {
   const StateLayout<T>& layout_;
   Decay<T>& decay_;
   const AttentionTiles<Storage> tiles_;
-  const bool both_ways_;  // keys fade with the lag before and after a query
+  const bool both_ways_;     // keys fade with the lag before and after a query
+  const bool sums_weights_;  // for the denominators
   const std::int64_t left_width_;
   const std::int64_t own_size_;  // of a tile of the denominator's own features
   Workspace<T> left_;            // [chunk, R + chunk]: queries, weights

@@ -21,6 +21,16 @@ TORCH_SPE_INLINE T dot(const T* a, const T* b, std::int64_t n) {
   return sum_lanes<T>(sum);
 }
 
+template <class T>
+TORCH_SPE_INLINE T sum_row(const T* a, std::int64_t n) {
+  const std::int64_t whole = n - n % kLanes<T>;
+  Vec<T> sums = {};
+  for (std::int64_t i = 0; i < whole; i += kLanes<T>) sums += load_vec(a + i);
+  T sum = sum_lanes<T>(sums);
+  for (std::int64_t i = whole; i < n; ++i) sum += a[i];
+  return sum;
+}
+
 // Divisors below this are divided by: their reciprocals, or what these are multiplied with, might
 // overflow.
 template <class T>
