@@ -19,8 +19,8 @@ class FeatureDecayPass {
     const std::int64_t features = p.num_realizations, width = p.value_features + 1;
     zero_ = layout.take<std::uint64_t>(1);
     if (backward && p.query_length == 0) sets_.replace_queries(zero_);
-    factors_ = layout.take<T>(tokens() * features);
-    state_ = layout.take<T>(p.num_sequences * p.num_heads * features * width);
+    factors_ = layout.take<double>(tokens() * features);
+    state_ = layout.take<double>(p.num_sequences * p.num_heads * features * width);
     sums_ = layout.take<T>(tokens() * max_of(features, width));
     if (backward) {
       sums_of_queries_ = layout.take<T>(tokens() * features);
@@ -32,7 +32,7 @@ class FeatureDecayPass {
     if (wants_decay) {
       products_ = layout.take<double>(tokens() * features);
       step_gradients_ = layout.take<double>(tokens() * features);
-      ends_ = layout.take<T>(chunks().slots() * p.num_heads * features * width);
+      ends_ = layout.take<double>(chunks().slots() * p.num_heads * features * width);
     }
     workspace_size = layout.size();
   }
@@ -110,7 +110,7 @@ class FeatureDecayPass {
     for (int i = 0; i < 4; ++i) steps.strides[i] = p_.log_decay_strides[i];
     for_each_index(
         tokens() * p_.num_realizations,
-        StepFactors<T>{steps, p_.key_length, p_.num_heads, p_.num_realizations, zero_, factors_},
+        StepFactors{steps, p_.key_length, p_.num_heads, p_.num_realizations, zero_, factors_},
         stream_);
   }
 
@@ -204,8 +204,8 @@ class FeatureDecayPass {
   TokenSets<Storage> sets_;
   Stream stream_;
   std::uint64_t* zero_ = nullptr;
-  T* factors_ = nullptr;                  // [B, M, H, R]
-  T* state_ = nullptr;                    // [S, H, E + 1, R]
+  double* factors_ = nullptr;             // [B, M, H, R]
+  double* state_ = nullptr;               // [S, H, E + 1, R]
   T* sums_ = nullptr;                     // [B, M, H, R or E + 1]
   T* sums_of_queries_ = nullptr;          // [B, M, H, R]
   RowFactors<T>* row_factors_ = nullptr;  // [B, N, H]
@@ -213,7 +213,7 @@ class FeatureDecayPass {
   T* divisors_ = nullptr;                 // [B, N, H]
   double* products_ = nullptr;            // [B, M, H, R]
   double* step_gradients_ = nullptr;      // [B, M, H, R]
-  T* ends_ = nullptr;                     // [slot, H, E + 1, R]
+  double* ends_ = nullptr;                // [slot, H, E + 1, R]
 };
 
 template <class Function>

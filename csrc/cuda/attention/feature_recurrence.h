@@ -4,7 +4,8 @@
 // A state has the columns of S and then that of z, whose value of a token is the token's weight.
 // Moving forwards, it fades by the token's step before it takes the token; moving backwards, after
 // that, on the way to the token before. A strict recurrence reads the state without the token of
-// the row.
+// the row. States and sums are double: exp(-1e-7) rounded to float32, token after token, would be
+// off by a fifth of the step.
 #pragma once
 
 #include "decay.h"
@@ -24,27 +25,28 @@ struct Recurrence {
   bool backwards = false;
   bool strict = false;
   bool adds = false;                                   // to what `out` has
-  const T* factors = nullptr;                          // [B, L, H, R], exp of the steps
+  const double* factors = nullptr;                     // [B, L, H, R], exp of the steps
   const T *initial_s = nullptr, *initial_z = nullptr;  // [S, H, R, E], [S, H, R], or null
-  T* state = nullptr;                                  // [S, H, C, R], scratch memory
+  double* state = nullptr;                             // [S, H, C, R], scratch memory
   T *total_s = nullptr, *total_z = nullptr;            // [S, H, R, E], [S, H, R], or null
   T* out = nullptr;                                    // [B, L, H, C] or [B, L, H, R], or null
 
   TORCH_SPE_INLINE std::int64_t width() const { return values + (has_z ? 1 : 0); }
 
-  TORCH_SPE_DEVICE T value(const Tokens<Storage>& tokens, std::int64_t batch, std::int64_t n,
-                           std::int64_t head, std::int64_t c) const {
+  TORCH_SPE_DEVICE double value(const Tokens<Storage>& tokens, std::int64_t batch, std::int64_t n,
+                                std::int64_t head, std::int64_t c) const {
     return c < values ? tokens.y_at(batch, n, head, c) : tokens.weight_of(batch, n, head);
   }
-  TORCH_SPE_DEVICE T initial(std::int64_t unit, std::int64_t r, std::int64_t c) const {
-    if (c == values) return initial_z == nullptr ? T(0) : initial_z[unit * features + r];
-    return initial_s == nullptr ? T(0) : initial_s[(unit * features + r) * values + c];
+  TORCH_SPE_DEVICE double initial(std::int64_t unit, std::int64_t r, std::int64_t c) const {
+    if (c == values) return initial_z == nullptr ? 0.0 : initial_z[unit * features + r];
+    return initial_s == nullptr ? 0.0 : initial_s[(unit * features + r) * values + c];
   }
-  TORCH_SPE_DEVICE void keep_total(std::int64_t unit, std::int64_t r, std::int64_t c, T s) const {
+  TORCH_SPE_DEVICE void keep_total(std::int64_t unit, std::int64_t r, std::int64_t c,
+                                   double s) const {
     if (c == values) {
-      if (total_z != nullptr) total_z[unit * features + r] = s;
+      if (total_z != nullptr) total_z[unit * features + r] = static_cast<T>(s);
     } else if (total_s != nullptr) {
-      total_s[(unit * features + r) * values + c] = s;
+      total_s[(unit * features + r) * values + c] = static_cast<T>(s);
     }
   }
 };
@@ -60,19 +62,19 @@ struct ValuesRecurrence : Recurrence<Storage> {
     const std::int64_t batch = this->chunks.bounds == nullptr ? sequence : 0;
     const std::int64_t begin = this->chunks.begin(sequence);
     const std::int64_t length = this->chunks.length_of(sequence);
-    T* const state = this->state + i * this->features;
+    double* const state = this->state + i * this->features;
     for (std::int64_t r = 0; r < this->features; ++r) state[r] = this->initial(unit, r, c);
     for (std::int64_t j = 0; j < length; ++j) {
       const std::int64_t n = begin + (this->backwards ? length - 1 - j : j);
       const std::int64_t token = this->columns.index(batch, n, head);
-      const T* const factors = this->factors + token * this->features;
-      const T y = this->value(this->columns, batch, n, head, c);
-      T sum = 0;
+      const double* const factors = this->factors + token * this->features;
+      const double y = this->value(this->columns, batch, n, head, c);
+      double sum = 0;
       for (std::int64_t r = 0; r < this->features; ++r) {
-        const T factor = factors[r];
-        T s = state[r];
+        const double factor = factors[r];
+        double s = state[r];
         if (!this->backwards) s *= factor;
-        const T before = s;
+        const double before = s;
         s += this->columns.x_at(batch, n, head, r) * y;
         if (this->out != nullptr)
           sum += this->rows.x_at(batch, n, head, r) * (this->strict ? before : s);
@@ -81,26 +83,33 @@ struct ValuesRecurrence : Recurrence<Storage> {
       }
       if (this->out != nullptr) {
         T* const to = this->out + token * width + c;
-        *to = this->adds ? *to + sum : sum;
+        *to = static_cast<T>(this->adds ? static_cast<double>(*to) + sum : sum);
       }
     }
     for (std::int64_t r = 0; r < this->features; ++r) this->keep_total(unit, r, c, state[r]);
   }
 };
 
-// out[n, r] = sum_c Y_row[n, c] S[r, c], a thread for each sequence, head and feature. For the
-// gradient of the steps, with x_n = X (out without the row's own token) and `ends` the states at
-// the ends of chunks of those that move forwards,
-//   dg_t = sum_(n = t .. chunk's end) (x_n of rows that read them - x_n of rows that read what
-//   moves
-//          backwards) + ends times the state that moves backwards.
+// out[n, r] = sum_c Y_row[n, c] S[r, c], a thread for each sequence, head and feature.
+//
+// The gradient of the steps takes two of them, of rows that read what moves forwards and of those
+// tokens that read what moves backwards. With x_n = X_row (out without the row's own token) and
+// `ends` the states at the ends of chunks of what moves forwards,
+//   dg_t = sum_(n = t .. chunk's end) (x_n of the first - x_n of the second) + ends times the state
+//          that moves backwards.
 template <class Storage>
 struct FeaturesRecurrence : Recurrence<Storage> {
   using T = core::accumulate_t<Storage>;
   double* products = nullptr;        // [B, L, H, R], x_n: written moving forwards, then read
-  T* ends = nullptr;                 // [slot, H, C, R], the same
+  double* ends = nullptr;            // [slot, H, C, R], the same
   double* step_gradients = nullptr;  // [B, L, H, R], written moving backwards, or null
   bool adds_step_gradients = false;  // to what is there
+
+  TORCH_SPE_DEVICE double* end_of(std::int64_t sequence, std::int64_t head,
+                                  std::int64_t chunk) const {
+    const std::int64_t slot = this->chunks.first_slot(sequence) + chunk;
+    return ends + (slot * this->heads + head) * this->width() * this->features;
+  }
 
   TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
     const std::int64_t width = this->width(), features = this->features;
@@ -109,45 +118,36 @@ struct FeaturesRecurrence : Recurrence<Storage> {
     const std::int64_t batch = this->chunks.bounds == nullptr ? sequence : 0;
     const std::int64_t begin = this->chunks.begin(sequence);
     const std::int64_t length = this->chunks.length_of(sequence);
-    T* const state = this->state + unit * width * features + r;
+    double* const state = this->state + unit * width * features + r;
     for (std::int64_t c = 0; c < width; ++c) state[c * features] = this->initial(unit, r, c);
     double step_gradient = 0;
     for (std::int64_t j = 0; j < length; ++j) {
       const std::int64_t position = this->backwards ? length - 1 - j : j, n = begin + position;
       const bool ends_chunk = position + 1 == length || (position + 1) % kAnchor == 0;
-      T* const end =
-          ends == nullptr
-              ? nullptr
-              : ends +
-                    ((this->chunks.first_slot(sequence) + position / kAnchor) * this->heads +
-                     head) *
-                        width * features +
-                    r;
+      double* const end =
+          ends == nullptr ? nullptr : end_of(sequence, head, position / kAnchor) + r;
       if (step_gradients != nullptr && ends_chunk) {
         step_gradient = 0;
-        for (std::int64_t c = 0; c < width; ++c) {
-          step_gradient +=
-              static_cast<double>(end[c * features]) * static_cast<double>(state[c * features]);
-        }
+        for (std::int64_t c = 0; c < width; ++c)
+          step_gradient += end[c * features] * state[c * features];
       }
       const std::int64_t token = this->columns.index(batch, n, head) * features + r;
-      const T factor = this->factors[token], x = this->columns.x_at(batch, n, head, r);
-      T sum = 0, own = 0;  // of what was there, and of the row's own token
+      const double factor = this->factors[token], x = this->columns.x_at(batch, n, head, r);
+      double sum = 0, own = 0;  // of what was there, and of the row's own token
       for (std::int64_t c = 0; c < width; ++c) {
-        const T y_row = this->value(this->rows, batch, n, head, c);
-        const T y = this->value(this->columns, batch, n, head, c);
-        T s = state[c * features];
+        const double y_row = this->value(this->rows, batch, n, head, c);
+        const double y = this->value(this->columns, batch, n, head, c);
+        double s = state[c * features];
         if (!this->backwards) s *= factor;
         sum += y_row * s;
         own += y_row * y;
         s += x * y;
         if (this->backwards) s *= factor;
         state[c * features] = s;
-        if (!this->backwards && end != nullptr && ends_chunk) end[c * features] = s;
+        if (!this->backwards && ends != nullptr && ends_chunk) end[c * features] = s;
       }
       if (products != nullptr) {
-        const double product =
-            static_cast<double>(this->rows.x_at(batch, n, head, r)) * static_cast<double>(sum);
+        const double product = this->rows.x_at(batch, n, head, r) * sum;
         if (!this->backwards) {
           products[token] = product;
         } else {
@@ -159,7 +159,7 @@ struct FeaturesRecurrence : Recurrence<Storage> {
       if (this->out != nullptr) {
         T* const to = this->out + token;
         if (!this->strict) sum += x * own;
-        *to = this->adds ? *to + sum : sum;
+        *to = static_cast<T>(this->adds ? static_cast<double>(*to) + sum : sum);
       }
     }
     for (std::int64_t c = 0; c < width; ++c) this->keep_total(unit, r, c, state[c * features]);
@@ -167,18 +167,17 @@ struct FeaturesRecurrence : Recurrence<Storage> {
 };
 
 // exp of all steps; also the zero that stands for queries where there are none.
-template <class T>
 struct StepFactors {
   DecaySteps steps;
   std::int64_t length, heads, features;
   std::uint64_t* zero;
-  T* factors;  // [B, L, H, R]
+  double* factors;  // [B, L, H, R]
 
   TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
     if (i == 0) *zero = 0;
     const std::int64_t r = i % features, head = i / features % heads;
     const std::int64_t n = i / features / heads % length, batch = i / features / heads / length;
-    factors[i] = static_cast<T>(core::exp_nonpositive(steps.at(batch, n, head, r)));
+    factors[i] = core::exp_nonpositive(steps.at(batch, n, head, r));
   }
 };
 
