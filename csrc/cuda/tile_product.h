@@ -82,6 +82,13 @@ class TileProduct {
     }
   }
 
+  // Adds factor(row) times another product of the same tile.
+  template <class Factor>
+  TORCH_SPE_DEVICE void add(TileProduct& other, const Factor& factor) {
+    int i = 0;
+    other.for_each([&](int row, int, T element) { sum(i++) += factor(row) * element; });
+  }
+
   // Calls rows(row) for each row of which this thread holds elements, and what that returns with
   // (column, element) for each of them.
   template <class Rows>

@@ -51,3 +51,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["emulated", "virtual_gpu", "cuda"])
+def compare(request):
+    """One of `cuda_backends.compare_*`: the CUDA kernels against those of the CPU, or a result."""
+    import cuda_backends  # sets the number of threads, so only where it is wanted
+
+    if request.param == "emulated":
+        if not cuda_backends.LIBRARY.exists():
+            pytest.skip(f"{cuda_backends.LIBRARY.name} is not built (CMake option TORCH_SPE_TESTS)")
+        return cuda_backends.compare_emulated
+    if request.param == "virtual_gpu":
+        if not cuda_backends.VIRTUAL_GPU.exists():
+            pytest.skip(
+                "the virtual GPU is not built (CMake option TORCH_SPE_VIRTUAL_GPU, needs nvcc)"
+            )
+        cuda_backends.load_virtual_gpu()  # before the test makes its tensors
+        return cuda_backends.compare_virtual
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return cuda_backends.compare_cuda

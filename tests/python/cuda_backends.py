@@ -113,9 +113,14 @@ def check(got, expected, tolerance):
         assert error <= tolerance, f"{error} in {list(right.shape)}"
 
 
-def compare_emulated(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):
-    """Emulated kernels agree with the CPU's under all schedules, and bit for bit among them."""
-    expected = run(function, inputs, grads, wanted)
+def compare_emulated(
+    function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False, expected=None
+):
+    """Emulated kernels agree with the CPU's under all schedules, and bit for bit among them.
+
+    Or with ``expected``, as in the other comparisons.
+    """
+    expected = expected or run(function, inputs, grads, wanted)
     first = None
     for schedule in SCHEDULES:
         with cuda_kernels(load_emulation(), schedule, may_launch_nothing):
@@ -126,17 +131,21 @@ def compare_emulated(function, inputs, grads, tolerance, wanted=None, may_launch
             assert torch.equal(actual, right), f"{schedule} differs from {SCHEDULES[0]}"
 
 
-def compare_virtual(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):
+def compare_virtual(
+    function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False, expected=None
+):
     """What nvcc makes of the kernels agrees with the CPU's."""
-    expected = run(function, inputs, grads, wanted)
+    expected = expected or run(function, inputs, grads, wanted)
     with cuda_kernels(load_virtual_gpu(), "fifo", may_launch_nothing):
         got = run(function, inputs, grads, wanted)
     check(got, expected, tolerance)
 
 
-def compare_cuda(function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False):
+def compare_cuda(
+    function, inputs, grads, tolerance, wanted=None, may_launch_nothing=False, expected=None
+):
     """The GPU agrees with the CPU, and with itself bit for bit."""
-    expected = run(function, inputs, grads, wanted)
+    expected = expected or run(function, inputs, grads, wanted)
     got = run(function, inputs, grads, wanted, "cuda")
     check(got, expected, tolerance)
     for actual, again in zip(got, run(function, inputs, grads, wanted, "cuda"), strict=True):

@@ -2,37 +2,9 @@
 
 import pytest
 import torch
-from cuda_backends import (
-    LIBRARY,
-    VIRTUAL_GPU,
-    compare_cuda,
-    compare_emulated,
-    compare_virtual,
-    load_virtual_gpu,
-    on,
-    run,
-)
+from cuda_backends import on, run
 
 import torch_spe
-
-
-@pytest.fixture(params=["emulated", "virtual_gpu", "cuda"])
-def compare(request):
-    if request.param == "emulated":
-        if not LIBRARY.exists():
-            pytest.skip(f"{LIBRARY.name} is not built (CMake option TORCH_SPE_TESTS)")
-        return compare_emulated
-    if request.param == "virtual_gpu":
-        if not VIRTUAL_GPU.exists():
-            pytest.skip(
-                "the virtual GPU is not built (CMake option TORCH_SPE_VIRTUAL_GPU, needs nvcc)"
-            )
-        load_virtual_gpu()  # before the test makes its tensors
-        return compare_virtual
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    return compare_cuda
-
 
 TOLERANCES = {
     torch.float64: 1e-12,

@@ -1,117 +1,135 @@
 // What calls the kernels of linear attention, forward and backward, and their scratch memory.
+#include "decay_gradient.h"
+#include "feature_decay.h"
 #include "features.h"
 #include "linear_attention.h"
+#include "token_sets.h"
 #include "values.h"
 
 namespace torch_spe::cuda {
 namespace {
 
+using attention::ColumnDecay;
 using attention::Cut;
 using attention::Divide;
+using attention::NoDecay;
 using attention::Result;
 using attention::RowDivision;
 using attention::RowFactors;
 using attention::States;
 using attention::Tokens;
+using attention::TokenSets;
+
+// The states that rows read: from one direction and, with a decay where all tokens are seen, from
+// the other.
+template <class T>
+struct TwoStates {
+  States<T> states, others;
+};
 
 // The scratch memory of one pass, and its launches.
-template <class Storage, class Operand>
+template <class Storage, class Operand, class Decay>
 class AttentionPass {
  public:
   using T = core::accumulate_t<Storage>;
+  static constexpr bool kFades = Decay::kFades;
   std::size_t workspace_size = 0;
 
-  AttentionPass(const LinearAttentionParams& p, bool backward, void* workspace, Stream stream)
+  AttentionPass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
+                Stream stream)
       : p_(p),
-        has_own_denominator_(p.normalize && p.denominator_k != nullptr),
-        batch_(p.cu_seqlens == nullptr ? p.num_sequences : 1),
+        // A state of keys alone is that of a causal pass.
+        causal_(p.causal || (kFades && p.query_length == 0)),
+        sets_(p),
         stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
-    sums_ = take(layout, p.num_realizations, p.value_features, !has_own_denominator_);
-    if (has_own_denominator_) denominators_ = take(layout, p.denominator_features, 0, true);
-    const std::int64_t rows = batch_ * p.query_length * p.num_heads;
-    if (backward && divides()) factors_ = layout.take<RowFactors<T>>(rows);
-    if (!backward && has_own_denominator_ && p.row_divisor == nullptr)
-      divisor_ = layout.take<T>(rows);
+    const bool own = sets_.has_own_denominator();
+    keys_ = take(layout, p.num_realizations, p.value_features, !own);
+    if (own) denominator_keys_ = take(layout, p.denominator_features, 0, true);
+    queries_ = keys_;
+    denominator_queries_ = denominator_keys_;
+    if constexpr (kFades) take_decay(layout, backward, wants_decay);
+    if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
+    if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
     workspace_size = layout.size();
   }
 
   void forward() {
-    const bool own = has_own_denominator_;
-    const States<T> sums = make_states(keys(), false, p_.initial_s, own ? nullptr : p_.initial_z,
-                                       p_.final_s, own ? nullptr : p_.final_z, sums_);
+    make_decay_factors();
+    const bool own = sets_.has_own_denominator();
+    const TwoStates<T> sums =
+        make_states(sets_.keys(), false, p_.initial_s, own ? nullptr : p_.initial_z, p_.final_s,
+                    own ? nullptr : p_.final_z, keys_);
     RowDivision<T> division;
     division.eps = static_cast<T>(p_.eps);
     division.divisor = p_.row_divisor == nullptr ? divisor_ : static_cast<T*>(p_.row_divisor);
     if (p_.normalize) division.by = Divide::kByDenominator;
     if (p_.rms_norm) division.by = Divide::kByRms;
     if (own) {
-      const States<T> denominators = make_states(denominator_keys(), false, nullptr, p_.initial_z,
-                                                 nullptr, p_.final_z, denominators_);
-      values<Result::kDivisor>(denominator_queries(), denominator_keys(), false, denominators,
-                               division, nullptr);
+      const TwoStates<T> denominators =
+          make_states(sets_.denominator_keys(), false, nullptr, p_.initial_z, nullptr, p_.final_z,
+                      denominator_keys_);
+      values<Result::kDivisor>(sets_.denominator_queries(), sets_.denominator_keys(), false,
+                               denominators, division, nullptr);
       division.by = Divide::kByGiven;
     }
-    const Tokens<Storage> all_queries = queries(nullptr, {0, 0, 0, 0});
     if (p_.rms_norm) {
-      values<Result::kRms>(all_queries, keys(), false, sums, division, p_.out);
+      values<Result::kRms>(sets_.queries(), sets_.keys(), false, sums, division, p_.out);
     } else {
-      values<Result::kOutput>(all_queries, keys(), false, sums, division, p_.out);
+      values<Result::kOutput>(sets_.queries(), sets_.keys(), false, sums, division, p_.out);
     }
   }
 
   void backward(const LinearAttentionBackwardParams& p) {
-    const bool own = has_own_denominator_;
-    Tokens<Storage> all_queries = queries(p.grad_out, p.grad_out_strides);
-    if (divides()) {
-      make_factors(p);
-      all_queries.factors = factors_;
-      all_queries.weighted = p.normalize && !own;
-      if (p.rms_norm) {
-        all_queries.result = static_cast<const Storage*>(p.result);
-        for (int i = 0; i < 4; ++i) all_queries.result_strides[i] = p.result_strides[i];
-      }
-    }
-    if (p.grad_q != nullptr) {
-      const States<T> states = make_states(keys(), false, p.initial_s, own ? nullptr : p.initial_z,
-                                           nullptr, nullptr, sums_);
-      features(all_queries, keys(), false, states, p.grad_q);
+    make_decay_factors();
+    const bool own = sets_.has_own_denominator(), wants_decay = kFades && p.grad_log_decay;
+    if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
+    const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
+    if (p.grad_q != nullptr || wants_decay) {
+      const TwoStates<T> states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z,
+                                              nullptr, nullptr, keys_);
+      if (p.grad_q != nullptr) features(queries, keys, false, states, p.grad_q);
     }
     void* const grad_initial_z = own ? nullptr : p.grad_initial_z;
     if (p.grad_k != nullptr || p.grad_v != nullptr || p.grad_initial_s != nullptr ||
-        grad_initial_z != nullptr) {
-      const States<T> states =
-          make_states(all_queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z,
-                      p.grad_initial_s, grad_initial_z, sums_);
-      if (p.grad_k != nullptr) features(keys(), all_queries, true, states, p.grad_k);
+        grad_initial_z != nullptr || wants_decay) {
+      const TwoStates<T> states =
+          make_states(queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z,
+                      p.grad_initial_s, grad_initial_z, queries_);
+      if (p.grad_k != nullptr) features(keys, queries, true, states, p.grad_k);
       if (p.grad_v != nullptr)
-        values<Result::kOutput>(keys(), all_queries, true, states, RowDivision<T>{}, p.grad_v);
+        values<Result::kOutput>(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
+    }
+    if constexpr (kFades) {
+      if (wants_decay) decay_gradient(p, queries, keys, keys_, queries_, false);
     }
     if (own) backward_of_denominators(p);
+    if constexpr (kFades) {
+      if (wants_decay) {
+        attention::write_decay_gradient(
+            step_gradients_,
+            p.constant_decay ? cut_of_keys().slots() : sets_.batch() * p.key_length, p.num_heads,
+            p.constant_decay, p.log_decay_dtype, p.grad_log_decay, stream_);
+      }
+    }
   }
 
  private:
-  bool divides() const { return (p_.normalize || p_.rms_norm) && p_.query_length > 0; }
-
-  // Queries may be none where there are keys, packed or not: they have no bounds then.
-  Cut cut(std::int64_t length, std::int64_t size) const {
-    return {length == 0 ? nullptr : p_.cu_seqlens, p_.num_sequences, length, size};
-  }
-
   // Memory for states [features, values] of all heads, with z or without.
-  States<T> take(MemoryLayout& layout, std::int64_t features, std::int64_t values, bool has_z) {
+  States<T> take_states(MemoryLayout& layout, std::int64_t features, std::int64_t values,
+                        bool has_z) const {
     States<T> states;
     states.heads = p_.num_heads;
     states.features = features;
     states.values = values;
     const std::int64_t size_z = p_.num_heads * features, size_s = size_z * values;
     const std::int64_t length = max_of(p_.query_length, p_.key_length);
-    if (p_.causal) {
-      const std::int64_t slots = cut(length, attention::kChunk<Operand>).slots();
+    if (has_chunks()) {
+      const std::int64_t slots = sets_.cut(length, attention::kChunk<Operand>).slots();
       states.chunk_s = layout.take<T>(slots * size_s);
       if (has_z) states.chunk_z = layout.take<T>(slots * size_z);
     }
-    const std::int64_t slots = cut(length, attention::kSegment<Operand>).slots();
+    const std::int64_t slots = sets_.cut(length, attention::kSegment<Operand>).slots();
     states.segment_s = layout.take<T>(slots * size_s);
     states.total_s = layout.take<T>(p_.num_sequences * size_s);
     if (has_z) {
@@ -120,120 +138,136 @@ class AttentionPass {
     }
     return states;
   }
-
-  Tokens<Storage> tokens(const void* x, const std::int64_t (&x_strides)[4], const void* y,
-                         const std::int64_t (&y_strides)[4], std::int64_t length,
-                         core::FeatureMap map) const {
-    Tokens<Storage> tokens;
-    tokens.x = static_cast<const Storage*>(x);
-    tokens.y = static_cast<const Storage*>(y);
-    for (int i = 0; i < 4; ++i) {
-      tokens.x_strides[i] = x_strides[i];
-      tokens.y_strides[i] = y_strides[i];
-    }
-    tokens.map = map;
-    tokens.length = length;
-    tokens.heads = p_.num_heads;
-    tokens.x_aligned = is_aligned<Storage>(x, x_strides);
-    tokens.y_aligned = is_aligned<Storage>(y, y_strides);
-    return tokens;
-  }
-  Tokens<Storage> as_keys(Tokens<Storage> tokens) const {
-    tokens.constant_weight = 1;
-    tokens.padding = p_.key_padding_mask;
-    return tokens;
-  }
-  Tokens<Storage> keys() const {
-    return as_keys(tokens(p_.k, p_.k_strides, p_.v, p_.v_strides, p_.key_length, p_.feature_map));
-  }
-  Tokens<Storage> queries(const void* grad_out, const std::int64_t (&strides)[4]) const {
-    return tokens(p_.q, p_.q_strides, grad_out, strides, p_.query_length, p_.feature_map);
-  }
-  Tokens<Storage> denominator_keys() const {
-    return as_keys(tokens(p_.denominator_k, p_.denominator_k_strides, nullptr, {0, 0, 0, 0},
-                          p_.key_length, p_.denominator_feature_map));
-  }
-  Tokens<Storage> denominator_queries() const {
-    return tokens(p_.denominator_q, p_.denominator_q_strides, nullptr, {0, 0, 0, 0},
-                  p_.query_length, p_.denominator_feature_map);
+  TwoStates<T> take(MemoryLayout& layout, std::int64_t features, std::int64_t values,
+                    bool has_z) const {
+    TwoStates<T> two;
+    two.states = take_states(layout, features, values, has_z);
+    if (kFades && !causal_) two.others = take_states(layout, features, values, has_z);
+    return two;
   }
 
-  void make_factors(const LinearAttentionBackwardParams& p) const {
-    attention::RowGradients<Storage> rows;
-    rows.batch = batch_;
-    rows.length = p.query_length;
-    rows.heads = p.num_heads;
-    rows.values = p.value_features;
-    rows.grad = static_cast<const Storage*>(p.grad_out);
-    rows.result = static_cast<const Storage*>(p.result);
-    for (int i = 0; i < 4; ++i) {
-      rows.grad_strides[i] = p.grad_out_strides[i];
-      rows.result_strides[i] = p.result_strides[i];
+  void take_decay(MemoryLayout& layout, bool backward, bool wants_gradient) {
+    zero_ = layout.take<std::uint64_t>(1);
+    if (backward && p_.query_length == 0) sets_.replace_queries(zero_);
+    decay_.steps.data = p_.log_decay;
+    decay_.steps.is_double = p_.log_decay_dtype == core::DType::kFloat64;
+    for (int i = 0; i < 4; ++i) decay_.steps.strides[i] = p_.log_decay_strides[i];
+    decay_.length = p_.key_length;
+    decay_.heads = p_.num_heads;
+    const std::int64_t tokens = sets_.batch() * p_.key_length * p_.num_heads;
+    const std::int64_t slots = cut_of_keys().slots() * p_.num_heads;
+    decay_.from_start = layout.take<T>(tokens);
+    decay_.to_end = layout.take<T>(tokens);
+    decay_.sums = layout.take<double>(slots);
+    decay_.over_chunks = layout.take<T>(slots);
+    decay_.before_chunks = layout.take<T>(slots);
+    decay_.after_chunks = layout.take<T>(slots);
+    decay_.over_segments = layout.take<T>(
+        sets_.cut(p_.key_length, attention::kSegment<Operand>).slots() * p_.num_heads);
+    if (!wants_gradient) return;
+    // The gradient of the steps wants the states of keys and of queries.
+    const bool own = sets_.has_own_denominator();
+    queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
+    if (own) denominator_queries_ = take(layout, p_.denominator_features, 0, true);
+    step_gradients_ = layout.take<double>(max_of(tokens, slots));
+  }
+  void make_decay_factors() const {
+    if constexpr (kFades) {
+      attention::make_decay_factors(decay_, cut_of_keys(),
+                                    sets_.cut(p_.key_length, attention::kSegment<Operand>), zero_,
+                                    stream_);
     }
-    rows.divisor = static_cast<const T*>(p.saved_row_divisor);
-    rows.norm = p.rms_norm;
-    rows.aligned = is_aligned<Storage>(p.grad_out, p.grad_out_strides) &&
-                   is_aligned<Storage>(p.result, p.result_strides) &&
-                   p.value_features % Vector<Storage>::kSize == 0;
-    rows.factors = factors_;
-    attention::make_row_factors(rows, stream_);
   }
 
-  void backward_of_denominators(const LinearAttentionBackwardParams& p) const {
-    Tokens<Storage> all_queries = denominator_queries();
-    all_queries.factors = factors_;
-    all_queries.weighted = factors_ != nullptr;
-    if (p.grad_denominator_q != nullptr) {
-      const States<T> states = make_states(denominator_keys(), false, nullptr, p.initial_z, nullptr,
-                                           nullptr, denominators_);
-      features(all_queries, denominator_keys(), false, states, p.grad_denominator_q);
+  void backward_of_denominators(const LinearAttentionBackwardParams& p) {
+    const Tokens<Storage> queries = sets_.denominator_queries(factors_);
+    const Tokens<Storage> keys = sets_.denominator_keys();
+    const bool wants_decay = kFades && p.grad_log_decay != nullptr;
+    if (p.grad_denominator_q != nullptr || wants_decay) {
+      const TwoStates<T> states =
+          make_states(keys, false, nullptr, p.initial_z, nullptr, nullptr, denominator_keys_);
+      if (p.grad_denominator_q != nullptr)
+        features(queries, keys, false, states, p.grad_denominator_q);
     }
-    if (p.grad_denominator_k == nullptr && p.grad_initial_z == nullptr) return;
-    const States<T> states = make_states(all_queries, true, nullptr, p.grad_final_z, nullptr,
-                                         p.grad_initial_z, denominators_);
-    if (p.grad_denominator_k != nullptr)
-      features(denominator_keys(), all_queries, true, states, p.grad_denominator_k);
+    if (p.grad_denominator_k != nullptr || p.grad_initial_z != nullptr || wants_decay) {
+      const TwoStates<T> states = make_states(queries, true, nullptr, p.grad_final_z, nullptr,
+                                              p.grad_initial_z, denominator_queries_);
+      if (p.grad_denominator_k != nullptr)
+        features(keys, queries, true, states, p.grad_denominator_k);
+    }
+    if constexpr (kFades) {
+      if (wants_decay)
+        decay_gradient(p, queries, keys, denominator_keys_, denominator_queries_, true);
+    }
+  }
+
+  // Adds up the gradients of the steps, of pairs in both directions where all tokens are seen.
+  void decay_gradient(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
+                      const Tokens<Storage>& keys, const TwoStates<T>& key_states,
+                      const TwoStates<T>& query_states, bool adds) {
+    attention::StepGradients out;
+    (p.constant_decay ? out.of_chunks : out.of_tokens) = step_gradients_;
+    out.adds = adds;
+    attention::make_decay_gradient<Operand>(queries, keys, chunks(keys), segments(keys),
+                                            key_states.states, query_states.states, decay_, out,
+                                            stream_);
+    if (causal_) return;
+    out.adds = true;
+    attention::make_decay_gradient<Operand>(keys, queries, chunks(keys), segments(keys),
+                                            query_states.others, key_states.others, decay_, out,
+                                            stream_);
   }
 
   // The states of tokens; totals go to `total_s` [S, H, R, E] and `total_z` [S, H, R] or, where
   // these are null, to scratch memory.
-  States<T> make_states(const Tokens<Storage>& tokens, bool backwards, const void* initial_s,
-                        const void* initial_z, void* total_s, void* total_z,
-                        States<T> states) const {
-    if (total_s != nullptr) states.total_s = static_cast<T*>(total_s);
-    if (total_z != nullptr) states.total_z = static_cast<T*>(total_z);
-    attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens), p_.causal, backwards,
-                                    static_cast<const T*>(initial_s),
-                                    static_cast<const T*>(initial_z), states, stream_);
-    return states;
+  TwoStates<T> make_states(const Tokens<Storage>& tokens, bool backwards, const void* initial_s,
+                           const void* initial_z, void* total_s, void* total_z,
+                           TwoStates<T> two) const {
+    if (total_s != nullptr) two.states.total_s = static_cast<T*>(total_s);
+    if (total_z != nullptr) two.states.total_z = static_cast<T*>(total_z);
+    const auto make = [&](bool back, const void* s, const void* z, const States<T>& states) {
+      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens), has_chunks(), back,
+                                      static_cast<const T*>(s), static_cast<const T*>(z), states,
+                                      decay_, stream_);
+    };
+    make(backwards, initial_s, initial_z, two.states);
+    if (kFades && !causal_) make(!backwards, nullptr, nullptr, two.others);
+    return two;
   }
 
   template <Result kResult>
   void values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
-              const States<T>& states, const RowDivision<T>& division, void* out) const {
+              const TwoStates<T>& two, const RowDivision<T>& division, void* out) const {
     attention::make_values<Operand, kResult>(rows, columns, chunks(rows), segments(columns),
-                                             p_.causal, columns_follow, states, division,
-                                             static_cast<Storage*>(out), stream_);
+                                             causal_, columns_follow, two.states, two.others,
+                                             division, static_cast<Storage*>(out), decay_, stream_);
   }
   void features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
-                const States<T>& states, void* grad) const {
-    attention::make_features<Operand>(rows, columns, chunks(rows), segments(columns), p_.causal,
-                                      columns_follow, states, static_cast<Storage*>(grad), stream_);
+                const TwoStates<T>& two, void* grad) const {
+    attention::make_features<Operand>(rows, columns, chunks(rows), segments(columns), causal_,
+                                      columns_follow, two.states, two.others,
+                                      static_cast<Storage*>(grad), decay_, stream_);
   }
+  bool has_chunks() const { return causal_ || kFades; }
+  Cut cut_of_keys() const { return sets_.cut(p_.key_length, attention::kChunk<Operand>); }
   Cut chunks(const Tokens<Storage>& tokens) const {
-    return cut(tokens.length, attention::kChunk<Operand>);
+    return sets_.cut(tokens.length, attention::kChunk<Operand>);
   }
   Cut segments(const Tokens<Storage>& tokens) const {
-    return cut(tokens.length, attention::kSegment<Operand>);
+    return sets_.cut(tokens.length, attention::kSegment<Operand>);
   }
 
   const LinearAttentionParams& p_;
-  bool has_own_denominator_;
-  std::int64_t batch_;
+  bool causal_;
+  std::uint64_t* zero_ = nullptr;
+  TokenSets<Storage> sets_;
   Stream stream_;
-  States<T> sums_, denominators_;
-  RowFactors<T>* factors_ = nullptr;  // [B, N, H]
-  T* divisor_ = nullptr;              // [B, N, H]
+  Decay decay_;
+  TwoStates<T> keys_, denominator_keys_;
+  TwoStates<T> queries_, denominator_queries_;  // in the same memory, unless both are wanted
+  RowFactors<T>* factors_ = nullptr;            // [B, N, H]
+  T* divisor_ = nullptr;                        // [B, N, H]
+  double* step_gradients_ = nullptr;            // [B, M, H], or [slot, H] of chunks
 };
 
 // Calls function(storage, operand). float16 goes through products as tf32, which has as many bits
@@ -250,38 +284,60 @@ void visit_types(core::DType dtype, bool allow_tf32, const Function& function) {
   });
 }
 
-// The same size whether tf32 is allowed or not: chunks of both are equally long.
-std::size_t workspace_size(const LinearAttentionParams& p, bool backward) {
-  std::size_t size = 0;
-  visit_types(p.dtype, false, [&](auto storage, auto operand) {
-    size = AttentionPass<decltype(storage), decltype(operand)>(p, backward, nullptr, Stream{})
-               .workspace_size;
+// Calls function with the pass for the parameters, whose memory is laid out from `workspace` on.
+template <class Function>
+void visit_pass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
+                bool allow_tf32, Stream stream, const Function& function) {
+  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+    using Storage = decltype(storage);
+    using Operand = decltype(operand);
+    using T = core::accumulate_t<Storage>;
+    const auto call = [&](auto decay) {
+      AttentionPass<Storage, Operand, decltype(decay)> pass(p, backward, wants_decay, workspace,
+                                                            stream);
+      function(pass);
+    };
+    if (p.decay_features > 0) {
+      call(ColumnDecay<T>{});
+    } else {
+      call(NoDecay<T>{});
+    }
   });
+}
+
+bool fades_per_feature(const LinearAttentionParams& p) { return p.decay_features > 1; }
+
+// The same size whether tf32 is allowed or not: chunks of both are equally long.
+std::size_t workspace_size(const LinearAttentionParams& p, bool backward, bool wants_decay) {
+  std::size_t size = 0;
+  visit_pass(p, backward, wants_decay, nullptr, false, Stream{},
+             [&](const auto& pass) { size = pass.workspace_size; });
   return size;
 }
 
 }  // namespace
 
 std::size_t linear_attention_forward_workspace(const LinearAttentionParams& p) {
-  return workspace_size(p, false);
+  if (fades_per_feature(p)) return attention::feature_decay_forward_workspace(p);
+  return workspace_size(p, false, false);
 }
 
 std::size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& p) {
-  return workspace_size(p, true);
+  if (fades_per_feature(p)) return attention::feature_decay_backward_workspace(p);
+  return workspace_size(p, true, p.grad_log_decay != nullptr);
 }
 
 void linear_attention_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
                               Stream stream) {
-  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
-    AttentionPass<decltype(storage), decltype(operand)>(p, false, workspace, stream).forward();
-  });
+  if (fades_per_feature(p)) return attention::feature_decay_forward(p, workspace, stream);
+  visit_pass(p, false, false, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
 }
 
 void linear_attention_backward(const LinearAttentionBackwardParams& p, void* workspace,
                                bool allow_tf32, Stream stream) {
-  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
-    AttentionPass<decltype(storage), decltype(operand)>(p, true, workspace, stream).backward(p);
-  });
+  if (fades_per_feature(p)) return attention::feature_decay_backward(p, workspace, stream);
+  visit_pass(p, true, p.grad_log_decay != nullptr, workspace, allow_tf32, stream,
+             [&](auto& pass) { pass.backward(p); });
 }
 
 }  // namespace torch_spe::cuda

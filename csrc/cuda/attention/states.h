@@ -2,9 +2,7 @@
 // rows of a chunk read. Holds kernels. How two states join is core/state.h's to decide.
 #pragma once
 
-#include "core/state.h"
-#include "device_for.h"
-#include "tokens.h"
+#include "decay.h"
 
 namespace torch_spe::cuda::attention {
 
@@ -13,7 +11,7 @@ namespace torch_spe::cuda::attention {
 template <class T>
 struct States {
   std::int64_t heads = 0, features = 0, values = 0;  // H, R, E
-  // Before (after) each chunk since its segment's start (end); when causal.
+  // Before (after) each chunk since its segment's start (end); when causal or with a decay.
   T* chunk_s = nullptr;  // [slot, H, R, E]
   T* chunk_z = nullptr;  // [slot, H, R], or null
   // Sums of each segment, then the state at its start (end), initial state included.
@@ -24,22 +22,22 @@ struct States {
   T* total_z = nullptr;  // [S, H, R], or null
 };
 
-// Reads the state that belongs to a row's chunk: when causal, that at its segment's start (end)
-// joined with that of the segment's tokens before (after) it.
+// Reads the state that belongs to a row's chunk: where there are states of chunks, that at its
+// segment's start (end), carried over `passage`, joined with that of the segment's tokens before
+// (after) it.
 template <class T>
 class StateReader {
  public:
-  TORCH_SPE_DEVICE StateReader(const States<T>& states, bool causal, const Cut& chunks,
+  TORCH_SPE_DEVICE StateReader(const States<T>& states, bool has_chunks, const Cut& chunks,
                                const Cut& segments, std::int64_t slot, const Part& chunk,
-                               std::int64_t head)
-      : features_(states.features), values_(states.values), passage_{0} {
+                               std::int64_t head, const core::Passage<T>& passage)
+      : features_(states.features), values_(states.values), passage_(passage) {
     const std::int64_t size = states.features * states.values;
-    if (causal) {
+    if (has_chunks) {
       const std::int64_t a = slot * states.heads + head;
       const std::int64_t segment =
           segments.first_slot(chunk.sequence) + chunk.number * chunks.size / segments.size;
       const std::int64_t b = segment * states.heads + head;
-      passage_.tokens = chunk.number * chunks.size % segments.size;
       s_ = states.chunk_s + a * size;
       s_before_ = states.segment_s + b * size;
       if (states.segment_z != nullptr) {
@@ -65,12 +63,12 @@ class StateReader {
     T before[4];
     four(s_before_ + r * values_ + e, e, before);
     TORCH_SPE_UNROLL
-    for (int i = 0; i < 4; ++i) out[i] = core::join(passage_, before[i], out[i]);
+    for (int i = 0; i < 4; ++i) out[i] = core::join(passage_, r, before[i], out[i]);
   }
   // z[r], 0 outside.
   TORCH_SPE_DEVICE T z(std::int64_t r) const {
     if (r >= features_ || z_ == nullptr) return T(0);
-    return z_before_ == nullptr ? z_[r] : core::join(passage_, z_before_[r], z_[r]);
+    return z_before_ == nullptr ? z_[r] : core::join(passage_, r, z_before_[r], z_[r]);
   }
 
  private:
@@ -90,7 +88,7 @@ class StateReader {
 
   const T *s_, *s_before_ = nullptr, *z_ = nullptr, *z_before_ = nullptr;
   std::int64_t features_, values_;
-  core::Passage passage_;
+  core::Passage<T> passage_;
   bool aligned_;
 };
 
@@ -118,12 +116,13 @@ struct StateShared {
         weight(layout.take<T>(kChunk<Operand>)) {}
 };
 
-// The states of one set of tokens: a block adds up a tile of S over a segment and, when causal,
-// writes what it has before each chunk.
-template <class Storage, class Operand>
+// The states of one set of tokens: a block adds up a tile of S over a segment and, where states of
+// chunks are wanted, writes what it has before each chunk.
+template <class Storage, class Operand, class Decay>
 __global__ void __launch_bounds__(kThreads)
-    state_kernel(const Tokens<Storage> tokens, const Cut chunks, const Cut segments, bool causal,
-                 bool backwards, const States<core::accumulate_t<Storage>> states) {
+    state_kernel(const Tokens<Storage> tokens, const Cut chunks, const Cut segments,
+                 bool has_chunks, bool backwards, const States<core::accumulate_t<Storage>> states,
+                 const Decay decay) {
   using T = core::accumulate_t<Storage>;
   constexpr int kTokens = kChunk<Operand>;
   TORCH_SPE_SHARED_MEMORY(memory);
@@ -166,9 +165,17 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < count; ++i) {
     const std::int64_t slot = first_slot + (backwards ? count - 1 - i : i);
     const Part chunk(chunks, slot);
-    if (causal) write_state(slot, states.chunk_s, states.chunk_z);
+    if (has_chunks) write_state(slot, states.chunk_s, states.chunk_z);
     __syncthreads();  // the tiles before have been used
-    tokens.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.x);
+    if constexpr (Decay::kFades) {
+      const std::int64_t first = decay.index(chunk.batch, chunk.begin, head);
+      tokens.template load_x<kTokens, kWide>(
+          chunk, head, r0, features, shared.x, [&](int row, T element) {
+            return element * decay.added(first + row * states.heads, backwards);
+          });
+    } else {
+      tokens.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.x);
+    }
     if (values > 0) tokens.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.y);
     if (thread < kTokens) {
       shared.weight[thread] =
@@ -176,9 +183,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     // Carried over the chunk, whose sums the product then adds to it: together that is a join.
-    const core::Passage passage{chunk.size};
-    product.for_each([&](int, int, T& element) { element = core::carry(passage, element); });
-    z = core::carry(passage, z);
+    const core::Passage<T> passage = decay.over_chunk(slot, head);
+    product.for_each(
+        [&](int row, int, T& element) { element = core::carry(passage, r0 + row, element); });
+    z = core::carry(passage, r0 + thread, z);
     if (values > 0)
       product.template multiply<kTokens, Major::kOuter, Major::kOuter>(shared.x, shared.y);
     if (owns_z) {
@@ -191,10 +199,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // Replaces the sums of segments by the state at each one's start (end, backwards), for each element
 // of the states separately, and writes the total.
-template <class T>
+template <class T, class Decay>
 struct Scan {
+  Decay decay;
   Cut segments;
-  std::int64_t size;  // elements of a state of all heads
+  std::int64_t size, head_size;  // elements of a state of all heads, and of one
   bool backwards;
   const T* initial;  // [S, size], or null
   T* sums;           // [slot, size]
@@ -211,35 +220,38 @@ struct Scan {
       T* const entry = own + segment * size;
       const T sum = *entry;
       *entry = state;
-      const core::Passage passage{min_of(segments.size, length - segment * segments.size)};
-      state = core::join(passage, state, sum);
+      const core::Passage<T> passage =
+          decay.over_segment(segments.first_slot(sequence) + segment, element / head_size);
+      state = core::join(passage, 0, state, sum);
     }
     total[i] = state;
   }
 };
 
 // Makes the states of tokens in their memory; initial states may be null.
-template <class Operand, class Storage, class T = core::accumulate_t<Storage>>
-void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& segments, bool causal,
-                 bool backwards, const T* initial_s, const T* initial_z, const States<T>& states,
-                 Stream stream) {
+template <class Operand, class Storage, class Decay, class T = core::accumulate_t<Storage>>
+void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& segments,
+                 bool has_chunks, bool backwards, const T* initial_s, const T* initial_z,
+                 const States<T>& states, const Decay& decay, Stream stream) {
   const std::int64_t tiles =
       ceil_div(states.features, kWide) * max_of(1, ceil_div(states.values, kWide));
   const std::int64_t blocks = segments.slots() * states.heads * tiles;
   if (blocks > 0) {
     MemoryLayout size;
     StateShared<Operand>{size};
-    launch(state_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(), stream,
-           tokens, chunks, segments, causal, backwards, states);
+    launch(state_kernel<Storage, Operand, Decay>, grid_of(blocks), dim3(kThreads), size.size(),
+           stream, tokens, chunks, segments, has_chunks, backwards, states, decay);
   }
-  const auto scan = [&](std::int64_t size, const T* initial, T* sums, T* total) {
-    for_each_index(segments.sequences * size,
-                   Scan<T>{segments, size, backwards, initial, sums, total}, stream);
+  const auto scan = [&](std::int64_t head_size, const T* initial, T* sums, T* total) {
+    const std::int64_t size = states.heads * head_size;
+    for_each_index(
+        segments.sequences * size,
+        Scan<T, Decay>{decay, segments, size, head_size, backwards, initial, sums, total}, stream);
   };
-  const std::int64_t features = states.heads * states.features;
   if (states.values > 0)
-    scan(features * states.values, initial_s, states.segment_s, states.total_s);
-  if (states.segment_z != nullptr) scan(features, initial_z, states.segment_z, states.total_z);
+    scan(states.features * states.values, initial_s, states.segment_s, states.total_s);
+  if (states.segment_z != nullptr)
+    scan(states.features, initial_z, states.segment_z, states.total_z);
 }
 
 }  // namespace torch_spe::cuda::attention

@@ -83,40 +83,13 @@ struct Part {
             max_of(0, min_of(cut.size, cut.length_of(sequence) - number * cut.size)))) {}
 };
 
-// phi(x) for a storage type; for 16 bits the hardware's exponential is precise enough.
-template <class Storage, class T>
-TORCH_SPE_DEVICE T feature_map(core::FeatureMap map, T x) {
-  using core::FeatureMap;
-  if constexpr (sizeof(Storage) == 2) {  // without branches
-    const T positive = x < T(0) ? T(0) : x, decayed = fast_exp(x > T(0) ? T(0) : x);
-    const T elu = positive + decayed;
-    return map == FeatureMap::kElu ? elu : map == FeatureMap::kRelu ? positive : x;
+// What becomes of tokens that are not faded.
+struct Unfaded {
+  template <class T>
+  TORCH_SPE_DEVICE T operator()(int, T element) const {
+    return element;
   }
-  switch (map) {
-    case FeatureMap::kElu:
-      return core::apply_feature_map<FeatureMap::kElu>(x);
-    case FeatureMap::kRelu:
-      return core::apply_feature_map<FeatureMap::kRelu>(x);
-    case FeatureMap::kIdentity:
-      break;
-  }
-  return x;
-}
-
-// phi'(x), given phi(x).
-template <class T>
-TORCH_SPE_DEVICE T feature_map_derivative(core::FeatureMap map, T phi) {
-  using core::FeatureMap;
-  switch (map) {
-    case FeatureMap::kElu:
-      return core::feature_map_derivative<FeatureMap::kElu>(phi);
-    case FeatureMap::kRelu:
-      return core::feature_map_derivative<FeatureMap::kRelu>(phi);
-    case FeatureMap::kIdentity:
-      break;
-  }
-  return T(1);
-}
+};
 
 // Queries or keys.
 template <class Storage>
@@ -148,10 +121,33 @@ struct Tokens {
     return factors == nullptr ? T(1) : factors[index(batch, n, head)].scale;
   }
 
-  // X of a chunk's tokens, features [r0, r0 + kColumns) of `count`.
-  template <int kRows, int kColumns, class Operand>
+  // One element of X or Y.
+  TORCH_SPE_DEVICE T x_at(std::int64_t batch, std::int64_t n, std::int64_t head,
+                          std::int64_t r) const {
+    if (is_padding(batch, n)) return T(0);
+    const T value =
+        read(x[batch * x_strides[0] + n * x_strides[1] + head * x_strides[2] + r * x_strides[3]]);
+    return map_feature<Storage>(map, value) * scale_of(batch, n, head);
+  }
+  TORCH_SPE_DEVICE T y_at(std::int64_t batch, std::int64_t n, std::int64_t head,
+                          std::int64_t e) const {
+    if (is_padding(batch, n)) return T(0);
+    T value =
+        read(y[batch * y_strides[0] + n * y_strides[1] + head * y_strides[2] + e * y_strides[3]]);
+    if (factors == nullptr) return value;
+    const RowFactors<T> own = factors[index(batch, n, head)];
+    if (result != nullptr) {
+      value -= own.mean * read(result[batch * result_strides[0] + n * result_strides[1] +
+                                      head * result_strides[2] + e * result_strides[3]]);
+    }
+    return value * own.inverse;
+  }
+
+  // X of a chunk's tokens, features [r0, r0 + kColumns) of `count`; fade(row, element) becomes of
+  // an element.
+  template <int kRows, int kColumns, class Operand, class Fade = Unfaded>
   TORCH_SPE_DEVICE void load_x(const Part& chunk, std::int64_t head, std::int64_t r0,
-                               std::int64_t count, Operand* out) const {
+                               std::int64_t count, Operand* out, const Fade& fade = Fade{}) const {
     const Storage* const base =
         x + chunk.batch * x_strides[0] + head * x_strides[2] + r0 * x_strides[3];
     const RowFactors<T>* const own = factors_of(chunk, head);
@@ -163,8 +159,8 @@ struct Tokens {
                      : nullptr;
         },
         [&](int row, T value) {
-          const T mapped = feature_map<Storage>(map, value);
-          return own == nullptr ? mapped : mapped * own[row * heads].scale;
+          const T mapped = select_feature<Storage>(map, value);
+          return fade(row, own == nullptr ? mapped : mapped * own[row * heads].scale);
         });
   }
 

@@ -11,7 +11,7 @@ enum class Result {
   kDivisor,  // none: only the denominator plus eps
 };
 
-template <class Operand, Result kResult>
+template <class Operand, Result kResult, class Decay>
 struct ValuesShared {
   using T = core::accumulate_t<Operand>;
   static constexpr int kTokens = kChunk<Operand>;
@@ -26,6 +26,9 @@ struct ValuesShared {
   T* scale;                           // [row]: rows are multiplied by both
   T* inverse;                         // [row]
   T* squares;                         // [row, kSquares], sums for kRms
+  T* fade;                            // [row], what reading the state fades by
+  T* other_fade;                      // [row], the same for the state from the other direction
+  Between<Decay, T, kTokens> between;
 
   TORCH_SPE_INLINE explicit ValuesShared(MemoryLayout& layout)
       : row_x(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
@@ -37,17 +40,24 @@ struct ValuesShared {
         parts(layout.take<T>(kThreads)),
         scale(layout.take<T>(kTokens)),
         inverse(layout.take<T>(kTokens)),
-        squares(layout.take<T>(kResult == Result::kRms ? kTokens * kSquares : 0)) {}
+        squares(layout.take<T>(kResult == Result::kRms ? kTokens * kSquares : 0)),
+        fade(layout.take<T>(Decay::kFades ? kTokens : 0)),
+        other_fade(layout.take<T>(Decay::kFades ? kTokens : 0)),
+        between(layout) {}
 };
 
-template <class Storage, class Operand, Result kResult>
+// With a decay, tokens of the chunk are seen each with a factor of its own, and when not causal
+// there are two states: `states`, and `others` from the other direction.
+template <class Storage, class Operand, Result kResult, class Decay>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     values_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Cut chunks,
                   const Cut segments, bool causal, bool columns_follow,
                   const States<core::accumulate_t<Storage>> states,
-                  const RowDivision<core::accumulate_t<Storage>> division, Storage* out) {
+                  const States<core::accumulate_t<Storage>> others,
+                  const RowDivision<core::accumulate_t<Storage>> division, Storage* out,
+                  const Decay decay) {
   using T = core::accumulate_t<Storage>;
-  using Shared = ValuesShared<Operand, kResult>;
+  using Shared = ValuesShared<Operand, kResult, Decay>;
   constexpr int kTokens = kChunk<Operand>;
   constexpr int kPerRow = kThreads / kTokens;  // threads that share the sums over a row
   constexpr bool kMakesValues = kResult != Result::kDivisor;
@@ -62,12 +72,48 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t slot = block / tiles / states.heads;
   const Part chunk(chunks, slot);
   if (chunk.size == 0) return;
-  const StateReader<T> reader(states, causal, chunks, segments, slot, chunk, head);
+  const bool has_chunks = causal || Decay::kFades;
+  const StateReader<T> reader(states, has_chunks, chunks, segments, slot, chunk, head,
+                              decay.to_chunk(slot, head, columns_follow));
   const bool sums_denominators = kResult != Result::kRms && division.by == Divide::kByDenominator;
 
   TileProduct<Operand, kTokens, kWide> product;
   T denominator = 0;  // the part of row thread / kPerRow that this thread adds up
   const int own_row = thread / kPerRow, part = thread % kPerRow;
+  if constexpr (Decay::kFades) {
+    if (thread < kTokens) {
+      const std::int64_t i = decay.index(chunk.batch, chunk.begin + thread, head);
+      shared.fade[thread] = thread < chunk.size ? decay.reading(i, columns_follow) : T(0);
+      shared.other_fade[thread] = thread < chunk.size ? decay.reading(i, !columns_follow) : T(0);
+    }
+    shared.between.fill(decay, chunk, head);
+  }
+  // Adds what rows read from the state of the other direction.
+  [[maybe_unused]] const auto add_others = [&](std::int64_t e0) {
+    const StateReader<T> other(others, true, chunks, segments, slot, chunk, head,
+                               decay.to_chunk(slot, head, !columns_follow));
+    TileProduct<Operand, kTokens, kWide> sums;
+    T sum = 0;
+    sums.clear();
+    for (std::int64_t r0 = 0; r0 < features; r0 += kDeep) {
+      __syncthreads();  // the tiles before have been used
+      rows.template load_x<kTokens, kDeep>(chunk, head, r0, features, shared.row_x);
+      if constexpr (kMakesValues) {
+        load_state<kDeep, kWide>(shared.state,
+                                 [&](int r, int e, T(&out)[4]) { other.s(r0 + r, e0 + e, out); });
+      }
+      if (sums_denominators && thread < kDeep) shared.z[thread] = other.z(r0 + thread);
+      __syncthreads();
+      if constexpr (kMakesValues)
+        sums.template multiply<kDeep, Major::kDepth, Major::kOuter>(shared.row_x, shared.state);
+      if (sums_denominators) {
+        for (int r = part; r < kDeep; r += kPerRow)
+          sum += number_of(shared.row_x[own_row * row_of<Operand>(kDeep) + r]) * shared.z[r];
+      }
+    }
+    product.add(sums, [&](int row) { return shared.other_fade[row]; });
+    denominator += shared.other_fade[own_row] * sum;
+  };
   // Rows before division, values [e0, e0 + kWide), and their denominators.
   const auto make_rows = [&](std::int64_t e0) {
     TileProduct<Operand, kTokens, kTokens> weights;
@@ -76,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     for (std::int64_t r0 = 0; r0 < features; r0 += kDeep) {
       __syncthreads();  // the tiles before have been used
       rows.template load_x<kTokens, kDeep>(chunk, head, r0, features, shared.row_x);
-      if (causal) columns.template load_x<kTokens, kDeep>(chunk, head, r0, features, shared.col_x);
+      if (has_chunks)
+        columns.template load_x<kTokens, kDeep>(chunk, head, r0, features, shared.col_x);
       if constexpr (kMakesValues) {
         load_state<kDeep, kWide>(shared.state,
                                  [&](int r, int e, T(&out)[4]) { reader.s(r0 + r, e0 + e, out); });
@@ -86,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if constexpr (kMakesValues) {
         product.template multiply<kDeep, Major::kDepth, Major::kOuter>(shared.row_x, shared.state);
       }
-      if (causal) {
+      if (has_chunks) {
         weights.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_x, shared.col_x);
       }
       if (sums_denominators) {
@@ -95,14 +142,22 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
               number_of(shared.row_x[own_row * row_of<Operand>(kDeep) + r]) * shared.z[r];
       }
     }
-    if (!causal) return;
+    if (!has_chunks) return;
     weights.for_each_row([&](int row) {
       Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
+      [[maybe_unused]] const T* const between = shared.between.factors + row * shared.between.kRow;
       return [=](int column, T value) {
-        const bool seen = columns_follow ? column >= row : column <= row;
+        const bool seen =
+            (Decay::kFades && !causal) || (columns_follow ? column >= row : column <= row);
+        if constexpr (Decay::kFades) value *= between[column];
         write(seen ? value : T(0), to + column);
       };
     });
+    if constexpr (Decay::kFades) {
+      product.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
+      denominator *= shared.fade[own_row];
+      if (!causal) add_others(e0);
+    }
     if constexpr (kMakesValues)
       columns.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.col_y);
     __syncthreads();
@@ -189,17 +244,20 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   }
 }
 
-template <class Operand, Result kResult, class Storage, class T = core::accumulate_t<Storage>>
+template <class Operand, Result kResult, class Storage, class Decay,
+          class T = core::accumulate_t<Storage>>
 void make_values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, const Cut& chunks,
                  const Cut& segments, bool causal, bool columns_follow, const States<T>& states,
-                 const RowDivision<T>& division, Storage* out, Stream stream) {
+                 const States<T>& others, const RowDivision<T>& division, Storage* out,
+                 const Decay& decay, Stream stream) {
   const std::int64_t tiles = kResult == Result::kOutput ? ceil_div(states.values, kWide) : 1;
   const std::int64_t blocks = chunks.slots() * states.heads * tiles;
   if (blocks == 0) return;
   MemoryLayout size;
-  ValuesShared<Operand, kResult>{size};
-  launch(values_kernel<Storage, Operand, kResult>, grid_of(blocks), dim3(kThreads), size.size(),
-         stream, rows, columns, chunks, segments, causal, columns_follow, states, division, out);
+  ValuesShared<Operand, kResult, Decay>{size};
+  launch(values_kernel<Storage, Operand, kResult, Decay>, grid_of(blocks), dim3(kThreads),
+         size.size(), stream, rows, columns, chunks, segments, causal, columns_follow, states,
+         others, division, out, decay);
 }
 
 }  // namespace torch_spe::cuda::attention

@@ -1,0 +1,201 @@
+// A decay with one column for all features: what the tokens, chunks and segments of the chunked
+// kernels fade by. In a chunk
+//   from_start_i = exp(sum of the steps from the chunk's first token to i, inclusive),
+//   to_end_i     = exp(sum of the steps after i),
+//   between_ij   = exp(sum of the steps between i and j), whichever comes first.
+// States that move forwards take their tokens with to_end and are read with from_start, those that
+// move backwards the other way round; products within a chunk are multiplied by between. All are
+// sums or products of the steps themselves in double, never differences or quotients of cumulative
+// ones: steps may be -infinity.
+#pragma once
+
+#include "core/state.h"
+#include "device_for.h"
+#include "tokens.h"
+
+namespace torch_spe::cuda::attention {
+
+// log_decay in memory.
+struct DecaySteps {
+  const void* data = nullptr;  // [B, L, H, 1 or R], strided, float or double
+  bool is_double = false;
+  std::int64_t strides[4] = {};
+
+  TORCH_SPE_DEVICE double at(std::int64_t batch, std::int64_t n, std::int64_t head,
+                             std::int64_t r) const {
+    const std::int64_t i = batch * strides[0] + n * strides[1] + head * strides[2] + r * strides[3];
+    return is_double ? static_cast<const double*>(data)[i]
+                     : static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+};
+
+template <class T>
+struct NoDecay {
+  static constexpr bool kFades = false;
+
+  TORCH_SPE_DEVICE core::Passage<T> over_chunk(std::int64_t, std::int64_t) const { return {}; }
+  TORCH_SPE_DEVICE core::Passage<T> to_chunk(std::int64_t, std::int64_t, bool) const { return {}; }
+  TORCH_SPE_DEVICE core::Passage<T> over_segment(std::int64_t, std::int64_t) const { return {}; }
+};
+
+template <class T>
+struct ColumnDecay {
+  static constexpr bool kFades = true;
+  DecaySteps steps;
+  std::int64_t length = 0, heads = 0;
+  T* from_start = nullptr;     // [B, L, H]
+  T* to_end = nullptr;         // [B, L, H]
+  double* sums = nullptr;      // [slot, H], of a chunk's steps
+  T* over_chunks = nullptr;    // [slot, H], exp of that
+  T* before_chunks = nullptr;  // [slot, H], from the segment's start to the chunk's
+  T* after_chunks = nullptr;   // [slot, H], from the chunk's end to the segment's
+  T* over_segments = nullptr;  // [segment slot, H]
+
+  TORCH_SPE_DEVICE std::int64_t index(std::int64_t batch, std::int64_t n, std::int64_t head) const {
+    return (batch * length + n) * heads + head;
+  }
+  // The token's factor in what moves forwards (backwards), and in what reads that.
+  TORCH_SPE_DEVICE T added(std::int64_t i, bool backwards) const {
+    return backwards ? from_start[i] : to_end[i];
+  }
+  TORCH_SPE_DEVICE T reading(std::int64_t i, bool backwards) const {
+    return backwards ? to_end[i] : from_start[i];
+  }
+  TORCH_SPE_DEVICE core::Passage<T> over_chunk(std::int64_t slot, std::int64_t head) const {
+    return {over_chunks + slot * heads + head, 0};
+  }
+  // From the segment's start to the chunk's or, backwards, from the segment's end to the chunk's.
+  TORCH_SPE_DEVICE core::Passage<T> to_chunk(std::int64_t slot, std::int64_t head,
+                                             bool backwards) const {
+    return {(backwards ? after_chunks : before_chunks) + slot * heads + head, 0};
+  }
+  TORCH_SPE_DEVICE core::Passage<T> over_segment(std::int64_t slot, std::int64_t head) const {
+    return {over_segments + slot * heads + head, 0};
+  }
+};
+
+// The factors of a chunk's tokens, and of the chunk; also the zero that stands for queries where
+// there are none.
+template <class T>
+struct ChunkFactors {
+  ColumnDecay<T> decay;
+  Cut chunks;
+  std::uint64_t* zero;
+
+  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
+    if (i == 0) *zero = 0;
+    const std::int64_t head = i % decay.heads;
+    const Part chunk(chunks, i / decay.heads);
+    double sum = 0;
+    for (int row = 0; row < chunk.size; ++row) {
+      const std::int64_t n = chunk.begin + row;
+      sum += decay.steps.at(chunk.batch, n, head, 0);
+      decay.from_start[decay.index(chunk.batch, n, head)] =
+          static_cast<T>(core::exp_nonpositive(sum));
+    }
+    decay.sums[i] = sum;
+    decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
+    sum = 0;
+    for (int row = chunk.size - 1; row >= 0; --row) {
+      const std::int64_t n = chunk.begin + row;
+      decay.to_end[decay.index(chunk.batch, n, head)] = static_cast<T>(core::exp_nonpositive(sum));
+      sum += decay.steps.at(chunk.batch, n, head, 0);
+    }
+  }
+};
+
+// The factors of a segment, and of the way from its ends to its chunks.
+template <class T>
+struct SegmentFactors {
+  ColumnDecay<T> decay;
+  Cut chunks, segments;
+
+  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
+    const std::int64_t head = i % decay.heads;
+    const Part segment(segments, i / decay.heads);
+    const std::int64_t count = ceil_div(segment.size, chunks.size);
+    const std::int64_t first =
+        chunks.first_slot(segment.sequence) + segment.number * (segments.size / chunks.size);
+    double sum = 0;
+    for (std::int64_t j = 0; j < count; ++j) {
+      const std::int64_t slot = (first + j) * decay.heads + head;
+      decay.before_chunks[slot] = static_cast<T>(core::exp_nonpositive(sum));
+      sum += decay.sums[slot];
+    }
+    decay.over_segments[i] = static_cast<T>(core::exp_nonpositive(sum));
+    sum = 0;
+    for (std::int64_t j = count - 1; j >= 0; --j) {
+      const std::int64_t slot = (first + j) * decay.heads + head;
+      decay.after_chunks[slot] = static_cast<T>(core::exp_nonpositive(sum));
+      sum += decay.sums[slot];
+    }
+  }
+};
+
+template <class T>
+void make_decay_factors(const ColumnDecay<T>& decay, const Cut& chunks, const Cut& segments,
+                        std::uint64_t* zero, Stream stream) {
+  for_each_index(chunks.slots() * decay.heads, ChunkFactors<T>{decay, chunks, zero}, stream);
+  for_each_index(segments.slots() * decay.heads, SegmentFactors<T>{decay, chunks, segments},
+                 stream);
+}
+
+// The factors between the tokens of a chunk, in shared memory; nothing without a decay.
+template <class Decay, class T, int kTokens>
+struct Between {
+  static constexpr int kRow = kTokens + 1;
+  T* factors;     // [token, token]
+  double* steps;  // [token], exp of each step
+
+  TORCH_SPE_INLINE explicit Between(MemoryLayout& layout)
+      : factors(layout.take<T>(Decay::kFades ? kTokens * kRow : 0)),
+        steps(layout.take<double>(Decay::kFades ? kTokens : 0)) {}
+
+  // All threads take part; a barrier must follow.
+  TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head) const {
+    const int own = static_cast<int>(threadIdx.x);
+    if (own < kTokens) {
+      steps[own] =
+          own < chunk.size
+              ? core::exp_nonpositive(decay.steps.at(chunk.batch, chunk.begin + own, head, 0))
+              : 1.0;
+    }
+    __syncthreads();
+    if (own >= kTokens) return;
+    double factor = 1;
+    factors[own * kRow + own] = 1;
+    for (int i = own + 1; i < kTokens; ++i) {
+      factor *= steps[i];
+      factors[i * kRow + own] = factors[own * kRow + i] = static_cast<T>(factor);
+    }
+  }
+};
+
+template <class T>
+struct Converted {
+  const double* from;
+  T* to;
+
+  TORCH_SPE_DEVICE void operator()(std::int64_t i) const { to[i] = static_cast<T>(from[i]); }
+};
+
+// Of `count` rows of `size` doubles, writes each row or, for a step that is the same everywhere,
+// their sum, in the type of log_decay.
+inline void write_decay_gradient(const double* from, std::int64_t count, std::int64_t size,
+                                 bool is_sum, core::DType type, void* to, Stream stream) {
+  const auto write_as = [&](auto* out) {
+    using T = std::remove_pointer_t<decltype(out)>;
+    if (is_sum) {
+      sum_parts<double, T>(from, count, size, out, stream);
+    } else {
+      for_each_index(count * size, Converted<T>{from, out}, stream);
+    }
+  };
+  if (type == core::DType::kFloat64) {
+    write_as(static_cast<double*>(to));
+  } else {
+    write_as(static_cast<float*>(to));
+  }
+}
+
+}  // namespace torch_spe::cuda::attention

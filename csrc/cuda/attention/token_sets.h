@@ -1,0 +1,130 @@
+// The sets of tokens that the passes of linear attention go over, from the operator's parameters.
+#pragma once
+
+#include "linear_attention.h"
+#include "tokens.h"
+
+namespace torch_spe::cuda::attention {
+
+template <class Storage>
+class TokenSets {
+ public:
+  using T = core::accumulate_t<Storage>;
+
+  explicit TokenSets(const LinearAttentionParams& p) : p_(p) {}
+
+  // Queries of a backward pass, of which there are none, become as many as keys and are all zero:
+  // `zero` is memory on the device that holds it. A gradient then fades on its way over the keys.
+  void replace_queries(const std::uint64_t* zero) {
+    zero_ = zero;
+    has_zeros_ = true;
+  }
+
+  bool has_own_denominator() const { return p_.normalize && p_.denominator_k != nullptr; }
+  bool divides() const { return (p_.normalize || p_.rms_norm) && p_.query_length > 0; }
+  std::int64_t batch() const { return p_.cu_seqlens == nullptr ? p_.num_sequences : 1; }
+  std::int64_t rows() const { return batch() * p_.query_length * p_.num_heads; }
+
+  // Queries may be none where there are keys, packed or not: they have no bounds then.
+  Cut cut(std::int64_t length, std::int64_t size) const {
+    return {length == 0 ? nullptr : p_.cu_seqlens, p_.num_sequences, length, size};
+  }
+
+  Tokens<Storage> keys() const {
+    return as_keys(tokens(p_.k, p_.k_strides, p_.v, p_.v_strides, p_.key_length, p_.feature_map));
+  }
+  Tokens<Storage> queries() const {
+    return tokens(p_.q, p_.q_strides, nullptr, kNone, p_.query_length, p_.feature_map);
+  }
+  Tokens<Storage> denominator_keys() const {
+    return as_keys(tokens(p_.denominator_k, p_.denominator_k_strides, nullptr, kNone, p_.key_length,
+                          p_.denominator_feature_map));
+  }
+  Tokens<Storage> denominator_queries() const {
+    return tokens(p_.denominator_q, p_.denominator_q_strides, nullptr, kNone, p_.query_length,
+                  p_.denominator_feature_map);
+  }
+
+  // Queries of a backward pass. `factors` [B, N, H] are those of rows that were divided.
+  Tokens<Storage> queries(const LinearAttentionBackwardParams& p,
+                          const RowFactors<T>* factors) const {
+    if (has_zeros_) return zeros();
+    Tokens<Storage> all =
+        tokens(p.q, p.q_strides, p.grad_out, p.grad_out_strides, p.query_length, p.feature_map);
+    if (!divides()) return all;
+    all.factors = factors;
+    all.weighted = p.normalize && !has_own_denominator();
+    if (p.rms_norm) {
+      all.result = static_cast<const Storage*>(p.result);
+      for (int i = 0; i < 4; ++i) all.result_strides[i] = p.result_strides[i];
+    }
+    return all;
+  }
+  Tokens<Storage> denominator_queries(const RowFactors<T>* factors) const {
+    if (has_zeros_) return zeros();
+    Tokens<Storage> all = denominator_queries();
+    all.factors = factors;
+    all.weighted = factors != nullptr;
+    return all;
+  }
+
+  void make_factors(const LinearAttentionBackwardParams& p, RowFactors<T>* factors,
+                    Stream stream) const {
+    RowGradients<Storage> rows;
+    rows.batch = batch();
+    rows.length = p.query_length;
+    rows.heads = p.num_heads;
+    rows.values = p.value_features;
+    rows.grad = static_cast<const Storage*>(p.grad_out);
+    rows.result = static_cast<const Storage*>(p.result);
+    for (int i = 0; i < 4; ++i) {
+      rows.grad_strides[i] = p.grad_out_strides[i];
+      rows.result_strides[i] = p.result_strides[i];
+    }
+    rows.divisor = static_cast<const T*>(p.saved_row_divisor);
+    rows.norm = p.rms_norm;
+    rows.aligned = is_aligned<Storage>(p.grad_out, p.grad_out_strides) &&
+                   is_aligned<Storage>(p.result, p.result_strides) &&
+                   p.value_features % Vector<Storage>::kSize == 0;
+    rows.factors = factors;
+    make_row_factors(rows, stream);
+  }
+
+ private:
+  static constexpr std::int64_t kNone[4] = {0, 0, 0, 0};
+
+  Tokens<Storage> tokens(const void* x, const std::int64_t (&x_strides)[4], const void* y,
+                         const std::int64_t (&y_strides)[4], std::int64_t length,
+                         core::FeatureMap map) const {
+    Tokens<Storage> tokens;
+    tokens.x = static_cast<const Storage*>(x);
+    tokens.y = static_cast<const Storage*>(y);
+    for (int i = 0; i < 4; ++i) {
+      tokens.x_strides[i] = x_strides[i];
+      tokens.y_strides[i] = y_strides[i];
+    }
+    tokens.map = map;
+    tokens.length = length;
+    tokens.heads = p_.num_heads;
+    tokens.x_aligned = is_aligned<Storage>(x, x_strides);
+    tokens.y_aligned = is_aligned<Storage>(y, y_strides);
+    return tokens;
+  }
+  Tokens<Storage> as_keys(Tokens<Storage> tokens) const {
+    tokens.constant_weight = 1;
+    tokens.padding = p_.key_padding_mask;
+    return tokens;
+  }
+  Tokens<Storage> zeros() const {
+    Tokens<Storage> zeros =
+        tokens(zero_, kNone, zero_, kNone, p_.key_length, core::FeatureMap::kIdentity);
+    zeros.x_aligned = zeros.y_aligned = false;
+    return zeros;
+  }
+
+  const LinearAttentionParams& p_;
+  const std::uint64_t* zero_ = nullptr;
+  bool has_zeros_ = false;
+};
+
+}  // namespace torch_spe::cuda::attention
