@@ -232,7 +232,7 @@ def exact(
     batch: int, length: int, device: str, dtype: torch.dtype,
     heads: int = 8, features: int = 64, sines: int = 1,
 ) -> Case:  # fmt: skip
-    """Gated SineSPE without noise, beside a copy of as many numbers as it reads and writes."""
+    """Gated SineSPE without noise, beside a copy of as many elements as it reads and writes."""
     q = _leaf(batch, length, heads, features, device=device, dtype=dtype)
     k = _leaf(batch, length, heads, features, device=device, dtype=dtype)
     torch.manual_seed(0)
@@ -252,12 +252,12 @@ def exact(
     with torch.no_grad():
         qhat, khat = filt(q, k, spe((batch, length)))
     copied = [t.detach().clone().requires_grad_() for t in (q, k, qhat, khat)]
-    numbers = 2.0 * batch * length * heads * features
+    elements = 2.0 * batch * length * heads * features
     return Case(
         "SineSPE, no noise",
         {"B": batch, "N": length, "H": heads, "D": features, "K": sines},
-        flops=numbers * (2 * sines + 1),
-        flops_backward=numbers * (4 * sines + 2),
+        flops=elements * (2 * sines + 1),
+        flops_backward=elements * (4 * sines + 2),
         implementations=[
             Implementation("torch_spe", lambda: filt(q, k, spe((batch, length))), inputs),
             Implementation("materializing reference", plain, inputs),
@@ -320,7 +320,7 @@ def conv(
         def theirs() -> tuple[Tensor, ...]:
             return their_filter(q, k, their_spe((batch, length)))
 
-        # It draws other noise, so the numbers differ; tests compare them on recorded noise.
+        # It draws other noise, so the values differ; tests compare them on recorded noise.
         case.implementations.append(
             Implementation(
                 "(published code)", theirs, [q, k, *their_spe.parameters()],

@@ -94,7 +94,7 @@ if command -v compute-sanitizer > /dev/null; then
 else
   echo "compute-sanitizer is not on the PATH: skipped" | tee -a "$OUT_DIR/summary.txt"
 fi
-# The whole first, then its parts; a batch that leaves the longest sequences room.
+# The whole first, then its parts; a batch with which the longest sequences fit.
 for dtype in bfloat16 float32; do
   part "benchmarks-$dtype" 40 "$PYTHON" -m benchmarks attend layer attention phasor exact sine conv \
     --device cuda --dtype "$dtype" --seconds 0.1 --shapes 8x512 8x4096 2x16384 1x65536 \

@@ -41,11 +41,11 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def sine(dtype, batch, length, heads, features, sines, real):
+def sine(dtype, batch, length, heads, features, sines, realizations):
     x = leaf(batch, length, heads, features, dtype=dtype)
     freqs = leaf(heads, features, sines, dtype=wide(dtype))
-    weight = leaf(heads, features, 2 * sines, real, dtype=wide(dtype))
-    constant = leaf(heads, features, real, dtype=wide(dtype))
+    weight = leaf(heads, features, 2 * sines, realizations, dtype=wide(dtype))
+    constant = leaf(heads, features, realizations, dtype=wide(dtype))
     positions = leaf(length, dtype=torch.float64)
     grid = leaf(heads, features, sines, 2, dtype=wide(dtype))
     for f, p in ((freqs, None), (freqs, positions), (grid, leaf(length, 2, dtype=torch.float64))):
@@ -53,10 +53,10 @@ def sine(dtype, batch, length, heads, features, sines, real):
         out.backward(torch.randn_like(out))
 
 
-def phasors(dtype, batch, length, heads, features, sines, real):
+def phasors(dtype, batch, length, heads, features, sines, realizations):
     x = leaf(batch, length, heads, features, dtype=dtype)
     for count, function, coefficients in (
-        (real, torch.ops.torch_spe.phasor_filter, (2,)),
+        (realizations, torch.ops.torch_spe.phasor_filter, (2,)),
         (sines, torch.ops.torch_spe.sine_features, ()),
     ):
         freqs = leaf(heads, features, count, dtype=wide(dtype))
@@ -71,14 +71,16 @@ def phasors(dtype, batch, length, heads, features, sines, real):
             out.backward(torch.randn_like(out))
 
 
-def codes(dtype, heads, features, sines, real):
+def codes(dtype, heads, features, sines, realizations):
     ops = torch.ops.torch_spe
     seed = torch.full((1,), 3, dtype=torch.int64, device="cuda")
     for grid in ((), (2,)):
         freqs = leaf(heads, features, sines, *grid, dtype=dtype)
         offsets, gains, widths = (leaf(heads, features, sines, dtype=dtype) for _ in range(3))
-        noise = leaf(heads, features, 2 * sines, real, dtype=dtype)
-        sine, phases, deviates = ops.phase_noise(seed, heads, features, sines, real, 0, 2, dtype)
+        noise = leaf(heads, features, 2 * sines, realizations, dtype=dtype)
+        sine, phases, deviates = ops.phase_noise(
+            seed, heads, features, sines, realizations, 0, 2, dtype
+        )
         deviates = deviates if grid else deviates[..., 0]
         gate, constant = leaf(heads, features, dtype=dtype), leaf(heads, features, 8, dtype=dtype)
         for cycles, query, key in (
@@ -87,32 +89,32 @@ def codes(dtype, heads, features, sines, real):
         ):
             outputs = (cycles, *ops.gate_code(query, key, gate, constant, 0.5))
             sum(t.sum() for t in outputs).backward()
-    ops.circle_noise(seed, heads, features, real, 0, dtype)
+    ops.circle_noise(seed, heads, features, realizations, 0, dtype)
 
 
-def conv(dtype, batch, length, heads, features, taps, real):
+def conv(dtype, batch, length, heads, features, taps, realizations):
     x = leaf(batch, length, heads, features, dtype=dtype)
     kernel = leaf(heads, features, taps, dtype=wide(dtype))
-    noise = leaf(heads, features, length + taps - 1, real, dtype=wide(dtype))
-    constant = leaf(heads, features, real, dtype=wide(dtype))
+    noise = leaf(heads, features, length + taps - 1, realizations, dtype=wide(dtype))
+    constant = leaf(heads, features, realizations, dtype=wide(dtype))
     image = leaf(batch, 6, 7, heads, features, dtype=dtype)
     taps_2d = leaf(heads, features, 2, 3, dtype=wide(dtype))
     seed = torch.full((), 3, dtype=torch.int64, device="cuda")
     conv_filter = torch.ops.torch_spe.conv_filter
     for out in (
         conv_filter(x, kernel, noise, constant),
-        conv_filter(x, kernel, None, constant, seed, real, "gaussian"),
-        conv_filter(x, kernel, None, None, seed, real, "rademacher", [4]),
-        conv_filter(image, taps_2d, None, constant, seed, real, "gaussian", [2, 1]),
+        conv_filter(x, kernel, None, constant, seed, realizations, "gaussian"),
+        conv_filter(x, kernel, None, None, seed, realizations, "rademacher", [4]),
+        conv_filter(image, taps_2d, None, constant, seed, realizations, "gaussian", [2, 1]),
     ):
         out.backward(torch.randn_like(out))
-    torch.ops.torch_spe.conv_noise(seed, heads, features, [length], real, "gaussian", [3])
+    torch.ops.torch_spe.conv_noise(seed, heads, features, [length], realizations, "gaussian", [3])
 
 
-def attention(dtype, batch, length, heads, features, sines, real):
+def attention(dtype, batch, length, heads, features, sines, realizations):
     q, k = (leaf(batch, length, heads, features, dtype=dtype) for _ in range(2))
-    v = leaf(batch, length, heads, real, dtype=dtype)
-    s = leaf(batch, heads, features, real, dtype=wide(dtype))
+    v = leaf(batch, length, heads, realizations, dtype=dtype)
+    s = leaf(batch, heads, features, realizations, dtype=wide(dtype))
     z = torch.rand(batch, heads, features, dtype=wide(dtype), device="cuda", requires_grad=True)
     mask = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
     mask[:, 3:5] = True
@@ -139,7 +141,7 @@ def attention(dtype, batch, length, heads, features, sines, real):
     (s.sum() + z.sum()).backward()
 
 
-def rotary_and_maps(dtype, batch, length, heads, features, sines, real):
+def rotary_and_maps(dtype, batch, length, heads, features, sines, realizations):
     ops = torch.ops.torch_spe
     x = leaf(batch, length, heads, 2 * features, dtype=dtype)
     positions = leaf(length, dtype=torch.float64)
@@ -148,7 +150,7 @@ def rotary_and_maps(dtype, batch, length, heads, features, sines, real):
         out.backward(torch.randn_like(out))
     x = leaf(batch, length, heads, features, dtype=dtype)
     freqs = leaf(heads, features, sines, dtype=wide(dtype))
-    weight = leaf(heads, features, 2 * sines, real, dtype=wide(dtype))
+    weight = leaf(heads, features, 2 * sines, realizations, dtype=wide(dtype))
     pairs = leaf(heads, features, sines, 2, dtype=wide(dtype))
     for out in (
         ops.sine_filter(x, freqs, weight, feature_map="elu"),
@@ -156,7 +158,7 @@ def rotary_and_maps(dtype, batch, length, heads, features, sines, real):
         ops.sine_features(x, freqs, freqs, feature_map="elu"),
         ops.conv_filter(
             x, freqs, seed=torch.full((), 3, dtype=torch.int64, device="cuda"),
-            num_realizations=real, feature_map="elu",
+            num_realizations=realizations, feature_map="elu",
         ),
     ):  # fmt: skip
         out.backward(torch.randn_like(out))

@@ -94,7 +94,7 @@ struct Sine {
 };
 
 // Dense noise z: with the weights of cosine and sine of a key u_k = amplitude z_k, those of a query
-// are u turned back by the offset.
+// are u rotated back by the offset.
 struct SineCodeParams : SineParameters {
   std::int64_t num_realizations;  // R
   const void* noise;              // [H, D, K, 2, R]
@@ -220,7 +220,7 @@ TORCH_SPE_INLINE Point<T> phase_of_pair(const PhaseCodeParams& p, std::int64_t i
 }
 // That of its query, from that of its key.
 template <class T>
-TORCH_SPE_INLINE Point<T> turned(const Point<T>& key, const PhaseSine<T>& sine) {
+TORCH_SPE_INLINE Point<T> rotated(const Point<T>& key, const PhaseSine<T>& sine) {
   return {key.cos * sine.cos - key.sin * sine.sin, key.sin * sine.cos + key.cos * sine.sin};
 }
 
@@ -229,7 +229,7 @@ template <class T, class Cycles>
 TORCH_SPE_INLINE void make_phase_code(const PhaseCodeParams& p, const PhaseSine<T>& sine,
                                       const Point<T>& key_phase, const Cycles& cycles,
                                       std::int64_t index) {
-  const Point<T> query_phase = turned(key_phase, sine);
+  const Point<T> query_phase = rotated(key_phase, sine);
   T* const key = static_cast<T*>(p.key_coefficients) + 2 * index;
   T* const query = static_cast<T*>(p.query_coefficients) + 2 * index;
   key[0] = sine.amplitude * key_phase.cos;
@@ -251,7 +251,7 @@ struct PhaseSums {
 
   TORCH_SPE_INLINE void add(const PhaseCodeBackwardParams& p, const PhaseSine<T>& sine,
                             const Point<T>& key_phase, std::int64_t index) {
-    const Point<T> query_phase = turned(key_phase, sine);
+    const Point<T> query_phase = rotated(key_phase, sine);
     const T* const query = static_cast<const T*>(p.grad_query_coefficients) + 2 * index;
     const T* const key = static_cast<const T*>(p.grad_key_coefficients) + 2 * index;
     amplitude += key[0] * key_phase.cos + key[1] * key_phase.sin + query[0] * query_phase.cos +

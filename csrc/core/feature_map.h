@@ -68,15 +68,17 @@ TORCH_SPE_INLINE T apply_feature_map(T x) {
   }
 }
 
-// phi'(x), given phi(x).
+// phi'(x), given phi(x), for a scalar or a vector of the compiler's: of a loop over the lanes of
+// one vector GCC makes scalar code.
 template <FeatureMap kMap, class T>
 TORCH_SPE_INLINE T feature_map_derivative(T phi) {
+  const T zero = {}, one = zero + 1;
   if constexpr (kMap == FeatureMap::kElu) {
-    return phi >= T(1) ? T(1) : phi;
+    return phi >= one ? one : phi;
   } else if constexpr (kMap == FeatureMap::kRelu) {
-    return phi > T(0) ? T(1) : T(0);
+    return phi > zero ? one : zero;
   } else {
-    return T(1);
+    return one;
   }
 }
 

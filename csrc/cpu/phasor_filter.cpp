@@ -80,14 +80,19 @@ void differentiate_positions(const PhasorFilterBackwardParams& p, PhasorGradient
     const Tile tile = *tiles, next = tiles.next();
     const auto next_x = x_rows<Storage>(p, heads, next);
     const auto next_g = grad_out_rows<Storage>(p, heads, next);
+    const auto grad_x = grad_x_rows<Storage>(p, heads, tile);
     gradient.add_tile(
         heads, tile, x_rows<Storage>(p, heads, tile), grad_out_rows<Storage>(p, heads, tile),
-        grad_x_rows<Storage>(p, heads, tile), sums + tile.head * sums_stride,
+        grad_x, sums + tile.head * sums_stride,
         grad_positions == nullptr ? nullptr : grad_positions + tile.head * positions_stride,
         [&](std::int64_t step, std::int64_t steps) {
           for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
             prefetch_row(next_x.row(b, t, 0), next_x.column_stride, p.in_features);
             prefetch_row(next_g.row(b, t, 0), next_g.column_stride, 2 * p.num_pairs);
+          });
+          if (grad_x.first == nullptr) return;
+          for_part(tile, step, steps, [&](std::int64_t t, std::int64_t b) {
+            prefetch_row(grad_x.row(b, t, 0), 1, p.in_features);
           });
         });
   }

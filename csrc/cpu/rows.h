@@ -89,11 +89,7 @@ TORCH_SPE_INLINE Vec<T> map_lanes(const Vec<T>& x) {
 template <core::FeatureMap kMap, class T>
 TORCH_SPE_INLINE Vec<T> scale_lanes_by_derivative(const Vec<T>& phi, const Vec<T>& grad) {
   if constexpr (kMap == core::FeatureMap::kIdentity) return grad;
-  alignas(64) T lanes[kLanes<T>];
-  store_vec(lanes, phi);
-  for (std::int64_t l = 0; l < kLanes<T>; ++l)
-    lanes[l] = core::feature_map_derivative<kMap>(lanes[l]);
-  return grad * load_vec(lanes);
+  return grad * core::feature_map_derivative<kMap>(phi);
 }
 
 // A vector of the first `count` of `lanes` elements, zero beyond.

@@ -105,7 +105,7 @@ def sine_codes(
     """Codes of `torch_spe.SineSPE`, with the offset in the query's phase, as in the paper."""
     basis = sine_basis(sine_cycles(freqs), positions).to(noise.dtype).unflatten(-1, (-1, 2))
     cos, sin = basis.unbind(-1)  # [N, H, D, K]
-    turned = torch.stack(
+    rotated = torch.stack(
         (
             cos * torch.cos(offsets) - sin * torch.sin(offsets),
             sin * torch.cos(offsets) + cos * torch.sin(offsets),
@@ -115,7 +115,9 @@ def sine_codes(
     gain = torch.nn.functional.softplus(gains).repeat_interleave(2, dim=-1)
     z = gain[..., None] * noise / math.sqrt(2 * gains.shape[-1])
     scale = (noise.shape[-1] * freqs.shape[1]) ** 0.25
-    return tuple(torch.einsum("nhdj,hdjr->nhdr", b.flatten(-2), z) / scale for b in (turned, basis))
+    return tuple(
+        torch.einsum("nhdj,hdjr->nhdr", b.flatten(-2), z) / scale for b in (rotated, basis)
+    )
 
 
 def gated_code(
@@ -154,7 +156,7 @@ def rotate(
     cycles: Tensor,  # [H, D / 2], cycles per position
     positions: Tensor,  # [N]
 ) -> Tensor:  # [B, N, H, D]
-    """Rotary positions: features 2i and 2i + 1 as one complex number, turned by 2 pi f_i n."""
+    """Rotary positions: features 2i and 2i + 1 as one complex number, rotated by 2 pi f_i n."""
     angle = 2 * math.pi * positions.double()[:, None, None] * cycles.double()
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
@@ -166,14 +168,16 @@ def conv_code(
 ) -> Tensor:  # [*size, H, D, R]
     """sum_p kernel[p] noise[n + p]."""
     heads, features, *taps = kernel.shape
-    ndim, real = len(taps), noise.shape[-1]
+    ndim, num_realizations = len(taps), noise.shape[-1]
     size = [n - p + 1 for n, p in zip(noise.shape[2:-1], taps, strict=True)]
     if 0 in (*size, heads, features):  # which PyTorch's convolutions refuse
-        return kernel.sum() * noise.sum() * noise.new_empty(*size, heads, features, real)
+        return (
+            kernel.sum() * noise.sum() * noise.new_empty(*size, heads, features, num_realizations)
+        )
     convolve = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
     images = noise.movedim(-1, 0).flatten(1, 2)  # [R, H * D, *(size + P - 1)]
     code = convolve(images, kernel.reshape(-1, 1, *taps), groups=heads * features)
-    code = code.reshape(real, heads, features, *size)
+    code = code.reshape(num_realizations, heads, features, *size)
     return code.permute(*range(3, 3 + ndim), 1, 2, 0)
 
 

@@ -81,7 +81,7 @@ def poisoned():
 def run(function, inputs, grads, wanted=None, device="cpu"):
     """Outputs of ``function(*inputs)`` and, for its output gradients ``grads``, those of inputs.
 
-    ``wanted`` are the numbers of the inputs to differentiate by; default are all of a float type.
+    ``wanted`` are the indices of the inputs to differentiate by; default are all of a float type.
     """
     if wanted is None:
         wanted = [

@@ -21,12 +21,12 @@ def here(value):
 
 
 def randn(*shape, generator=None, dtype=torch.float64):
-    """Unit normal numbers, drawn on the CPU: the same on every device."""
+    """Unit normal values, drawn on the CPU: the same on every device."""
     return here(torch.randn(shape, generator=generator, dtype=dtype, device="cpu"))
 
 
 def generator_here(seed):
-    """A generator of the device of the test; each device draws numbers of its own."""
+    """A generator of the device of the test; each device draws values of its own."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
@@ -80,7 +80,7 @@ def assert_close(got, expected, dtype=torch.float64, factor=1.0):
 
 
 def assert_repeats(got, expected):
-    """The same bits; on a GPU PyTorch adds up the gradients of gathered numbers in any order."""
+    """The same bits; on a GPU PyTorch adds up the gradients of gathered elements in any order."""
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b) or (a.is_cuda and error(a, b) < 1e-10)
 

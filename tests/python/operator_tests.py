@@ -39,7 +39,7 @@ def put_nan(tensor):
 
 
 def random_data(batch, length, heads, features, sines, ndim):
-    """A source of normal numbers, and x, freqs and positions (None when ndim = 1) from it."""
+    """A source of normal values, and x, freqs and positions (None when ndim = 1) from it."""
     draw = functools.partial(
         randn, generator=torch.Generator().manual_seed(batch + 10 * length + sines)
     )
@@ -84,7 +84,7 @@ class OperatorTests:
             for i, a in enumerate(arguments)
         ]
         ours = outputs_and_gradients(lambda *a: self.function(*a, start=start), leaves(arguments))
-        # The truth is computed in float64 on the same numbers.
+        # The truth is computed in float64 on the same values.
         exact = [a.double() if a is not None and a.is_floating_point() else a for a in arguments]
         truth = outputs_and_gradients(lambda *a: self.reference(*a, start=start), leaves(exact))
         for got, expected in zip(ours, truth, strict=True):

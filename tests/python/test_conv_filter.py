@@ -182,7 +182,7 @@ def test_several_dimensions(size, taps, stride, start, real, kind):
 @pytest.mark.parametrize("stride", [1, 5, 16])
 @pytest.mark.parametrize("first", [-1000, 2**32 - 700, 2**60])
 def test_start_is_a_slice_of_the_whole(first, stride, kind):
-    # The whole is cut into chunks elsewhere than its pieces are.
+    # The whole is cut into chunks elsewhere than its parts are.
     x, kernel, constant = (t.float() for t in make(1, (3000,), 1, 2, (40,), 70))
     options = {"noise_stride": stride, "noise_kind": kind, "seed": 1, "num_realizations": 70}
 

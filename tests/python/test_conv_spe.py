@@ -48,7 +48,7 @@ def make_inputs(size=(70,), batch=2, heads=2, features=5):
     return [randn(*shape, generator=generator) for _ in "qk"]
 
 
-# The published implementation, by its recorded numbers.
+# The published implementation, by its recorded values.
 
 
 @pytest.mark.parametrize("name", ["conv1d_gated", "conv1d_long", "conv2d_gated", "conv3d_plain"])

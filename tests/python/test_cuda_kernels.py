@@ -737,7 +737,7 @@ LAYERS = [
 
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_layers_make_all_their_tensors_on_their_device(options):
-    # The meta device stands in for a GPU: mixed devices and reads of numbers fail there too.
+    # The meta device stands in for a GPU: mixed devices and reads of values fail there too.
     layer = torch_spe.SPETransformerEncoderLayer(
         16, 2, 32, batch_first=True, device="meta", **options
     )

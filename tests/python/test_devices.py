@@ -61,7 +61,7 @@ def outputs_and_gradients(layer, x, causal):
 def test_evaluation_is_that_in_float64(name, causal, device):
     layer, x = make(name)
     truth = outputs_and_gradients(layer.eval(), x, causal)
-    # The seed of the noise is the layer's: on every device and in every type the same numbers.
+    # The seed of the noise is the layer's: on every device and in every type the same values.
     moved = copy.deepcopy(layer).to(device, torch.float32)
     got = outputs_and_gradients(moved, x.to(device, torch.float32), causal)
     for mine, exact in zip(got, truth, strict=True):

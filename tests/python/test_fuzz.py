@@ -76,7 +76,7 @@ def difference(a, b):
         rest = a if b is None else b
         return 0.0 if rest is None or rest.numel() == 0 else rest.abs().max().item()
     a, b = a.detach().double(), b.detach().double()
-    # Infinite numbers of one sign agree.
+    # Infinite values of one sign agree.
     gap = (a - b).abs().masked_fill(a == b, 0)
     return gap.max().nan_to_num(nan=torch.inf).item()
 

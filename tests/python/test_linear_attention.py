@@ -229,8 +229,8 @@ def test_whole_pieces_and_steps_agree(feature_map, normalize, length):
     for begin, end in itertools.pairwise(cuts):
         out, state = attend(*(t[:, begin:end] for t in data), state)
         outs.append(out)
-    pieces = torch.cat(outs, 1)
-    assert_close(pieces, whole)
+    joined = torch.cat(outs, 1)
+    assert_close(joined, whole)
     for got, expected in zip(state, whole_state, strict=True):
         assert_close(got, expected)
 
@@ -238,7 +238,7 @@ def test_whole_pieces_and_steps_agree(feature_map, normalize, length):
         total = (out * torch.sin(whole.detach() * 9)).sum() + sum(s.square().sum() for s in state)
         return torch.autograd.grad(total, data, retain_graph=True)
 
-    got, expected = gradients(pieces, state), gradients(whole, whole_state)
+    got, expected = gradients(joined, state), gradients(whole, whole_state)
     for ours, theirs in zip(got, expected, strict=True):
         assert_close(ours, theirs, factor=4)
 
@@ -533,7 +533,7 @@ BOUNDS = torch.tensor([0, 2, 6])
         ({"cu_seqlens": BOUNDS.float()}, TypeError, "cu_seqlens must be int32 or int64, got Float"),
         ({"cu_seqlens": BOUNDS[:0]}, ValueError, "cu_seqlens must have at least one entry"),
         ({"cu_seqlens": BOUNDS.to("meta")}, ValueError, "cu_seqlens must be on the device of q"),
-        # A GPU checks these numbers itself, and a program that it stops cannot use it any more.
+        # A GPU checks these values itself, and a program that it stops cannot use it any more.
         pytest.param(
             {"cu_seqlens": BOUNDS + 1}, ValueError, "cu_seqlens must start with 0, got 1",
             marks=cpu_only,

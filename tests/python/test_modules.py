@@ -45,7 +45,7 @@ def make_inputs(size=(70,), batch=2, heads=2, features=5, dtype=torch.float64):
     return [randn(*shape, generator=generator).to(dtype) for _ in "qk"]
 
 
-# The published implementation, by its recorded numbers.
+# The published implementation, by its recorded values.
 
 
 @pytest.mark.parametrize("name", ["sine_plain", "sine_gated", "sine_wide"])
@@ -281,7 +281,7 @@ def test_noise_is_new_at_every_call_and_follows_pytorchs_generator():
     assert torch.equal(draw(seed=3), draw(seed=3))
     assert torch.equal(state, rng_state())
     assert error(draw(seed=3), draw(seed=4)) > 0.1
-    # The noise of the code and of the gate are different numbers.
+    # The noise of the code and of the gate are different values.
     code = spe((2, 70), seed=3)
     assert code.draw_gate_noise(seed=3).flatten()[0] != seeded_normal((2, 5, 6, 8), 3)[0, 0, 0, 0]
 

@@ -16,11 +16,13 @@ pytestmark = pytest.mark.usefixtures("device")
 DRAWS, LENGTH, FEATURES = 20000, 5, 3
 
 
-def sample_logits(real, sines, gated, ndim=1):
+def sample_logits(realizations, sines, gated, ndim=1):
     """Draws of qhat . khat / sqrt(R) [DRAWS, m, n], q, k [N, D], template [D, m, n], power [D]."""
     torch.manual_seed(1)
     with torch.device("cpu"), torch.no_grad():
-        spe = SineSPE(DRAWS, FEATURES, real, sines, ndim=ndim, init="spread", dtype=torch.float64)
+        spe = SineSPE(
+            DRAWS, FEATURES, realizations, sines, ndim=ndim, init="spread", dtype=torch.float64
+        )
         filt = SPEFilter(gated, spe.code_shape, dtype=torch.float64)
         for parameter in (*spe.parameters(), *filt.parameters()):
             parameter.copy_(parameter[:1].clone().expand_as(parameter))
@@ -29,9 +31,9 @@ def sample_logits(real, sines, gated, ndim=1):
     size = (LENGTH,) if ndim == 1 else (1, LENGTH)
     heads = [x.reshape(1, *size, 1, FEATURES).expand(1, *size, DRAWS, FEATURES) for x in (q, k)]
     with torch.no_grad():
-        qhat, khat = (x.reshape(LENGTH, DRAWS, real) for x in filt(*heads, spe((1, *size))))
-        logits = torch.einsum("mhr,nhr->hmn", qhat, khat) / math.sqrt(real)
-        single = SineSPE(1, FEATURES, real, sines, ndim=ndim, dtype=torch.float64)
+        qhat, khat = (x.reshape(LENGTH, DRAWS, realizations) for x in filt(*heads, spe((1, *size))))
+        logits = torch.einsum("mhr,nhr->hmn", qhat, khat) / math.sqrt(realizations)
+        single = SineSPE(1, FEATURES, realizations, sines, ndim=ndim, dtype=torch.float64)
         single.load_state_dict({n: p[:1] for n, p in spe.state_dict().items()})
         template = single.template(LENGTH - 1)[0]
         offset_free = dict(single.state_dict(), offsets=torch.zeros(1, FEATURES, sines))
@@ -50,14 +52,14 @@ def sample_logits(real, sines, gated, ndim=1):
 
 @pytest.mark.parametrize("ndim", [1, 2])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize(("real", "sines"), [(1, 1), (4, 3)])
-def test_mean_and_variance_of_a_logit(real, sines, gated, ndim):
-    logits, q, k, template, power = sample_logits(real, sines, gated, ndim)
+@pytest.mark.parametrize(("realizations", "sines"), [(1, 1), (4, 3)])
+def test_mean_and_variance_of_a_logit(realizations, sines, gated, ndim):
+    logits, q, k, template, power = sample_logits(realizations, sines, gated, ndim)
     mean = torch.einsum("md,dmn,nd->mn", q, template, k) / math.sqrt(FEATURES)
     variance = (
         torch.einsum("md,d->m", q**2, power)[:, None] * torch.einsum("nd,d->n", k**2, power)
         + (mean * math.sqrt(FEATURES)) ** 2
-    ) / (real * FEATURES)
+    ) / (realizations * FEATURES)
     spread = logits.var(0)
     assert ((logits.mean(0) - mean).abs() < 4.5 * (spread / DRAWS).sqrt()).all()
     # The standard error of a variance follows from the fourth moment.
@@ -66,7 +68,7 @@ def test_mean_and_variance_of_a_logit(real, sines, gated, ndim):
     assert ((spread - variance).abs() < 4.5 * spread_error).all()
     # The limits are tight enough to tell: the signal and both terms of the variance show.
     assert (mean.abs() / (spread / DRAWS).sqrt()).max() > 20
-    assert (mean**2 / real / spread_error).max() > 5
+    assert (mean**2 / realizations / spread_error).max() > 5
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -103,5 +105,5 @@ def test_encoding_the_features_estimates_relative_attention(causal):
 
 
 def test_the_error_falls_with_the_square_root_of_the_realizations():
-    few, many = (sample_logits(real, 2, True)[0].std(0).mean() for real in (4, 64))
+    few, many = (sample_logits(realizations, 2, True)[0].std(0).mean() for realizations in (4, 64))
     assert abs(few / many / 4 - 1) < 0.05

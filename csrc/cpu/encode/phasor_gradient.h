@@ -159,8 +159,9 @@ class PhasorGradient {
         Out* out = to.row(b, t, 0);
         for (std::int64_t d = 0; d < p_.in_features; d += kWidth) {
           // What lies beyond the last feature is zero.
-          scale_by_derivative<kMap>(x(d, t, b), kWidth, grad_x(d, t, b));
-          store_row(grad_x(d, t, b), 1, min_of(kWidth, p_.in_features - d), out + d);
+          const Vec<T> gradient =
+              scale_lanes_by_derivative<kMap, T>(load_vec(x(d, t, b)), load_vec(grad_x(d, t, b)));
+          store_lanes<T>(gradient, out + d, min_of(kWidth, p_.in_features - d));
         }
       }
     }

@@ -34,7 +34,7 @@ struct Phasor {
     }
     set(cycles);
   }
-  TORCH_SPE_DEVICE void turn(const Phasor& step) {
+  TORCH_SPE_DEVICE void rotate(const Phasor& step) {
     const T next = re * step.re - im * step.im;
     im = im * step.re + re * step.im;
     re = next;

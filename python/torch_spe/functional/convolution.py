@@ -123,7 +123,7 @@ def conv_noise(
         noise_kind: ``"gaussian"`` or ``"rademacher"``, see `conv_filter`.
         noise_stride: of polyphase noise, see `conv_filter`.
         start: first position, one number for every dimension, or one each.
-        dtype: of the result, default float32. Numbers are made in float32.
+        dtype: of the result, default float32. Values are made in float32.
         device: of the result, default that of the seed.
 
     Returns:

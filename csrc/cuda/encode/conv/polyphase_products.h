@@ -168,9 +168,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
         // code(t, index of its realization after that of its diagonal, summand, row)
         const auto multiply = [&](const auto& code) {
-          int turned = turn;
+          int rotated = turn;
           TORCH_SPE_UNROLL
-          for (int t = 0; t < kPass; ++t, turned = next_turn(turned, s)) {
+          for (int t = 0; t < kPass; ++t, rotated = next_turn(rotated, s)) {
             std::uint32_t twice[kBatchTiles][4];  // (x, x) of the 4 summands
             TORCH_SPE_UNROLL
             for (int j = 0; j < kBatchTiles; ++j) {
@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             }
             TORCH_SPE_UNROLL
             for (int i = 0; i < 4; i += 2) {
-              const std::uint32_t a[4] = {code(t, turned, i, 0), code(t, turned, i, 1),
-                                          code(t, turned, i + 1, 0), code(t, turned, i + 1, 1)};
+              const std::uint32_t a[4] = {code(t, rotated, i, 0), code(t, rotated, i, 1),
+                                          code(t, rotated, i + 1, 0), code(t, rotated, i + 1, 1)};
               TORCH_SPE_UNROLL
               for (int j = 0; j < kBatchTiles; ++j) {
                 const std::uint32_t b[2] = {twice[j][i], twice[j][i + 1]};
@@ -212,12 +212,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           });
         }
         if (plan.has_constant) {
-          multiply([&](int, int turned, int i, int e) -> std::uint32_t {
+          multiply([&](int, int rotated, int i, int e) -> std::uint32_t {
             const int summand = summand0 + kStep * i;
             const int d = kGradient ? rows[e] : summand, diagonal = kGradient ? summand : rows[e];
             return shared
                 .constant[(d * plan.groups + streams.group(diagonal)) * s +
-                          turned_index(shared.index[diagonal], turned, s)]
+                          rotated_index(shared.index[diagonal], rotated, s)]
                 .bits;
           });
         }
@@ -228,14 +228,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     // brings them into order there.
     const bool ordered = kGradient || kPolyphaseRows % s == 0;
     __syncthreads();  // the tile has been used
-    int turned = turn;
+    int rotated = turn;
     TORCH_SPE_UNROLL
-    for (int t = 0; t < kPass; ++t, turned = next_turn(turned, s)) {
+    for (int t = 0; t < kPass; ++t, rotated = next_turn(rotated, s)) {
       TORCH_SPE_UNROLL
       for (int e = 0; e < 2; ++e) {
         const int column = kGradient || !ordered
                                ? rows[e]
-                               : rows[e] - row_index[e] + turned_index(row_index[e], turned, s);
+                               : rows[e] - row_index[e] + rotated_index(row_index[e], rotated, s);
         TORCH_SPE_UNROLL
         for (int j = 0; j < kBatchTiles; ++j) {
           TORCH_SPE_UNROLL

@@ -231,7 +231,7 @@ TORCH_SPE_DEVICE void map_polyphase_rows(FeatureMap map, Storage* rows_begin, in
 
 // Going on by one position; the index within its group of a diagonal's realization.
 TORCH_SPE_DEVICE int next_turn(int turn, int stride) { return turn + 1 == stride ? 0 : turn + 1; }
-TORCH_SPE_DEVICE int turned_index(int index, int turn, int stride) {
+TORCH_SPE_DEVICE int rotated_index(int index, int turn, int stride) {
   return index + turn < stride ? index + turn : index + turn - stride;
 }
 

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             im[t][b] += values[b] * code_im;
           }
         }
-        if (p.positions == nullptr) phasor.turn(step);
+        if (p.positions == nullptr) phasor.rotate(step);
       }
     }
   }

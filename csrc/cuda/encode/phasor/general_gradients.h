@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (std::int64_t i = 0; i < p.ndim; ++i)
           parts.freqs[part * p.ndim + i] += core::kTwoPi * phase * position_of(p, n0 + t, i);
       }
-      if (p.positions == nullptr) phasor.turn(step);
+      if (p.positions == nullptr) phasor.rotate(step);
     }
     sum_cr += static_cast<double>(tile_cr);
     sum_ci += static_cast<double>(tile_ci);

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   for (int i = thread; i < Shared::kRowGrad; i += kThreads) shared.zero[i].bits = 0;
   const int tiles_of_segment = static_cast<int>(tokens.batch_tiles) * count;
   if (tiles_of_segment > 0) copy(0, 0, 0);
-  int turns = kPhasorRun;  // since the rotations were exact
+  int rotations = kPhasorRun;  // since the rotations were exact
   for (int k = 0; k < tiles_of_segment; ++k) {
     const int tile = k % count;
     copy_async_wait();
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         p.feature_map, shared.x + k % 2 * kGradientTokens * Shared::kRowX, x_strides[3], x_aligned);
     __syncthreads();  // this tile has arrived, and the one before has been used
     if (k + 1 < tiles_of_segment) copy((k + 1) / count, (k + 1) % count, (k + 1) % 2);
-    if (tile == 0 || turns >= kPhasorRun) {
-      turns = 0;
+    if (tile == 0 || rotations >= kPhasorRun) {
+      rotations = 0;
       const double n = p.start + static_cast<double>(n_segment + tile * tokens.positions);
       TORCH_SPE_UNROLL
       for (int i = 0; i < kPairs; ++i) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
       }
     }
-    turns += tokens.positions;
+    rotations += tokens.positions;
     const Storage* const x_tile = shared.x + k % 2 * kGradientTokens * Shared::kRowX;
     const Storage* const grad_tile = shared.grad + k % 2 * kGradientTokens * Shared::kRowGrad;
     // This lane's rows and columns within the 16 x 16 values that one ldmatrix brings; they
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             sums[i][half].im += w_im;
             slopes[i][half].re += t_float * w_re;
             slopes[i][half].im += t_float * w_im;
-            own.turn(step[i][half]);
+            own.rotate(step[i][half]);
           }
         }
       }

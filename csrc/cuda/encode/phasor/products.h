@@ -50,7 +50,7 @@ TORCH_SPE_DEVICE void load_pairs(const Storage* row, std::int64_t count, std::in
 }
 
 // A code times e^(2 pi i f n), and the rotation to the next position.
-struct alignas(16) TurningCode {
+struct alignas(16) RotatingCode {
   Phasor<float> code, step;
 };
 
@@ -58,11 +58,11 @@ template <int kTiles>
 struct PhasorProductShared {
   // Where inputs come in several parts, runs are shorter and sums are kept from part to part.
   static constexpr int kShortRun = 16;
-  TurningCode* codes;  // [warp, code, lane]
-  float* sums;         // [warp, position, sum, lane]
+  RotatingCode* codes;  // [warp, code, lane]
+  float* sums;          // [warp, position, sum, lane]
 
   TORCH_SPE_INLINE PhasorProductShared(MemoryLayout& layout, std::int64_t inputs)
-      : codes(layout.take<TurningCode>(kWarps * kLaneInputs * kLanes)),
+      : codes(layout.take<RotatingCode>(kWarps * kLaneInputs * kLanes)),
         sums(inputs <= kProductInputs
                  ? nullptr
                  : layout.take<float>(kWarps * kShortRun * kTiles * 4 * kLanes)) {}
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                        rows_are_aligned<Storage>(input, strides[2]);
   const float* const coefficients = static_cast<const float*>(p.coefficients);
   const float* const constant = static_cast<const float*>(p.constant);
-  TurningCode* const own_codes = shared.codes + warp * kLaneInputs * kLanes + lane;
+  RotatingCode* const own_codes = shared.codes + warp * kLaneInputs * kLanes + lane;
   float* const own_sums = shared.sums == nullptr
                               ? nullptr
                               : shared.sums + warp * units.run * kTiles * 4 * kLanes + lane;
@@ -135,13 +135,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
     for (int i = 0; i < kLaneInputs; ++i) {
       std::int64_t index;
-      TurningCode turning{{0.0f, 0.0f}, {}};
+      RotatingCode rotating{{0.0f, 0.0f}, {}};
       if (find_code(i, &index)) {
-        turning.code.set(p.freqs[index], p.start + static_cast<double>(n0));
-        turning.code.turn({coefficients[2 * index], coefficients[2 * index + 1]});
-        turning.step.set(p.freqs[index], 1.0);
+        rotating.code.set(p.freqs[index], p.start + static_cast<double>(n0));
+        rotating.code.rotate({coefficients[2 * index], coefficients[2 * index + 1]});
+        rotating.step.set(p.freqs[index], 1.0);
       }
-      own_codes[i * kLanes] = turning;
+      own_codes[i * kLanes] = rotating;
     }
     Phasor<float> codes[kProductSteps][4], steps[kProductSteps][4];
     std::uint32_t constants[kProductSteps][4] = {};
@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       Phasor<float> parts[4] = {{0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}};
       TORCH_SPE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const TurningCode turning = own_codes[(4 * s + i) * kLanes];
-        codes[s][i] = turning.code;
-        steps[s][i] = turning.step;
+        const RotatingCode rotating = own_codes[(4 * s + i) * kLanes];
+        codes[s][i] = rotating.code;
+        steps[s][i] = rotating.step;
         std::int64_t index;
         if (constant != nullptr && find_code(4 * s + i, &index))
           parts[i] = {constant[2 * index], constant[2 * index + 1]};
@@ -187,12 +187,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         row[tile] += strides[1];
         load_pairs(row[tile], t + 1 < count ? inside[tile] : 0, strides[3], aligned, next[tile]);
       }
-      float turning[kTiles][4], still[kTiles][4];
+      float rotating[kTiles][4], still[kTiles][4];
       TORCH_SPE_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
         TORCH_SPE_UNROLL
         for (int e = 0; e < 4; ++e) {
-          turning[tile][e] = in0 == 0 ? 0.0f : own_sums[((t * kTiles + tile) * 4 + e) * kLanes];
+          rotating[tile][e] = in0 == 0 ? 0.0f : own_sums[((t * kTiles + tile) * 4 + e) * kLanes];
           still[tile][e] = 0;
         }
       }
@@ -203,18 +203,18 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         TORCH_SPE_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
           const std::uint32_t b[2] = {numbers[tile][2 * s], numbers[tile][2 * s + 1]};
-          mma_m16n8k16<Storage>(turning[tile], a, b);
+          mma_m16n8k16<Storage>(rotating[tile], a, b);
           if (constant != nullptr) mma_m16n8k16<Storage>(still[tile], constants[s], b);
         }
         TORCH_SPE_UNROLL
-        for (int i = 0; i < 4; ++i) codes[s][i].turn(steps[s][i]);
+        for (int i = 0; i < 4; ++i) codes[s][i].rotate(steps[s][i]);
       }
       if (in0 + kProductInputs < units.inputs) {
         TORCH_SPE_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
           TORCH_SPE_UNROLL
           for (int e = 0; e < 4; ++e)
-            own_sums[((t * kTiles + tile) * 4 + e) * kLanes] = turning[tile][e] + still[tile][e];
+            own_sums[((t * kTiles + tile) * 4 + e) * kLanes] = rotating[tile][e] + still[tile][e];
         }
         continue;
       }
@@ -226,8 +226,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           if (b >= p.batch) continue;
           Storage* const to = static_cast<Storage*>(kGradient ? p.grad_x : p.out) +
                               ((b * p.length + n0 + t) * p.num_heads + head) * units.outputs + out0;
-          float first = turning[tile][e] + still[tile][e];
-          float second = turning[tile][2 + e] + still[tile][2 + e];
+          float first = rotating[tile][e] + still[tile][e];
+          float second = rotating[tile][2 + e] + still[tile][2 + e];
           if constexpr (kGradient) {
             if (p.feature_map != FeatureMap::kIdentity) {
               const Storage* const x = static_cast<const Storage*>(p.x) + b * p.x_strides[0] +

@@ -1,5 +1,5 @@
-// Rotation of pairs of features at a run of consecutive positions, as pieces for kernels: from and
-// to registers, wherever the features are stored.
+// Rotation of pairs of features at a run of consecutive positions, for kernels: from and to
+// registers, wherever the features are stored.
 #pragma once
 
 #include "encode/phasor.h"
@@ -28,7 +28,7 @@ struct RotaryRun {
       TORCH_SPE_UNROLL
       for (int t = 1; t < kRotaryRun; ++t) {
         at[t] = at[t - 1];
-        at[t].turn(step);
+        at[t].rotate(step);
       }
     } else {
       TORCH_SPE_UNROLL

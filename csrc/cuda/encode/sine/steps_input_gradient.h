@@ -222,9 +222,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             if (e == 0 || !even) unpack_pair<Storage>(basis[basis_at[j][e]], &c, &s_of);
             const float grad_cos = products[j][e], grad_sin = products[j][2 + e];
             grad_x[j][e] += c * grad_cos + s_of * grad_sin;
-            const float turned = c * grad_sin - s_of * grad_cos;
-            sum += x[j][e] * turned;
-            slope += slope_x[j][e] * turned;
+            const float rotated = c * grad_sin - s_of * grad_cos;
+            sum += x[j][e] * rotated;
+            slope += slope_x[j][e] * rotated;
           }
         }
         if (freqs_parts != nullptr) {

@@ -1,7 +1,7 @@
 // Kernels of the sine features' gradients.
 #pragma once
 
-#include "encode/sine_features/rotated_sine.h"
+#include "encode/sine_features/tile_gradients.h"
 
 namespace torch_spe::cuda {
 
@@ -71,36 +71,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       }
       constant_sum += static_cast<double>(tile_constant);
       for (std::int64_t k = 0; k < p.num_sines; ++k) {
-        RotatedSine<T> sine(p, head, d, k, n0);
         const std::int64_t part = feature * p.num_sines + k;
-        T tile_amplitude = 0, tile_phase = 0, tile_slope = 0;
-        TORCH_SPE_UNROLL
-        for (int t = 0; t < kTile; ++t) {
-          if (p.positions != nullptr && n0 + t < end) sine.move_to(p, n0 + t);
-          T grad_re = 0, grad_im = 0;  // of e
-          TORCH_SPE_UNROLL
-          for (int b = 0; b < kBatch; ++b) {
-            const T re = grad_at(t, b, 2 * k), im = grad_at(t, b, 2 * k + 1);
-            grad_x[t][b] += sine.amplitude * (re * sine.re() + im * sine.im());
-            grad_re += values[t][b] * re;
-            grad_im += values[t][b] * im;
-          }
-          const T phase = sine.phase_gradient(grad_re, grad_im);
-          tile_amplitude += grad_re * sine.re() + grad_im * sine.im();
-          tile_phase += phase;
-          tile_slope += phase * static_cast<T>(t);
-          if (p.positions != nullptr && parts.freqs != nullptr && n0 + t < end) {
-            for (std::int64_t i = 0; i < p.ndim; ++i)
-              parts.freqs[part * p.ndim + i] += core::kTwoPi * phase * position_of(p, n0 + t, i);
-          }
-          if (p.positions == nullptr) sine.next();
-        }
-        if (parts.amplitudes != nullptr) parts.amplitudes[part] += tile_amplitude;
-        if (parts.offsets != nullptr) parts.offsets[part] += tile_phase;
+        const SineGradients<T> sine = differentiate_sine(
+            p, head, d, k, n0, end, values, grad_at, grad_x, [&](int t, T phase) {
+              if (p.positions == nullptr || parts.freqs == nullptr || n0 + t >= end) return;
+              for (std::int64_t i = 0; i < p.ndim; ++i)
+                parts.freqs[part * p.ndim + i] += core::kTwoPi * phase * position_of(p, n0 + t, i);
+            });
+        if (parts.amplitudes != nullptr) parts.amplitudes[part] += sine.amplitude;
+        if (parts.offsets != nullptr) parts.offsets[part] += sine.phase;
         if (parts.freqs != nullptr && p.positions == nullptr) {
           parts.freqs[part] +=
-              core::kTwoPi * (static_cast<double>(tile_slope) +
-                              static_cast<double>(tile_phase) * position_of(p, n0, 0));
+              core::kTwoPi * (static_cast<double>(sine.slope) +
+                              static_cast<double>(sine.phase) * position_of(p, n0, 0));
         }
       }
       if (p.grad_x == nullptr) continue;

@@ -1,3 +1,5 @@
+// A sine at one position after the other, in registers: what both passes of the sine features are
+// made of, wherever features are stored.
 #pragma once
 
 #include "encode/phasor.h"
@@ -25,10 +27,10 @@ class RotatedSine {
 
   TORCH_SPE_DEVICE void move_to(const SineFeaturesParams& p, std::int64_t n) {
     e_.set(p, p.freqs + index * p.ndim, n);
-    e_.turn(offset_);
+    e_.rotate(offset_);
   }
   // Only where positions are consecutive.
-  TORCH_SPE_DEVICE void next() { e_.turn(step_); }
+  TORCH_SPE_DEVICE void next() { e_.rotate(step_); }
 
   TORCH_SPE_DEVICE T re() const { return e_.re; }
   TORCH_SPE_DEVICE T im() const { return e_.im; }
