@@ -98,6 +98,10 @@ _LARGEST_EXPONENT = 30.0
 # below 1, and those of queries at 1: with it the sums are in the middle of float32's range, and
 # those of 10^6 keys with exponents at the end are still finite.
 _KEY_SHIFT = 30.0
+# The least exponent of a key's largest feature, without the common factor. Keys below it, from an
+# input of 64 features with a standard deviation of 5 on, would underflow against most queries: the
+# rows that see no other keys would be 0. Beside keys above it they still count for nothing.
+_LEAST_KEY_EXPONENT = -70.0
 
 
 def bounded_exponential(exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,11 +122,15 @@ def query_exponential(exponent: Tensor) -> Tensor:  # [..., M] -> [..., M]
 def key_exponential(exponent: Tensor, subtrahend: Tensor) -> Tensor:
     """Compute ``exp(exponent - subtrahend)`` of keys, times the factor that all keys share.
 
+    A key whose largest feature is below ``e^-70`` is lifted to it.
+
     Args:
         exponent: ``[..., M]``.
         subtrahend: ``[..., 1]``.
     """
-    exponent = exponent - (subtrahend - _KEY_SHIFT)
+    exponent = exponent - subtrahend
+    lift = (_LEAST_KEY_EXPONENT - exponent.amax(-1, keepdim=True)).clamp(min=0)
+    exponent = exponent + (lift + _KEY_SHIFT)
     return exponent.clamp(max=_LARGEST_EXPONENT + _KEY_SHIFT).exp()
 
 
@@ -172,8 +180,9 @@ class PositiveProjection:
     ) -> tuple[Tensor, Tensor]:  # [..., M] twice
         r"""Compute features for attention: each query's up to a factor, keys' up to a common one.
 
-        A query's largest feature is 1. Keys' are :math:`e^{30} \sqrt M \phi(k)`. Neither depends on
-        other positions. Of float16 inputs they are float32; otherwise of the type of the inputs.
+        A query's largest feature is 1. Keys' are :math:`e^{30} \sqrt M \phi(k)`, the largest of
+        each at least :math:`e^{-40}`. Neither depends on other positions. Of float16 inputs they
+        are float32; otherwise of the type of the inputs.
         """
         _, exponent = self._products(queries)
         phi_q = query_exponential(exponent)
@@ -202,8 +211,8 @@ class PositiveFeatures(nn.Module):
     for unit normal w (Choromanski et al. 2021, lemma 1). Given as ``feature_map`` to
     `LinearAttention` or `SPEMultiheadAttention`, it is drawn once for a call, for queries and keys
     alike. A position's features depend on this position alone. There, factors that cancel keep the
-    features within float32 for inputs of any size that float32's exponentials of keys allow; a
-    denominator has no eps; and under float16 features and sums are float32.
+    features within float32 (docs/method.md), a denominator has no eps, and under float16 features
+    and sums are float32.
 
     The rows are a function of the seed and not in the state dict: a module that was on the meta
     device has them again after ``to_empty``, ``reset_parameters`` or the first call.

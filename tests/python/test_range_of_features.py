@@ -83,6 +83,28 @@ def test_default_eps_behind_the_merged_features(causal):
         assert (out - 1).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("which", "std"), [("random", 6), ("random", 8), ("merged", 6)])
+@for_causal
+@for_types
+@torch.no_grad()
+def test_beyond_the_range_of_the_exponentials(which, causal, kind, std):
+    dtype, autocast_type = TYPES[kind]
+    q, k = inputs(std, dtype)
+    with autocast(autocast_type):
+        out = attend(which, q, k, torch.ones_like(q[..., :1]), causal)
+    assert (out.double() - 1).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_keys_beyond_the_range_count_for_nothing_beside_others():
+    q, k = inputs(1)
+    huge = 8 * inputs(1, seed=1)[1]
+    v = torch.ones(1, LENGTH, HEADS, 1)
+    attention = LinearAttention(PositiveFeatures(FEATURES, ROWS).eval())
+    out = attention(q, torch.cat((k, huge), 1), torch.cat((v, -v), 1))
+    assert (out - 1).abs().max() < 1e-6
+
+
 LAYERS = {
     "no positions": {"position": None},
     "no positions, rms": {"position": None, "output_norm": "rms"},
@@ -165,10 +187,10 @@ def test_as_close_to_softmax_attention_as_in_float64(causal, kind, std):
 
 
 @for_causal
-@pytest.mark.parametrize("std", [1, 4])
+@pytest.mark.parametrize("std", [0.5, 2, 20])  # the last with keys that are lifted
 def test_gradients(causal, std):
-    q, k = (x.double().requires_grad_() for x in inputs(std / 2, torch.float64, length=5))
-    q, k = (x[..., :6].detach().requires_grad_() for x in (q, k))
+    q, k = inputs(std, torch.float64, length=5)
+    q, k = (x[..., :6].clone().requires_grad_() for x in (q, k))
     v = randn(1, 5, HEADS, 3).requires_grad_()
     phi = PositiveFeatures(6, 9, dtype=torch.float64, resample="never")
     assert torch.autograd.gradcheck(LinearAttention(phi, causal), (q, k, v))
