@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t slot = block / tiles / states.heads;
   const Part chunk(chunks, slot);
   if (chunk.size == 0) return;
-  const bool has_chunks = causal || Decay::kFades;
-  const StateReader<T> reader(states, has_chunks, chunks, segments, slot, chunk, head,
+  const StateReader<T> reader(states, causal || Decay::kFades, chunks, segments, slot, chunk, head,
                               decay.to_chunk(slot, head, columns_follow));
   const bool sums_denominators = kResult != Result::kRms && division.by == Divide::kByDenominator;
 
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     for (std::int64_t r0 = 0; r0 < features; r0 += kDeep) {
       __syncthreads();  // the tiles before have been used
       rows.template load_x<kTokens, kDeep>(chunk, head, r0, features, shared.row_x);
-      if (has_chunks)
+      if (causal || Decay::kFades)
         columns.template load_x<kTokens, kDeep>(chunk, head, r0, features, shared.col_x);
       if constexpr (kMakesValues) {
         load_state<kDeep, kWide>(shared.state,
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if constexpr (kMakesValues) {
         product.template multiply<kDeep, Major::kDepth, Major::kOuter>(shared.row_x, shared.state);
       }
-      if (has_chunks) {
+      if (causal || Decay::kFades) {
         weights.template multiply<kDeep, Major::kDepth, Major::kDepth>(shared.row_x, shared.col_x);
       }
       if (sums_denominators) {
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
               number_of(shared.row_x[own_row * row_of<Operand>(kDeep) + r]) * shared.z[r];
       }
     }
-    if (!has_chunks) return;
+    if (!(causal || Decay::kFades)) return;
     weights.for_each_row([&](int row) {
       Operand* const to = shared.weights + row * row_of<Operand>(kTokens);
       [[maybe_unused]] const T* const between = shared.between.factors + row * shared.between.kRow;
