@@ -92,7 +92,8 @@ class Decay(Float32Module):
         share = torch.arange(count, dtype=torch.float64, device=self.rate.device)
         share = share / (count - 1) if count > 1 else share + 0.5
         rate = (-low - share * (high - low)).exp()
-        self.rate.copy_(rate.expm1().log())  # the inverse of softplus
+        # The inverse of softplus; log(expm1(rate)) overflows where rates are large.
+        self.rate.copy_(rate + (-(-rate).expm1()).log())
         if self.weight is not None:
             self.weight.zero_()
 

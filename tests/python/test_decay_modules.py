@@ -162,6 +162,11 @@ def test_time_constants_start_log_uniform():
     assert_close(decay(), Decay(4)(), torch.float32)
 
 
+def test_time_constants_of_less_than_a_position():
+    steps = Decay(2, decay_range=(1e-3, 8))()
+    torch.testing.assert_close(steps, torch.tensor([-1e3, -1 / 8]))
+
+
 def test_the_template_fades():
     for gate in (True, False):
         layer, still = make("exact", decay_gate=gate), make("exact", None)
