@@ -17,6 +17,8 @@ class FeatureDecayPass {
       : p_(p), causal_(p.causal || p.query_length == 0), sets_(p), stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
     const std::int64_t features = p.num_realizations, width = p.value_features + 1;
+    // First: they are aligned to more than a layout does.
+    if (backward && sets_.divides()) row_factors_ = layout.take<RowFactors<T>>(sets_.rows());
     zero_ = layout.take<std::uint64_t>(1);
     if (backward && p.query_length == 0) sets_.replace_queries(zero_);
     factors_ = layout.take<double>(tokens() * features);
@@ -24,7 +26,6 @@ class FeatureDecayPass {
     sums_ = layout.take<T>(tokens() * max_of(features, width));
     if (backward) {
       sums_of_queries_ = layout.take<T>(tokens() * features);
-      if (sets_.divides()) row_factors_ = layout.take<RowFactors<T>>(sets_.rows());
     } else if (sets_.divides()) {
       if (sets_.has_own_denominator()) denominators_ = layout.take<T>(sets_.rows());
       if (p.row_divisor == nullptr) divisors_ = layout.take<T>(sets_.rows());

@@ -70,6 +70,7 @@ struct ValuesRecurrence : Recurrence<Storage> {
       const double* const factors = this->factors + token * this->features;
       const double y = this->value(this->columns, batch, n, head, c);
       double sum = 0;
+      TORCH_SPE_KEEP_LOOP
       for (std::int64_t r = 0; r < this->features; ++r) {
         const double factor = factors[r];
         double s = state[r];
@@ -128,12 +129,14 @@ struct FeaturesRecurrence : Recurrence<Storage> {
           ends == nullptr ? nullptr : end_of(sequence, head, position / kAnchor) + r;
       if (step_gradients != nullptr && ends_chunk) {
         step_gradient = 0;
+        TORCH_SPE_KEEP_LOOP
         for (std::int64_t c = 0; c < width; ++c)
           step_gradient += end[c * features] * state[c * features];
       }
       const std::int64_t token = this->columns.index(batch, n, head) * features + r;
       const double factor = this->factors[token], x = this->columns.x_at(batch, n, head, r);
       double sum = 0, own = 0;  // of what was there, and of the row's own token
+      TORCH_SPE_KEEP_LOOP
       for (std::int64_t c = 0; c < width; ++c) {
         const double y_row = this->value(this->rows, batch, n, head, c);
         const double y = this->value(this->columns, batch, n, head, c);

@@ -43,13 +43,14 @@ class AttentionPass {
         sets_(p),
         stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
+    // First: they are aligned to more than a layout does.
+    if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
     const bool own = sets_.has_own_denominator();
     keys_ = take(layout, p.num_realizations, p.value_features, !own);
     if (own) denominator_keys_ = take(layout, p.denominator_features, 0, true);
     queries_ = keys_;
     denominator_queries_ = denominator_keys_;
     if constexpr (kFades) take_decay(layout, backward, wants_decay);
-    if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
     if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
     workspace_size = layout.size();
   }

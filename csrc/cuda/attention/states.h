@@ -119,7 +119,7 @@ struct StateShared {
 // The states of one set of tokens: a block adds up a tile of S over a segment and, where states of
 // chunks are wanted, writes what it has before each chunk.
 template <class Storage, class Operand, class Decay>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Decay::kFades ? kLeastBlocks : 0)
     state_kernel(const Tokens<Storage> tokens, const Cut chunks, const Cut segments,
                  bool has_chunks, bool backwards, const States<core::accumulate_t<Storage>> states,
                  const Decay decay) {
@@ -215,7 +215,7 @@ struct Scan {
     const std::int64_t count = ceil_div(length, segments.size);
     T* const own = sums + segments.first_slot(sequence) * size + element;
     T state = initial == nullptr ? T(0) : initial[i];
-    for (std::int64_t j = 0; j < count; ++j) {
+    const auto step = [&](std::int64_t j) {
       const std::int64_t segment = backwards ? count - 1 - j : j;
       T* const entry = own + segment * size;
       const T sum = *entry;
@@ -223,6 +223,12 @@ struct Scan {
       const core::Passage<T> passage =
           decay.over_segment(segments.first_slot(sequence) + segment, element / head_size);
       state = core::join(passage, 0, state, sum);
+    };
+    if constexpr (Decay::kFades) {
+      TORCH_SPE_KEEP_LOOP
+      for (std::int64_t j = 0; j < count; ++j) step(j);
+    } else {
+      for (std::int64_t j = 0; j < count; ++j) step(j);
     }
     total[i] = state;
   }
