@@ -10,15 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive
-from torch_spe.precision import Float32Module, parameter_type
+from torch_spe.checks import (
+    check_choice,
+    check_dtype,
+    check_not_nan,
+    check_number,
+    check_positive,
+    check_tensor,
+)
+from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
+from torch_spe.precision import parameter_type
 
 __all__ = ["Decay"]
 
 KINDS = ("learned", "fixed", "feature", "data")
 
 
-class Decay(Float32Module):
+class Decay(FlatParameterModule):
     r"""Steps of a decay: the logarithms of what attention fades by from each position to the next.
 
     .. math::
@@ -40,7 +48,7 @@ class Decay(Float32Module):
         device: of the parameters.
         dtype: of the parameters, at least float32.
 
-    Parameter or buffer ``rate``, :math:`\rho`, ``[H]`` or, with ``"feature"``, ``[H * D]``;
+    Parameter or buffer ``rate``, :math:`\rho`, ``[H]`` or, with ``"feature"``, ``[H, D]``;
     parameter ``weight``, ``[H, embed_dim]``, with ``"data"``.
 
     Raises:
@@ -50,6 +58,8 @@ class Decay(Float32Module):
         >>> Decay(4, decay_range=(8, 512))().exp()
         tensor([0.8825, 0.9692, 0.9922, 0.9980], grad_fn=<ExpBackward0>)
     """
+
+    rate, weight = flat_parameter("rate"), flat_parameter("weight")
 
     def __init__(
         self,
@@ -64,24 +74,26 @@ class Decay(Float32Module):
     ) -> None:
         super().__init__()
         check_choice("Decay", "kind", kind, KINDS)
+        check_dtype("Decay", dtype)
         (self.num_heads,) = check_positive("Decay", num_heads=num_heads)
         self.kind = kind
         self.decay_range = check_range("Decay", decay_range)
-        self.in_features = 1
+        for name, value in (("in_features", in_features), ("embed_dim", embed_dim)):
+            if value is not None:
+                check_positive("Decay", **{name: value})
+        self.in_features = self.embed_dim = None
+        factory = {"device": device, "dtype": parameter_type(dtype)}
+        shape = (self.num_heads,)
         if kind == "feature":
             (self.in_features,) = check_positive("Decay", in_features=in_features)
-        factory = {"device": device, "dtype": parameter_type(dtype)}
-        # One dimension: what initializes all matrices of a model leaves it alone.
-        rate = torch.empty(self.num_heads * self.in_features, **factory)
+            shape = (self.num_heads, self.in_features)
         if kind == "fixed":
-            self.register_buffer("rate", rate)
+            self.register_buffer("rate", torch.empty(shape, **factory))
         else:
-            self.rate = nn.Parameter(rate)
+            self.register_flat_parameter("rate", shape, **factory)
         if kind == "data":
-            (embed_dim,) = check_positive("Decay", embed_dim=embed_dim)
-            self.weight = nn.Parameter(torch.empty(self.num_heads, embed_dim, **factory))
-        else:
-            self.register_parameter("weight", None)
+            (self.embed_dim,) = check_positive("Decay", embed_dim=embed_dim)
+            self.register_flat_parameter("weight", (self.num_heads, self.embed_dim), **factory)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -90,11 +102,11 @@ class Decay(Float32Module):
         low, high = (math.log(tau) for tau in self.decay_range)
         count = self.rate.numel()
         share = torch.arange(count, dtype=torch.float64, device=self.rate.device)
-        share = share / (count - 1) if count > 1 else share + 0.5
+        share = (share / (count - 1) if count > 1 else share + 0.5).view(self.rate.shape)
         rate = (-low - share * (high - low)).exp()
         # The inverse of softplus; log(expm1(rate)) overflows where rates are large.
         self.rate.copy_(rate + (-(-rate).expm1()).log())
-        if self.weight is not None:
+        if self.kind == "data":
             self.weight.zero_()
 
     def forward(self, x: Tensor | None = None) -> Tensor:  # [B, N, embed_dim]
@@ -106,17 +118,20 @@ class Decay(Float32Module):
         Returns:
             ``[H]``; ``[H, D]`` with ``kind="feature"``; ``[B, N, H]`` with ``kind="data"``.
         """
-        check_not_nan("Decay", rate=self.rate)
         rate = self.rate
-        if self.kind == "feature":
-            rate = rate.unflatten(0, (self.num_heads, self.in_features))
-        if self.weight is not None:
+        check_not_nan("Decay", rate=rate)
+        if self.kind == "data":
+            check_tensor("Decay", "x", x)
+            if x.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"Decay: x must end in embed_dim = {self.embed_dim}, got shape {tuple(x.shape)}"
+                )
             rate = rate + F.linear(x, self.weight.to(x.dtype)).to(rate.dtype)
         return -F.softplus(rate)
 
     def decay_parameters(self) -> list[nn.Parameter]:
         """Return the rates, for `torch_spe.parameter_groups`."""
-        return [self.rate] if isinstance(self.rate, nn.Parameter) else []
+        return [] if self.kind == "fixed" else [self.rate]
 
     def extra_repr(self) -> str:
         """Show the arguments of the constructor."""

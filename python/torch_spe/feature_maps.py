@@ -326,6 +326,7 @@ class PositiveFeatures(nn.Module):
                 "PositiveFeatures: with resampling, queries and keys must go through the map of "
                 "one draw(); got a direct call"
             )
+        check_tensor("PositiveFeatures", "x", x)
         self.materialize(x.device)
         return self.draw()(x)
 

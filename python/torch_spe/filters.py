@@ -251,6 +251,7 @@ class SPESoftmaxFilter(SPEFilter):
             seed: of the noise.
             scaled: whether features have the factors that cancel in a quotient.
         """
+        check_flags("SPESoftmaxFilter", scaled=scaled)
         variances = getattr(code, "variances", None)
         if variances is None:
             raise TypeError(

@@ -238,9 +238,10 @@ def test_copies_and_generic_initialization():
 def test_parameter_groups():
     layer = SPETransformerEncoderLayer(WIDTH, HEADS, position="exact", decay="data")
     groups = {g["name"]: g for g in parameter_groups(layer, 1.0, decay_lr_scale=3.0)}
-    assert [p is layer.self_attn.decay.rate for p in groups["decays"]["params"]] == [True]
+    stored = dict(layer.self_attn.decay.named_parameters())
+    assert [p is stored["rate"] for p in groups["decays"]["params"]] == [True]
     assert (groups["decays"]["lr"], groups["decays"]["weight_decay"]) == (3.0, 0.0)
-    assert any(p is layer.self_attn.decay.weight for p in groups["model"]["params"])
+    assert any(p is stored["weight"] for p in groups["model"]["params"])
     count = sum(len(group["params"]) for group in groups.values())
     assert count == len(list(layer.parameters()))
     with pytest.raises(ValueError, match="decay_lr_scale must be a number > 0, got -1"):

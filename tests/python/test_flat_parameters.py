@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 import torch_spe
 from torch_spe import (
     ConvSPE,
+    Decay,
     LinearAttention,
     PositiveFeatures,
     RotaryPositions,
@@ -50,6 +51,10 @@ MODULES = {
     "SPEFilter, no gate": lambda: SPEFilter(gated=False),
     "SPESoftmaxFilter": lambda: SPESoftmaxFilter(code_shape=(4, 16), init="spread"),
     "PositiveFeatures": lambda: PositiveFeatures(4, 8),
+    "Decay": lambda: Decay(4),
+    "Decay, fixed": lambda: Decay(4, "fixed"),
+    "Decay, feature": lambda: Decay(4, "feature", in_features=16),
+    "Decay, data": lambda: Decay(4, "data", embed_dim=64),
     "LinearAttention": lambda: LinearAttention(),
     **{f"SPEMultiheadAttention, {p}": lambda p=p: SPEMultiheadAttention(64, 4, position=p)
        for p in ("sine", "paper", "conv", "rotary", None)},
@@ -87,6 +92,9 @@ def kernels(module):
             found[name] = part.draw((3,)).cycles.detach().clone()
         elif isinstance(part, PositiveFeatures):
             found[name] = part.eval().draw().weight.clone()
+        elif isinstance(part, Decay):
+            x = torch.ones(1, 1, 64) if part.kind == "data" else None
+            found[name] = part(x).detach().clone()
     return found
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import torch_spe
 from torch_spe import (
     ConvSPE,
+    Decay,
     LinearAttention,
     PositiveFeatures,
     RotaryPositions,
@@ -53,6 +54,7 @@ WRONG = {
     "tuple[int, int]": [*SIZES, [1], [0, 4]],
     "FeatureMap": ["wrong", 3, ["elu"]],
     "str": ["wrong", 3, ["elu"]],
+    "Sequence[float]": ["wrong", 3, [1.0], [2.0, 1.0], [-1.0, 1.0], [1.0, NAN]],
     "str | nn.Module": ["wrong", 3, nn.Linear(1, 1), ["sine"]],
     "str | Callable[[Tensor], Tensor]": ["wrong", 3],
     "Callable[..., Position]": ["wrong", 3],
@@ -111,6 +113,9 @@ CALLS = {
     "SPEFilter.template": (SPEFilter(code_shape=(2, 8)).template,
                            {"template": torch.ones(2, 8, 5)}),
     "SPESoftmaxFilter.forward": (SPESoftmaxFilter(code_shape=(2, 8)), inputs(2, code=codes())),
+    "Decay": (Decay, {"num_heads": 2, "kind": "data", "embed_dim": 16}),
+    "Decay, feature": (Decay, {"num_heads": 2, "kind": "feature", "in_features": 8}),
+    "Decay.forward": (Decay(2, "data", embed_dim=16), {"x": torch.randn(2, 10, 16)}),
     "LinearAttention": (LinearAttention, {}),
     "LinearAttention.forward": (LinearAttention(), inputs()),
     "PositiveFeatures": (PositiveFeatures, {"in_features": 8}),

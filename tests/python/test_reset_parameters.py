@@ -93,6 +93,12 @@ MODULES = {
     ),
     "attention, kdim": (lambda: attention(kdim=8, vdim=8), attend),
     "attention, no bias": (lambda: attention(bias=False), attend),
+    **{
+        f"attention, decay {kind}": (
+            lambda kind=kind: attention(position="exact", decay=kind), attend
+        )
+        for kind in ("learned", "fixed", "feature", "data")
+    },
     "layer": (lambda: SPETransformerEncoderLayer(16, 2, 24, batch_first=True), attend),
     "layer, random features": (
         lambda: SPETransformerEncoderLayer(
@@ -246,7 +252,10 @@ def test_every_module_of_the_package_is_here():
         return {kind} | {s for k in kind.__subclasses__() for s in subclasses(k)}
 
     ours = {k for k in subclasses(nn.Module) if k.__module__.startswith("torch_spe")}
-    abstract = {Position, torch_spe.precision.Float32Module, torch_spe.positions.spe.SPE}
+    abstract = {
+        Position, torch_spe.precision.Float32Module, torch_spe.positions.spe.SPE,
+        torch_spe.flat_parameters.FlatParameterModule,
+    }  # fmt: skip
     seen = {type(part) for name in MODULES for part in make(name).modules()}
     stateless = {torch_spe.positions.NoPositions}
     assert ours - abstract - stateless <= seen
