@@ -226,7 +226,7 @@ def test_the_calls_are_valid(name):
         function(**arguments)
 
 
-@pytest.mark.parametrize(("name", "argument", "value"), cases())
+@pytest.mark.parametrize(("name", "argument", "value"), list(cases()))
 def test_the_error_names_the_argument(name, argument, value):
     function, arguments = CALLS[name]
     with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
