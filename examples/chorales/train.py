@@ -1,4 +1,4 @@
-"""Train small causal Transformers on Bach chorales, with and without positions; compare them.
+"""Train small causal Transformers on Bach chorales, with and without positions and decay.
 
     python examples/chorales/train.py --help
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from chorales import data  # noqa: E402  (found in the folder above)
-from chorales.model import ENCODINGS, ChoraleModel  # noqa: E402
+from chorales.model import DEMO, ENCODINGS, ChoraleModel  # noqa: E402
 from chorales.plots import plot_nll, plot_templates  # noqa: E402
 from chorales.training import bin_means, evaluate, train  # noqa: E402
 
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--models", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), metavar="NAME",
+        "--models", nargs="+", choices=ENCODINGS, default=list(DEMO), metavar="NAME",
         help=f"which of {', '.join(ENCODINGS)}",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=300, help="training steps of each model")
