@@ -210,6 +210,11 @@ def crossings(rows: list[dict], name: str, theirs: str) -> list[str]:
     return lines
 
 
+def ratio(value: float) -> str:
+    """Write a ratio, of times that are close with two digits behind the point."""
+    return f"{value:.2f}" if value < 2 else f"{value:.1f}"
+
+
 def table(rows: list[dict], digits: int = 2) -> str:
     """The rows as Markdown, milliseconds with that many digits."""
     lines = []
@@ -236,7 +241,7 @@ def table(rows: list[dict], digits: int = 2) -> str:
         cells = [
             f"{row[f'{name} left out']} | | "
             if f"{name} left out" in row
-            else f"{row[f'{name} ms']:.{digits}f} ms | {row[f'{name} ratio']:.1f} "
+            else f"{row[f'{name} ms']:.{digits}f} ms | {ratio(row[f'{name} ratio'])} "
             f"| {row[f'{name} MB']:.1f} MB"
             for name in DIRECTIONS
         ]
@@ -278,7 +283,8 @@ def main() -> None:
         "cases",
         nargs="*",
         metavar="CASE",
-        help="sine, phasor, exact, conv, attention, attend, layer, encoder_layer (default: all)",
+        help="sine, phasor, exact, conv, attention, decay, decay_both_ways, attend, layer, "
+        "encoder_layer (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -304,6 +310,8 @@ def main() -> None:
         "exact": cases.exact,
         "conv": lambda b, n, *a: cases.conv(b, n, *a, published=published),
         "attention": cases.attention,
+        "decay": cases.decay,
+        "decay_both_ways": functools.partial(cases.decay, causal=False),
         "attend": cases.attend,
         "layer": cases.layer,
         "encoder_layer": cases.encoder_layer,

@@ -393,6 +393,57 @@ def attention(
     return case
 
 
+def decay(
+    batch: int, length: int, device: str, dtype: torch.dtype, causal: bool = True,
+    heads: int = 8, features: int = 64, values: int = 64,
+) -> Case:  # fmt: skip
+    """Linear attention without and with a decay, which has the same steps in each of its forms."""
+    q, k = (_leaf(batch, length, heads, features, device=device, dtype=dtype) for _ in range(2))
+    v = _leaf(batch, length, heads, values, device=device, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    steps = torch_spe.Decay(heads, "fixed", dtype=wide)().to(device)  # [H]
+    of_tokens = steps.expand(batch, length, heads)
+    forms = {
+        "[H]": steps,
+        "[B, N, H]": of_tokens,
+        "[H, R]": steps[:, None].expand(heads, features),
+        "[B, N, H, R]": of_tokens[..., None].expand(batch, length, heads, features),
+    }
+
+    def attend(log_decay: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (functional.linear_attention(q, k, v, causal=causal, log_decay=log_decay),)
+
+    work = 4.0 * batch * length * heads * features * values
+    case = Case(
+        f"linear attention with a decay, {'causal' if causal else 'not causal'}",
+        {"B": batch, "N": length, "H": heads, "R": features, "E": values},
+        flops=work,
+        flops_backward=2 * work,
+        implementations=[Implementation("torch_spe", attend, [q, k, v])],
+    )
+    for form, expanded in forms.items():
+        log_decay = expanded.detach().clone().contiguous().requires_grad_()
+        case.implementations.append(
+            Implementation(
+                f"torch_spe, log_decay {form}",
+                lambda log_decay=log_decay: attend(log_decay),
+                [q, k, v, log_decay],
+                function="decay",
+            )
+        )
+    if batch * heads * length**2 <= 2**24:
+        case.implementations.append(
+            Implementation(
+                "materializing reference",
+                lambda: (reference.linear_attention(q, k, v, causal=causal, log_decay=steps)[0],),
+                [q, k, v],
+                function="decay",
+                timed=False,
+            )
+        )
+    return case
+
+
 def _flash_linear_attention():
     """chunk_linear_attn of flash-linear-attention, None where that is not installed."""
     try:
@@ -467,9 +518,13 @@ def attend(
 LAYERS = {
     "torch_spe": {"position": "sine"},
     "(torch_spe, exact sines, K = 1)": {"position": "sine", "noise": "exact", "num_sines": 1},
+    "(torch_spe, exact sines, K = 1, decay)": {"position": "exact", "decay": "learned"},
+    "(torch_spe, exact sines, K = 1, decay per feature)": {
+        "position": "exact", "decay": "feature",
+    },
     "(torch_spe, rotary)": {"position": "rotary"},
     "(torch_spe, no positions)": {"position": None},
-}
+}  # fmt: skip
 
 
 def layer(

@@ -1,4 +1,4 @@
-"""Train small causal Transformers on Bach chorales, with and without positions; compare them.
+"""Train small causal Transformers on Bach chorales, with and without positions and decay.
 
     python examples/chorales/train.py --help
 

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.__main__ import check, measure_case
-from benchmarks.cases import Case, Implementation
+from benchmarks.cases import LAYERS, Case, Implementation, decay, layer
 from benchmarks.measure import Machine
 
 
@@ -54,3 +54,24 @@ def test_bytes_to_move_are_known_when_the_first_does_not_fit():
     for direction, moved in (("forward", 8000), ("forward+backward", 3 * 4000 + 2 * 4000)):
         found = row[f"{direction} share of the bandwidth"] * row[f"{direction} ms"] * 1e6
         assert found == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_form_of_a_decay_is_checked_and_timed(causal):
+    case = decay(1, 40, "cpu", torch.float32, causal, heads=2, features=8, values=8)
+    check(case, torch.float32)
+    rows = measure_case(case, "cpu", 0.001, Machine("a machine", 1, 1.0, 1.0))
+    names = [row["implementation"].removeprefix("torch_spe, log_decay ") for row in rows]
+    assert names == ["torch_spe", "[H]", "[B, N, H]", "[H, R]", "[B, N, H, R]"]
+    assert all(row["forward+backward ratio"] > 0 for row in rows)
+    case.implementations[-1].run = lambda: (torch.zeros(1, 40, 2, 8),)
+    with pytest.raises(SystemExit, match="materializing reference differ"):
+        check(case, torch.float32)
+
+
+def test_layers_are_timed_with_and_without_a_decay():
+    case = layer(1, 16, "cpu", torch.float32, model=32, heads=2)
+    rows = measure_case(case, "cpu", 0.001, Machine("a machine", 1, 1.0, 1.0))
+    assert {"torch_spe", "(torch_spe, exact sines, K = 1, decay)"} <= set(LAYERS)
+    assert not any("forward left out" in row for row in rows)
+    assert [row["implementation"] for row in rows][: len(LAYERS)] == list(LAYERS)

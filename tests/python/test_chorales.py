@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from chorales import data
-from chorales.model import ENCODINGS, ChoraleModel
+from chorales.model import DEMO, ENCODINGS, ChoraleModel
 from chorales.training import bin_means, evaluate, nll, train
 
 # Soprano to bass, onset, end and pitch; a repeated note, a rest between notes and at the end.
@@ -190,6 +190,15 @@ def test_training_learns_and_repeats(name):
     assert values.mean() < losses[0]
 
 
+def test_the_demo_trains_four_models_of_those_that_there_are():
+    from chorales.train import parse_arguments
+
+    assert parse_arguments([]).models == list(DEMO)
+    assert len(DEMO) == 4
+    assert set(DEMO) < set(ENCODINGS)
+    assert parse_arguments(["--models", *ENCODINGS]).models == list(ENCODINGS)
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     from chorales import train as command
 
@@ -205,6 +214,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "chorales_nll.png").stat().st_size > 0
     assert (tmp_path / "chorales_templates.png").stat().st_size > 0
     assert "SineSPE on the features" in capsys.readouterr().out
+    # Templates of layers with a decay show it; a default run has rows for the four models.
+    command.main([*flags.split()[:-3], "--out", str(tmp_path / "demo")])
+    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    assert [row["model"] for row in result["rows"]] == list(DEMO)
+    assert (tmp_path / "demo" / "chorales_templates.png").stat().st_size > 0
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         command.main(["--steps", "0"])
     assert "--steps must be at least 1" in capsys.readouterr().err

@@ -86,10 +86,11 @@ class SPEMultiheadAttention(nn.Module):
         device: of the parameters.
         dtype: of the parameters; those of positions are at least float32 (docs/precision.md).
         position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best beyond the trained
-            length in docs/experiments.md), ``"paper"`` (`SineSPE` as in the paper: Gaussian noise,
-            its `encode` and `init`), ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`),
-            None, a name given to `torch_spe.register_position`, or a module or subclass of
-            `torch_spe.Position` (docs/positions.md).
+            length in docs/experiments.md), ``"exact"`` (`SineSPE` without noise, ``num_sines=1``),
+            ``"paper"`` (`SineSPE` as in the paper: Gaussian noise, its `encode` and `init`),
+            ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`), None, a name given to
+            `torch_spe.register_position`, or a module or subclass of `torch_spe.Position`
+            (docs/positions.md).
         encode: ``"features"`` or ``"inputs"``, see above; rotary positions as well are applied
             after or before the feature map. Default ``"features"``; ``"inputs"`` for
             ``position="paper"``.
