@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe.checks import check_choice, check_not_nan, check_number, check_positive
-from torch_spe.precision import Float32Module, parameter_type
+from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
+from torch_spe.precision import parameter_type
 
 __all__ = ["Decay"]
 
 KINDS = ("learned", "fixed", "feature", "data")
 
 
-class Decay(Float32Module):
+class Decay(FlatParameterModule):
     r"""Steps of a decay: the logarithms of what attention fades by from each position to the next.
 
     .. math::
@@ -51,6 +52,8 @@ class Decay(Float32Module):
         tensor([0.8825, 0.9692, 0.9922, 0.9980], grad_fn=<ExpBackward0>)
     """
 
+    weight = flat_parameter("weight")  # what initializes all matrices of a model leaves it alone
+
     def __init__(
         self,
         num_heads: int,
@@ -79,7 +82,7 @@ class Decay(Float32Module):
             self.rate = nn.Parameter(rate)
         if kind == "data":
             (embed_dim,) = check_positive("Decay", embed_dim=embed_dim)
-            self.weight = nn.Parameter(torch.empty(self.num_heads, embed_dim, **factory))
+            self.register_flat_parameter("weight", (self.num_heads, embed_dim), **factory)
         else:
             self.register_parameter("weight", None)
         self.reset_parameters()
@@ -109,8 +112,9 @@ class Decay(Float32Module):
         rate = self.rate
         if self.kind == "feature":
             rate = rate.unflatten(0, (self.num_heads, self.in_features))
-        if self.weight is not None:
-            rate = rate + F.linear(x, self.weight.to(x.dtype)).to(rate.dtype)
+        weight = self.weight
+        if weight is not None:
+            rate = rate + F.linear(x, weight.to(x.dtype)).to(rate.dtype)
         return -F.softplus(rate)
 
     def decay_parameters(self) -> list[nn.Parameter]:

@@ -235,7 +235,10 @@ def test_parameter_groups():
     groups = {g["name"]: g for g in parameter_groups(layer, 1.0, decay_lr_scale=3.0)}
     assert [p is layer.self_attn.decay.rate for p in groups["decays"]["params"]] == [True]
     assert (groups["decays"]["lr"], groups["decays"]["weight_decay"]) == (3.0, 0.0)
-    assert any(p is layer.self_attn.decay.weight for p in groups["model"]["params"])
+    assert any(
+        p is dict(layer.named_parameters())["self_attn.decay.weight"]
+        for p in groups["model"]["params"]
+    )
     count = sum(len(group["params"]) for group in groups.values())
     assert count == len(list(layer.parameters()))
     with pytest.raises(ValueError, match="decay_lr_scale must be a number > 0, got -1"):

@@ -50,6 +50,8 @@ MODULES = {
     "SPEFilter": lambda: SPEFilter(code_shape=(4, 16)),
     "SPEFilter, no gate": lambda: SPEFilter(gated=False),
     "SPESoftmaxFilter": lambda: SPESoftmaxFilter(code_shape=(4, 16), init="spread"),
+    **{f"Decay, {kind}": lambda kind=kind: torch_spe.Decay(4, kind, in_features=8, embed_dim=16)
+       for kind in ("learned", "fixed", "feature", "data")},
     "PositiveFeatures": lambda: PositiveFeatures(4, 8),
     "LinearAttention": lambda: LinearAttention(),
     **{f"SPEMultiheadAttention, {p}": lambda p=p: SPEMultiheadAttention(64, 4, position=p)
@@ -58,7 +60,11 @@ MODULES = {
         64, 4, position="rotary", frequencies="learned"),
     "SPETransformerEncoderLayer": lambda: SPETransformerEncoderLayer(64, 4, 128),
 }  # fmt: skip
-FLAT = {n: m for n, m in MODULES.items() if re.match("SineSPE|ConvSPE|.*learned|SPE.*Filter$", n)}
+FLAT = {
+    n: m
+    for n, m in MODULES.items()
+    if re.match("SineSPE|ConvSPE|Rot.*learned|.*n, learned|SPE.*Filter$|Decay, data", n)
+}
 
 
 def initialize(model):
@@ -88,6 +94,8 @@ def kernels(module):
             found[name] = part.draw((3,)).cycles.detach().clone()
         elif isinstance(part, PositiveFeatures):
             found[name] = part.eval().draw().weight.clone()
+        elif isinstance(part, torch_spe.Decay):
+            found[name] = part(torch.ones(1, 3, 16)).detach().clone()
     return found
 
 
