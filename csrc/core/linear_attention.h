@@ -42,8 +42,8 @@ struct LinearAttentionParams {
   std::int64_t denominator_k_strides[4] = {};
   FeatureMap denominator_feature_map = FeatureMap::kIdentity;  // psi
   std::int64_t denominator_features = 0;                       // F; R where they are not apart
-  // The decay: the logarithm, at most 0, of the factor with which everything before a token fades on
-  // the way from the token before it. Strides are 0 where it is shared; one column for all
+  // The decay: the logarithm, at most 0, of the factor with which everything before a token fades
+  // on the way from the token before it. Strides are 0 where it is shared; one column for all
   // features, or one for each. Then query_length is key_length, or 0 (keys alone).
   const void* log_decay = nullptr;  // [B, M, H, 1 or R], strided
   std::int64_t log_decay_strides[4] = {};

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,81 @@ from torch import Tensor, nn
 from torch_spe.precision import Float32Module
 
 __all__ = ["FlatParameterModule", "flat_parameter"]
+
+
+class FlatParameterView(Tensor):
+    """A flat parameter in its shape: what is set on the view is set on the parameter.
+
+    A view of autograd has a gradient, a flag ``requires_grad``, hooks and ``data`` of its own, none
+    of which the parameter would notice.
+    """
+
+    # As nn.Parameter has it: operators return plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    # torch.nn.utils.parametrize would make a buffer of any other tensor, and train it no more; a
+    # parameter that is no leaf it refuses.
+    _is_param = True
+    _stored: nn.Parameter
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._stored.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._stored.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> FlatParameterView:
+        self._stored.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def grad(self) -> Tensor | None:
+        grad = self._stored.grad
+        return None if grad is None else grad.view(self.shape)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._stored.grad = None if value is None else self._flat("grad", value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self._stored.grad = None
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.data.copy_(self._flat("data", value).view(self.shape))
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]):
+        def with_shape(grad: Tensor) -> Tensor | None:
+            changed = hook(grad.view(self.shape))
+            return None if changed is None else self._flat("the result of a hook", changed)
+
+        return self._stored.register_hook(with_shape)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]):
+        return self._stored.register_post_accumulate_grad_hook(lambda _: hook(self))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
+        return memo.setdefault(id(self), self._parameter())
+
+    def __reduce_ex__(self, protocol: int) -> object:
+        return self._parameter().__reduce_ex__(protocol)
+
+    def _parameter(self) -> nn.Parameter:
+        return nn.Parameter(self.detach().clone(), self.requires_grad)
+
+    def _flat(self, what: str, value: Tensor) -> Tensor:
+        if value.shape != self.shape:
+            raise ValueError(
+                f"{what} of a parameter of shape {list(self.shape)} must have this shape, "
+                f"got {list(value.shape)}"
+            )
+        return value.reshape(-1)
 
 
 def flat_parameter(name: str) -> property:
@@ -44,9 +119,10 @@ class FlatParameterModule(Float32Module):
     attribute, a `flat_parameter`, is a view in the parameter's shape, and so is the entry in
     ``state_dict()``. Both forms load.
 
-    A view is no leaf of autograd: it shows the parameter's ``grad``, and may be changed in place
-    under ``torch.no_grad()``, but optimizers, hooks and ``requires_grad_`` want what
-    ``parameters()`` has. A parameter that is assigned to the attribute stays as it is.
+    A view is no leaf of autograd: ``grad``, ``requires_grad``, hooks and ``data`` are the
+    parameter's (`FlatParameterView`), and it may be changed in place under ``torch.no_grad()``, but
+    optimizers want what ``parameters()`` has. A parameter that is assigned to the attribute stays
+    as it is.
     """
 
     def __init__(self) -> None:
@@ -74,11 +150,11 @@ class FlatParameterModule(Float32Module):
         view = self._shaped(name, stored)
         if view is stored or torch.compiler.is_compiling():
             return view
-        if isinstance(stored, nn.Parameter) and stored.grad is not None:
-            view.grad = stored.grad.view(view.shape)
-        # torch.nn.utils.parametrize would make a buffer of any other tensor, and train it no more;
-        # a parameter that is no leaf it refuses.
-        view._is_param = True
+        if type(stored) is nn.Parameter:
+            view = view.as_subclass(FlatParameterView)
+            view._stored = stored
+        else:
+            view._is_param = True  # see FlatParameterView
         return view
 
     def _shaped(self, name: str, stored: Tensor | None) -> Tensor | None:

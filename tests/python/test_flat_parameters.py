@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -62,7 +63,11 @@ MODULES = {
         64, 4, position="rotary", frequencies="learned"),
     "SPETransformerEncoderLayer": lambda: SPETransformerEncoderLayer(64, 4, 128),
 }  # fmt: skip
-FLAT = {n: m for n, m in MODULES.items() if re.match("SineSPE|ConvSPE|.*learned|SPE.*Filter$", n)}
+FLAT = {
+    n: m
+    for n, m in MODULES.items()
+    if re.match("SineSPE|ConvSPE|Rot.*learned|.*n, learned|SPE.*Filter$|Decay, data", n)
+}
 
 
 def initialize(model):
@@ -207,6 +212,50 @@ def test_positions_of_modules_that_return_the_attribute():
         groups = {g["name"]: g["params"] for g in parameter_groups(module, 1.0)}
     assert len(groups["positions"]) == 1
     assert groups["positions"][0] is module._parameters["gains"]
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_what_is_set_on_the_attribute_reaches_the_parameter(name):
+    module = next(m for m in MODULES[name]().modules() if getattr(m, "_shapes", {}))
+    for parameter, stored in module._parameters.items():
+        if parameter not in module._shapes or stored is None:
+            continue
+        view = getattr(module, parameter)
+        module.requires_grad_(False)
+        view.requires_grad_(True)
+        assert stored.requires_grad
+        view.requires_grad = False
+        assert not stored.requires_grad
+        getattr(module, parameter).requires_grad = True
+        assert stored.requires_grad
+        shapes = []
+        see = shapes.append
+        hooks = [
+            view.register_hook(lambda grad, see=see: see(grad.shape) or 2 * grad),
+            view.register_post_accumulate_grad_hook(lambda p, see=see: see(p.grad.shape)),
+        ]
+        (3 * getattr(module, parameter)).sum().backward()
+        assert shapes == [view.shape, view.shape]
+        assert (stored.grad == 6).all()
+        for hook in hooks:
+            hook.remove()
+        view.grad = torch.ones(view.shape)
+        assert (stored.grad == 1).all()
+        view.grad = None
+        assert stored.grad is None
+        view.data = torch.full(view.shape, 7.0)
+        assert (stored == 7).all()
+        view.data.fill_(8.0)
+        assert (stored == 8).all()
+        nn.init.constant_(view, 9.0)
+        assert (stored == 9).all()
+        for what in ("data", "grad"):
+            with pytest.raises(ValueError, match=f"{what} of a parameter of shape"):
+                setattr(view, what, torch.zeros(*view.shape, 1, 2))
+        for copied in (copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
+            assert type(copied) is nn.Parameter
+            assert torch.equal(copied, view)
+        assert type(view * 2) is torch.Tensor
 
 
 def test_parametrizations_want_a_parameter_of_its_shape():

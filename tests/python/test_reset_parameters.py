@@ -63,6 +63,8 @@ def features(layer):
         return torch.cat(layer(x, x, code((1, 9), seed=1), seed=2))
     if isinstance(layer, RotaryPositions):
         return layer(x)
+    if isinstance(layer, torch_spe.Decay):
+        return layer(x[..., 0, :])
     return torch.cat([*layer((1, 9), seed=1).materialize()])
 
 
@@ -81,6 +83,12 @@ MODULES = {
     "RotaryPositions": (lambda: RotaryPositions(2, 8), features),
     "RotaryPositions, learned": (lambda: RotaryPositions(2, 8, frequencies="learned"), features),
     "RotaryPositions, random": (lambda: RotaryPositions(2, 8, frequencies="random"), features),
+    **{
+        f"Decay, {kind}": (
+            lambda kind=kind: torch_spe.Decay(2, kind, in_features=8, embed_dim=8), features
+        )
+        for kind in ("learned", "fixed", "feature", "data")
+    },
     "SPEFilter": (lambda: SPEFilter(code_shape=(2, 8)), features),
     "SPESoftmaxFilter": (lambda: SPESoftmaxFilter(code_shape=(2, 8)), features),
     **{
