@@ -218,7 +218,7 @@ def test_positions_of_modules_that_return_the_attribute():
 def test_what_is_set_on_the_attribute_reaches_the_parameter(name):
     module = next(m for m in MODULES[name]().modules() if getattr(m, "_shapes", {}))
     for parameter, stored in module._parameters.items():
-        if parameter not in module._shapes or stored is None:
+        if len(module._shapes.get(parameter, ())) < 2 or stored is None:  # read as they are
             continue
         view = getattr(module, parameter)
         module.requires_grad_(False)
