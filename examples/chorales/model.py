@@ -70,9 +70,9 @@ ENCODINGS = {
         lr=8e-3,
     ),
     "exact-decay": Encoding(
-        "SineSPE without noise, K = 1, decay of each feature",
+        "SineSPE without noise, K = 1, decay",
         position=lambda: SineSPE(HEADS, WIDTH // HEADS, num_sines=1, noise="exact", init="spread"),
-        layer={"decay": "feature"},
+        layer={"decay": "learned"},
         lr=8e-3,
         spe_lr_scale=5.0,
     ),

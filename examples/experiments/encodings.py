@@ -52,11 +52,11 @@ def _sine(
     )
 
 
-def _conv(label: str, decay: str | None = None, **options) -> Encoding:
+def _conv(label: str, layer: dict | None = None, **options) -> Encoding:
     return Encoding(
         label,
         position=lambda: ConvSPE(1, HEADS, HEAD, REALIZATIONS, 64, init="delta", **options),
-        layer={"encode": "features", "decay": decay},
+        layer={"encode": "features", **(layer or {})},
         spe_lr_scale=5,
         eval_realizations=(None, MORE),
     )
@@ -69,7 +69,8 @@ def _exact(label: str, num_sines: int = 1, **layer) -> Encoding:
     )  # fmt: skip
 
 
-DECAY, LONG = {"decay": "learned"}, (8.0, 1e5)
+NEAR, FAR = (8.0, 512.0), (8.0, 1e5)  # time constants at the start
+DECAY = {"decay": "learned", "decay_range": NEAR}
 
 # K divides R / 2, so that every sine of phase noise has equally many pairs.
 ENCODINGS = {
@@ -102,29 +103,29 @@ ENCODINGS = {
     ),
     # With a decay of each head, learned, unless said.
     "decay": Encoding("decay alone", layer=DECAY),
-    "decay-fixed": Encoding("decay alone, fixed", layer={"decay": "fixed"}),
+    "decay-fixed": Encoding("decay alone, fixed", layer={"decay": "fixed", "decay_range": NEAR}),
     "rotary-1e4-decay": _rotary("rotary, base 10000, decay", DECAY),
     "rotary-random-decay": _rotary(
         "rotary, random frequencies, decay", DECAY, frequencies="random"
     ),
     "rotary-random-decay-feature": _rotary(
-        "rotary, random frequencies, decay of each pair", {"decay": "feature"},
-        frequencies="random",
+        "rotary, random frequencies, decay of each pair",
+        {"decay": "feature", "decay_range": NEAR}, frequencies="random",
     ),
     "bandwidth-decay": _sine(
         "SineSPE after the map, phase noise, bandwidths, decay", noise="phase", bandwidth=True,
         layer=DECAY,
     ),
-    "conv-decay": _conv("ConvSPE after the map, P = 64, decay", **DECAY),
+    "conv-decay": _conv("ConvSPE after the map, P = 64, decay", DECAY),
     "exact-decay": _exact(", decay", **DECAY),
     "exact-3-decay": _exact(", decay", 3, **DECAY),
-    "exact-decay-long": _exact(", decay, to 10^5", **DECAY, decay_range=LONG),
-    "exact-decay-feature": _exact(", decay of each feature", decay="feature"),
+    "exact-decay-long": _exact(", decay, to 10^5", decay="learned", decay_range=FAR),
+    "exact-decay-feature": _exact(", decay of each feature", decay="feature", decay_range=NEAR),
     "exact-decay-feature-long": _exact(
-        ", decay of each feature, to 10^5", decay="feature", decay_range=LONG
+        ", decay of each feature, to 10^5", decay="feature", decay_range=FAR
     ),
     "exact-decay-gate": _exact(", decay, not of the gate's part", **DECAY, decay_gate=False),
-    "exact-decay-data": _exact(", decay by token", decay="data"),
+    "exact-decay-data": _exact(", decay by token", decay="data", decay_range=NEAR),
     "softmax-rotary-1e4": _softmax("softmax attention, rotary, base 10000", frequencies="fixed"),
     "softmax-rotary-random": _softmax(
         "softmax attention, rotary, random frequencies", frequencies="random"

@@ -44,7 +44,9 @@ class Decay(FlatParameterModule):
             at 0.
         in_features: features D of a head; with ``"feature"``.
         embed_dim: size of x; with ``"data"``.
-        decay_range: smallest and largest :math:`\tau` at the start, in positions.
+        decay_range: smallest and largest :math:`\tau` at the start, in positions. With 10^5 the
+            last heads start almost without a decay: what recall from far away needs
+            (docs/experiments.md).
         device: of the parameters.
         dtype: of the parameters, at least float32.
 
@@ -68,7 +70,7 @@ class Decay(FlatParameterModule):
         *,
         in_features: int | None = None,
         embed_dim: int | None = None,
-        decay_range: Sequence[float] = (8.0, 512.0),
+        decay_range: Sequence[float] = (8.0, 1e5),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -159,7 +159,7 @@ def test_time_constants_start_log_uniform():
     with torch.no_grad():
         decay.rate.zero_()
     decay.reset_parameters()
-    assert_close(decay(), Decay(4)(), torch.float32)
+    assert_close(decay(), Decay(4, decay_range=(8, 512))(), torch.float32)
 
 
 def test_time_constants_of_less_than_a_position():

@@ -163,7 +163,7 @@ class SPEMultiheadAttention(nn.Module):
         seed: int = 0,
         eps: float = 1e-6,
         decay: Literal["learned", "fixed", "feature", "data"] | Decay | None = None,
-        decay_range: Sequence[float] = (8.0, 512.0),
+        decay_range: Sequence[float] = (8.0, 1e5),
         decay_gate: bool = True,
         **options: object,
     ) -> None:
