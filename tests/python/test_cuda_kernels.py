@@ -629,6 +629,19 @@ def test_gradients_that_denominators_make_smaller_than_float16(compare, causal):
     compare(attention(causal=causal), inputs, grads, ATTENTION_TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("scale", [1e-18, 3e-20])
+def test_denominators_near_the_smallest_number(compare, scale, causal):
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.float32, 1, 70, 70, 1, 4, 4)
+    q, k = (scale * (x.abs() + 0.5) for x in (q, k))
+
+    def function(q, k, v):
+        return torch.ops.torch_spe.linear_attention(q, k, v, "identity", causal, True, 0.0)[0]
+
+    # Denominators have lost bits where they are subnormal; their reciprocals would be infinite.
+    compare(function, [q, k, v], (grad,), 1e-3 if scale < 1e-19 else 3e-6, wanted=[2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("values", [8, 3, 70])
