@@ -2,9 +2,9 @@
 
 Builds the library without CUDA in build/sanitize, by default for the baseline instruction set
 alone, whose kernels are the same source with shorter vectors; the fuzz test then runs with the
-sanitizers preloaded. ThreadSanitizer is not among them: GCC's OpenMP runtime is not compiled for it,
-so that it sees no barriers and reports races between two loops of one parallel region. The tests
-that want the same bits with any number of threads stand in its place.
+sanitizers preloaded. ThreadSanitizer is not among them: GCC's OpenMP runtime is not compiled for
+it, so that it sees no barriers and reports races between two loops of one parallel region. The
+tests that want the same bits with any number of threads stand in its place.
 """
 
 import argparse
