@@ -136,3 +136,28 @@ class poisoned:
 
     def __exit__(self, *_):
         torch.use_deterministic_algorithms(self.before)
+
+
+def results(function, tensors):
+    """Outputs, and the gradients of all inputs that want one for fixed gradients of all outputs."""
+    outs = function(*tensors)
+    grads = [
+        torch.cos(torch.arange(out.numel(), dtype=torch.float64) * 0.7).reshape(out.shape)
+        for out in outs
+    ]
+    wanted = [t for t in tensors if t.requires_grad]
+    found = torch.autograd.grad(
+        outs, wanted, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)], allow_unused=True
+    )
+    # The plain equations do not use z when they do not normalize.
+    found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    return [*outs, *found]
+
+
+def assert_near(got, expected, dtype=torch.float64, factor=1.0):
+    """As assert_close, but terms of size 1 may have cancelled in the result."""
+    assert got.shape == expected.shape
+    if got.numel() > 0:
+        difference = (got.detach().double() - expected.detach().double()).abs().max()
+        limit = factor * TOLERANCE[dtype] * expected.detach().abs().max().clamp(min=1)
+        assert difference <= limit, (difference, limit)

@@ -7,7 +7,16 @@ import math
 import helpers
 import pytest
 import torch
-from helpers import TOLERANCE, assert_close, compiled, error, golden, here, leaves
+from helpers import (
+    assert_close,
+    assert_near,
+    compiled,
+    error,
+    golden,
+    here,
+    leaves,
+    results,
+)
 
 from torch_spe import functional, reference
 
@@ -56,29 +65,6 @@ class Case:
 
     def plain(self, *tensors):
         return self.call(reference.linear_attention, *tensors)
-
-
-def results(function, tensors):
-    """Outputs, and the gradients of all inputs for fixed gradients of all outputs."""
-    outs = function(*tensors)
-    grads = [
-        torch.cos(torch.arange(out.numel(), dtype=torch.float64) * 0.7).reshape(out.shape)
-        for out in outs
-    ]
-    found = torch.autograd.grad(
-        outs, tensors, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)], allow_unused=True
-    )
-    found = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
-    return [*outs, *found]
-
-
-def assert_near(got, expected, dtype=torch.float64, factor=1.0):
-    """As assert_close, but terms of size 1 may have cancelled in the result."""
-    assert got.shape == expected.shape
-    if got.numel() > 0:
-        difference = (got.detach().double() - expected.detach().double()).abs().max()
-        limit = factor * TOLERANCE[dtype] * expected.detach().abs().max().clamp(min=1)
-        assert difference <= limit, (difference, limit)
 
 
 def compare(case, dtype=torch.float64, factor=4.0):

@@ -301,6 +301,14 @@ def test_wrong_arguments(options, kind, message):
         SPEMultiheadAttention(WIDTH, HEADS, **options)
 
 
+@pytest.mark.parametrize("position", [None, "exact", "rotary"])
+@pytest.mark.parametrize("positions", [[1, 2], torch.arange(3)])
+def test_wrong_positions_are_named(position, positions):
+    layer, x = make(position), inputs()
+    with pytest.raises((TypeError, ValueError), match="positions must"):
+        layer(x, x, x, positions=positions)
+
+
 def test_wrong_calls():
     layer, x = make(None), inputs()
     with pytest.raises(ValueError, match="key must be as long as query where attention fades"):

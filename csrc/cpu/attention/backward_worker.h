@@ -84,8 +84,7 @@ class BackwardWorker {
     core::set_zero(layout_.view(local_.get()));
     const std::int64_t chunks = segment.chunks();
     bool has_later = context.after != nullptr;
-    if (both_ways_ && has_later) layout_.copy(context.after, later_);
-    if (both_ways_ && !has_later) core::set_zero(layout_.view(later_.get()));
+    if (both_ways_) layout_.copy(context.after, later_);
     decay_.reset();
     for (std::int64_t i = chunks - 1; i >= 0; --i) {
       const Chunk chunk = segment.chunk(i);
@@ -242,8 +241,7 @@ class BackwardWorker {
       decay_.load(chunk);
       if (both_ways_) {
         T* const state = query_states_ + i * layout_.size();
-        if (i == 0 && context.grad_before != nullptr) layout_.copy(context.grad_before, state);
-        if (i == 0 && context.grad_before == nullptr) core::set_zero(layout_.view(state));
+        if (i == 0) layout_.copy(context.grad_before, state);
         if (chunk.rest > chunk.size) {
           layout_.copy(state, state + layout_.size());
           load_queries(chunk);

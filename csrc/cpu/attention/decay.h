@@ -132,12 +132,13 @@ class Decay {
       for (std::int64_t m = t + 1; m < size; ++m) row[m] = 0;
     }
   }
-  // The same, and for earlier t and later m too.
+  // The same, and for earlier t and later m too; nothing becomes 0.
   void fade_weights_both_ways(std::int64_t size, T* weights, std::int64_t ld) const {
-    fade_upper(size, weights, ld);
     for (std::int64_t t = 0; t < size; ++t) {
-      const T* const factors = between_ + t * rows_;
-      for (std::int64_t m = 0; m < t; ++m) weights[t * ld + m] *= factors[m];
+      for (std::int64_t m = 0; m < t; ++m) {
+        weights[t * ld + m] *= between_[t * rows_ + m];
+        weights[m * ld + t] *= between_[t * rows_ + m];
+      }
     }
   }
 
@@ -158,7 +159,6 @@ class Decay {
         }
         row[m] = sum_lanes<T>(sum);
       }
-      T diagonal = 0;
       T* const faded = running_ + t * width_;
       Vec<T> sum = {};
       for (std::int64_t r = 0; r < width_; r += kLanes<T>) {
@@ -166,8 +166,7 @@ class Decay {
         store_vec(faded + r, x);
         sum += x * load_vec(own + r);
       }
-      if (!strict) diagonal = sum_lanes<T>(sum);
-      row[t] = diagonal;
+      row[t] = strict ? T(0) : sum_lanes<T>(sum);
       for (std::int64_t m = t + 1; m < size; ++m) row[m] = 0;
     }
   }
@@ -237,12 +236,6 @@ class Decay {
       for (std::int64_t i = 0; i < n; ++i) out[i] = factor * in[i];
     } else {
       for (std::int64_t i = 0; i < n; ++i) out[i] = factors[i] * in[i];
-    }
-  }
-
-  void fade_upper(std::int64_t size, T* weights, std::int64_t ld) const {
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t m = t + 1; m < size; ++m) weights[t * ld + m] *= between_[m * rows_ + t];
     }
   }
 

@@ -179,7 +179,7 @@ class ForwardWorker {
     for (std::int64_t i = segment.chunks() - 1; i >= 0; --i) {
       T *const state = later_ + i * layout_.size(), *const next = state + layout_.size();
       if (i + 1 == segment.chunks()) {
-        layout_.copy(after == nullptr ? zero_state() : after, state);
+        layout_.copy(after, state);
         continue;
       }
       const Chunk chunk = segment.chunk(i + 1);
@@ -190,10 +190,6 @@ class ForwardWorker {
       layout_.copy(next, state);
       tiles_.add_keys(Way::kToStart, chunk.size, keys_, values, denominator_keys(), state);
     }
-  }
-  const T* zero_state() const {
-    core::set_zero(layout_.view(local_.get()));
-    return local_;
   }
 
   void store(const Chunk& chunk) const {

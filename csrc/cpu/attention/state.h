@@ -86,8 +86,9 @@ struct StateLayout {
     }
   }
 
+  // to = from, or the state of no tokens where that is null.
   void copy(const T* from, T* to) const {
-    for (std::int64_t i = 0; i < size(); ++i) to[i] = from[i];
+    for (std::int64_t i = 0; i < size(); ++i) to[i] = from == nullptr ? T(0) : from[i];
   }
 
   // out = first (null for the state of no tokens) joined with second, over whose tokens it passes.

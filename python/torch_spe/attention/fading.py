@@ -96,9 +96,8 @@ def steps_of_call(
     if positions is None:
         return steps
     between = steps_between(OWNER, positions).to(steps.dtype)
-    if steps.dim() < 3 or decay.kind == "feature":
-        return steps * between.view(1, -1, *(1 for _ in steps.shape))
-    return steps * between.view(1, -1, 1)
+    after_tokens = steps.dim() - (2 if decay.kind == "data" else 0)  # dimensions
+    return steps * between.view(1, -1, *[1] * after_tokens)
 
 
 def steps_of_features(

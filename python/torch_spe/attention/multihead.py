@@ -368,11 +368,8 @@ class SPEMultiheadAttention(nn.Module):
         if grid is not None:
             grid = inputs.check_grid(grid, length, key_length, layout, position.ndim)
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
-        steps = None
-        if self.decay is not None:
-            steps = fading.steps_of_call(self.decay, key, positions, length)
         attend = self._attend_features if self.encode == "features" else self._attend_inputs
-        out = attend(q, k, v, start, positions, is_causal, mask, steps)
+        out = attend(q, k, v, start, positions, is_causal, mask, key)
         if self.output_norm == "rms" and self.encode == "inputs":
             out = F.rms_norm(out, out.shape[-1:], eps=self.eps)
         out = F.dropout(out.flatten(-2), self.dropout, self.training)
@@ -439,11 +436,11 @@ class SPEMultiheadAttention(nn.Module):
         positions: Tensor | None,  # [N] or [N, ndim]
         causal: bool,
         mask: Tensor | None,  # [B, M]
-        steps: Tensor | None,  # [..., H] or [..., H, D]
+        source: Tensor,  # [B, M, kdim], of the keys
     ) -> Tensor:  # [B, N, H, E]
         """Encode queries and keys, apply the feature map, and attend."""
         encoder = self._draw(q, k, start, positions)
-        log_decay = self._log_decay(steps, encoder, q)
+        log_decay = self._log_decay(source, positions, encoder, q)
         q, k, _ = encoder.encode_both(q, k)
         q, k, feature_map, scaled = map_features(self.feature_map, q, k)
 
@@ -465,7 +462,7 @@ class SPEMultiheadAttention(nn.Module):
         positions: Tensor | None,  # [N] or [N, ndim]
         causal: bool,
         mask: Tensor | None,  # [B, M]
-        steps: Tensor | None,  # [..., H] or [..., H, D]
+        source: Tensor,  # [B, M, kdim], of the keys
     ) -> Tensor:  # [B, N, H, E]
         """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
         q, k, feature_map, scaled = map_features(self.feature_map, q, k)
@@ -479,7 +476,7 @@ class SPEMultiheadAttention(nn.Module):
                 # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
                 encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
             qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
-            log_decay = self._log_decay(steps, encoder, q)
+            log_decay = self._log_decay(source, positions, encoder, q)
             denominator = {}
             if normalize and (qhat is not q or khat is not k):
                 denominator = {
@@ -502,13 +499,15 @@ class SPEMultiheadAttention(nn.Module):
 
     def _log_decay(
         self,
-        steps: Tensor | None,  # [..., H] or [..., H, D]
+        source: Tensor,  # [B, M, kdim], of the keys
+        positions: Tensor | None,  # [N]
         encoder: Encoder,
         q: Tensor,  # [B, N, H, D]
-    ) -> Tensor | None:
-        """Return the steps in the operator's form."""
-        if steps is None:
+    ) -> Tensor | None:  # [H], [H, R], [B, N, H] or [B, N, H, R]
+        """Return the operator's log_decay; drawing the encoder has checked the positions."""
+        if self.decay is None:
             return None
+        steps = fading.steps_of_call(self.decay, source, positions, q.shape[1])
         return fading.steps_of_features(
             self.decay, steps, encoder, q.shape[-1], self.decay_gate, q.shape[0]
         )
@@ -520,7 +519,7 @@ class SPEMultiheadAttention(nn.Module):
                 "SPEMultiheadAttention: template needs an SPE position, got "
                 f"{type(self.position).__name__}"
             )
-        template, fades = self.position.template(max_lag), None
+        template, fades = self.position.template(max_lag), 1.0
         if self.decay is not None:
             if self.decay.kind == "data":
                 raise ValueError(
@@ -529,13 +528,10 @@ class SPEMultiheadAttention(nn.Module):
                 )
             lags = torch.arange(template.shape[-1], device=template.device)
             lags = (lags - template.shape[-1] // 2).abs()
-            steps = self.decay()
-            fades = (lags * steps.view(self.num_heads, -1, 1)).exp()
-        if fades is not None and not self.decay_gate:
-            template = template * fades
-        if self.filter is not None:
-            template = self.filter.template(template)
-        return template * fades if fades is not None and self.decay_gate else template
+            fades = (lags * self.decay().view(self.num_heads, -1, 1)).exp()
+        of_position, of_all = (1.0, fades) if self.decay_gate else (fades, 1.0)
+        template = template * of_position
+        return of_all * (template if self.filter is None else self.filter.template(template))
 
     def extra_repr(self) -> str:
         """Show the most telling arguments of the constructor."""
