@@ -3,6 +3,7 @@
 from torch_spe import functional, reference
 from torch_spe._library import _C
 from torch_spe.attention import (
+    AttentionState,
     LinearAttention,
     SPEMultiheadAttention,
     SPETransformerEncoderLayer,
@@ -24,6 +25,7 @@ from torch_spe.positions import (
 
 __all__ = [
     "SPE",
+    "AttentionState",
     "Code",
     "ConvCode",
     "ConvSPE",

@@ -174,17 +174,16 @@ def check_range(owner: str, decay_range: Sequence[float]) -> tuple[float, float]
     return low, high
 
 
-def steps_between(
-    owner: str,
-    positions: Tensor,  # [N]
-) -> Tensor:  # [N], float
+def steps_between(positions: Tensor) -> Tensor:  # [B, N] -> [B, N]
     """Return the differences of positions that follow each other; the first is 0."""
-    if positions.dim() == 2:
-        positions = positions.squeeze(-1)
-    between = torch.cat((positions.new_zeros(1), positions.diff()))[: len(positions)]
+    before = positions.new_zeros(len(positions), 1)
+    return torch.cat((before, positions.diff(dim=1)), dim=1)[:, : positions.shape[1]]
+
+
+def check_rising(owner: str, between: Tensor) -> None:  # [B, N]
+    """Raise ValueError for differences of positions below 0, on the CPU."""
     if between.device.type == "cpu" and not torch.compiler.is_compiling() and (between < 0).any():
         raise ValueError(
             f"{owner}: positions must not fall where attention fades (decay), got "
             f"{between.min().item():g} between two of them"
         )
-    return between

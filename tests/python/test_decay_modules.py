@@ -19,6 +19,9 @@ from torch_spe import (
     parameter_groups,
     reference,
 )
+from torch_spe.attention.attend import Call
+from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.places import Places
 
 LENGTH, WIDTH, HEADS = 20, 32, 4
 POSITIONS = [None, "sine", "exact", "paper", "conv", "rotary"]
@@ -44,12 +47,10 @@ def inputs(batch=2):
 def plain_output(layer, x, causal, mask=None, between=None):
     """The layer by the equations: the matrix of weights, times what they fade by."""
     q, k, v = layer._project(x, x, x)
-    encoder = layer._draw(q, k, 0, None)
+    encoder = draw_encoder(layer, q, k, Call(Places(), causal, mask, x))
     phi = reference.FEATURE_MAPS["elu"]
     if layer.encode == "features":
         plain_q, plain_k = phi(q), phi(k)
-        if encoder.num_features is not None:
-            encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
         qhat, khat = encoder.encode(plain_q, "query"), encoder.encode(plain_k, "key")
     else:
         qhat, khat = phi(encoder.encode(q, "query")), phi(encoder.encode(k, "key"))

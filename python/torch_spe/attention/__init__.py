@@ -3,5 +3,11 @@
 from torch_spe.attention.layers import SPETransformerEncoderLayer
 from torch_spe.attention.linear import LinearAttention
 from torch_spe.attention.multihead import SPEMultiheadAttention
+from torch_spe.attention.state import AttentionState
 
-__all__ = ["LinearAttention", "SPEMultiheadAttention", "SPETransformerEncoderLayer"]
+__all__ = [
+    "AttentionState",
+    "LinearAttention",
+    "SPEMultiheadAttention",
+    "SPETransformerEncoderLayer",
+]

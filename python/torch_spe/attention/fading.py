@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_spe.decay import KINDS, Decay, steps_between
+from torch_spe.attention.places import Places
+from torch_spe.decay import KINDS, Decay, check_rising, steps_between
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import FeatureMap, apply_feature_map
 from torch_spe.positions import Position
@@ -83,7 +84,7 @@ def make_decay(
 def steps_of_call(
     decay: Decay,
     x: Tensor,  # [B, M, kdim]
-    positions: Tensor | None,  # [N]
+    places: Places,
     length: int,
 ) -> Tensor:  # [H], [H, D], [B, N, H] or [B, N, H, D]
     """Return the steps of a call of a layer whose keys are projected from `x`."""
@@ -93,11 +94,15 @@ def steps_of_call(
             f"{x.shape[1]} and {length}"
         )
     steps = decay(x)
-    if positions is None:
+    between = places.between
+    if between is None and places.positions is None:
         return steps
-    between = steps_between(OWNER, positions).to(steps.dtype)
+    if between is None:
+        positions = places.positions if places.each else places.positions.unsqueeze(0)
+        between = steps_between(positions.squeeze(-1) if positions.dim() == 3 else positions)
+    check_rising(OWNER, between)
     after_tokens = steps.dim() - (2 if decay.kind == "data" else 0)  # dimensions
-    return steps * between.view(1, -1, *[1] * after_tokens)
+    return steps * between.to(steps.dtype).view(*between.shape, *[1] * after_tokens)
 
 
 def steps_of_features(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe.attention.multihead import SPEMultiheadAttention
+from torch_spe.attention.state import AttentionState
 from torch_spe.checks import check_choice, check_flags, check_number, check_positive
 from torch_spe.initialization import reset_modules
 
@@ -99,18 +100,27 @@ class SPETransformerEncoderLayer(nn.Module):
         src: Tensor,  # [N, B, d_model]
         src_mask: Tensor | None = None,  # [N, N]
         src_key_padding_mask: Tensor | None = None,  # [B, N]
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         *,
-        start: float | Sequence[float] = 0,
-        positions: Tensor | None = None,
+        start: float | Sequence[float] | Tensor = 0,
+        positions: Tensor | None = None,  # [N], [N, ndim], [B, N] or [B, N, ndim]
         grid: Sequence[int] | None = None,
-    ) -> Tensor:  # [N, B, d_model]
-        """Pass the input through the layer; see `SPEMultiheadAttention.forward`."""
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+    ) -> Tensor | tuple[Tensor, AttentionState]:  # [N, B, d_model]
+        """Pass the input through the layer; see `SPEMultiheadAttention.forward`.
+
+        Returns:
+            The output; with a state, the output and the next state.
+        """
+        after = None
 
         def attend(x: Tensor) -> Tensor:
-            x, _ = self.self_attn(
+            nonlocal after
+            x, after = self.self_attn(
                 x, x, x, key_padding_mask=src_key_padding_mask, attn_mask=src_mask,
-                is_causal=is_causal, start=start, positions=positions, grid=grid,
+                is_causal=is_causal, start=start, positions=positions, grid=grid, state=state,
+                cu_seqlens=cu_seqlens,
             )  # fmt: skip
             return self.dropout1(x)
 
@@ -119,6 +129,18 @@ class SPETransformerEncoderLayer(nn.Module):
 
         if self.norm_first:
             src = src + attend(self.norm1(src))
-            return src + feed_forward(self.norm2(src))
-        src = self.norm1(src + attend(src))
-        return self.norm2(src + feed_forward(src))
+            src = src + feed_forward(self.norm2(src))
+        else:
+            src = self.norm1(src + attend(src))
+            src = self.norm2(src + feed_forward(src))
+        return src if state is None else (src, after)
+
+    def initial_state(
+        self, batch: int = 1, start: float | Sequence[float] | Tensor = 0
+    ) -> AttentionState:
+        """Return the state before the first token; see `SPEMultiheadAttention.initial_state`."""
+        return self.self_attn.initial_state(batch, start)
+
+    def shift(self, state: AttentionState, by: float | Sequence[float] | Tensor) -> AttentionState:
+        """Return the state at other positions; see `SPEMultiheadAttention.shift`."""
+        return self.self_attn.shift(state, by)
