@@ -95,7 +95,7 @@ def steps_of_call(
         )
     steps = decay(x)
     between = places.between
-    if between is None and places.positions is None:
+    if between is None and (places.positions is None or places.consecutive):
         return steps
     if between is None:
         positions = places.positions if places.each else places.positions.unsqueeze(0)

@@ -27,6 +27,7 @@ class Places:
         each: whether they are those of each sequence.
         between: what lies between a token and the one before, where that need not be 1, ``[1, N]``
             or ``[B, N]``.
+        consecutive: whether positions are given and yet consecutive, in each sequence.
         after: position of the next token, for the state.
     """
 
@@ -34,6 +35,7 @@ class Places:
     positions: Tensor | None = None
     each: bool = False
     between: Tensor | None = None
+    consecutive: bool = False
     after: float | Tensor = 0
 
 
@@ -241,4 +243,4 @@ def packed_places(
     after = first + bounds.diff() if state is not None else 0
     if isinstance(first, Tensor):
         first = first[sequence] if first.dim() else first
-    return Places(start=0, positions=index - starts + first, after=after)
+    return Places(positions=index - starts + first, consecutive=True, after=after)
