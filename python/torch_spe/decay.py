@@ -139,24 +139,6 @@ class Decay(FlatParameterModule):
         """Show the arguments of the constructor."""
         return f"num_heads={self.num_heads}, kind={self.kind!r}, decay_range={self.decay_range}"
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, *lists
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *lists
-        )
-        if prefix + "rate" in missing_keys:
-            missing_keys[missing_keys.index(prefix + "rate")] = _MissingRate(prefix + "rate")
-
-
-class _MissingRate(str):
-    """The name of a rate that a checkpoint lacks; shown with the reason in PyTorch's error."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return f"{self[:]} (the checkpoint is of a layer without a decay; make one with decay=None)"
-
 
 def check_range(owner: str, decay_range: Sequence[float]) -> tuple[float, float]:
     """Return smallest and largest time constant, or raise an error that names `decay_range`."""

@@ -72,6 +72,6 @@ def test_every_form_of_a_decay_is_checked_and_timed(causal):
 def test_layers_are_timed_with_and_without_a_decay():
     case = layer(1, 16, "cpu", torch.float32, model=32, heads=2)
     rows = measure_case(case, "cpu", 0.001, Machine("a machine", 1, 1.0, 1.0))
-    assert {"torch_spe", "(torch_spe, exact sines, K = 1, decay)"} <= set(LAYERS)
+    assert {"torch_spe", "(torch_spe, exact sines, no decay)"} <= set(LAYERS)
     assert not any("forward left out" in row for row in rows)
     assert [row["implementation"] for row in rows][: len(LAYERS)] == list(LAYERS)

@@ -216,13 +216,18 @@ def test_checkpoints():
     other.load_state_dict(torch.load(memory, weights_only=True))
     x = inputs()
     assert torch.equal(other(x, x, x)[0], layer(x, x, x)[0])
-    with pytest.raises(
-        RuntimeError, match=r"decay.rate \(the checkpoint is .* make one with decay=None"
-    ):
+    with pytest.raises(RuntimeError, match=r"Missing key.*decay\.rate"):
         layer.load_state_dict(old.state_dict())
     missing = layer.load_state_dict(old.state_dict(), strict=False)
     assert missing.missing_keys == ["decay.rate"]
     make("exact", None).load_state_dict(old.state_dict())
+    former, default = make("sine", None), make("fading", "default")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="made with position='sine', the default before v"):
+            default.load_state_dict(former.state_dict(), strict=strict)
+    make("sine").load_state_dict(former.state_dict(), strict=False)
+    softmax = nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64)
+    assert not default.load_state_dict(softmax.state_dict(), strict=False).unexpected_keys
 
 
 def test_copies_and_generic_initialization():
@@ -310,9 +315,27 @@ def test_wrong_positions_are_named(position, positions):
         layer(x, x, x, positions=positions)
 
 
+@pytest.mark.parametrize("position", [None, "fading", "rotary"])
+@pytest.mark.parametrize("decay", ["learned", "feature"])
+@pytest.mark.parametrize("lengths", [(9, LENGTH), (LENGTH, 9)])
+def test_queries_and_keys_of_other_lengths(position, decay, lengths):
+    # What is appended to the shorter has no say: changed, or cut off afterwards, all stays.
+    layer, x = make(position, decay), inputs()
+    queries, keys = (x[:, :length] for length in lengths)
+    got = layer(queries, keys, keys)[0]
+    padding = torch.arange(LENGTH).expand(2, -1) >= lengths[1]
+    whole = layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]]
+    torch.testing.assert_close(got, whole)
+    masked = padding[:, : lengths[1]] | (torch.arange(lengths[1]) < 3)
+    got = layer(queries, keys, keys, key_padding_mask=masked)[0]
+    padding = padding | (torch.arange(LENGTH) < 3)
+    torch.testing.assert_close(got, layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]])
+
+
 def test_wrong_calls():
-    layer, x = make(None), inputs()
-    with pytest.raises(ValueError, match="key must be as long as query where attention fades"):
+    x = inputs()
+    layer = make(None, decay="data")
+    with pytest.raises(ValueError, match=r"key must be at least as long as query .* lengths 9 and"):
         layer(x, x[:, :9], x[:, :9])
     with pytest.raises(ValueError, match="Decay: in_features must be an integer >= 1, got None"):
         Decay(4, "feature")

@@ -119,7 +119,7 @@ struct StateShared {
 // The states of one set of tokens: a block adds up a tile of S over a segment and, where states of
 // chunks are wanted, writes what it has before each chunk.
 template <class Storage, class Operand, class Decay>
-__global__ void __launch_bounds__(kThreads, Decay::kFades ? kLeastBlocks : 0)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     state_kernel(const Tokens<Storage> tokens, const Cut chunks, const Cut segments,
                  bool has_chunks, bool backwards, const States<core::accumulate_t<Storage>> states,
                  const Decay decay) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -88,10 +89,10 @@ def steps_of_call(
     length: int,
 ) -> Tensor:  # [H], [H, D], [B, N, H] or [B, N, H, D]
     """Return the steps of a call of a layer whose keys are projected from `x`."""
-    if x.dim() != 3 or x.shape[1] != length:
+    if decay.kind == "data" and x.shape[1] != length:
         raise ValueError(
-            f"{OWNER}: key must be as long as query where attention fades (decay), got lengths "
-            f"{x.shape[1]} and {length}"
+            f"{OWNER}: key must be at least as long as query with decay='data', whose steps are "
+            f"made from it, got lengths {x.shape[1]} and {length}"
         )
     steps = decay(x)
     between = places.between
@@ -103,6 +104,22 @@ def steps_of_call(
     check_rising(OWNER, between)
     after_tokens = steps.dim() - (2 if decay.kind == "data" else 0)  # dimensions
     return steps * between.to(steps.dtype).view(*between.shape, *[1] * after_tokens)
+
+
+def pad_to_one_length(
+    q: Tensor,  # [B, N, H, D]
+    k: Tensor,  # [B, M, H, D]
+    v: Tensor,  # [B, M, H, E]
+    mask: Tensor | None,  # [B, M]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Append queries that nobody reads or keys that are padding: there is one order to fade in."""
+    more = q.shape[1] - k.shape[1]
+    if more < 0:
+        return F.pad(q, (0, 0, 0, 0, 0, -more)), k, v, mask
+    if mask is None:
+        mask = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (k, v))
+    return q, k, v, F.pad(mask, (0, more), value=True)
 
 
 def steps_of_features(

@@ -41,7 +41,7 @@ class SPETransformerEncoderLayer(nn.Module):
         ValueError, TypeError: an argument is not what it must be; the message names it.
 
     Example:
-        >>> layer = SPETransformerEncoderLayer(64, 4, batch_first=True, position="sine")
+        >>> layer = SPETransformerEncoderLayer(64, 4, batch_first=True)
         >>> encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         >>> encoder(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])

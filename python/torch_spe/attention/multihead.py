@@ -83,8 +83,9 @@ class SPEMultiheadAttention(nn.Module):
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters; those of positions are at least float32 (docs/precision.md).
-        position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best beyond the trained
-            length in docs/experiments.md), ``"exact"`` (`SineSPE` without noise, ``num_sines=1``),
+        position: ``"fading"`` (`SineSPE` without noise, ``num_sines=1``, and a learned decay: the
+            best in docs/experiments.md), ``"exact"`` (the same sines without a decay), ``"sine"``
+            (`SineSPE` with phase noise and bandwidths, the default before version 0.2),
             ``"paper"`` (`SineSPE` as in the paper: Gaussian noise, its `encode` and `init`),
             ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`), None, a name given to
             `torch_spe.register_position`, or a module or subclass of `torch_spe.Position`
@@ -109,23 +110,25 @@ class SPEMultiheadAttention(nn.Module):
         eps: added to the denominator (not with `PositiveFeatures`, see `LinearAttention`); under
             the root of the output norm.
         decay: None, ``"learned"``, ``"fixed"``, ``"feature"`` or ``"data"``, see `Decay`, or a
-            module of this class. ``"feature"`` needs positions whose encoded features belong to one
-            feature of the input: `SineSPE` without noise, rotary ones (the two features of a pair
-            fade alike) or none.
+            module of this class. Default ``"learned"`` for ``position="fading"``, else None.
+            ``"feature"`` needs positions whose encoded features belong to one feature of the
+            input: `SineSPE` without noise, rotary ones (the two features of a pair fade alike) or
+            none.
         decay_range: smallest and largest time constant at the start, in positions.
         decay_gate: whether what the gate adds, which knows no positions, fades as well. False needs
             the same positions as ``"feature"``.
-        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="phase"``,
-            ``bandwidth`` (True with phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``,
-            ``ndim=1`` for ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``,
-            ``noise_stride=1`` for ``"conv"``; ``frequencies="fixed"``, ``base=10000`` for
-            ``"rotary"``. Of a class or a registered name: the arguments of its constructor.
+        options: of the named position: ``num_sines=1`` for ``"fading"``, and ``ndim=1`` for
+            ``"exact"``; ``num_sines=4``, ``ndim=1``, ``noise="phase"``, ``bandwidth`` (True with
+            phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``, ``ndim=1`` for
+            ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``, ``noise_stride=1``
+            for ``"conv"``; ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``. Of a class or
+            a registered name: the arguments of its constructor.
 
     Raises:
         ValueError, TypeError: an argument is not what it must be; the message names it.
 
     Example:
-        >>> attention = SPEMultiheadAttention(64, 4, batch_first=True, position="sine")
+        >>> attention = SPEMultiheadAttention(64, 4, batch_first=True)
         >>> x = torch.randn(2, 100, 64)
         >>> attention(x, x, x, is_causal=True)[0].shape
         torch.Size([2, 100, 64])
@@ -151,7 +154,7 @@ class SPEMultiheadAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        position: str | nn.Module | None = "sine",
+        position: str | nn.Module | None = "fading",
         encode: Literal["features", "inputs"] | None = None,
         feature_map: FeatureMap = "elu",
         output_norm: Literal["rms", "default"] | None = "default",
@@ -162,7 +165,7 @@ class SPEMultiheadAttention(nn.Module):
         resample: Literal["train", "always", "never"] = "train",
         seed: int = 0,
         eps: float = 1e-6,
-        decay: Literal["learned", "fixed", "feature", "data"] | Decay | None = None,
+        decay: Literal["learned", "fixed", "feature", "data", "default"] | Decay | None = "default",
         decay_range: Sequence[float] = (8.0, 1e5),
         decay_gate: bool = True,
         **options: object,
@@ -196,6 +199,7 @@ class SPEMultiheadAttention(nn.Module):
         preset = find_preset(owner, position)
         encode = preset.encode if encode is None else encode
         init = preset.init if init is None else init
+        decay = preset.decay if isinstance(decay, str) and decay == "default" else decay
         check_choice(owner, "encode", encode, ("features", "inputs"))
         check_choice(owner, "output_norm", output_norm, ("rms", None, "default"))
         check_choice(owner, "init", init, ("published", "spread"))
@@ -265,6 +269,16 @@ class SPEMultiheadAttention(nn.Module):
         )  # fmt: skip
         self.decay_gate = decay_gate
         self._reset_projections()
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        own = getattr(self.position, "bandwidths", None)
+        if self.decay is not None and own is None and f"{prefix}position.bandwidths" in state_dict:
+            errors = arguments[-1]
+            errors.append(
+                f"SPEMultiheadAttention: {prefix}position.bandwidths is that of a layer made with "
+                "position='sine', the default before version 0.2: make this one with it"
+            )
 
     def reset_parameters(self) -> None:
         """Draw all parameters as the constructor does, a shared position's included."""
@@ -380,15 +394,18 @@ class SPEMultiheadAttention(nn.Module):
             position, batch, length, key_length, start, positions, state, mask, cu_seqlens,
             query.device,
         )  # fmt: skip
-        call = Call(places, is_causal, mask, key, state, cu_seqlens)
 
         q, k, v = self._project(query, key, value)
         v = v.flatten(1, -3)
         if grid is not None:
             grid = inputs.check_grid(grid, length, key_length, layout, position.ndim)
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
+        if self.decay is not None and length != key_length:
+            q, k, v, mask = fading.pad_to_one_length(q, k, v, mask)
+        call = Call(places, is_causal, mask, key, state, cu_seqlens)
         attend = attend_features if self.encode == "features" else attend_inputs
         out, sums = attend(self, q, k, v, call)
+        out = out[:, :length]
         if state is not None:
             state = AttentionState(*sums, places.after, state.seed)
         if self.output_norm == "rms" and self.encode == "inputs":
