@@ -14,8 +14,8 @@ from torch_spe.codes import blocks
 
 pytestmark = pytest.mark.cpu_only
 KINDS = {
-    "sine": {},
-    "gaussian": {"noise": "gaussian"},
+    "sine": {"position": "sine"},
+    "gaussian": {"position": "sine", "noise": "gaussian"},
     "exact": {"position": "exact"},
     "conv": {"position": "conv", "kernel_size": 5},
     "rotary": {"position": "rotary", "frequencies": "learned"},

@@ -56,13 +56,15 @@ class Turned(Position):
 
 
 NOISE = {"num_realizations": 16}
+SINE = {"position": "sine", **NOISE}
 POSITIONS = {
     "none": {"position": None},
-    "sine": NOISE,
-    "sine, no bandwidths": {"bandwidth": False, **NOISE},
-    "sine, gaussian": {"noise": "gaussian", **NOISE},
-    "sine, orthogonal": {"noise": "orthogonal", **NOISE},
-    "sine, ungated": {"gated": False, **NOISE},
+    "fading": {"position": "fading"},
+    "sine": SINE,
+    "sine, no bandwidths": {"bandwidth": False, **SINE},
+    "sine, gaussian": {"noise": "gaussian", **SINE},
+    "sine, orthogonal": {"noise": "orthogonal", **SINE},
+    "sine, ungated": {"gated": False, **SINE},
     "exact": {"position": "exact", "num_sines": 2},
     "paper": {"position": "paper", **NOISE},
     "conv": {"position": "conv", "kernel_size": 7, **NOISE},
@@ -82,7 +84,7 @@ DECAYS = ("learned", "fixed", "data")
 
 def make(seed=0, **options):
     torch.manual_seed(seed)
-    layer = SPEMultiheadAttention(DIM, HEADS, batch_first=True, **options)
+    layer = SPEMultiheadAttention(DIM, HEADS, batch_first=True, **{"position": "sine", **options})
     if layer.decay is not None and layer.decay.kind == "data":
         with torch.no_grad():
             layer.decay.weight.normal_()
@@ -171,7 +173,7 @@ def test_pieces_in_other_types(position, dtype, tolerance):
 def test_encoder_layer(batch_first, norm_first):
     torch.manual_seed(0)
     layer = SPETransformerEncoderLayer(
-        DIM, HEADS, 64, batch_first=batch_first, norm_first=norm_first, **NOISE
+        DIM, HEADS, 64, batch_first=batch_first, norm_first=norm_first, **SINE
     ).eval()
     x = torch.randn(2, LENGTH, DIM)
     x = x if batch_first else x.transpose(0, 1)
@@ -329,7 +331,7 @@ def test_a_state_moves_to_other_positions(position):
 @pytest.mark.parametrize("position", ["sine", "sine, gaussian", "conv"])
 def test_a_state_with_noise_does_not_move(position):
     layer = make(**POSITIONS[position])
-    with pytest.raises(ValueError, match="cannot be moved to other positions, as .*noise"):
+    with pytest.raises(ValueError, match=r"cannot be moved to other positions, as .*noise"):
         layer.shift(layer.initial_state(1), 3)
 
 
