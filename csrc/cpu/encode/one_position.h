@@ -10,6 +10,11 @@
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
+// Elements of phasors and of weights from which on waking the other threads takes less time than
+// they save.
+constexpr std::int64_t kPhasorsWorthThreads = 1 << 16;
+constexpr std::int64_t kWeightsWorthThreads = 1 << 20;
+
 template <class Params>
 TORCH_SPE_INLINE double first_position(const Params& p) {
   return p.positions == nullptr ? p.start : *p.positions;
@@ -51,7 +56,8 @@ void encode_phasors_of_one_position(const core::PhasorFilterParams& p) {
   using T = core::accumulate_t<Storage>;
   const std::int64_t pairs = p.num_pairs;
   const double position = first_position(p);
-#pragma omp parallel num_threads(p.num_threads)
+  const std::int64_t work = p.num_heads * p.in_features * pairs;
+#pragma omp parallel num_threads(p.num_threads) if (work >= kPhasorsWorthThreads)
   {
     Workspace<T> x(p.batch * p.in_features), y(p.batch * 2 * pairs), code(2 * pairs);
     Workspace<T> cos(pairs), sin(pairs);
@@ -90,7 +96,8 @@ void encode_sines_of_one_position(const core::SineFilterParams& p) {
   using T = core::accumulate_t<Storage>;
   const std::int64_t realizations = p.num_realizations, sines = p.num_sines;
   const double position = first_position(p);
-#pragma omp parallel num_threads(p.num_threads)
+  const std::int64_t work = p.num_heads * p.in_features * sines * realizations;
+#pragma omp parallel num_threads(p.num_threads) if (work >= kWeightsWorthThreads)
   {
     Workspace<T> x(p.in_features), y(realizations);
     Workspace<T> cos(p.in_features * sines), sin(p.in_features * sines);
