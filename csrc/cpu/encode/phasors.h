@@ -56,9 +56,7 @@ class PhasorTable {
     coefficients_ = coefficients;
     start_ = start;
     chunk_ = -kSegment;
-    // A single position, as in generation, is its own "middle", and a step leads nowhere.
-    middle_at_ = length == 1 ? 0 : 1;
-    length == 1 ? stand_still() : fill(1, step_);
+    fill(1, step_);
     if (length > kTrio) fill(kTrio, trio_step_);
     if (length > kChunk) fill(kChunk, chunk_step_);
   }
@@ -70,7 +68,7 @@ class PhasorTable {
     const std::int64_t segment = n / kSegment * kSegment;
     if (n == segment || n != chunk_ + kChunk) {
       chunk_ = segment;
-      fill(start_ + static_cast<double>(segment) + middle_at_, middle_);
+      fill(start_ + static_cast<double>(segment) + 1, middle_);
       rotate(coefficients_);
     }
     for (; chunk_ < n; chunk_ += kChunk) rotate(chunk_step_);
@@ -97,14 +95,6 @@ class PhasorTable {
     }
   }
 
-  void stand_still() const {
-    for (std::int64_t row = 0; row < rows_; ++row) {
-      T* re = step_ + 2 * row * width_;
-      for (std::int64_t i = 0; i < width_; ++i) re[i] = 1;
-      for (std::int64_t i = 0; i < width_; ++i) re[width_ + i] = 0;
-    }
-  }
-
   void fill(double position, T* out) const {
     for (std::int64_t row = 0; row < rows_; ++row) {
       T* plane = out + 2 * row * width_;
@@ -116,7 +106,7 @@ class PhasorTable {
   std::int64_t rows_ = 0;
   const double* freqs_ = nullptr;
   const T* coefficients_ = nullptr;
-  double start_ = 0, middle_at_ = 1;
+  double start_ = 0;
   std::int64_t chunk_ = -kSegment;  // where the present chunk begins
   // [rows, 2, width]: the phasors in the middle of the chunk's first three positions, and the
   // rotations of one position, of three, and of a chunk.

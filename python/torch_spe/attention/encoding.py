@@ -69,7 +69,7 @@ def draw_encoder(
         return encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
 
     def draw(size: Sequence[int], start: object, positions: Tensor | None) -> Encoder:
-        if seed is None:
+        if seed is None or layer.position is None:
             return make(size, start, positions)
         settings = (position, gate, used, trained, seed, layer.encode, q.shape[-1])
         return _keep(layer, settings, make, size, start, positions)

@@ -461,6 +461,11 @@ class SPEMultiheadAttention(nn.Module):
             start: position of the first key, or ``[B]``.
         """
         check_tensor("SPEMultiheadAttention", "key", key)
+        if key.dim() not in (2, 3):
+            raise ValueError(
+                "SPEMultiheadAttention: key must have 2 or 3 dimensions, got shape "
+                f"{tuple(key.shape)}"
+            )
         batch = 1 if key.dim() == 2 else key.shape[0 if self.batch_first else 1]
         query = key.new_zeros(*key.shape[:-1], self.embed_dim)
         state = self.initial_state(batch, start)
