@@ -62,7 +62,7 @@ def test_weights_without_positions_sum_to_one():
 
 
 def test_weights_of_a_grid():
-    layer = SPEMultiheadAttention(16, 2, batch_first=True, ndim=2)
+    layer = SPEMultiheadAttention(16, 2, batch_first=True, position="sine", ndim=2)
     assert layer.attention_weights(torch.randn(2, 3, 4, 16)).shape == (2, 2, 12, 12)
     flat = torch.randn(2, 12, 16)
     assert layer.attention_weights(flat, grid=(3, 4)).shape == (2, 2, 12, 12)

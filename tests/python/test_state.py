@@ -540,3 +540,9 @@ def test_grids_have_no_state():
     with pytest.raises(ValueError, match="one dimension"):
         layer.initial_state(2)
     assert torch_spe.AttentionState is AttentionState
+
+
+def test_a_memory_does_not_fade():
+    layer, x = make(position="fading"), torch.randn(2, 5, DIM)
+    with pytest.raises(ValueError, match=r"memory_state needs decay=None .* got decay='learned'"):
+        layer.memory_state(x, x)

@@ -459,7 +459,16 @@ class SPEMultiheadAttention(nn.Module):
             key_padding_mask: bool ``[B, M]``, True where a key is padding. Does not count in the
                 positions.
             start: position of the first key, or ``[B]``.
+
+        Raises:
+            ValueError: the layer has a decay: a state has faded up to its last token, while queries
+                of another sequence lie anywhere.
         """
+        if self.decay is not None:
+            raise ValueError(
+                "SPEMultiheadAttention: memory_state needs decay=None (position='fading' has one): "
+                f"it is the same for queries at all positions, got decay={self.decay.kind!r}"
+            )
         check_tensor("SPEMultiheadAttention", "key", key)
         if key.dim() not in (2, 3):
             raise ValueError(
