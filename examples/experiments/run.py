@@ -91,7 +91,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--report", type=Path, metavar="PATH",
-        help="train nothing: tables and plots of the runs in this folder or results.json",
+        help="train nothing: tables and plots of the runs in this folder or results.json, of the "
+        "encodings named",
     )  # fmt: skip
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     if parser.parse_known_args(arguments)[0].quick:
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:
-        results = results_in(options.report)
+        results = [r for r in results_in(options.report) if r["encoding"] in options.encodings]
         tasks = [load_task(name) for name in TASKS if any(r["task"] == name for r in results)]
     else:
         tasks = [load_task(name) for name in options.tasks]
