@@ -170,7 +170,7 @@ def test_an_attn_mask_of_integers(dtype, is_causal):
 
 
 @pytest.mark.parametrize("position", ["sine", "conv", "rotary", None])
-@pytest.mark.parametrize(("start", "kind"), [((3, 4), ValueError), ("a", TypeError)])
+@pytest.mark.parametrize(("start", "kind"), [((3, 4, 5), ValueError), ("a", TypeError)])
 def test_a_start_that_does_not_fit(position, start, kind):
     x = torch.randn(2, 5, 32)
     with pytest.raises(kind, match="start must be"):
