@@ -13,7 +13,8 @@ from torch_spe import DecoderState, SPETransformerDecoderLayer
 pytestmark = pytest.mark.cpu_only
 DIM, HEADS = 32, 2
 KINDS = {
-    "sine": {"num_realizations": 16},
+    "default": {},
+    "sine": {"position": "sine", "num_realizations": 16},
     "exact": {"position": "exact"},
     "conv": {"position": "conv", "kernel_size": 5, "num_realizations": 16},
     "rotary": {"position": "rotary"},
@@ -36,7 +37,9 @@ def test_called_as_pytorchs():
     layer, pytorchs = make(), nn.TransformerDecoderLayer(DIM, HEADS, 64)
     missing, unexpected = layer.load_state_dict(pytorchs.state_dict(), strict=False)
     assert not unexpected
-    assert all("position" in name or "filter" in name for name in missing)
+    assert all(any(n in name for n in ("position", "filter", "decay")) for name in missing)
+    assert layer.self_attn.decay is not None
+    assert layer.multihead_attn.decay is None
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

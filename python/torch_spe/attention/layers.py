@@ -230,7 +230,7 @@ class SPETransformerDecoderLayer(_Layer):
         device: of the parameters.
         dtype: of the parameters.
         memory_options: of the attention to the memory, as `attention_options`; default these,
-            without a decay, which needs queries and keys of the same length.
+            without a decay, as the state of a memory is the same for queries at all positions.
         attention_options: everything else that `SPEMultiheadAttention` takes: position, encode, ...
 
     Raises:
@@ -278,15 +278,18 @@ class SPETransformerDecoderLayer(_Layer):
             )
         if memory_options.get("decay") is not None:
             raise ValueError(
-                "SPETransformerDecoderLayer: memory_options must have no decay, which needs "
-                f"queries and keys of the same length, got decay={memory_options['decay']!r}"
+                "SPETransformerDecoderLayer: memory_options must have no decay: the state of a "
+                "memory is the same for queries at all positions, got "
+                f"decay={memory_options['decay']!r}"
             )
-        factory = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype, "decay": None}
         self.multihead_attn = SPEMultiheadAttention(
-            d_model, nhead, dropout=dropout, bias=bias, batch_first=batch_first, **factory,
-            **memory_options,
+            d_model, nhead, dropout=dropout, bias=bias, batch_first=batch_first,
+            **(factory | memory_options),
         )  # fmt: skip
-        self.norm3 = nn.LayerNorm(d_model, eps=self.norm1.eps, bias=bias, **factory)
+        self.norm3 = nn.LayerNorm(
+            d_model, eps=self.norm1.eps, bias=bias, device=device, dtype=dtype
+        )
         self.dropout3 = nn.Dropout(dropout)
 
     def forward(
