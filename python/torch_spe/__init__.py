@@ -4,8 +4,10 @@ from torch_spe import functional, reference
 from torch_spe._library import _C
 from torch_spe.attention import (
     AttentionState,
+    DecoderState,
     LinearAttention,
     SPEMultiheadAttention,
+    SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
 )
 from torch_spe.codes import Code, ConvCode, ExactCode, PhaseCode, SineCode, SinusoidCode
@@ -30,6 +32,7 @@ __all__ = [
     "ConvCode",
     "ConvSPE",
     "Decay",
+    "DecoderState",
     "Encoder",
     "ExactCode",
     "LinearAttention",
@@ -40,6 +43,7 @@ __all__ = [
     "SPEFilter",
     "SPEMultiheadAttention",
     "SPESoftmaxFilter",
+    "SPETransformerDecoderLayer",
     "SPETransformerEncoderLayer",
     "SineCode",
     "SineSPE",

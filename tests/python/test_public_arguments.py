@@ -23,6 +23,7 @@ from torch_spe import (
     SPEFilter,
     SPEMultiheadAttention,
     SPESoftmaxFilter,
+    SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
     feature_maps,
     functional,
@@ -37,6 +38,7 @@ NUMBERS = ["wrong", [0.5], 1j, torch.ones(2)]
 TENSORS = ["wrong", 3, [1.0], torch.ones(1, 1, 1, 1, 1, 1, 1), torch.ones(2, 2).to_sparse()]
 STARTS = ["wrong", NAN, -INF, [1.0] * 9, [None], None, torch.ones(2)]
 SIZES = ["wrong", 3, 1.5, NAN, [-1] * 3, [1.5] * 3, ["a", "b"], None]
+STATE_OF_ANOTHER = SPEMultiheadAttention(16, 2, position="exact").initial_state(2)
 # By annotation. None is wrong where the annotation does not have it.
 WRONG = {
     "int": INTEGERS,
@@ -51,6 +53,8 @@ WRONG = {
     "int | Sequence[int]": ["wrong", 1.5, NAN, -1, [1] * 9, [1.5], [None]],
     "float | Sequence[float]": STARTS,
     "float | Sequence[float] | Tensor": [*STARTS[:-1], torch.ones(9)],
+    "DecoderState": ["wrong", 3, STATE_OF_ANOTHER],
+    "dict[str, object]": ["wrong", 3, [1]],
     "AttentionState": ["wrong", 3, (torch.ones(2), torch.ones(2))],
     "Sequence[int]": SIZES,
     "tuple[int, int]": [*SIZES, [1], [0, 4]],
@@ -96,6 +100,7 @@ def inputs(n=3, **more):
 LAYER = {"embed_dim": 16, "num_heads": 2, "batch_first": True}
 EXACT = SPEMultiheadAttention(**LAYER, position="exact")
 STATE = EXACT.initial_state(2)
+DECODER = SPETransformerDecoderLayer(16, 2, batch_first=True)
 ATTEND = {name: torch.randn(2, 10, 16) for name in ("query", "key", "value")}
 COUNTS = {"num_heads": 2, "in_features": 3}
 # Function and arguments of a valid call.
@@ -141,6 +146,11 @@ CALLS = {
         SPETransformerEncoderLayer(16, 2).initial_state, {"batch": 2}),
     "SPETransformerEncoderLayer.shift": (
         SPETransformerEncoderLayer(16, 2, position="exact").shift, {"state": STATE, "by": 3}),
+    "SPETransformerDecoderLayer": (SPETransformerDecoderLayer, {"d_model": 16, "nhead": 2}),
+    "SPETransformerDecoderLayer.forward": (
+        DECODER, {"tgt": torch.randn(2, 10, 16), "memory": torch.randn(2, 9, 16)}),
+    "SPETransformerDecoderLayer.initial_state": (
+        DECODER.initial_state, {"memory": torch.randn(2, 9, 16)}),
     "parameter_groups": (torch_spe.parameter_groups, {"model": nn.Linear(1, 1), "lr": 0.1}),
     "register_position": (torch_spe.register_position, {"name": "x", "factory": RotaryPositions}),
     "apply_feature_map": (feature_maps.apply_feature_map,
@@ -186,7 +196,10 @@ def is_right(name, argument, kind, value):
 # What an error may call an argument that is passed on.
 ALIASES = {
     "x": ["queries"], "queries": ["q"], "keys": ["k"], "values": ["v"], "src": ["query"],
-    "src_mask": ["attn_mask"], "src_key_padding_mask": ["key_padding_mask"], "size": ["shape"],
+    "src_mask": ["attn_mask"], "tgt": ["query"], "tgt_mask": ["attn_mask"],
+    "tgt_key_padding_mask": ["key_padding_mask"], "tgt_is_causal": ["is_causal"],
+    "memory_mask": ["attn_mask"], "memory_key_padding_mask": ["key_padding_mask"],
+    "memory": ["key"], "src_key_padding_mask": ["key_padding_mask"], "size": ["shape"],
     "code_shape": ["num_heads"], "d_model": ["embed_dim"], "nhead": ["num_heads"],
 }  # fmt: skip
 
@@ -231,6 +244,7 @@ def test_every_public_function_is_in_the_table():
     made_by_others = {
         "AttentionState",
         "ConvCode",
+        "DecoderState",
         "ExactCode",
         "PhaseCode",
         "SineCode",
