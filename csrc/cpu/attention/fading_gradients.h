@@ -218,6 +218,8 @@ class FadingGradients {
     for (std::int64_t t = 0; t < size; ++t) {
       T* const row = part + t * rw;
       const T factor = factors == nullptr ? T(1) : factors[t];
+      // What the transposed state has beyond R is not known.
+      for (std::int64_t r = layout_.features; r < rw; ++r) row[r] = 0;
       if (has_z) add_multiple(factor * weight_of(tokens, t), z, layout_.features, row);
       if (decay_.per_feature()) decay_.receive(way, t, row, rw, row);
     }
