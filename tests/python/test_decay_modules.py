@@ -332,6 +332,15 @@ def test_queries_and_keys_of_other_lengths(position, decay, lengths):
     torch.testing.assert_close(got, layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]])
 
 
+def test_positions_of_narrow_integers():
+    layer, x = make("exact"), inputs()[:, :2]
+    places = torch.tensor([-128, 127])
+    expected = layer(x, x, x, positions=places)[0]
+    assert torch.equal(layer(x, x, x, positions=places.to(torch.int8))[0], expected)
+    with pytest.raises(ValueError, match="positions must not fall where attention fades"):
+        layer(x, x, x, positions=torch.tensor([5, 2], dtype=torch.uint8))
+
+
 def test_wrong_calls():
     x = inputs()
     layer = make(None, decay="data")
