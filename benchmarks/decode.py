@@ -14,9 +14,9 @@ from benchmarks.cases import Case, Implementation
 DECODE = "a step of generation"
 LAYERS = {
     "torch_spe": {},
+    "torch_spe, phase noise": {"position": "sine"},
     "torch_spe, Gaussian noise": {"position": "paper"},
-    "torch_spe, exact sines": {"position": "exact"},
-    "torch_spe, exact sines with a decay": {"position": "exact", "decay": "learned"},
+    "torch_spe, exact sines, no decay": {"position": "exact"},
     "torch_spe, ConvSPE": {"position": "conv"},
     "torch_spe, rotary": {"position": "rotary"},
     "torch_spe, no positions": {"position": None},

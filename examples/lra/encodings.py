@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 
 from torch_spe import ConvSPE, PositiveFeatures, RotaryPositions, SineSPE
 
@@ -80,42 +78,3 @@ ENCODINGS = {
     "softmax": Encoding("softmax attention, absolute positions", absolute=True, softmax=True),
     "softmax-rotary": Encoding("softmax attention, rotary", _rotary, softmax=True),
 }
-
-
-class SoftmaxAttention(nn.Module):
-    """Self-attention with the projections of `SPEMultiheadAttention`, called like it."""
-
-    def __init__(self, width: int, heads: int, position: nn.Module | None):
-        super().__init__()
-        self.heads = heads
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-        self.position = position
-        nn.init.xavier_uniform_(self.in_proj.weight)
-        nn.init.zeros_(self.in_proj.bias)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, N, width], query, key and value
-        *_same: Tensor,
-        key_padding_mask: Tensor | None = None,  # [B, N]
-        is_causal: bool = False,
-        **_unused: object,
-    ) -> tuple[Tensor, None]:  # [B, N, width]
-        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, D]
-        if self.position is not None:
-            q, k = self.position(q), self.position(k)
-        mask = None
-        if key_padding_mask is not None:
-            mask = ~key_padding_mask[:, None, None]
-            if is_causal:
-                length = x.shape[1]
-                mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-                # A query before all content would have nothing to attend to.
-                mask = mask | torch.eye(length, dtype=torch.bool, device=x.device)
-        out = scaled_dot_product_attention(
-            *(y.transpose(1, 2) for y in (q, k, v)), attn_mask=mask,
-            is_causal=is_causal and mask is None,
-        )  # fmt: skip
-        return self.out_proj(out.transpose(1, 2).flatten(2)), None

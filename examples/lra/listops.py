@@ -17,10 +17,10 @@ import numpy as np
 
 from lra.model import Size
 from lra.presets import Preset
-from lra.task import Part, Ragged, Task, cached
+from lra.task import PAD, Part, Ragged, Task, cached
 from lra.training import Recipe, Stage
 
-PAD, DIGITS, CLOSE = 0, 1, 15  # digit d is token DIGITS + d
+DIGITS, CLOSE = 1, 15  # digit d is token DIGITS + d
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 FIRST_OPERATOR = 11
 VOCABULARY = 16

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lra.encodings import ENCODINGS, SoftmaxAttention
+from experiments.softmax import SoftmaxAttention
+from lra.encodings import ENCODINGS
 from lra.task import PAD, Batch
 from torch_spe import SPETransformerEncoderLayer
 

@@ -66,16 +66,6 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, count: int | None) -> Part:
-        """The first `count`, or all."""
-        if count is None or count >= len(self):
-            return self
-        cut = tuple(
-            Ragged(ragged.tokens[: ragged.ends[count - 1]], ragged.ends[:count])
-            for ragged in self.inputs
-        )
-        return Part(cut, self.labels[:count])
-
     def batch(self, index: np.ndarray) -> Batch:
         """Some of them as tensors."""
         padded = [ragged.padded(index) for ragged in self.inputs]

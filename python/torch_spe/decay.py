@@ -149,7 +149,7 @@ def check_range(owner: str, decay_range: Sequence[float]) -> tuple[float, float]
             f"{owner}: decay_range must be a pair of time constants, got {decay_range!r}"
         ) from None
     low, high = (check_number(owner, "decay_range", tau) for tau in (low, high))
-    if not 0 < low <= high < math.inf:
+    if not torch.finfo(torch.float32).tiny <= low <= high < math.inf:  # 1 / low must be finite
         raise ValueError(
             f"{owner}: decay_range must be finite, positive and rising, got {decay_range!r}"
         )
@@ -165,8 +165,12 @@ def steps_between(positions: Tensor) -> Tensor:  # [B, N] -> [B, N]
 
 
 def check_rising(owner: str, between: Tensor) -> None:  # [B, N]
-    """Raise ValueError for differences of positions below 0, on the CPU."""
-    if between.device.type == "cpu" and not torch.compiler.is_compiling() and (between < 0).any():
+    """Raise ValueError for differences of positions that are not finite or below 0, on the CPU."""
+    if between.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not between.isfinite().all():
+        raise ValueError(f"{owner}: positions must be finite where attention fades (decay)")
+    if (between < 0).any():
         raise ValueError(
             f"{owner}: positions must not fall where attention fades (decay), got "
             f"{between.min().item():g} between two of them"

@@ -155,8 +155,7 @@ def _state_before(
             continue
         if faded is not None:
             factor = other[2].exp()
-            s = s * factor[..., None]
-            z = z * (factor if factor.shape[-1] in (1, z.shape[-1]) else factor[..., :1])
+            s, z = s * factor[..., None], z * factor  # F is R where each feature fades
         s, z = s + other[0], z + other[1]
     return _Depend.apply(s, *(other[0] for other in gathered)), z
 

@@ -293,6 +293,9 @@ def test_what_needs_features_apart(position, options):
         ({"decay_range": (8, math.inf)}, ValueError, "decay_range must be finite"),
         ({"decay_range": (0, 8)}, ValueError, "decay_range must be finite, positive"),
         ({"decay_range": (9, 8)}, ValueError, "decay_range must be finite, positive and rising"),
+        ({"decay_range": (1e-45, 8)}, ValueError, "decay_range must be finite, positive and"),
+        ({"decay": None, "decay_gate": False}, ValueError, "decay_gate must be True without a d"),
+        ({"decay": Decay(4, "data", embed_dim=9)}, ValueError, "decay must have embed_dim = 32"),
         ({"decay_range": ("a", 8)}, TypeError, "decay_range must be a number, got 'a'"),
         ({"position": "exact", "ndim": 2}, ValueError, "decay must be None with positions of sev"),
         (
@@ -319,7 +322,7 @@ def test_wrong_positions_are_named(position, positions):
 @pytest.mark.parametrize("decay", ["learned", "feature"])
 @pytest.mark.parametrize("lengths", [(9, LENGTH), (LENGTH, 9)])
 def test_queries_and_keys_of_other_lengths(position, decay, lengths):
-    # What is appended to the shorter has no say: changed, or cut off afterwards, all stays.
+    # As a call of equal lengths whose keys beyond are padding and whose queries beyond are dropped.
     layer, x = make(position, decay), inputs()
     queries, keys = (x[:, :length] for length in lengths)
     got = layer(queries, keys, keys)[0]
@@ -330,6 +333,14 @@ def test_queries_and_keys_of_other_lengths(position, decay, lengths):
     got = layer(queries, keys, keys, key_padding_mask=masked)[0]
     padding = padding | (torch.arange(LENGTH) < 3)
     torch.testing.assert_close(got, layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]])
+
+
+@pytest.mark.parametrize("position", [None, "exact"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_positions_that_are_not_finite_are_named(position, value):
+    layer, x = make(position), inputs()[:, :3]
+    with pytest.raises(ValueError, match="positions must be finite"):
+        layer(x, x, x, positions=torch.tensor([0.0, value, 2.0]))
 
 
 def test_positions_of_narrow_integers():

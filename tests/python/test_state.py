@@ -546,3 +546,6 @@ def test_a_memory_does_not_fade():
     layer, x = make(position="fading"), torch.randn(2, 5, DIM)
     with pytest.raises(ValueError, match=r"memory_state needs decay=None .* got decay='learned'"):
         layer.memory_state(x, x)
+    _, state = layer(x, x, x, state=layer.initial_state(2))
+    with pytest.raises(ValueError, match=r"key must be as long as query .* got lengths 0 and 5"):
+        layer(x, x[:, :0], x[:, :0], state=state)

@@ -241,8 +241,6 @@ class FadingGradients {
     if (!decay_.per_feature()) decay_.fade_weights(size, true, weights_, ld);
     if (later.grad_x != nullptr) {
       T* const part = is_first ? later.grad_x : part_.get();
-      // Both parts have the same terms.
-      const bool together = !decay_.per_feature();
       if (decay_.per_feature()) {
         decay_.sum_earlier(size, weights_, ld, earlier.x, part);
       } else {
@@ -251,23 +249,21 @@ class FadingGradients {
         if (before != nullptr) read_state(Way::kToEnd, size, later, before, T(1), part);
       }
       add_part(size, later.x, part, T(1), terms_, later.grad_x);
-      if (before != nullptr && !together) {
+      if (before != nullptr && decay_.per_feature()) {
         read_state(Way::kToEnd, size, later, before, T(0), part_);
         add_part(size, later.x, part_, T(1), terms_, later.grad_x);
       }
     }
     if (earlier.grad_x == nullptr) return;
     T* const part = is_first ? earlier.grad_x : part_.get();
-    const bool together = !decay_.per_feature() && !wants_steps();
     if (decay_.per_feature()) {
       decay_.sum_later(size, weights_, ld, later.x, part);
     } else {
       multiply(size, rw, size, transposed<T>(weights_, ld), later.x, rw, T(0), part, rw,
                Skip::kLowerOfA);
-      if (after != nullptr && together) read_state(Way::kToStart, size, earlier, after, T(1), part);
     }
     add_part(size, earlier.x, part, T(-1), terms_, earlier.grad_x);
-    if (after != nullptr && !together) {
+    if (after != nullptr) {
       read_state(Way::kToStart, size, earlier, after, T(0), part_);
       add_part(size, earlier.x, part_, T(1), later_terms_, earlier.grad_x);
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -88,18 +89,14 @@ def attend_inputs(
     log_decay = _log_decay(layer, encoder, q, call)
     q, k, _ = encoder.encode_both(q, k)
     q, k, feature_map, scaled = call.map_features(layer, q, k)
-    sums = None
 
-    def attend(v: Tensor) -> Tensor:
-        nonlocal sums
-        out, sums = call.attend(
+    def attend(v: Tensor) -> tuple[Tensor, Sums | None]:
+        return call.attend(
             q, k, v, feature_map=feature_map, eps=0.0 if scaled else layer.eps,
             log_decay=log_decay,
         )  # fmt: skip
-        return out
 
-    out = attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
-    return out, sums
+    return _attend_in_range(feature_map, q, v, attend)
 
 
 def attend_features(
@@ -115,10 +112,8 @@ def attend_features(
     rms_norm = (layer.output_norm if output_norm == "layer" else output_norm) == "rms"
     # Sums of any scale are brought to that of the values first, which eps is measured by.
     normalize = scaled or not rms_norm
-    sums = None
 
-    def attend(v: Tensor) -> Tensor:
-        nonlocal sums
+    def attend(v: Tensor) -> tuple[Tensor, Sums | None]:
         encoder = draw_encoder(layer, q, k, call)
         qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
         log_decay = _log_decay(layer, encoder, q, call)
@@ -137,10 +132,28 @@ def attend_features(
         )  # fmt: skip
         if rms_norm and normalize:
             out = F.rms_norm(out, out.shape[-1:], eps=max(layer.eps, 1e-30))  # rows of 0 stay 0
+        return out, sums
+
+    return _attend_in_range(feature_map, q, v, attend)
+
+
+def _attend_in_range(
+    feature_map: str,  # what the operator still applies
+    features: Tensor,  # [B, *size, H, D], of the queries
+    values: Tensor,  # [B, M, H, E]
+    attend: Callable[[Tensor], tuple[Tensor, Sums | None]],
+) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
+    """Attend to the values; where features were made before, in the range that they need."""
+    if feature_map != "identity":
+        return attend(values)
+    sums = None
+
+    def attend_alone(values: Tensor) -> Tensor:
+        nonlocal sums
+        out, sums = attend(values)
         return out
 
-    out = attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
-    return out, sums
+    return attend_in_range(features, values, attend_alone), sums
 
 
 def _log_decay(

@@ -45,6 +45,8 @@ def make_decay(
         dtype: of the parameters.
     """
     if decay is None:
+        if not decay_gate:
+            raise ValueError(f"{OWNER}: decay_gate must be True without a decay, got False")
         return None
     if isinstance(decay, str) and decay in KINDS:
         decay = Decay(
@@ -56,6 +58,11 @@ def make_decay(
         raise ValueError(f"{OWNER}: decay must be {kinds}, a Decay or None, got {decay!r}")
     if decay.num_heads != num_heads:
         raise ValueError(f"{OWNER}: decay must have {num_heads} heads, got {decay.num_heads}")
+    if decay.kind == "data" and decay.embed_dim != embed_dim:
+        raise ValueError(
+            f"{OWNER}: decay must have embed_dim = {embed_dim} (kdim of the layer), got "
+            f"{decay.embed_dim}"
+        )
     if position.ndim > 1:
         raise ValueError(
             f"{OWNER}: decay must be None with positions of several dimensions (ndim = "

@@ -401,6 +401,12 @@ class SPEMultiheadAttention(nn.Module):
             grid = inputs.check_grid(grid, length, key_length, layout, position.ndim)
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
         if self.decay is not None and length != key_length:
+            if state is not None:
+                raise ValueError(
+                    f"{owner}: key must be as long as query with a state where attention fades "
+                    "(decay, which position='fading' has): the state has faded up to the last "
+                    f"token before, got lengths {key_length} and {length}"
+                )
             q, k, v, mask = fading.pad_to_one_length(q, k, v, mask)
         call = Call(places, is_causal, mask, key, state, cu_seqlens)
         attend = attend_features if self.encode == "features" else attend_inputs
