@@ -335,6 +335,22 @@ def test_queries_and_keys_of_other_lengths(position, decay, lengths):
     torch.testing.assert_close(got, layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]])
 
 
+@pytest.mark.parametrize("decay", ["learned", "feature", "data"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_may_hold_anything(decay, value, causal):
+    layer, x = make("exact", decay), inputs()
+    padding = torch.arange(LENGTH).expand(2, -1) >= LENGTH - 4
+    for _ in range(2):  # to the right, to the left
+        outs = []
+        for filling in (0.0, value):
+            filled = x.masked_fill(padding[..., None], filling)
+            out = layer(filled, filled, filled, key_padding_mask=padding, is_causal=causal)[0]
+            outs.append(out[~padding])
+        torch.testing.assert_close(*outs)
+        padding = padding.flip(1)
+
+
 @pytest.mark.parametrize("position", [None, "exact"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_positions_that_are_not_finite_are_named(position, value):

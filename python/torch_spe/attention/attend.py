@@ -165,7 +165,11 @@ def _log_decay(
     """Return the operator's log_decay; drawing the encoder has checked the positions."""
     if layer.decay is None:
         return None
-    steps = fading.steps_of_call(layer.decay, call.source, call.places, q.shape[1])
+    source = call.source
+    if layer.decay.kind == "data" and call.mask is not None:  # padding may hold anything
+        unusable = call.mask[:, : source.shape[1], None] & ~source.isfinite()
+        source = source.masked_fill(unusable, 0)
+    steps = fading.steps_of_call(layer.decay, source, call.places, q.shape[1])
     return fading.steps_of_features(
         layer.decay, steps, encoder, q.shape[-1], layer.decay_gate, q.shape[0]
     )
