@@ -17,8 +17,8 @@ EDITABLE := .venv/editable-$(CHOICE)
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
-	@echo 'make test    C++ and Python tests, format and lint'
-	@echo 'make test-all  the same, more random calls, and everything under sanitizers'
+	@echo 'make test    C++ and Python tests, format and lint; all but the longest'
+	@echo 'make test-all  all tests, more random calls, and everything under sanitizers'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
