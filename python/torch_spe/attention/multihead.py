@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from torch_spe.attention import encoding, fading, inputs
 from torch_spe.attention.attend import Call, attend_features, attend_inputs
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import find_places
 from torch_spe.attention.projections import HeadProjections
 from torch_spe.attention.state import AttentionState
@@ -307,9 +308,11 @@ class SPEMultiheadAttention(HeadProjections):
                 gets the output bias.
             need_weights: must be False: linear attention has no matrix of weights. (The default of
                 ``nn.MultiheadAttention`` is True.)
-            attn_mask: None, or a causal mask: a bool one, True above the diagonal, or a float one,
-                -inf there. With ``is_causal=True`` its entries are not looked at, as in
-                ``nn.MultiheadAttention``.
+            attn_mask: None, or a causal mask, ``[N, M]`` or ``[B * H, N, M]``: a bool one, True
+                above the diagonal, or a float one, -inf there. With ``is_causal=True`` its entries
+                are not looked at, as in ``nn.MultiheadAttention``; those of ``[B, H, N, M]``, as
+                transformers makes it (sizes of 1 stand for all), always. Keys that it leaves out
+                for all queries are padding (of 4 dimensions and bool: where it is causal).
             average_attn_weights: without effect.
             is_causal: a position attends to those up to itself only; N and M must be equal. Needs
                 no attn_mask. Default False, and True with a state.
@@ -361,10 +364,10 @@ class SPEMultiheadAttention(HeadProjections):
         length, key_length = math.prod(size), math.prod(key.shape[1:-1])
         if is_causal and state is not None and key_length == 0:
             is_causal = False  # nothing but the state to attend to
-        is_causal = inputs.find_causal(
-            attn_mask, is_causal, length, key_length, batch, self.num_heads
-        )
-        mask = inputs.to_padding(key_padding_mask, batch, key_length, layout)
+        is_causal, mask = read_masks(
+            attn_mask, key_padding_mask, is_causal, batch, self.num_heads, length, key_length,
+            layout,
+        )  # fmt: skip
         inputs.check_packed(cu_seqlens, batch, length, key_length, position.ndim)
         places = find_places(
             position, batch, length, key_length, start, positions, state, mask, cu_seqlens,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_spe.attention import inputs
 from torch_spe.attention.attend import Call, attend_features, attend_inputs
 from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import Places, find_places, starts_of_sequences
 from torch_spe.attention.state import AttentionState, check_state
 from torch_spe.checks import check_flags, check_positive, check_starts, check_tensor
@@ -119,8 +120,9 @@ def weights_of_layer(
     sizes, ndim = (layer.embed_dim, layer.kdim, layer.kdim), layer._position().ndim
     query, key, _, layout = inputs.to_batch_first(query, key, key, sizes, layer.batch_first, ndim)
     batch, length, keys = query.shape[0], query[0, ..., 0].numel(), key[0, ..., 0].numel()
-    causal = inputs.find_causal(None, is_causal, length, keys, batch, layer.num_heads)
-    mask = inputs.to_padding(key_padding_mask, batch, keys, layout)
+    causal, mask = read_masks(
+        None, key_padding_mask, is_causal, batch, layer.num_heads, length, keys, layout
+    )
     places = find_places(
         layer._position(), batch, length, keys, start, positions, None, mask, None, query.device
     )
