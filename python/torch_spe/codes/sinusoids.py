@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe import functional
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import check_lengths, check_positions, check_source
 from torch_spe.codes.base import Code, check_no_gate, code_type, gate_code, scale_constant
+from torch_spe.feature_maps import apply_feature_map
 from torch_spe.noise import STREAMS, draw_circle, draw_normal
 
 
@@ -338,14 +340,25 @@ class ExactCode(SinusoidCode):
         """Return the code times a factor; see `Encoder.scaled`."""
         return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)
 
-    def _apply(self, x, side, positions, start, feature_map):
-        constant = self.constant
+    @property
+    def _scale(self) -> float:
         # R / D = blocks; the products of all R features count, not their mean.
-        blocks = 2 * self.amplitudes.shape[2] + (constant is not None)
-        scale = blocks**0.25 * self.factor
+        blocks = 2 * self.amplitudes.shape[2] + (self.constant is not None)
+        return blocks**0.25 * self.factor
+
+    @without_autocast
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:  # [1, X, H, D]
+        """Encode keys without a position: the features of the gate alone; see `Encoder`."""
+        if self.constant is None:
+            return super().encode_constant(x, feature_map)
+        x = apply_feature_map(feature_map, x).to(self.dtype)
+        return F.pad(x * (self.constant * self._scale), (self.num_realizations, 0))
+
+    def _apply(self, x, side, positions, start, feature_map):
+        constant = None if self.constant is None else self.constant * self._scale
         return functional.sine_features(
-            x, self.freqs, self.amplitudes * scale, self.offsets if side == "query" else None,
-            None if constant is None else constant * scale, positions, start, feature_map,
+            x, self.freqs, self.amplitudes * self._scale,
+            self.offsets if side == "query" else None, constant, positions, start, feature_map,
         )  # fmt: skip
 
 
