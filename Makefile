@@ -27,7 +27,7 @@ help:
 	@echo 'TORCH=$(TORCH) and PYTHON=$(PYTHON) choose another PyTorch and Python.'
 
 demo: demo-build
-	PYTHONPATH=$(DEMO)/package $(BIN)/python examples/chorales/train.py $(ARGS)
+	PYTHONPATH=$(DEMO)/package $(BIN)/python examples/music/chorales/train.py $(ARGS)
 
 # A build and a package of its own, quickly made: for the instruction sets of this machine, and with the CUDA kernels
 # only where there is a GPU to run them. The variables of setup.py come first.

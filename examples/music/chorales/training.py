@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from chorales.data import Windows
-from chorales.model import Encoding
+from music.chorales.data import Windows
+from music.chorales.model import Encoding
 from torch_spe import parameter_groups
 
 
