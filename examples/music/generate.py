@@ -1,0 +1,140 @@
+"""Continue the beginning of a piece with a trained model.
+
+    python examples/music/generate.py --help
+
+Without `--midi` the prompts are the first bars of held-out pieces. What comes out for each: a MIDI
+file, a picture of its piano roll and a WAV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from symusic import Score
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from music.model import Trained, load, sample  # noqa: E402  (found in the folder above)
+from music.picture import plot_roll  # noqa: E402
+from music.pieces import Piece  # noqa: E402
+from music.sound import write_wav  # noqa: E402
+from music.tokens import Tokens  # noqa: E402
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "runs" / "music" / "chorales",
+        help="folder that train.py wrote",
+    )  # fmt: skip
+    parser.add_argument("--midi", type=Path, nargs="+", help="MIDI files to continue")
+    parser.add_argument("--pieces", type=int, default=3, help="held-out pieces, without --midi")
+    parser.add_argument("--bars", type=int, default=2, help="bars of the prompt")
+    parser.add_argument(
+        "--tokens", type=int, help="length with the prompt; 4 times the trained length if not given"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of the likely tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--soundfont", type=Path, help="SoundFont (.sf2) to play with")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--out", type=Path, help="folder; the model's if not given")
+    options = parser.parse_args(arguments)
+    if not (options.model / "settings.json").exists():
+        parser.error(f"--model: no model in {options.model}; train.py makes one")
+    for name in ("pieces", "bars", "tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if options.soundfont is not None and not options.soundfont.exists():
+        parser.error(f"--soundfont: there is no file {options.soundfont}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[Path]:
+    options = parse_arguments(arguments)
+    trained = load(options.model, options.device)
+    out = options.out or options.model / "continued"
+    length = options.tokens or 4 * trained.preset.length
+    prompts = given(options.midi, trained.tokens) if options.midi else trained.prompts()
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for piece in list(prompts)[: None if options.midi else options.pieces]:
+        prompt = first_bars(trained.tokens, piece.tokens, options.bars)
+        if len(prompt) >= length:
+            print(f"left out {piece.name}: the prompt alone has {len(prompt)} tokens of {length}")
+            continue
+        begin = time.perf_counter()
+        generator = torch.Generator(options.device).manual_seed(options.seed)
+        tokens = sample(
+            trained.model, prompt[None].to(options.device), length, options.temperature,
+            options.top_p, generator,
+        )[0].cpu()  # fmt: skip
+        seconds = time.perf_counter() - begin
+        stem = out / Path(piece.name).stem
+        advice = write(stem, trained, tokens, len(prompt), piece.name, options.soundfont)
+        written.append(stem.with_suffix(".mid"))
+        print(
+            f"{piece.name}: {len(prompt)} tokens of prompt, {length - len(prompt)} more in "
+            f"{seconds:.1f} s, in {written[-1]}"
+        )
+        if advice:
+            print(advice)
+    return written
+
+
+def given(files: Iterable[Path], tokens: Tokens) -> list[Piece]:
+    """The user's files as tokens; the program ends where one cannot be read."""
+    pieces = []
+    for file in files:
+        try:
+            pieces.append(Piece(file.name, tokens.read(Score(file))))
+        except Exception as error:
+            sys.exit(f"--midi: {file} cannot be read with the tokens of this model: {error}")
+    return pieces
+
+
+def first_bars(tokens: Tokens, sequence: Tensor, bars: int) -> Tensor:
+    """The first bars of a piece that have notes, from the first one on."""
+    bounds = [*tokens.bars(sequence).tolist(), len(sequence)]
+    # Bars of silence at the start would be continued with silence.
+    first = next(
+        (i for i in range(len(bounds) - 1)
+         if tokens.write(sequence[bounds[i] : bounds[i + 1]]).note_num()), 0,
+    )  # fmt: skip
+    return sequence[bounds[first] : bounds[min(first + bars, len(bounds) - 1)]]
+
+
+def end_of(tokens: Tokens, sequence: Tensor, count: int) -> float:
+    """The time, in quarter notes, at which the first tokens of a sequence have been played."""
+    score = tokens.write(sequence[:count])
+    return score.end() / score.tpq
+
+
+def write(
+    stem: Path, trained: Trained, tokens: Tensor, prompt: int, title: str, soundfont: Path | None
+) -> str | None:
+    """Write MIDI, picture and sound; return what is missing for the last one, if anything."""
+    score = trained.tokens.write(tokens)
+    score.dump_midi(stem.with_suffix(".mid"))
+    length = trained.preset.length
+    plot_roll(
+        stem.with_suffix(".png"), score, end_of(trained.tokens, tokens, prompt),
+        end_of(trained.tokens, tokens, length) if len(tokens) > length else None,
+        f"{title}, {prompt} tokens continued to {len(tokens)}; trained on {length}",
+    )  # fmt: skip
+    return write_wav(stem.with_suffix(".mid"), stem.with_suffix(".wav"), soundfont)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Train a model of music: on Bach's chorales, or on a folder of MIDI files.
+
+    python examples/music/train.py --help
+
+The preset says how large the model is and how it is trained. An interrupted training goes on when
+the same command is given again. generate.py continues pieces with what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from music.chorales.model import Encoding  # noqa: E402  (found in the folder above)
+from music.chorales.train import range_edges  # noqa: E402
+from music.chorales.training import bin_means, evaluate, train  # noqa: E402
+from music.model import Trained, make_model, save  # noqa: E402
+from music.pieces import Excerpts, Objective, Pieces, beginnings, chorales, midi_folder  # noqa: E402
+from music.presets import POSITIONS, PRESETS, Preset  # noqa: E402
+from music.tokens import Remi  # noqa: E402
+
+TIMES = 4  # the trained length, in the test and in what is generated
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--midi", type=Path, metavar="FOLDER", help="of MIDI files to train on")
+    parser.add_argument(
+        "--preset", choices=[name for name in PRESETS if name != "chorales"], metavar="NAME",
+        default="small",
+        help="with --midi: " + "; ".join(
+            f"{name} ({p.note}: {p.layers} layers of {p.width}, length {p.length})"
+            for name, p in PRESETS.items() if name != "chorales"),
+    )  # fmt: skip
+    parser.add_argument("--position", choices=POSITIONS, help="if not the preset's")
+    for name, kind in (("length", int), ("steps", int), ("batch", int), ("lr", float)):
+        parser.add_argument(f"--{name}", type=kind, help="if not the preset's")
+    parser.add_argument("--transpose", type=int, help="semitones up or down, if not the preset's")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, windows and noise")
+    parser.add_argument(
+        "--out", type=Path, help="folder; runs/music/ and the name of the data if not given"
+    )
+    options = parser.parse_args(arguments)
+    for name in ("length", "steps", "batch", "lr"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be above 0, got {value}")
+    if options.midi is not None and not options.midi.is_dir():
+        parser.error(f"--midi must be a folder, got {options.midi}")
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: PyTorch sees no CUDA device")
+    return options
+
+
+def preset_of(options: argparse.Namespace) -> Preset:
+    """The preset with what the command line changes."""
+    given = {
+        name: getattr(options, name)
+        for name in ("position", "length", "steps", "batch", "lr", "transpose")
+        if getattr(options, name) is not None
+    }
+    return dataclasses.replace(PRESETS[options.preset if options.midi else "chorales"], **given)
+
+
+def fit(
+    preset: Preset, pieces: Pieces, seed: int, device: str, checkpoint: Path | None = None,
+    progress: bool = True,
+) -> tuple[torch.nn.Module, dict]:  # fmt: skip
+    """Train a new model; return it with the NLL by position of the held-out pieces."""
+    tokens, objective = pieces.tokens, Objective(pieces.tokens.padding)
+    windows = Excerpts(pieces.train, preset.length, tokens, preset.transpose)
+    torch.manual_seed(seed)
+    model = make_model(preset, tokens.size)
+    encoding = Encoding(POSITIONS[preset.position].label, spe_lr_scale=5.0)
+    report = train(
+        model, encoding, windows, preset.steps, preset.batch, preset.lr, seed, device, progress,
+        objective, checkpoint,
+    )  # fmt: skip
+    edges = range_edges(preset.length, TIMES * preset.length)
+    bins = [round(i * edges[-1] / 16) for i in range(17)]
+    result = {
+        "train_nll": sum(report.losses[-20:]) / len(report.losses[-20:]),
+        "tokens_per_second": report.tokens_per_second, "ranges": edges, "bins": bins,
+    }  # fmt: skip
+    held_out = beginnings(pieces.test, edges[-1], tokens.padding)
+    values = evaluate(model, held_out, device=device, objective=objective)
+    result["nll"], result["nll_per_bin"] = bin_means(values, edges), bin_means(values, bins)
+    return model, result
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    options = parse_arguments(arguments)
+    preset = preset_of(options)
+    if options.midi is None:
+        pieces = chorales(TIMES * preset.length)
+    else:
+        try:
+            pieces = midi_folder(options.midi, Remi(preset.programs), options.seed)
+        except ValueError as error:
+            sys.exit(str(error))
+    out = options.out or ROOT / "runs" / "music" / (
+        options.midi.name if options.midi else "chorales"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    count = sum(len(piece.tokens) for piece in pieces.train)
+    print(
+        f"{pieces.title}: {len(pieces.train)} pieces of {count} tokens to train on, "
+        f"{len(pieces.test)} to test on; {preset.steps} steps of {preset.batch} windows of "
+        f"{preset.length} tokens"
+    )
+    checkpoint = out / "checkpoint.pt"
+    model, result = fit(preset, pieces, options.seed, options.device, checkpoint)
+    save(out, Trained(model, pieces.tokens, preset, {"seed": options.seed, **result}, pieces.test))
+    checkpoint.unlink(missing_ok=True)
+    print("NLL of held-out pieces, in nats per token, by position:")
+    for (a, b), value in zip(
+        zip(result["ranges"], result["ranges"][1:], strict=False), result["nll"], strict=True
+    ):
+        print(f"{a:6}-{b}: {value:.3f}")
+    print(f"written to {out}; continue pieces with generate.py --model {out}")
+    return out
+
+
+if __name__ == "__main__":
+    main()
