@@ -81,12 +81,12 @@ def main(arguments: list[str] | None = None) -> list[Path]:
             options.top_p, generator,
         )[0].cpu()  # fmt: skip
         seconds = time.perf_counter() - begin
-        stem = out / Path(piece.name).stem
-        advice = write(stem, trained, tokens, len(prompt), piece.name, options.soundfont)
-        written.append(stem.with_suffix(".mid"))
+        midi = out / (Path(piece.name).stem + ".mid")
+        advice = write(midi, trained, tokens, len(prompt), piece.name, options.soundfont)
+        written.append(midi)
         print(
             f"{piece.name}: {len(prompt)} tokens of prompt, {length - len(prompt)} more in "
-            f"{seconds:.1f} s, in {written[-1]}"
+            f"{seconds:.1f} s, in {midi}"
         )
         if advice:
             print(advice)
@@ -122,18 +122,23 @@ def end_of(tokens: Tokens, sequence: Tensor, count: int) -> float:
 
 
 def write(
-    stem: Path, trained: Trained, tokens: Tensor, prompt: int, title: str, soundfont: Path | None
+    midi: Path, trained: Trained, tokens: Tensor, prompt: int, title: str, soundfont: Path | None
 ) -> str | None:
     """Write MIDI, picture and sound; return what is missing for the last one, if anything."""
     score = trained.tokens.write(tokens)
-    score.dump_midi(stem.with_suffix(".mid"))
+    score.dump_midi(midi)
     length = trained.preset.length
     plot_roll(
-        stem.with_suffix(".png"), score, end_of(trained.tokens, tokens, prompt),
+        beside(midi, ".png"), score, end_of(trained.tokens, tokens, prompt),
         end_of(trained.tokens, tokens, length) if len(tokens) > length else None,
         f"{title}, {prompt} tokens continued to {len(tokens)}; trained on {length}",
     )  # fmt: skip
-    return write_wav(stem.with_suffix(".mid"), stem.with_suffix(".wav"), soundfont)
+    return write_wav(midi, beside(midi, ".wav"), soundfont)
+
+
+def beside(midi: Path, suffix: str) -> Path:
+    """The file with another ending: names may have dots of their own."""
+    return midi.with_name(midi.stem + suffix)
 
 
 if __name__ == "__main__":

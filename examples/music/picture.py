@@ -1,4 +1,4 @@
-"""Pictures: a piano roll with prompt and continuation told apart, and the plots of the comparison."""
+"""Pictures: a piano roll with prompt and continuation told apart, and lines over positions."""
 
 from __future__ import annotations
 

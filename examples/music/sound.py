@@ -1,4 +1,4 @@
-"""Sound of a MIDI file: midirenderer (RustySynth) plays it with a SoundFont of the system's or a package's."""
+"""Sound of a MIDI file: midirenderer plays it with a SoundFont that a package ships."""
 
 from __future__ import annotations
 

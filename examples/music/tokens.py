@@ -1,4 +1,4 @@
-"""Music as tokens: four-part chorales, and any MIDI file as REMI; both to and from `symusic` scores."""
+"""Music as tokens: four-part chorales, and any MIDI file as REMI; to and from scores."""
 
 from __future__ import annotations
 
