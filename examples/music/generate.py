@@ -115,12 +115,6 @@ def first_bars(tokens: Tokens, sequence: Tensor, bars: int) -> Tensor:
     return sequence[bounds[first] : bounds[min(first + bars, len(bounds) - 1)]]
 
 
-def end_of(tokens: Tokens, sequence: Tensor, count: int) -> float:
-    """The time, in quarter notes, at which the first tokens of a sequence have been played."""
-    score = tokens.write(sequence[:count])
-    return score.end() / score.tpq
-
-
 def write(
     midi: Path, trained: Trained, tokens: Tensor, prompt: int, title: str, soundfont: Path | None
 ) -> str | None:
@@ -129,8 +123,8 @@ def write(
     score.dump_midi(midi)
     length = trained.preset.length
     plot_roll(
-        beside(midi, ".png"), score, end_of(trained.tokens, tokens, prompt),
-        end_of(trained.tokens, tokens, length) if len(tokens) > length else None,
+        beside(midi, ".png"), score, trained.tokens.time(tokens, prompt),
+        trained.tokens.time(tokens, length) if len(tokens) > length else None,
         f"{title}, {prompt} tokens continued to {len(tokens)}; trained on {length}",
     )  # fmt: skip
     return write_wav(midi, beside(midi, ".wav"), soundfont)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.softmax import SoftmaxAttention
 from music.pieces import Piece
 from music.presets import POSITIONS, Preset
+from music.softmax import CachedSoftmaxAttention
 from music.tokens import Tokens, load_tokens, save_tokens
 from torch_spe import SPETransformerEncoderLayer
 
@@ -32,7 +32,7 @@ class MusicModel(nn.Module):
                 position=None if positions.softmax else position, **positions.layer,
             )  # fmt: skip
             if positions.softmax:
-                layer.self_attn = SoftmaxAttention(preset.width, preset.heads, position)
+                layer.self_attn = CachedSoftmaxAttention(preset.width, preset.heads, position)
             self.layers.append(layer)
         self.norm = nn.LayerNorm(preset.width)
         self.head = nn.Linear(preset.width, vocabulary)
@@ -109,16 +109,10 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # [B, length]
     """Continue prompts to `length` tokens each."""
-    softmax = isinstance(model.layers[0].self_attn, SoftmaxAttention)
-    tokens, state = prompt, None if softmax else model.initial_state(len(prompt))
-    new = prompt
+    tokens, new, state = prompt, prompt, model.initial_state(len(prompt))
     while tokens.shape[1] < length:
-        if softmax:
-            logits = model(tokens)[:, -1]
-        else:
-            logits, state = model.step(new, state)
-            logits = logits[:, -1]
-        new = draw(logits, temperature, top_p, generator)
+        logits, state = model.step(new, state)
+        new = draw(logits[:, -1], temperature, top_p, generator)
         tokens = torch.cat((tokens, new), 1)
     return tokens
 

@@ -39,6 +39,9 @@ class Tokens(Protocol):
     def bars(self, tokens: Tensor) -> Tensor:
         """Positions in ``[N]`` at which bars begin."""
 
+    def time(self, tokens: Tensor, count: int) -> float:
+        """When the notes of the first tokens of ``[N]`` have begun, in quarter notes."""
+
 
 class FourParts:
     """Tokens of `chorales.data`: soprano, alto, tenor and bass of every sixteenth.
@@ -50,7 +53,7 @@ class FourParts:
     size = data.VOCABULARY
     padding = None
     bar = 4 * data.BEAT * data.VOICES
-    velocity, beats_per_minute = 80, 80
+    velocity, beats_per_minute = 100, 80
 
     def read(self, score: Score) -> Tensor:
         """Tokens ``[N]`` of a score whose tracks with notes are the four voices, highest first."""
@@ -97,6 +100,10 @@ class FourParts:
     def bars(self, tokens: Tensor) -> Tensor:
         """Every 64th token."""
         return torch.arange(0, len(tokens), self.bar)
+
+    def time(self, tokens: Tensor, count: int) -> float:
+        """When the notes of the first tokens of ``[N]`` have begun, in quarter notes."""
+        return count / (data.VOICES * data.BEAT)
 
 
 class Remi:
@@ -165,6 +172,12 @@ class Remi:
     def bars(self, tokens: Tensor) -> Tensor:
         """The positions of the bar tokens."""
         return (tokens == self.tokenizer["Bar_None"]).nonzero().flatten()
+
+    def time(self, tokens: Tensor, count: int) -> float:
+        """When the notes of the first tokens of ``[N]`` have begun, in quarter notes."""
+        score = self.write(tokens[:count])
+        onsets = [int(track.notes.numpy()["time"].max(initial=0)) for track in score.tracks]
+        return (max(onsets, default=-1) + 1) / score.tpq
 
 
 def one_piano(score: Score) -> Score:

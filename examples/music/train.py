@@ -29,38 +29,50 @@ from music.tokens import Remi  # noqa: E402
 TIMES = 4  # the trained length, in the test and in what is generated
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what data and size of the models are said with."""
+    parser.add_argument("--midi", type=Path, metavar="FOLDER", help="of MIDI files to train on")
+    presets = {name: preset for name, preset in PRESETS.items() if name != "chorales"}
+    parser.add_argument(
+        "--preset", choices=presets, metavar="NAME", default="small",
+        help="with --midi: " + "; ".join(
+            f"{name} ({p.note}: {p.layers} layers of {p.width}, length {p.length})"
+            for name, p in presets.items()),
+    )  # fmt: skip
+    for name, kind in (("length", int), ("steps", int), ("batch", int), ("lr", float)):
+        parser.add_argument(f"--{name}", type=kind, help="if not the preset's")
+    parser.add_argument("--transpose", type=int, help="semitones up or down, if not the preset's")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--midi", type=Path, metavar="FOLDER", help="of MIDI files to train on")
-    parser.add_argument(
-        "--preset", choices=[name for name in PRESETS if name != "chorales"], metavar="NAME",
-        default="small",
-        help="with --midi: " + "; ".join(
-            f"{name} ({p.note}: {p.layers} layers of {p.width}, length {p.length})"
-            for name, p in PRESETS.items() if name != "chorales"),
-    )  # fmt: skip
+    add_arguments(parser)
     parser.add_argument("--position", choices=POSITIONS, help="if not the preset's")
-    for name, kind in (("length", int), ("steps", int), ("batch", int), ("lr", float)):
-        parser.add_argument(f"--{name}", type=kind, help="if not the preset's")
-    parser.add_argument("--transpose", type=int, help="semitones up or down, if not the preset's")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0, help="of weights, windows and noise")
     parser.add_argument(
         "--out", type=Path, help="folder; runs/music/ and the name of the data if not given"
     )
     options = parser.parse_args(arguments)
+    check(parser, options)
+    return options
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where an argument of `add_arguments` cannot be."""
     for name in ("length", "steps", "batch", "lr"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} must be above 0, got {value}")
+    if options.transpose is not None and not 0 <= options.transpose <= 12:
+        parser.error(f"--transpose must be within 0..12, got {options.transpose}")
     if options.midi is not None and not options.midi.is_dir():
         parser.error(f"--midi must be a folder, got {options.midi}")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: PyTorch sees no CUDA device")
-    return options
 
 
 def preset_of(options: argparse.Namespace) -> Preset:
@@ -68,9 +80,19 @@ def preset_of(options: argparse.Namespace) -> Preset:
     given = {
         name: getattr(options, name)
         for name in ("position", "length", "steps", "batch", "lr", "transpose")
-        if getattr(options, name) is not None
+        if getattr(options, name, None) is not None
     }
     return dataclasses.replace(PRESETS[options.preset if options.midi else "chorales"], **given)
+
+
+def load_pieces(options: argparse.Namespace, preset: Preset) -> Pieces:
+    """The data that the command line names."""
+    if options.midi is None:
+        return chorales(TIMES * preset.length)
+    try:
+        return midi_folder(options.midi, Remi(preset.programs))
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def fit(
@@ -102,16 +124,9 @@ def fit(
 def main(arguments: list[str] | None = None) -> Path:
     options = parse_arguments(arguments)
     preset = preset_of(options)
-    if options.midi is None:
-        pieces = chorales(TIMES * preset.length)
-    else:
-        try:
-            pieces = midi_folder(options.midi, Remi(preset.programs), options.seed)
-        except ValueError as error:
-            sys.exit(str(error))
-    out = options.out or ROOT / "runs" / "music" / (
-        options.midi.name if options.midi else "chorales"
-    )
+    pieces = load_pieces(options, preset)
+    name = options.midi.resolve().name if options.midi else "chorales"
+    out = options.out or ROOT / "runs" / "music" / name
     out.mkdir(parents=True, exist_ok=True)
     count = sum(len(piece.tokens) for piece in pieces.train)
     print(
