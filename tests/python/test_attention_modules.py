@@ -565,6 +565,7 @@ def test_compiles_whole(options, training):
         assert_close(out, expected, torch.float32)
 
 
+@pytest.mark.long
 def test_compiles_with_the_default_backend():
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True).eval()
     fast = compiled(layer)

@@ -97,6 +97,7 @@ def compile_plainly(entry, source, compiled):
     subprocess.run([*command, "-O0"], check=True, cwd=entry["directory"])
 
 
+@pytest.mark.long
 def test_kernels_export_only_their_namespace(kernels, tmp_path):
     for isa, entry in kernels:
         compiled = Path(entry["directory"], entry["output"])
