@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from music.measures import between, describe, histograms, notes_of, overlap  # noqa: E402
-from music.model import Trained, sample, save  # noqa: E402  (found in the folder above)
+from music.model import Trained, save  # noqa: E402  (found in the folder above)
 from music.picture import plot_by_position  # noqa: E402
 from music.pieces import Piece, Pieces, beginnings  # noqa: E402
 from music.presets import COMPARED, POSITIONS, Preset  # noqa: E402
@@ -159,7 +159,8 @@ def continuations(
     prompts = beginnings(long_enough(pieces.test, edges), edges[0] - 1, None)
     generator = torch.Generator(device).manual_seed(seed)
     prompts = prompts.repeat_interleave(samples, 0).to(device)
-    return sample(model, prompts, edges[-1], top_p=1.0, generator=generator).cpu()
+    new = model.generate(prompts, edges[-1] - edges[0], generator=generator)
+    return torch.cat((prompts, new), 1).cpu()
 
 
 def held_out_row(preset: Preset, pieces: Pieces) -> dict:

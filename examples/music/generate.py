@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from music.model import Trained, load, sample  # noqa: E402  (found in the folder above)
+from music.model import Trained, load  # noqa: E402  (found in the folder above)
 from music.picture import plot_roll  # noqa: E402
 from music.pieces import Piece  # noqa: E402
 from music.sound import write_wav  # noqa: E402
@@ -76,10 +76,11 @@ def main(arguments: list[str] | None = None) -> list[Path]:
             continue
         begin = time.perf_counter()
         generator = torch.Generator(options.device).manual_seed(options.seed)
-        tokens = sample(
-            trained.model, prompt[None].to(options.device), length, options.temperature,
-            options.top_p, generator,
+        new = trained.model.generate(
+            prompt[None].to(options.device), length - len(prompt), temperature=options.temperature,
+            top_p=options.top_p, generator=generator,
         )[0].cpu()  # fmt: skip
+        tokens = torch.cat((prompt, new))
         seconds = time.perf_counter() - begin
         midi = out / (Path(piece.name).stem + ".mid")
         advice = write(midi, trained, tokens, len(prompt), piece.name, options.soundfont)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from torch import nn
-
-from torch_spe import ConvSPE, RotaryPositions, SineSPE
 
 
 @dataclass(frozen=True)
@@ -52,33 +47,28 @@ class Positions:
     """A line of the comparison: what the layers of a model know of positions."""
 
     label: str
-    # Makes the argument `position` of the layers, which share the module.
-    position: Callable[[Preset], nn.Module | str | None] = lambda preset: None
-    layer: dict = field(default_factory=dict)  # other arguments of the layers
+    layer: dict = field(default_factory=dict)  # arguments of SPEMultiheadAttention
     softmax: bool = False
 
+    def attention(self, preset: Preset) -> dict[str, object]:
+        """The arguments of `SPEMultiheadAttention`."""
+        sines = {"num_sines": preset.sines} if self.layer.get("position") == "paper" else {}
+        return self.layer | sines
 
-def _rotary(preset: Preset) -> nn.Module:
-    return RotaryPositions(preset.heads, preset.width // preset.heads, frequencies="random")
 
-
-# R = 64 and P = 128 as in the paper.
+ROTARY = {"position": "rotary", "frequencies": "random"}
 POSITIONS = {
-    "fading": Positions("exact sines, decay (default)", lambda preset: "fading"),
-    "none": Positions("no positions"),
-    "decay": Positions("decay alone", layer={"decay": "learned"}),
-    "rotary": Positions("rotary", _rotary),
-    "rotary-decay": Positions("rotary, decay", _rotary, {"decay": "learned"}),
-    "softmax": Positions("softmax attention, rotary", _rotary, softmax=True),
-    "paper": Positions(
-        "SineSPE as in the paper",
-        lambda preset: SineSPE(preset.heads, preset.width // preset.heads, 64, preset.sines),
-        {"encode": "inputs", "init": "published"},
-    ),
+    "fading": Positions("exact sines, decay (default)", {"position": "fading"}),
+    "none": Positions("no positions", {"position": None}),
+    "decay": Positions("decay alone", {"position": None, "decay": "learned"}),
+    "rotary": Positions("rotary", ROTARY),
+    "rotary-decay": Positions("rotary, decay", ROTARY | {"decay": "learned"}),
+    "softmax": Positions("softmax attention, rotary", ROTARY, softmax=True),
+    # R = 64 and P = 128 as in the paper.
+    "paper": Positions("SineSPE as in the paper", {"position": "paper"}),
     "conv": Positions(
         "ConvSPE as in the paper",
-        lambda preset: ConvSPE(1, preset.heads, preset.width // preset.heads, 64, 128),
-        {"encode": "inputs", "init": "published"},
+        {"position": "conv", "kernel_size": 128, "encode": "inputs", "init": "published"},
     ),
-}  # fmt: skip
+}
 COMPARED = ("fading", "none", "decay", "rotary", "rotary-decay", "softmax")

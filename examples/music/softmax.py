@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from experiments.softmax import SoftmaxAttention, lags
+from experiments.softmax import SoftmaxAttention
 
 
 class Cache(NamedTuple):
@@ -16,6 +16,11 @@ class Cache(NamedTuple):
 
     keys: Tensor  # [B, N, H, D]
     values: Tensor  # [B, N, H, D]
+
+    @property
+    def position(self) -> int:
+        """That of the next token."""
+        return self.keys.shape[1]
 
 
 class CachedSoftmaxAttention(SoftmaxAttention):
@@ -42,11 +47,12 @@ class CachedSoftmaxAttention(SoftmaxAttention):
         if state is None:
             return super().forward(x, *same, **options)
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, D]
-        start = state.keys.shape[1]
+        start = state.position
         if self.position is not None:
             q, k = self.position(q, start=start), self.position(k, start=start)
         state = Cache(torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1))
-        seen = lags(x.new_empty(state.keys.shape[1], state.keys.shape[1]))[start:] >= 0  # [N, M]
+        place = torch.arange(state.position, device=x.device)
+        seen = place[start:, None] >= place  # [N, M]
         out = scaled_dot_product_attention(
             *(y.transpose(1, 2) for y in (q, *state)), attn_mask=seen
         )
