@@ -84,7 +84,8 @@ def measure(tokens: Tokens, sequences: Tensor, edges: list[int], others: list[di
     for index, other in enumerate(others):
         found = [describe(*piece[index]) for piece in cut if piece[index][2] > piece[index][1]]
         for name in found[0] if found else ():
-            result[name].append(float(np.nanmean([values[name] for values in found])))
+            known = [values[name] for values in found if not np.isnan(values[name])]
+            result[name].append(statistics.mean(known) if known else float("nan"))
         shared = overlap(histograms(piece[index][0] for piece in cut), other)
         result["overlap"].append(statistics.mean(shared.values()))
     return result
