@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from music.measures import between, describe, histograms, notes_of, overlap  # noqa: E402
-from music.model import Trained, save  # noqa: E402  (found in the folder above)
+from music.model import TIMES, Trained, save  # noqa: E402  (found in the folder above)
 from music.picture import plot_by_position  # noqa: E402
 from music.pieces import Piece, Pieces, beginnings  # noqa: E402
 from music.presets import COMPARED, POSITIONS, Preset  # noqa: E402
 from music.tokens import Tokens  # noqa: E402
-from music.train import TIMES, add_arguments, check, fit, load_pieces, preset_of  # noqa: E402
+from music.train import add_arguments, check, fit, load_pieces, preset_of  # noqa: E402
 
 HELD_OUT = "held-out pieces"
 MEASURES = {
@@ -125,9 +125,8 @@ def make_run(
     if file.exists():
         return json.loads(file.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    model, result = fit(preset, pieces, seed, device, folder / "checkpoint.pt")
+    model, result = fit(preset, pieces, seed, device, folder)
     save(folder, Trained(model, pieces.tokens, preset, {"seed": seed, **result}, pieces.test))
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
     made = continuations(model.eval(), preset, pieces, samples, seed, device)
     torch.save(made, folder / "continuations.pt")
     edges = edges_of(preset)

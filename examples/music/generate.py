@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from music.model import Trained, load  # noqa: E402  (found in the folder above)
+from music.model import TIMES, Trained, load  # noqa: E402  (found in the folder above)
 from music.picture import plot_roll  # noqa: E402
 from music.pieces import Piece  # noqa: E402
 from music.sound import write_wav  # noqa: E402
@@ -64,30 +64,45 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[Path]:
     options = parse_arguments(arguments)
     trained = load(options.model, options.device)
-    out = options.out or options.model / "continued"
-    length = options.tokens or 4 * trained.preset.length
-    prompts = given(options.midi, trained.tokens) if options.midi else trained.prompts()
+    pieces = given(options.midi, trained.tokens) if options.midi else trained.held_out
+    return continue_pieces(
+        trained, pieces if options.midi else pieces[: options.pieces],
+        options.out or options.model / "continued", bars=options.bars,
+        length=options.tokens, temperature=options.temperature, top_p=options.top_p,
+        seed=options.seed, soundfont=options.soundfont, device=options.device,
+    )  # fmt: skip
+
+
+def continue_pieces(
+    trained: Trained, pieces: Iterable[Piece], out: Path, *, bars: int = 2,
+    length: int | None = None, temperature: float = 1.0, top_p: float = 0.95, seed: int = 0,
+    soundfont: Path | None = None, device: str = "cpu",
+) -> list[Path]:  # fmt: skip
+    """Continue the first bars of pieces and write what comes out; return the MIDI files.
+
+    `length` is that of the prompt and what follows, if not four times the trained one.
+    """
+    length = length or TIMES * trained.preset.length
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for piece in list(prompts)[: None if options.midi else options.pieces]:
-        prompt = first_bars(trained.tokens, piece.tokens, options.bars)
+    for piece in pieces:
+        prompt = first_bars(trained.tokens, piece.tokens, bars)
         if len(prompt) >= length:
             print(f"left out {piece.name}: the prompt alone has {len(prompt)} tokens of {length}")
             continue
         begin = time.perf_counter()
-        generator = torch.Generator(options.device).manual_seed(options.seed)
         new = trained.model.generate(
-            prompt[None].to(options.device), length - len(prompt), temperature=options.temperature,
-            top_p=options.top_p, generator=generator,
+            prompt[None].to(device), length - len(prompt), temperature=temperature, top_p=top_p,
+            generator=torch.Generator(device).manual_seed(seed),
         )[0].cpu()  # fmt: skip
-        tokens = torch.cat((prompt, new))
         seconds = time.perf_counter() - begin
         midi = out / (Path(piece.name).stem + ".mid")
-        advice = write(midi, trained, tokens, len(prompt), piece.name, options.soundfont)
+        tokens = torch.cat((prompt, new))
+        advice = write(midi, trained, tokens, len(prompt), piece.name, soundfont)
         written.append(midi)
         print(
-            f"{piece.name}: {len(prompt)} tokens of prompt, {length - len(prompt)} more in "
-            f"{seconds:.1f} s, in {midi}"
+            f"{piece.name}: {len(prompt)} tokens of prompt, {len(new)} more in {seconds:.1f} s, "
+            f"in {midi}"
         )
         if advice:
             print(advice)

@@ -14,6 +14,8 @@ from music.softmax import CachedSoftmaxAttention
 from music.tokens import Tokens, load_tokens, save_tokens
 from torch_spe.models import ModelConfig, SPECausalLM
 
+TIMES = 4  # the trained length, in the test and in what is generated
+
 
 @dataclass
 class Trained:
@@ -24,10 +26,6 @@ class Trained:
     preset: Preset
     settings: dict
     held_out: list[Piece]
-
-    def prompts(self) -> list[Piece]:
-        """The held-out pieces."""
-        return self.held_out
 
 
 def make_model(preset: Preset, vocabulary: int) -> SPECausalLM:

@@ -3,7 +3,8 @@
     python examples/music/train.py --help
 
 The preset says how large the model is and how it is trained. An interrupted training goes on when
-the same command is given again. generate.py continues pieces with what comes out.
+the same command is given again. At the end a few held-out pieces are continued; generate.py
+continues others with the model.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -21,12 +23,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 from music.chorales.model import Encoding  # noqa: E402  (found in the folder above)
 from music.chorales.train import range_edges  # noqa: E402
 from music.chorales.training import bin_means, evaluate, train  # noqa: E402
-from music.model import Trained, make_model, save  # noqa: E402
+from music.generate import continue_pieces  # noqa: E402
+from music.model import TIMES, Trained, make_model, save  # noqa: E402
 from music.pieces import Excerpts, Objective, Pieces, beginnings, chorales, midi_folder  # noqa: E402
 from music.presets import POSITIONS, PRESETS, Preset  # noqa: E402
 from music.tokens import Remi  # noqa: E402
-
-TIMES = 4  # the trained length, in the test and in what is generated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--position", choices=POSITIONS, help="if not the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of weights, windows and noise")
+    parser.add_argument("--pieces", type=int, default=3, help="held-out pieces to continue then")
     parser.add_argument(
         "--out", type=Path, help="folder; runs/music/ and the name of the data if not given"
     )
@@ -96,19 +98,25 @@ def load_pieces(options: argparse.Namespace, preset: Preset) -> Pieces:
 
 
 def fit(
-    preset: Preset, pieces: Pieces, seed: int, device: str, checkpoint: Path | None = None,
-    progress: bool = True,
+    preset: Preset, pieces: Pieces, seed: int, device: str, folder: Path
 ) -> tuple[torch.nn.Module, dict]:  # fmt: skip
-    """Train a new model; return it with the NLL by position of the held-out pieces."""
+    """Train a new model; return it with the NLL by position of the held-out pieces.
+
+    In the folder is, until then, what an interrupted training goes on from.
+    """
     tokens, objective = pieces.tokens, Objective(pieces.tokens.padding)
     windows = Excerpts(pieces.train, preset.length, tokens, preset.transpose)
     torch.manual_seed(seed)
     model = make_model(preset, tokens.size)
     encoding = Encoding(POSITIONS[preset.position].label, spe_lr_scale=5.0)
+    # Another command than the one that was interrupted has another file.
+    what = f"{preset} {seed} {tokens.size} {len(windows.tokens)}"
+    checkpoint = folder / f"checkpoint-{zlib.crc32(what.encode()):08x}.pt"
     report = train(
-        model, encoding, windows, preset.steps, preset.batch, preset.lr, seed, device, progress,
-        objective, checkpoint,
+        model, encoding, windows, preset.steps, preset.batch, preset.lr, seed, device,
+        objective=objective, checkpoint=checkpoint,
     )  # fmt: skip
+    checkpoint.unlink(missing_ok=True)
     edges = range_edges(preset.length, TIMES * preset.length)
     bins = [round(i * edges[-1] / 16) for i in range(17)]
     result = {
@@ -134,16 +142,18 @@ def main(arguments: list[str] | None = None) -> Path:
         f"{len(pieces.test)} to test on; {preset.steps} steps of {preset.batch} windows of "
         f"{preset.length} tokens"
     )
-    checkpoint = out / "checkpoint.pt"
-    model, result = fit(preset, pieces, options.seed, options.device, checkpoint)
-    save(out, Trained(model, pieces.tokens, preset, {"seed": options.seed, **result}, pieces.test))
-    checkpoint.unlink(missing_ok=True)
+    model, result = fit(preset, pieces, options.seed, options.device, out)
+    settings = {"seed": options.seed, **result}
+    trained = Trained(model.eval(), pieces.tokens, preset, settings, pieces.test)
+    save(out, trained)
     print("NLL of held-out pieces, in nats per token, by position:")
     for (a, b), value in zip(
         zip(result["ranges"], result["ranges"][1:], strict=False), result["nll"], strict=True
     ):
         print(f"{a:6}-{b}: {value:.3f}")
-    print(f"written to {out}; continue pieces with generate.py --model {out}")
+    chosen = pieces.test[: options.pieces]
+    continue_pieces(trained, chosen, out / "continued", device=options.device)
+    print(f"written to {out}; generate.py --model {out} --midi FILE continues a file of yours")
     return out
 
 

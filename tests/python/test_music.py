@@ -157,7 +157,7 @@ def test_excerpts_start_at_bars_and_are_padded_and_transposed():
     short = remi.read(score_of([62], bars=1))
     excerpts = Excerpts([Piece("long", long), Piece("short", short)], 40, remi, transpose=2)
     windows = excerpts.sample(1000, torch.Generator().manual_seed(0))
-    assert windows.shape == (200, 41)
+    assert windows.shape == (1000, 41)
     assert (windows[:, 0] == long[0]).all()
     padded = (windows == remi.padding).any(1)
     assert 0 < padded.sum() < 300
@@ -296,11 +296,11 @@ def test_an_interrupted_training_goes_on(tmp_path):
 
 def test_from_a_folder_of_midi_to_a_continuation(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.PRESETS, "small", TINY)
-    out = command.main(["--midi", str(folder), "--out", str(tmp_path / "model")])
+    out = command.main(["--midi", str(folder), "--out", str(tmp_path / "model"), "--pieces", "0"])
     settings = json.loads((out / "settings.json").read_text())
     assert settings["ranges"] == [0, 32, 64, 128]
     assert all(math.isfinite(value) for value in settings["nll"])
-    assert not (out / "checkpoint.pt").exists()
+    assert not list(out.glob("checkpoint*"))
     monkeypatch.setattr(generate, "write_wav", lambda midi, wav, font: "no sound")
     user = tmp_path / "my tune.v2.mid"
     score_of([50, 57], 24, bars=6).dump_midi(user)
