@@ -31,7 +31,7 @@ from music.picture import plot_by_position  # noqa: E402
 from music.pieces import Piece, Pieces, beginnings  # noqa: E402
 from music.presets import COMPARED, POSITIONS, Preset  # noqa: E402
 from music.tokens import Tokens  # noqa: E402
-from music.train import add_arguments, check, fit, load_pieces, preset_of  # noqa: E402
+from music.train import add_arguments, check, discard_checkpoints, fit, load_pieces, preset_of  # noqa: E402
 
 HELD_OUT = "held-out pieces"
 MEASURES = {
@@ -127,6 +127,7 @@ def make_run(
     folder.mkdir(parents=True, exist_ok=True)
     model, result = fit(preset, pieces, seed, device, folder)
     save(folder, Trained(model, pieces.tokens, preset, {"seed": seed, **result}, pieces.test))
+    discard_checkpoints(folder)
     made = continuations(model.eval(), preset, pieces, samples, seed, device)
     torch.save(made, folder / "continuations.pt")
     edges = edges_of(preset)

@@ -102,7 +102,7 @@ def fit(
 ) -> tuple[torch.nn.Module, dict]:  # fmt: skip
     """Train a new model; return it with the NLL by position of the held-out pieces.
 
-    In the folder is, until then, what an interrupted training goes on from.
+    In the folder is what an interrupted training goes on from, until `discard_checkpoints`.
     """
     tokens, objective = pieces.tokens, Objective(pieces.tokens.padding)
     windows = Excerpts(pieces.train, preset.length, tokens, preset.transpose)
@@ -116,7 +116,6 @@ def fit(
         model, encoding, windows, preset.steps, preset.batch, preset.lr, seed, device,
         objective=objective, checkpoint=checkpoint,
     )  # fmt: skip
-    checkpoint.unlink(missing_ok=True)
     edges = range_edges(preset.length, TIMES * preset.length)
     bins = [round(i * edges[-1] / 16) for i in range(17)]
     result = {
@@ -127,6 +126,12 @@ def fit(
     values = evaluate(model, held_out, device=device, objective=objective)
     result["nll"], result["nll_per_bin"] = bin_means(values, edges), bin_means(values, bins)
     return model, result
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove what trainings go on from: the model is saved."""
+    for file in folder.glob("checkpoint-*.pt"):
+        file.unlink()
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -146,6 +151,7 @@ def main(arguments: list[str] | None = None) -> Path:
     settings = {"seed": options.seed, **result}
     trained = Trained(model.eval(), pieces.tokens, preset, settings, pieces.test)
     save(out, trained)
+    discard_checkpoints(out)
     print("NLL of held-out pieces, in nats per token, by position:")
     for (a, b), value in zip(
         zip(result["ranges"], result["ranges"][1:], strict=False), result["nll"], strict=True

@@ -86,7 +86,7 @@ def train(
         schedule.step()
         losses.append(loss.item())
         bar.set_postfix(nll=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
-        if checkpoint is not None and len(losses) % every == 0 and len(losses) < steps:
+        if checkpoint is not None and (len(losses) % every == 0 or len(losses) == steps):
             _save(checkpoint, model, optimizer, schedule, generator, losses)
     seconds = time.perf_counter() - begin
     return Report(losses, (steps - done) * batch * windows.length / seconds)
