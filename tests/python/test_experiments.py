@@ -15,7 +15,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from chorales.model import HEADS, WIDTH, ChoraleModel
 from experiments import run as command
 from experiments import runs, tables
 from experiments.encodings import ENCODINGS
@@ -25,6 +24,7 @@ from experiments.runs import Settings, claim, load_task, plan
 from experiments.tasks import TASKS
 from experiments.tasks.copying import copy_task
 from experiments.tasks.pixels import Rows, class_measures, class_nll
+from music.chorales.model import HEADS, WIDTH, ChoraleModel
 
 EXAMPLES = Path(command.__file__).resolve().parents[1]
 
