@@ -1,5 +1,7 @@
 """Dashed contours that keep their distance from each other, many images at once, and their drawing.
 
+Without torch: processes that only draw start quickly.
+
 Contours grow paddle by paddle in continuous coordinates. What is occupied is kept as a picture of
 `CELLS` cells a pixel: a paddle is stamped into it with the distance that others keep, so whether a
 new one fits is looked up at a few of its points.
@@ -7,6 +9,7 @@ new one fits is looked up at a few of its points.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,7 +162,11 @@ def squares(
     x: np.ndarray,
 ) -> np.ndarray:  # [B, V, W]
     """Squares of the distances of places from paddles."""
-    ends, y, x = ends.astype(np.float32)[..., None, None], y.astype(np.float32), x.astype(np.float32)
+    ends, y, x = (
+        ends.astype(np.float32)[..., None, None],
+        y.astype(np.float32),
+        x.astype(np.float32),
+    )
     way = (ends[:, 1] - ends[:, 0]) / np.float32(PADDLE)
     y, x = y - ends[:, 0, 0], x - ends[:, 0, 1]
     part = np.clip(y * way[:, 0] + x * way[:, 1], 0, np.float32(PADDLE))
@@ -240,9 +247,7 @@ def render(drawing: Drawing, picture: Picture, scale: int = 1, marked: bool = Tr
     canvas = np.zeros((count, side, side), np.float32)
     # At least as thick as one point, or lines would have holes.
     radius = max(THICKNESS / 2, 0.5 * 2**0.5 / fine)
-    paint = [
-        (drawing.paddles[:, i], radius, _contrast(i, picture)) for i in range(picture.slots)
-    ]
+    paint = [(drawing.paddles[:, i], radius, _contrast(i, picture)) for i in range(picture.slots)]
     if marked:
         spots = np.repeat(drawing.marks[:, :, None], 2, axis=2)
         paint += [(spots[:, i], MARKER, MARKER_CONTRAST) for i in range(2)]
@@ -265,3 +270,11 @@ def render(drawing: Drawing, picture: Picture, scale: int = 1, marked: bool = Tr
 
 def _contrast(slot: int, picture: Picture) -> float:
     return CONTOUR_CONTRAST if slot < 2 * picture.paddles else DISTRACTOR_CONTRAST
+
+
+def marked_images(
+    count: int, seed: int | Sequence[int], picture: Picture
+) -> tuple[np.ndarray, np.ndarray]:  # [count, size, size], uint8; [count], int64
+    """Images and their labels, a function of the seed."""
+    drawing = draw_contours(count, picture, np.random.default_rng(seed))
+    return render(drawing, picture), drawing.labels.astype(np.int64)

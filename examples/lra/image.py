@@ -39,11 +39,13 @@ def _part(pixels: np.ndarray, labels: np.ndarray) -> Part:
 def load_cifar(folder: Path, records: int | None = 10_000) -> Task:
     """CIFAR-10 from its binary version; a tenth of the training images is for validation."""
     folder = folder / "cifar-10-batches-bin"
-    read = {
-        name: [np.concatenate(x) for x in zip(*(_read(folder / f, records) for f in files))]
-        for name, files in FILES.items()
-    }
-    parts = split(_part(*read["train"]), 0.1) | {"test": _part(*read["test"])}
+
+    def part(files: list[str]) -> Part:
+        read = [_read(folder / file, records) for file in files]
+        pixels, labels = (np.concatenate(both) for both in zip(*read, strict=True))
+        return _part(pixels, labels)
+
+    parts = split(part(FILES["train"]), 0.1) | {"test": part(FILES["test"])}
     return _task("CIFAR-10", SIDE, LEVELS, parts)
 
 
@@ -67,6 +69,4 @@ def _three(pixels: np.ndarray, labels: np.ndarray, valid: int, test: int) -> dic
 
 
 def _task(title: str, side: int, levels: int, parts: dict[str, Part]) -> Task:
-    return Task(
-        "image", f"Image ({title})", 1 + levels, 10, side * side, parts, grid=(side, side)
-    )
+    return Task("image", f"Image ({title})", 1 + levels, 10, side * side, parts, grid=(side, side))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from lra.contours import Picture, draw_contours, render
+from lra.contours import Picture, marked_images
 from lra.task import Part, Ragged, Task, cached
 
 LARGE = Picture()
@@ -29,35 +30,27 @@ VOCABULARY = 129
 CHUNK = 2048  # images of one seed
 
 
-def generate(count: int, seed: int | Sequence[int], picture: Picture = LARGE) -> Part:
+def generate(count: int, seed: Sequence[int], picture: Picture = LARGE) -> Part:
     """Images as sequences of pixels, and labels: 1 where one contour has both marks."""
-    drawing = draw_contours(count, picture, np.random.default_rng(seed))
-    tokens = 1 + render(drawing, picture).reshape(count, -1) // 2
-    return Part((Ragged.rows(tokens),), drawing.labels.astype(np.int64))
+    return generate_in_parallel(count, seed, picture, workers=1)
 
 
 def generate_in_parallel(
     count: int, seed: Sequence[int], picture: Picture, label: str = "", workers: int | None = None
 ) -> Part:
-    """The same for many images, a chunk at a time: the result does not depend on `workers`."""
+    """The same in several processes, as many as there are cores: they change no image."""
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-    jobs = [(size, (*seed, i), picture) for i, size in enumerate(sizes)]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    with (
-        tqdm(total=count, desc=label, unit=" images", disable=not label) as bar,
-        ProcessPoolExecutor(max(workers, 1), get_context("forkserver")) as pool,
-    ):
-        parts = []
-        for part in pool.map(_job, jobs):
-            parts.append(part)
-            bar.update(len(part))
-    tokens = np.concatenate([part.inputs[0].tokens for part in parts])
-    labels = np.concatenate([part.labels for part in parts])
-    return Part((Ragged.rows(tokens.reshape(count, -1)),), labels)
-
-
-def _job(job: tuple) -> Part:
-    return generate(*job)
+    seeds = [(*seed, i) for i in range(len(sizes))]
+    workers = min(workers or len(os.sched_getaffinity(0)), len(sizes))
+    pool = ProcessPoolExecutor(workers, get_context("forkserver")) if workers > 1 else None
+    chunks = []
+    with pool or nullcontext(), tqdm(total=count, desc=label, disable=not label) as bar:
+        run = map if pool is None else pool.map
+        for chunk in run(marked_images, sizes, seeds, [picture] * len(sizes)):
+            chunks.append(chunk)
+            bar.update(len(chunk[1]))
+    images, labels = (np.concatenate(both) for both in zip(*chunks, strict=True))
+    return Part((Ragged.rows(1 + images.reshape(count, -1) // 2),), labels)
 
 
 def load(folder: Path, picture: Picture = LARGE, counts: dict[str, int] = LARGE_COUNTS) -> Task:

@@ -55,8 +55,8 @@ def _read(path: Path, length: int, pairs: int | None) -> Part:
             fields = line.rstrip(b"\r\n").split(b"\t")
             if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
                 raise ValueError(
-                    f"{path}, line {number}: expected 5 fields, the first 0 or 1, got {len(fields)} "
-                    f"fields, the first {fields[0][:20]!r}"
+                    f"{path}, line {number}: expected 5 fields, the first 0 or 1, "
+                    f"got {len(fields)} fields, the first {fields[0][:20]!r}"
                 )
             labels.append(int(float(fields[0])))
             for side, field in zip(sides, fields[3:], strict=True):
@@ -93,7 +93,7 @@ def load_chorales(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
 
 
 def pairs_of(pieces: list[np.ndarray], count: int, rng: np.random.Generator) -> Part:
-    """Pairs of passages, half of them of one piece: one from its first half, one from its second."""
+    """Pairs of passages, half of them from the two halves of one piece."""
     labels = rng.permutation(np.arange(count) % 2)
     first = rng.integers(len(pieces), size=count)
     other = (first + rng.integers(1, len(pieces), size=count)) % len(pieces)

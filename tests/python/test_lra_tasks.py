@@ -1,5 +1,6 @@
 """The tasks of the Long-Range Arena beside ListOps: data, loaders, presets, a step of each."""
 
+import ast
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ SCALE = 8  # of the images that contours are traced in
 
 @pytest.fixture(scope="module")
 def drawings():
-    pictures = {"large": (pathfinder.LARGE, 24), "small": (pathfinder.SMALL, 64)}
+    pictures = {"large": (pathfinder.LARGE, 12), "small": (pathfinder.SMALL, 24)}
     rng = np.random.default_rng(5)
     return {
         name: (picture, contours.draw_contours(count, picture, rng))
@@ -69,25 +70,18 @@ def test_contours_have_the_published_statistics(drawings):
     assert (~np.isnan(paddles[:, 2 * length :, 0, 0])).mean() > 0.5
 
 
-def test_pathfinder_is_a_function_of_its_seed_alone():
-    few = replace(pathfinder.SMALL, distractors=())
-    counted = pathfinder.generate(50, (1, 2), few)
-    again = pathfinder.generate(50, (1, 2), few)
-    assert np.array_equal(counted.inputs[0].tokens, again.inputs[0].tokens)
-    other = pathfinder.generate(50, (1, 3), few)
-    assert not np.array_equal(counted.inputs[0].tokens, other.inputs[0].tokens)
-    assert 0.2 < counted.labels.mean() < 0.8
-    tokens = counted.inputs[0].tokens
-    assert 1 <= tokens.min() < tokens.max() < pathfinder.VOCABULARY
-
-
-def test_pathfinder_in_parallel_is_the_same(monkeypatch):
+def test_pathfinder_is_a_function_of_its_seed_alone(monkeypatch):
     monkeypatch.setattr(pathfinder, "CHUNK", 20)
-    few = replace(pathfinder.SMALL, distractors=())
-    parts = [pathfinder.generate_in_parallel(50, (3,), few, workers=n) for n in (1, 2)]
-    assert np.array_equal(parts[0].inputs[0].tokens, parts[1].inputs[0].tokens)
-    assert np.array_equal(parts[0].inputs[0][45], pathfinder.generate(10, (3, 2), few).inputs[0][5])
-    assert len(parts[0]) == len(parts[0].inputs[0]) == 50
+    short = replace(pathfinder.SMALL, paddles=2, distractors=((1, 1),))
+    part, again = (pathfinder.generate_in_parallel(50, (3,), short, workers=n) for n in (1, 2))
+    assert np.array_equal(part.inputs[0].tokens, again.inputs[0].tokens)
+    assert np.array_equal(part.labels, again.labels)
+    assert len(part) == len(part.inputs[0]) == 50
+    other = pathfinder.generate(50, (4,), short)
+    assert not np.array_equal(part.inputs[0].tokens, other.inputs[0].tokens)
+    assert 0.2 < part.labels.mean() < 0.8
+    tokens = part.inputs[0].tokens
+    assert 1 == tokens.min() < tokens.max() < pathfinder.VOCABULARY
 
 
 # ---- loaders, on files of the released formats
@@ -161,12 +155,15 @@ def test_imdb(tmp_path):
     assert test.inputs[0].lengths.max() == 120
 
 
-def test_the_librarys_prose_and_programs(tmp_path):
+def test_the_librarys_prose_and_programs(tmp_path, monkeypatch):
     source = b'"""What it is."""\nx = "# no comment"  # a comment\n\n\ndef f():\n    """Of f."""\n'
     prose, program = text.prose_and_program(source + b"    return 1\n")
     assert prose == b"What it is.\nOf f."
     assert program == b'x = "# no comment"\ndef f():\n    return 1'
-    counts = {"train": 6, "valid": 4, "test": 2}
+    folder, counts = Path(ast.__file__).parent, {"train": 6, "valid": 4, "test": 2}
+    files = {"heapq.py": "train", "bisect.py": "train", "shelve.py": "valid", "queue.py": "test"}
+    monkeypatch.setattr(text, "sources", lambda: {name: folder / name for name in files})
+    monkeypatch.setattr(text, "part_of", files.get)
     task = text.load_library(tmp_path, counts)
     assert {name: len(part) for name, part in task.parts.items()} == counts
     assert all(part.labels.mean() == 0.5 for part in task.parts.values())
@@ -174,11 +171,16 @@ def test_the_librarys_prose_and_programs(tmp_path):
 
 
 def test_aan(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for at .*new_aan_pairs.train.tsv.*lra_rel"):
+    with pytest.raises(
+        FileNotFoundError, match=r"looked for at .*new_aan_pairs.train.tsv.*lra_rel"
+    ):
         retrieval.load_aan(tmp_path)
     folder = tmp_path / "tsv_data"
     folder.mkdir()
-    lines = ["1.0\tA1\tB2\tone text\tb'a \\xc3\\xa9\\n'", "0.0\tA3\tB4\tother\tlonger than ten bytes"]
+    lines = [
+        "1.0\tA1\tB2\tone text\tb'a \\xc3\\xa9\\n'",
+        "0.0\tA3\tB4\tother\tlonger than ten bytes",
+    ]
     for file in retrieval.FILES.values():
         (folder / f"new_aan_pairs.{file}.tsv").write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="must have 147086 examples, got 2"):
@@ -267,7 +269,9 @@ def test_reading_columns_is_reading_the_rows_of_the_transposed_image():
         turned = other._directed(number, layer, pixels.transpose(1, 2).flatten(1, 2), None)
         back = turned.unflatten(1, (8, 6)).transpose(1, 2).flatten(1, 2)
         assert torch.equal(columns, back)
-        assert not torch.allclose(columns, model._directed(number, layer, pixels.flatten(1, 2), None))
+        assert not torch.allclose(
+            columns, model._directed(number, layer, pixels.flatten(1, 2), None)
+        )
 
 
 def test_what_needs_an_image_says_so():
