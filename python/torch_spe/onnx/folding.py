@@ -9,7 +9,6 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # What torch.export records beside the computation.
 _RECORDS = (
@@ -121,7 +120,7 @@ def _add_constant(program: ExportedProgram, node: fx.Node, value: Tensor) -> Non
     with graph.inserting_before(placeholders[first]):
         constant = graph.placeholder(f"c_code_{node.name}")
     constant.meta["val"] = node.meta["val"]
-    target = f"code.{node.name}"
+    target = f"code_{node.name}"
     program.constants[target] = value.contiguous()
     signature.input_specs.insert(
         first,

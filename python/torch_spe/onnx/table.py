@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch.export import ExportedProgram
 
 from torch_spe.onnx import attention
+from torch_spe.onnx.encoders import Encoders
 from torch_spe.onnx.folding import constants_of
 
 
@@ -15,11 +17,25 @@ def translation_table(program: ExportedProgram | None = None) -> dict[Callable, 
     """Return the argument ``custom_translation_table`` of ``torch.onnx.export``.
 
     Args:
-        program: what is exported, of `fold_constants`. Codes need its constants; without it there
-            are translations of attention alone.
+        program: what is exported, of `fold_constants`. The translations of encoders need its
+            constants; without it there are those of attention alone.
     """
-    ops = torch.ops.torch_spe
+    encoders = Encoders({} if program is None else constants_of(program))
+    translations = (
+        attention.linear_attention, attention.linear_attention_state, encoders.sine_features,
+        encoders.sine_filter, encoders.phasor_filter, encoders.rotary,
+    )  # fmt: skip
     return {
-        ops.linear_attention.default: attention.linear_attention,
-        ops.linear_attention_state.default: attention.linear_attention_state,
+        getattr(torch.ops.torch_spe, translation.__name__).default: _function(translation)
+        for translation in translations
     }
+
+
+def _function(translation: Callable) -> Callable:
+    """Return a function of its own, on which the exporter sets attributes."""
+
+    @functools.wraps(translation)
+    def call(*args, **kwargs):
+        return translation(*args, **kwargs)
+
+    return call
