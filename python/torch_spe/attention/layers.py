@@ -379,7 +379,7 @@ class SPETransformerDecoderLayer(_Layer):
         """Attend to the state of the memory from the positions of the tokens."""
         attention = self.multihead_attn
         along = 0 if x.dim() == 2 or not attention.batch_first else 1
-        length, batch = x.shape[along], len(state.tokens.sums)
+        length, batch = x.shape[along], state.tokens.sums.shape[0]
         places = continue_places(
             state.tokens, batch, length, None, mask, attention._position().takes_positions
         )

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnxscript import opset18 as op
 
 from torch_spe.onnx.nodes import (
+    UnsupportedError,
     apply_feature_map,
     check_type,
     nothing,
@@ -40,7 +41,7 @@ def linear_attention(
     """Translate `torch_spe.functional.linear_attention`; sums are float32 whatever the inputs."""
     check_type("linear_attention", q)
     if cu_seqlens is not None:
-        raise ValueError(
+        raise UnsupportedError(
             "linear_attention: cu_seqlens must be None in an ONNX model, which has no packed "
             "sequences; pad them to one length and give key_padding_mask"
         )

@@ -10,6 +10,7 @@ from onnxscript import opset18 as op
 from torch import Tensor
 
 from torch_spe.onnx.nodes import (
+    UnsupportedError,
     apply_feature_map,
     check_type,
     reshape,
@@ -39,7 +40,7 @@ class Encoders:
             return None
         constant = self._constants.get(value.name)
         if constant is None:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{name} must depend on parameters alone in an ONNX model, and the program given "
                 "to translation_table: torch_spe.onnx.export does both (or fold_constants first)"
             )

@@ -12,6 +12,10 @@ from onnxscript import values
 opset27 = values.Opset("", 27)
 
 
+class UnsupportedError(ValueError):
+    """Something has no place in an ONNX model; the message says what to do."""
+
+
 def tensor(value: np.ndarray | Sequence[int] | float) -> ir.Value:
     """Return a constant; integers are int64, others float32 unless they are arrays."""
     if not isinstance(value, np.ndarray):
@@ -41,9 +45,9 @@ def to_type(x: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def check_type(name: str, x: ir.Value) -> None:
-    """Raise TypeError for float64, which the standard operator does not have."""
+    """Raise an error for float64, which the standard operator does not have."""
     if x.dtype == ir.DataType.DOUBLE:
-        raise TypeError(
+        raise UnsupportedError(
             f"{name}: float64 has no LinearAttention in ONNX; convert the model to float32 "
             "(model.float()) or float16 before the export"
         )
