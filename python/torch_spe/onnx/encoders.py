@@ -9,8 +9,10 @@ import onnx_ir as ir
 from onnxscript import opset18 as op
 from torch import Tensor
 
+from torch_spe.onnx.convolution import filter_noise
 from torch_spe.onnx.nodes import (
     UnsupportedError,
+    apply_code,
     apply_feature_map,
     check_type,
     reshape,
@@ -113,16 +115,25 @@ class Encoders:
         out = op.Add(op.Mul(mapped, cos), op.Mul(swapped, sin))  # sin: -sin for even features
         return to_type(reshape(out, 0, 0, heads, 2 * pairs), x.dtype)
 
+    def conv_filter(
+        self, x, kernel, noise=None, constant=None, seed=None, num_realizations=None,
+        noise_kind="gaussian", noise_stride=(), start=(), feature_map="identity",
+    ):  # fmt: skip
+        """Translate `torch_spe.functional.conv_filter`."""
+        check_type("conv_filter", x)
+        return filter_noise(
+            x, self._read("kernel", kernel), self._read("constant", constant),
+            None if seed is None else self._read_seed(seed), num_realizations, noise_kind,
+            list(noise_stride or ()), list(start or ()), feature_map,
+        )  # fmt: skip
 
-def apply_code(
-    x: ir.Value,  # [B, N, H, D]
-    code: ir.Value,  # [N, H, D, R]
-    feature_map: str,
-) -> ir.Value:  # [B, N, H, R]
-    """Encode with codes that are there, elements for every position."""
-    mapped = apply_feature_map(feature_map, to_float32(x, x.dtype))
-    out = op.MatMul(op.Transpose(mapped, perm=[1, 2, 0, 3]), code)
-    return to_type(op.Transpose(out, perm=[2, 0, 1, 3]), x.dtype)
+    def _read_seed(self, seed: ir.Value) -> int:
+        constant = self._constants.get(seed.name)
+        if constant is None:
+            raise UnsupportedError(
+                "seed must be a number in an ONNX model: take resample='train' or 'never'"
+            )
+        return int(constant)
 
 
 def _by_sine(values: np.ndarray) -> np.ndarray:  # [H, D, K, ...] -> [H, K, D, ...]

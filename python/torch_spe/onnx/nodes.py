@@ -63,3 +63,14 @@ def apply_feature_map(feature_map: str, x: ir.Value) -> ir.Value:
 def sizes(x: ir.Value, start: int, end: int) -> ir.Value:
     """Return the sizes of some dimensions, as a tensor."""
     return op.Shape(x, start=start, end=end)
+
+
+def apply_code(
+    x: ir.Value,  # [B, N, H, D]
+    code: ir.Value,  # [N, H, D, R]
+    feature_map: str,
+) -> ir.Value:  # [B, N, H, R]
+    """Encode with codes that are there, elements for every position."""
+    mapped = apply_feature_map(feature_map, to_float32(x, x.dtype))
+    out = op.MatMul(op.Transpose(mapped, perm=[1, 2, 0, 3]), code)
+    return to_type(op.Transpose(out, perm=[2, 0, 1, 3]), x.dtype)

@@ -23,7 +23,7 @@ def translation_table(program: ExportedProgram | None = None) -> dict[Callable, 
     encoders = Encoders({} if program is None else constants_of(program))
     translations = (
         attention.linear_attention, attention.linear_attention_state, encoders.sine_features,
-        encoders.sine_filter, encoders.phasor_filter, encoders.rotary,
+        encoders.sine_filter, encoders.phasor_filter, encoders.rotary, encoders.conv_filter,
     )  # fmt: skip
     return {
         getattr(torch.ops.torch_spe, translation.__name__).default: _function(translation)
