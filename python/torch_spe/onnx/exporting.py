@@ -74,7 +74,9 @@ def export(
     kwargs = dict(kwargs or {})
     _check_options(model, kwargs)
     if dynamic:
-        args, kwargs = _pytree.tree_map_only(Tensor, _at_least_two, (tuple(args), kwargs))
+        args, kwargs = _pytree.tree_map_only(
+            Tensor, lambda x: _without_ones(x, _batch_first(model)), (tuple(args), kwargs)
+        )
     batch, length = _sizes(model, args)
     names = list(input_names or _names(model, args, kwargs))
     call, inputs, wanted = Stateless(model), (args, kwargs), []
@@ -148,41 +150,43 @@ def _check_options(model: nn.Module, kwargs: dict[str, object]) -> None:
             )
 
 
-def _at_least_two(x: Tensor) -> Tensor:
+def _roles(x: Tensor, batch_first: bool) -> list[str]:
+    """Return what the dimensions of an input are, but for the features."""
+    roles = ["length", "batch"] if x.dim() > 2 and not batch_first else ["batch", "length"]
+    return [*roles, *(f"size_{i}" for i in range(2, x.dim() - 1))][: x.dim()]
+
+
+def _without_ones(x: Tensor, batch_first: bool) -> Tensor:
     """Return an example whose batch and length tracing does not take for constants."""
-    free = _free_dimensions(x)
-    return x.repeat(*(2 if i < free and n == 1 else 1 for i, n in enumerate(x.shape)))
-
-
-def _free_dimensions(x: Tensor) -> int:
-    """Return how many dimensions may have any size: all of `x` but the features."""
-    return max(min(x.dim(), 2), x.dim() - 1)
+    sizes = {"batch": 2, "length": 3}
+    repeats = [1] * x.dim()
+    for i, role in enumerate(_roles(x, batch_first)):
+        repeats[i] = sizes.get(role, 2) if x.shape[i] == 1 else 1
+    return x.repeat(repeats)
 
 
 def _dynamic_shapes(
     inputs: tuple[object, ...], batch: int, length: int, batch_first: bool
 ) -> tuple[object, ...]:
     """Return the sizes that inputs may have: those alike in the example are alike in all calls."""
-    known = {(0, batch): Dim("batch", min=1), (1, length): Dim("length", min=1)}
-    if not batch_first:
-        known = {(1, batch): known[0, batch], (0, length): known[1, length]}
+    known = {("batch", batch): Dim("batch", min=1), ("length", length): Dim("length", min=1)}
 
     def dimensions(x: object) -> dict[int, Dim] | None:
         if not isinstance(x, Tensor) or x.dim() == 0:
             return None
+        roles = _roles(x, batch_first)
+        if x.dim() == 1 and x.shape[0] == length:
+            roles = ["length"]
         return {
-            i: known.setdefault((i, n), Dim(f"size_{i}_{n}", min=1))
-            for i, n in enumerate(x.shape[: _free_dimensions(x)])
+            i: known.setdefault((role, x.shape[i]), Dim(f"{role}_{x.shape[i]}", min=1))
+            for i, role in enumerate(roles)
         }
 
     *of_call, parts = inputs if len(inputs) == 4 else (*inputs, None)
-    shapes = _pytree.tree_map(dimensions, tuple(of_call))
+    args, kwargs, *positions = (_pytree.tree_map(dimensions, part) for part in of_call)
     if parts is None:
-        return shapes
-    batch_alone = {0: known[0, batch] if batch_first else known[1, batch]}
-    # Positions have the batch first, whatever the inputs have.
-    positions = {0: batch_alone[0], 1: known[1, length] if batch_first else known[0, length]}
-    return (*shapes[:2], positions, [batch_alone] * len(parts))
+        return args, kwargs
+    return args, kwargs, *positions, [{0: known["batch", batch]}] * len(parts)
 
 
 def _batch_first(model: nn.Module) -> bool:

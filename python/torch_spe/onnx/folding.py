@@ -17,6 +17,10 @@ _RECORDS = (
 )
 
 
+# Of a weight: its parts, which would otherwise be cut out of it in every call.
+_PARTS = (torch.ops.aten.chunk.default,)
+
+
 def constants_of(program: ExportedProgram) -> dict[str, Tensor]:
     """Return parameters, buffers and constants by the name of their node in the program."""
     constants = {}
@@ -72,7 +76,7 @@ def _find_codes(graph: fx.Graph, constants: set[str]) -> list[fx.Node]:
             constant.add(node)
         elif node.op == "call_function" and _is_constant(node, constant):
             constant.add(node)
-            if _is_own(node) or any(source in codes for source in node.all_input_nodes):
+            if _is_own(node) or node.target in _PARTS or any(source in codes for source in node.all_input_nodes):
                 codes.add(node)
     wanted = [
         source
