@@ -404,4 +404,4 @@ class SPETransformerDecoderLayer(_Layer):
         """
         check_tensor("SPETransformerDecoderLayer", "memory", memory)
         of_memory = self.multihead_attn.memory_state(memory, memory, memory_key_padding_mask)
-        return DecoderState(self.self_attn.initial_state(len(of_memory.sums), start), of_memory)
+        return DecoderState(self.self_attn.initial_state(of_memory.sums.shape[0], start), of_memory)

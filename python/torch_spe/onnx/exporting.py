@@ -16,7 +16,15 @@ from torch_spe.checks import check_choice, check_module
 from torch_spe.onnx.finish import name_dimensions, set_opset
 from torch_spe.onnx.folding import fold_constants
 from torch_spe.onnx.nodes import UnsupportedError
-from torch_spe.onnx.states import PAST, POSITIONS, PRESENT, Stateful, Stateless, repeat_state
+from torch_spe.onnx.states import (
+    PAST,
+    POSITIONS,
+    PRESENT,
+    MemoryState,
+    Stateful,
+    Stateless,
+    repeat_state,
+)
 from torch_spe.onnx.table import translation_table
 
 CONVERTED = 25  # the latest opset that the exporter converts to
@@ -88,8 +96,10 @@ def export(
         wanted = [PRESENT + part.name for part in call.parts if part.changes]
     shapes = _dynamic_shapes(inputs, batch, length, _batch_first(model)) if dynamic else None
     program = _trace(call, inputs, shapes)
-    count = len(program.graph_signature.user_outputs) - len(wanted)
-    if output_names is None:
+    count = sum(name is not None for name in program.graph_signature.user_outputs) - len(wanted)
+    if output_names is None and isinstance(model, MemoryState):
+        output_names = model.names
+    elif output_names is None:
         output_names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
     exported = _translate(program, names, [*output_names, *wanted])
     set_opset(exported, domain)
@@ -192,6 +202,8 @@ def _dynamic_shapes(
 def _batch_first(model: nn.Module) -> bool:
     """Say whether the batch is the first dimension of the model's inputs."""
     attention = getattr(model, "self_attn", model)
+    if isinstance(model, MemoryState):
+        return model.batch_first
     return not isinstance(attention, SPEMultiheadAttention) or attention.batch_first
 
 

@@ -76,7 +76,11 @@ def _find_codes(graph: fx.Graph, constants: set[str]) -> list[fx.Node]:
             constant.add(node)
         elif node.op == "call_function" and _is_constant(node, constant):
             constant.add(node)
-            if _is_own(node) or node.target in _PARTS or any(source in codes for source in node.all_input_nodes):
+            if (
+                _is_own(node)
+                or node.target in _PARTS
+                or any(source in codes for source in node.all_input_nodes)
+            ):
                 codes.add(node)
     wanted = [
         source

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from torch_spe.attention import AttentionState, DecoderState
+from torch_spe.attention import AttentionState, DecoderState, SPETransformerDecoderLayer
+from torch_spe.checks import check_module
 from torch_spe.positions import ConvSPE
 
 # The names that ONNX Runtime GenAI has for models with recurrent states.
@@ -129,6 +130,65 @@ class Stateful(nn.Module):
     def values(self) -> list[Tensor]:
         """Return the parts of the example."""
         return [getattr(self._states[part.state], part.field) for part in self.parts]
+
+
+class MemoryState(nn.Module):
+    """The state of a memory, for `torch_spe.onnx.export`: what the steps of a decoder attend to.
+
+    ``forward(memory)`` or ``forward(memory, memory_key_padding_mask)`` returns the tensors that the
+    exported steps take as ``past_key_values.0.encoder...``; all other states start with 0.
+
+    Args:
+        decoder: `torch_spe.SPETransformerDecoderLayer`, or a module with several of them.
+
+    Example:
+        >>> from torch_spe import SPETransformerDecoderLayer
+        >>> decoder = SPETransformerDecoderLayer(64, 4, batch_first=True).eval()
+        >>> [tuple(x.shape) for x in MemoryState(decoder)(torch.randn(2, 50, 64))]
+        [(2, 4, 48, 16), (2, 4, 16)]
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        check_module("MemoryState", "decoder", decoder)
+        self.decoder, self.training = decoder, decoder.training
+        layers = [m for m in decoder.modules() if isinstance(m, SPETransformerDecoderLayer)]
+        if not layers:
+            raise ValueError(
+                "MemoryState: decoder must have a SPETransformerDecoderLayer, got "
+                f"{type(decoder).__name__}"
+            )
+        self._attentions = [layer.multihead_attn for layer in layers]
+        with torch.no_grad():
+            self._starts = [attention.initial_state(1) for attention in self._attentions]
+        self.names = [
+            f"{PAST}{i}.encoder.{name}" for i in range(len(layers)) for name in _PARTS.values()
+        ]
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether the memory has the batch first."""
+        return self._attentions[0].batch_first
+
+    def forward(
+        self,
+        memory: Tensor,  # [M, B, d_model]
+        memory_key_padding_mask: Tensor | None = None,  # [B, M]
+    ) -> list[Tensor]:  # [B, H, R, E], [B, H, F], for each layer
+        """Return the states of the memory."""
+        batch, parts = memory.shape[0 if self.batch_first else 1], []
+        for attention, start in zip(self._attentions, self._starts, strict=True):
+            zeros = (
+                torch.zeros(batch, *part.shape[1:], dtype=part.dtype, device=part.device)
+                for part in (start.sums, start.denominators)
+            )
+            queries = torch.zeros_like(memory)
+            _, state = attention(
+                queries, memory, memory, memory_key_padding_mask, is_causal=False,
+                state=AttentionState(*zeros, 0, start.seed),
+            )  # fmt: skip
+            parts += [state.sums, state.denominators]
+        return parts
 
 
 def repeat_state(state: object, batch: int) -> object:
