@@ -57,7 +57,7 @@ class Call:
             sums = self.state.sums, self.state.denominators
             arguments |= {
                 "return_state": True,
-                "initial_state": None if len(sums[0]) == 0 else sums,
+                "initial_state": None if sums[0].shape[0] == 0 else sums,
             }
         return arguments
 

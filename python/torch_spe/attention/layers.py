@@ -390,6 +390,10 @@ class SPETransformerDecoderLayer(_Layer):
         )  # fmt: skip
         takes_positions = attention._position().takes_positions
         places = continue_places(tokens, batch, length, None, padding, takes_positions)
+        length, batch = x.shape[along], state.tokens.sums.shape[0]
+        places = continue_places(
+            state.tokens, batch, length, None, mask, attention._position().takes_positions
+        )
         nothing = x.narrow(along, 0, 0)
         positions = {"start": places.start} if places.positions is None else {
             "positions": places.positions
@@ -411,4 +415,4 @@ class SPETransformerDecoderLayer(_Layer):
         """
         check_tensor("SPETransformerDecoderLayer", "memory", memory)
         of_memory = self.multihead_attn.memory_state(memory, memory, memory_key_padding_mask)
-        return DecoderState(self.self_attn.initial_state(len(of_memory.sums), start), of_memory)
+        return DecoderState(self.self_attn.initial_state(of_memory.sums.shape[0], start), of_memory)
