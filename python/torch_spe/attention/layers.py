@@ -383,17 +383,13 @@ class SPETransformerDecoderLayer(_Layer):
         """Attend to the state of the memory from the positions of the tokens."""
         attention, tokens = self.multihead_attn, state.tokens
         along = 0 if x.dim() == 2 or not attention.batch_first else 1
-        length, batch = x.shape[along], len(tokens.sums)
+        length, batch = x.shape[along], tokens.sums.shape[0]
         _, padding = read_masks(
             tgt_mask, tgt_key_padding_mask, is_causal, batch, attention.num_heads, length, length,
             "unbatched" if x.dim() == 2 else "batch",
         )  # fmt: skip
         takes_positions = attention._position().takes_positions
         places = continue_places(tokens, batch, length, None, padding, takes_positions)
-        length, batch = x.shape[along], state.tokens.sums.shape[0]
-        places = continue_places(
-            state.tokens, batch, length, None, mask, attention._position().takes_positions
-        )
         nothing = x.narrow(along, 0, 0)
         positions = {"start": places.start} if places.positions is None else {
             "positions": places.positions
