@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw(
         options.out / "music_compared.png", rows, preset.length,
         f"{pieces.title}: trained on {preset.length} tokens, {preset.steps} steps, "
-        f"{options.seeds} seed{"s" * (options.seeds > 1)}; what is made continues {preset.length // 2} tokens",
+        f"seeds: {options.seeds}; what is made continues {preset.length // 2} tokens",
     )  # fmt: skip
     print(f"{text}\nwritten to {options.out}")
 
