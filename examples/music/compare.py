@@ -25,21 +25,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from music.measures import between, describe, histograms, notes_of, overlap  # noqa: E402
-from music.model import TIMES, Trained, save  # noqa: E402  (found in the folder above)
+from music.listener import MEASURES, Listener  # noqa: E402  (found in the folder above)
+from music.model import TIMES, Trained, save  # noqa: E402
 from music.picture import plot_by_position  # noqa: E402
-from music.pieces import Piece, Pieces, beginnings  # noqa: E402
+from music.pieces import Pieces, beginnings  # noqa: E402
 from music.presets import COMPARED, POSITIONS, Preset  # noqa: E402
-from music.tokens import Tokens  # noqa: E402
 from music.train import add_arguments, check, discard_checkpoints, fit, load_pieces, preset_of  # noqa: E402
 
 HELD_OUT = "held-out pieces"
-MEASURES = {
-    "pitch_class_entropy": "pitch-class entropy (bits)",
-    "grooving_similarity": "grooving similarity",
-    "notes_per_quarter": "notes in a quarter",
-    "overlap": "overlap with held-out pieces",
-}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -64,56 +57,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-# ---- what music is like, by position
-
-
-def stretches(tokens: Tokens, sequence: Tensor, edges: list[int]) -> list[tuple]:
-    """The notes of a piece, and start and end in quarter notes, for every two edges in tokens."""
-    notes = notes_of(tokens.write(sequence[: edges[-1]]))
-    times = [tokens.time(sequence, edge) for edge in edges]
-    return [(between(notes, *ends), *ends) for ends in pairwise(times)]
-
-
-def measure(tokens: Tokens, sequences: Tensor, edges: list[int], others: list[dict]) -> dict:
-    """Each measure's mean over sequences ``[S, N]``, for every stretch between two edges.
-
-    `others` are the histograms that theirs are to overlap with, of every stretch.
-    """
-    cut = [stretches(tokens, sequence, edges) for sequence in sequences]
-    result = {name: [] for name in MEASURES}
-    for index, other in enumerate(others):
-        found = [describe(*piece[index]) for piece in cut if piece[index][2] > piece[index][1]]
-        for name in found[0] if found else ():
-            known = [values[name] for values in found if not np.isnan(values[name])]
-            result[name].append(statistics.mean(known) if known else float("nan"))
-        shared = overlap(histograms(piece[index][0] for piece in cut), other)
-        result["overlap"].append(statistics.mean(shared.values()))
-    return result
-
-
-def reference(pieces: list[Piece], tokens: Tokens, edges: list[int]) -> list[dict]:
-    """The histograms of pieces, of every stretch."""
-    cut = [stretches(tokens, piece.tokens, edges) for piece in pieces]
-    return [histograms(piece[index][0] for piece in cut) for index in range(len(edges) - 1)]
-
-
-def compass(tokens: Tokens, pieces: list[Piece]) -> dict[int, tuple[int, int]]:
-    """The lowest and the highest pitch of every track of pieces."""
-    notes = np.concatenate([notes_of(tokens.write(piece.tokens)) for piece in pieces])
-    return {
-        int(t): (int(own.min()), int(own.max()))
-        for t in np.unique(notes["track"])
-        for own in [notes["pitch"][notes["track"] == t]]
-    }
-
-
-def in_compass(tokens: Tokens, sequences: Tensor, ranges: dict[int, tuple[int, int]]) -> float:
-    """The share of notes that lie within the compass that their track has in the training set."""
-    notes = np.concatenate([notes_of(tokens.write(sequence)) for sequence in sequences])
-    low, high = (np.array([ranges[t][i] for t in notes["track"].tolist()]) for i in (0, 1))
-    return float(((notes["pitch"] >= low) & (notes["pitch"] <= high)).mean())
-
-
 # ---- runs
 
 
@@ -121,24 +64,16 @@ def make_run(
     folder: Path, preset: Preset, pieces: Pieces, seed: int, samples: int, device: str
 ) -> dict:
     """Train, test, continue, and write what came out; or read it, where that was done."""
-    file = folder / "run.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    model, result = fit(preset, pieces, seed, device, folder)
-    save(folder, Trained(model, pieces.tokens, preset, {"seed": seed, **result}, pieces.test))
-    discard_checkpoints(folder)
-    made = continuations(model.eval(), preset, pieces, samples, seed, device)
-    torch.save(made, folder / "continuations.pt")
-    edges = edges_of(preset)
-    result["music"] = measure(
-        pieces.tokens, made, edges, reference(long_enough(pieces.test, edges), pieces.tokens, edges)
-    )
-    result["position"], result["seed"], result["edges"] = preset.position, seed, edges
-    if pieces.tokens.kind == "chorales":
-        result["in_compass"] = in_compass(pieces.tokens, made, compass(pieces.tokens, pieces.train))
-    file.write_text(json.dumps(result))
-    return result
+    file, made = folder / "run.json", folder / "continuations.pt"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model, result = fit(preset, pieces, seed, device, folder)
+        save(folder, Trained(model, pieces.tokens, preset, {"seed": seed, **result}, pieces.test))
+        discard_checkpoints(folder)
+        torch.save(continuations(model.eval(), preset, pieces, samples, seed, device), made)
+        result |= {"position": preset.position, "seed": seed}
+        file.write_text(json.dumps(result))
+    return json.loads(file.read_text()) | {"made": torch.load(made, weights_only=True)}
 
 
 def edges_of(preset: Preset) -> list[int]:
@@ -147,52 +82,33 @@ def edges_of(preset: Preset) -> list[int]:
     return list(range(half, TIMES * preset.length + 1, half))
 
 
-def long_enough(pieces: list[Piece], edges: list[int]) -> list[Piece]:
-    """The pieces that have all stretches."""
-    return [piece for piece in pieces if len(piece.tokens) >= edges[-1]]
-
-
 def continuations(
     model: torch.nn.Module, preset: Preset, pieces: Pieces, samples: int, seed: int, device: str
 ) -> Tensor:  # [S, TIMES * length]
     """Continue the first half window of held-out pieces, each some times."""
     edges = edges_of(preset)
-    prompts = beginnings(long_enough(pieces.test, edges), edges[0] - 1, None)
+    long = [piece for piece in pieces.test if len(piece.tokens) >= edges[-1]]
+    prompts = beginnings(long, edges[0] - 1, None)
     generator = torch.Generator(device).manual_seed(seed)
     prompts = prompts.repeat_interleave(samples, 0).to(device)
     new = model.generate(prompts, edges[-1] - edges[0], generator=generator)
     return torch.cat((prompts, new), 1).cpu()
 
 
-def held_out_row(preset: Preset, pieces: Pieces) -> dict:
-    """The measures of the held-out pieces; their overlap is of those to choose with."""
-    edges = edges_of(preset)
-    others = reference(long_enough(pieces.test, edges), pieces.tokens, edges)
-    tests, valid = (
-        [piece.tokens for piece in long_enough(part, edges)] for part in (pieces.test, pieces.valid)
-    )
-    row = measure(pieces.tokens, tests, edges, others)
-    row["overlap"] = measure(pieces.tokens, valid, edges, others)["overlap"]
-    return {"label": HELD_OUT, "edges": edges, "music": row}
-
-
 # ---- what comes out
 
 
-def mean_of(runs: list[dict]) -> dict:
+def mean_of(runs: list[dict], listener: Listener) -> dict:
     """The row of a model: means over its seeds."""
     row = {
         "position": runs[0]["position"], "label": POSITIONS[runs[0]["position"]].label,
-        "seeds": [run["seed"] for run in runs], "edges": runs[0]["edges"],
-        "ranges": runs[0]["ranges"], "bins": runs[0]["bins"],
+        "seeds": [run["seed"] for run in runs], "ranges": runs[0]["ranges"],
+        "bins": runs[0]["bins"], "edges": listener.edges,
     }  # fmt: skip
     for name in ("nll", "nll_per_bin"):
         row[name] = np.mean([run[name] for run in runs], 0).tolist()
-    row["music"] = {
-        name: np.mean([run["music"][name] for run in runs], 0).tolist() for name in MEASURES
-    }
-    if "in_compass" in runs[0]:
-        row["in_compass"] = statistics.mean(run["in_compass"] for run in runs)
+    heard = [listener.measure(run["made"]) for run in runs]
+    row["music"] = {name: np.mean([own[name] for own in heard], 0).tolist() for name in MEASURES}
     return row
 
 
@@ -235,8 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     preset = preset_of(options)
     pieces = load_pieces(options, preset)
-    if not long_enough(pieces.test, edges_of(preset)):
-        sys.exit(f"no held-out piece has {edges_of(preset)[-1]} tokens: give a smaller --length")
+    listener = Listener(pieces, edges_of(preset))
+    if not listener.test:
+        sys.exit(f"no held-out piece has {listener.edges[-1]} tokens: give a smaller --length")
     rows = []
     for position in options.positions:
         own = dataclasses.replace(preset, position=position)
@@ -247,13 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
             )
             for seed in range(options.seeds)
         ]  # fmt: skip
-        rows.append(mean_of(runs))
+        rows.append(mean_of(runs, listener))
     ranges = rows[0]["ranges"]
-    rows.append(held_out_row(preset, pieces))
+    music = listener.measure_held_out()
+    rows.append({"label": HELD_OUT, "edges": listener.edges, "music": music})
     text = table(rows, ranges)
     settings = {
         "data": pieces.title, "preset": dataclasses.asdict(preset), "samples": options.samples,
-        "prompts": len(long_enough(pieces.test, edges_of(preset))), "seeds": options.seeds,
+        "prompts": len(listener.test), "seeds": options.seeds,
         "torch": torch.__version__,
     }  # fmt: skip
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
@@ -264,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw(
         options.out / "music_compared.png", rows, preset.length,
         f"{pieces.title}: trained on {preset.length} tokens, {preset.steps} steps, "
-        f"{options.seeds} seed(s); what is made continues {preset.length // 2} tokens",
+        f"seeds: {options.seeds}; what is made continues {preset.length // 2} tokens",
     )  # fmt: skip
     print(f"{text}\nwritten to {options.out}")
 

@@ -83,10 +83,15 @@ def plot_by_position(
     note: str,
 ) -> None:
     """Draw panels of lines over positions, the trained length marked."""
-    figure, row = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels) + 2.4, 4.2), squeeze=False, layout="constrained"
-    )
-    for axes, (title, lines) in zip(row[0], panels.items(), strict=True):
+    columns = min(3, len(panels))
+    count = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        count, columns, figsize=(4.2 * columns + 2.2, 3.5 * count), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         centres = [(a + b) / 2 for a, b in pairwise(edges[title])]
         for i, (name, values) in enumerate(lines.items()):
             style = {"color": "0.2", "linestyle": ":"} if "held-out" in name else {"color": f"C{i}"}
@@ -97,7 +102,7 @@ def plot_by_position(
         axes.grid(alpha=0.3)
     handles = {
         label: handle
-        for axes in row[0]
+        for axes in grid.flat
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside right center")

@@ -340,7 +340,7 @@ def test_the_comparison(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     for row in result["rows"]:
         assert {len(values) for values in row["music"].values()} == {7}
-    assert 0 <= result["rows"][0]["in_compass"] <= 1
+    assert all(0 <= share <= 1 for share in result["rows"][0]["music"]["in_compass"])
     assert (tmp_path / "music_compared.png").stat().st_size > 0
     assert len((tmp_path / "table.md").read_text().splitlines()) == 5
     # What was run is not run again.
