@@ -1,0 +1,36 @@
+"""Models of the layers for Hugging Face transformers, and Llama-like models made linear.
+
+Importing it registers the classes with AutoConfig, AutoModel, AutoModelForCausalLM and
+AutoModelForSequenceClassification. Needs transformers 5.24 or later: ``pip install
+"torch_spe[transformers]"``.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from torch_spe.hf.cache import SPECache
+from torch_spe.hf.configuration import SPEConfig
+from torch_spe.hf.modeling import (
+    SPEForCausalLM,
+    SPEForSequenceClassification,
+    SPEModel,
+    SPEPreTrainedModel,
+)
+
+__all__ = [
+    "SPECache",
+    "SPEConfig",
+    "SPEForCausalLM",
+    "SPEForSequenceClassification",
+    "SPEModel",
+    "SPEPreTrainedModel",
+]
+
+AutoConfig.register(SPEConfig.model_type, SPEConfig, exist_ok=True)
+AutoModel.register(SPEConfig, SPEModel, exist_ok=True)
+AutoModelForCausalLM.register(SPEConfig, SPEForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(SPEConfig, SPEForSequenceClassification, exist_ok=True)
