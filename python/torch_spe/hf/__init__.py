@@ -14,6 +14,7 @@ from transformers import (
 
 from torch_spe.hf.cache import SPECache
 from torch_spe.hf.configuration import SPEConfig
+from torch_spe.hf.linearize import linearize, load_linearized
 from torch_spe.hf.modeling import (
     SPEForCausalLM,
     SPEForSequenceClassification,
@@ -28,6 +29,8 @@ __all__ = [
     "SPEForSequenceClassification",
     "SPEModel",
     "SPEPreTrainedModel",
+    "linearize",
+    "load_linearized",
 ]
 
 AutoConfig.register(SPEConfig.model_type, SPEConfig, exist_ok=True)

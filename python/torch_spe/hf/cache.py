@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 
 from torch_spe.attention import AttentionState, SPEMultiheadAttention
 
-__all__ = ["SPECache", "SPECacheLayer", "layer_of"]
+__all__ = ["SPECache", "SPECacheLayer", "layer_of", "prepare_cache"]
 
 # What a recording cache keeps of a prompt: it goes back by fewer tokens than that. A call of
 # assisted decoding takes back those of one draft.
@@ -117,8 +117,7 @@ class SPECacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """
         if not self.record_past:
             raise RuntimeError(
-                "SPECache: crop needs activate_past_recording before the tokens that it removes; "
-                "assisted decoding of a linearized model needs generate(cache=SPECache(config))"
+                "SPECache: crop needs activate_past_recording before the tokens that it removes"
             )
         kept = sum(inputs[0].shape[1] for inputs, _ in self._window)
         remove = -tokens_to_remove
@@ -208,6 +207,7 @@ class SPECache(DynamicCache):
         config: of a model of `torch_spe.hf`, or of one that `linearize` has changed.
 
     Example:
+        >>> from torch_spe.hf import SPEConfig, SPEForCausalLM
         >>> model = SPEForCausalLM(SPEConfig(vocab_size=100)).eval()
         >>> cache = SPECache(model.config)
         >>> out = model(torch.randint(100, (1, 20)), cache=cache)
@@ -241,3 +241,24 @@ def layer_of(cache: Cache, index: int) -> SPECacheLayer:
             )
         cache.layers[index] = layer = SPECacheLayer()
     return layer
+
+
+def prepare_cache(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, object],
+    *args: object,
+) -> None:
+    """Do what `GenerationMixin._prepare_cache_for_generation` does, with an `SPECache`."""
+    if model_kwargs.get("cache") is not None or generation_config.use_cache is False:
+        GenerationMixin._prepare_cache_for_generation(model, generation_config, model_kwargs, *args)
+        return
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"{type(model).__name__}: cache_implementation must be None: a state has one size "
+            f"anyway, got {generation_config.cache_implementation!r}"
+        )
+    cache = SPECache(model.config)
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["cache"] = cache

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 from torch_spe.attention import SPEMultiheadAttention, SPETransformerEncoderLayer
 from torch_spe.flat_parameters import FlatParameterModule
-from torch_spe.hf.cache import SPECache, layer_of
+from torch_spe.hf.cache import SPECache, layer_of, prepare_cache
 from torch_spe.hf.configuration import SPEConfig
 from torch_spe.hf.inputs import find_bounds, find_padding
 from torch_spe.models import SPECausalLM
@@ -275,22 +275,8 @@ class SPEForCausalLM(SPEPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
-    def _prepare_cache_for_generation(
-        self, generation_config: object, model_kwargs: dict[str, object], *args: object
-    ) -> None:
-        """Give `generate` a cache of states."""
-        if model_kwargs.get("cache") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-            return
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                "SPEForCausalLM: cache_implementation must be None: the state has one size "
-                f"anyway, got {generation_config.cache_implementation!r}"
-            )
-        cache = SPECache(self.config)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["cache"] = cache
+    def _prepare_cache_for_generation(self, *args: object, **kwargs: object) -> None:
+        prepare_cache(self, *args, **kwargs)
 
 
 class SPEForSequenceClassification(SPEPreTrainedModel):
