@@ -23,7 +23,7 @@ class CodeBlocks:
     """The codes of blocks of positions, both sides, the latest ones used.
 
     A single position would need the noise of all its taps, P as much as each of consecutive
-    positions. A block holds ``2 * BLOCK * H * D * R`` elements; what the next one has a use for, the
+    positions. A block holds ``2 * BLOCK * H * D * R`` elements; what the next one needs of it, the
     taps in rows and the latest noise, ``(P + BLOCK) * H * D * (2 * BLOCK + R)``.
     """
 
