@@ -85,7 +85,7 @@ def continue_pieces(
     length = length or TIMES * trained.preset.length
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         prompt = first_bars(trained.tokens, piece.tokens, bars)
         if len(prompt) >= length:
             print(f"left out {piece.name}: the prompt alone has {len(prompt)} tokens of {length}")
@@ -93,7 +93,8 @@ def continue_pieces(
         begin = time.perf_counter()
         new = trained.model.generate(
             prompt[None].to(device), length - len(prompt), temperature=temperature, top_p=top_p,
-            generator=torch.Generator(device).manual_seed(seed),
+            # The same draws would lead to the same music after a while, whatever the prompt.
+            generator=torch.Generator(device).manual_seed(seed + 1000 * index),
         )[0].cpu()  # fmt: skip
         seconds = time.perf_counter() - begin
         midi = out / (Path(piece.name).stem + ".mid")
