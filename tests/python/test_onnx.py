@@ -6,7 +6,6 @@ import logging
 import math
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -14,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
+import onnx
 import torch_spe
 import torch_spe.onnx
 from torch_spe import (
@@ -335,6 +335,20 @@ def test_images():
     session = Session(torch_spe.onnx.export(layer, (torch.randn(2, 5, 6, WIDTH),)))
     x = torch.randn(3, 7, 4, WIDTH)
     assert_close(session(src=x)["output"], layer(x))
+
+
+def test_causal_language_model():
+    models = pytest.importorskip("torch_spe.models")
+    config = models.ModelConfig(vocab_size=11, width=WIDTH, layers=1, heads=HEADS)
+    model, tokens = models.SPECausalLM(config).eval(), torch.randint(11, (2, 9))
+    program = torch_spe.onnx.export(
+        model, (tokens[:1, :1],), state=model.initial_state(1),
+        input_names=["input_ids"], output_names=["logits"],
+    )  # fmt: skip
+    session = Session(program)
+    assert session.inputs[:2] == ["input_ids", "position_ids"]
+    (logits,), _ = session.steps("input_ids", tokens, [7, 1, 1], session.start(2))
+    assert_close(logits, model(tokens).detach())
 
 
 # ---- errors

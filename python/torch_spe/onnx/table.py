@@ -13,8 +13,7 @@ from torch_spe.onnx.encoders import Encoders
 from torch_spe.onnx.folding import constants_of
 from torch_spe.onnx.nodes import UnsupportedError
 
-
-# They make codes and noise, which `fold_constants` has replaced unless they are drawn in every call.
+# They make codes and noise, which `fold_constants` replaces unless each call draws them anew.
 _OF_CODES = (
     "sine_code", "phase_code", "gate_code", "conv_noise", "phase_noise", "circle_noise",
 )  # fmt: skip
