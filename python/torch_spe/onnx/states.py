@@ -145,7 +145,7 @@ class MemoryState(nn.Module):
         >>> from torch_spe import SPETransformerDecoderLayer
         >>> decoder = SPETransformerDecoderLayer(64, 4, batch_first=True).eval()
         >>> [tuple(x.shape) for x in MemoryState(decoder)(torch.randn(2, 50, 64))]
-        [(2, 4, 48, 16), (2, 4, 16)]
+        [(2, 4, 48, 16), (2, 4, 48)]
     """
 
     def __init__(self, decoder: nn.Module) -> None:
