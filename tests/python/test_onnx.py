@@ -4,6 +4,7 @@ import copy
 import importlib
 import logging
 import math
+import sys
 
 import numpy as np
 import onnxruntime
@@ -378,6 +379,14 @@ def test_errors_say_what_to_do():
         export(layer.double(), (x.double(),))
     with pytest.raises(ValueError, match="must have a SPETransformerDecoderLayer, got SPETransf"):
         torch_spe.onnx.MemoryState(layer)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch_spe.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="needs the packages onnx and onnxscript: pip install"):
+        importlib.import_module("torch_spe.onnx")
 
 
 class Functions(nn.Module):
