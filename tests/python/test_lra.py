@@ -83,6 +83,7 @@ def plain_tree(rng, words, level=1):
     return words
 
 
+@pytest.mark.long
 def test_listops_has_the_published_distribution():
     part = listops.generate(2000, 0, 30, 120)
     ours = [listops.text(part.inputs[0][i]).split() for i in range(2000)]

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from torch_spe.attention import encoding, fading, inputs
 from torch_spe.attention.attend import Call, attend_features, attend_inputs
+from torch_spe.attention.extra_keys import check_bias_kv, extra_keys
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import find_places
 from torch_spe.attention.projections import HeadProjections
 from torch_spe.attention.state import AttentionState
@@ -82,8 +84,11 @@ class SPEMultiheadAttention(HeadProjections):
         dropout: probability of zeroing an entry of the heads' outputs, before the output
             projection: there is no matrix of attention weights to drop entries from.
         bias: whether the projections have one.
-        add_bias_kv: must be False.
-        add_zero_attn: must be False.
+        add_bias_kv: whether every query also sees a learned key and value, ``bias_k`` and
+            ``bias_v``, that have no position and never fade. The key is encoded by the gate's part
+            of the code, which it needs, or not at all with ``position=None``.
+        add_zero_attn: whether every query also sees a key and value of zeros, which never fades. It
+            counts in denominators only, so that it changes nothing with ``output_norm="rms"``.
         kdim: size of the keys' input; default embed_dim.
         vdim: size of the values' input; default embed_dim.
         batch_first: input ``[B, N, embed_dim]`` instead of ``[N, B, embed_dim]``. Default False, as
@@ -190,12 +195,6 @@ class SPEMultiheadAttention(HeadProjections):
             batch_first=batch_first, gated=gated, decay_gate=decay_gate,
         )  # fmt: skip
         check_dtype(owner, dtype)
-        for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
-            if value:
-                raise ValueError(
-                    f"{owner}: {name} must be False: linear attention has no such key, got "
-                    f"{value!r}"
-                )
         dropout, eps = (
             check_number(owner, name, value) for name, value in (("dropout", dropout), ("eps", eps))
         )
@@ -219,8 +218,17 @@ class SPEMultiheadAttention(HeadProjections):
 
         factory = {"device": device, "dtype": dtype}
         super().__init__(
-            embed_dim, num_heads, head_dim, num_key_value_heads, kdim, vdim, bias, **factory
+            embed_dim,
+            num_heads,
+            head_dim,
+            num_key_value_heads,
+            kdim,
+            vdim,
+            bias,
+            add_bias_kv,
+            **factory,
         )
+        self.add_zero_attn = add_zero_attn
         self.dropout = dropout
         self.batch_first = batch_first
         self.encode = encode
@@ -252,6 +260,8 @@ class SPEMultiheadAttention(HeadProjections):
                     self.position.check_realizations(value, owner, name)
             if self.position.code_shape is not None:
                 self.filter = SPEFilter(gated, self.position.code_shape, init=init, **factory)
+        if add_bias_kv:
+            check_bias_kv(self.position, gated)
         self.decay = fading.make_decay(
             decay, check_range(owner, decay_range), decay_gate, self._position(),
             num_heads=self.num_heads, in_features=features, embed_dim=self.kdim,
@@ -307,9 +317,11 @@ class SPEMultiheadAttention(HeadProjections):
                 gets the output bias.
             need_weights: must be False: linear attention has no matrix of weights. (The default of
                 ``nn.MultiheadAttention`` is True.)
-            attn_mask: None, or a causal mask: a bool one, True above the diagonal, or a float one,
-                -inf there. With ``is_causal=True`` its entries are not looked at, as in
-                ``nn.MultiheadAttention``.
+            attn_mask: None, or a causal mask, ``[N, M]`` or ``[B * H, N, M]``: a bool one, True
+                above the diagonal, or a float one, -inf there. With ``is_causal=True`` its entries
+                are not looked at, as in ``nn.MultiheadAttention``; those of ``[B, H, N, M]``, as
+                transformers makes it (sizes of 1 stand for all), always. Keys that it leaves out
+                for all queries are padding (of 4 dimensions and bool: where it is causal).
             average_attn_weights: without effect.
             is_causal: a position attends to those up to itself only; N and M must be equal. Needs
                 no attn_mask. Default False, and True with a state.
@@ -361,10 +373,10 @@ class SPEMultiheadAttention(HeadProjections):
         length, key_length = math.prod(size), math.prod(key.shape[1:-1])
         if is_causal and state is not None and key_length == 0:
             is_causal = False  # nothing but the state to attend to
-        is_causal = inputs.find_causal(
-            attn_mask, is_causal, length, key_length, batch, self.num_heads
-        )
-        mask = inputs.to_padding(key_padding_mask, batch, key_length, layout)
+        is_causal, mask = read_masks(
+            attn_mask, key_padding_mask, is_causal, batch, self.num_heads, length, key_length,
+            layout,
+        )  # fmt: skip
         inputs.check_packed(cu_seqlens, batch, length, key_length, position.ndim)
         places = find_places(
             position, batch, length, key_length, start, positions, state, mask, cu_seqlens,
@@ -384,7 +396,7 @@ class SPEMultiheadAttention(HeadProjections):
                     f"token before, got lengths {key_length} and {length}"
                 )
             q, k, v, mask = fading.pad_to_one_length(q, k, v, mask)
-        call = Call(places, is_causal, mask, key, state, cu_seqlens)
+        call = Call(places, is_causal, mask, key, state, cu_seqlens, extra_keys(self))
         attend = attend_features if self.encode == "features" else attend_inputs
         out, sums = attend(self, q, k, v, call)
         out = out[:, :length]
@@ -475,7 +487,8 @@ class SPEMultiheadAttention(HeadProjections):
     ) -> Tensor:  # [B, H, N, M]
         """Return the matrix that a call amounts to, to look at: of N M elements a head.
 
-        ``weights @ values`` are the heads' outputs, before the output projection. With
+        ``weights @ values`` are the heads' outputs, before the output projection. The keys of
+        ``add_bias_kv`` and ``add_zero_attn`` come last, as in ``nn.MultiheadAttention``. With
         ``output_norm="rms"`` these rows are scaled afterwards; here they are divided by the
         denominator, that is, sums of weights are near 1 where positions do not matter. Weights of
         codes with noise have noise, and may be negative.

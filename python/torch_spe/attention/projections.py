@@ -22,12 +22,13 @@ class HeadProjections(nn.Module):
         kdim: size of the keys' input; default embed_dim.
         vdim: size of the values' input; default embed_dim.
         bias: whether the projections have one.
+        add_bias_kv: whether there is a key and value that is learned.
         device: of the parameters.
         dtype: of the parameters.
 
     Parameter ``in_proj_weight``, ``[(H + 2 G) D, embed_dim]``, or, where inputs have sizes of their
-    own, ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``; ``in_proj_bias``; the module
-    ``out_proj``, from ``H D`` to embed_dim.
+    own, ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``; ``in_proj_bias``; ``bias_k``
+    and ``bias_v``, ``[1, 1, G D]``; the module ``out_proj``, from ``H D`` to embed_dim.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class HeadProjections(nn.Module):
         kdim: int | None,
         vdim: int | None,
         bias: bool,
+        add_bias_kv: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -79,6 +81,9 @@ class HeadProjections(nn.Module):
         self.in_proj_bias = (
             nn.Parameter(torch.empty(queries + keys + values, **factory)) if bias else None
         )
+        for name, width in (("bias_k", keys), ("bias_v", values)):
+            bias_kv = nn.Parameter(torch.empty(1, 1, width, **factory)) if add_bias_kv else None
+            self.register_parameter(name, bias_kv)
         self.out_proj = nn.Linear(queries, embed_dim, bias=bias, **factory)
 
     @torch.no_grad()
@@ -95,6 +100,9 @@ class HeadProjections(nn.Module):
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
+        for parameter in (self.bias_k, self.bias_v):
+            if parameter is not None:
+                nn.init.xavier_normal_(parameter)
 
     def _widths(self) -> tuple[int, int, int]:
         """Return the sizes of all heads' queries, keys and values together."""

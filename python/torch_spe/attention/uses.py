@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch_spe.attention import inputs
 from torch_spe.attention.attend import Call, attend_features, attend_inputs
 from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.extra_keys import extra_keys
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import Places, find_places, starts_of_sequences
 from torch_spe.attention.state import AttentionState, check_state
 from torch_spe.checks import check_flags, check_positive, check_starts, check_tensor
@@ -43,7 +46,8 @@ def start_state(
     q, k, v = layer._project(*x)
     nothing = AttentionState(weight.new_empty(0), weight.new_empty(0), 0, seed)
     attend = attend_features if layer.encode == "features" else attend_inputs
-    _, sums = attend(layer, q, k, v, Call(Places(), True, None, x[1], nothing))
+    call = Call(Places(), True, None, x[1], nothing, extra=extra_keys(layer))
+    _, sums = attend(layer, q, k, v, call)
     return AttentionState(*sums, position, seed)
 
 
@@ -119,8 +123,9 @@ def weights_of_layer(
     sizes, ndim = (layer.embed_dim, layer.kdim, layer.kdim), layer._position().ndim
     query, key, _, layout = inputs.to_batch_first(query, key, key, sizes, layer.batch_first, ndim)
     batch, length, keys = query.shape[0], query[0, ..., 0].numel(), key[0, ..., 0].numel()
-    causal = inputs.find_causal(None, is_causal, length, keys, batch, layer.num_heads)
-    mask = inputs.to_padding(key_padding_mask, batch, keys, layout)
+    causal, mask = read_masks(
+        None, key_padding_mask, is_causal, batch, layer.num_heads, length, keys, layout
+    )
     places = find_places(
         layer._position(), batch, length, keys, start, positions, None, mask, None, query.device
     )
@@ -129,9 +134,14 @@ def weights_of_layer(
     if grid is not None:
         grid = inputs.check_grid(grid, length, keys, layout, ndim)
         q, k = q.unflatten(1, grid), k.unflatten(1, grid)
-    units = torch.eye(keys, dtype=q.dtype, device=q.device).unsqueeze(1)
+    extra = extra_keys(layer)
+    more = 0 if extra is None else extra.keys.shape[1]
+    units = torch.eye(keys + more, dtype=q.dtype, device=q.device).unsqueeze(1)
     units = units.expand(batch, -1, layer.num_heads, -1)  # values: of each key, its own place
-    call = Call(places, causal, mask, key)
+    if extra is not None:
+        extra = dataclasses.replace(extra, values=units[:1, keys:])
+    call = Call(places, causal, mask, key, extra=extra)
+    units = units[:, :keys]
     if layer.encode == "features":
         out, _ = attend_features(layer, q, k, units, call, output_norm=None)
     else:
