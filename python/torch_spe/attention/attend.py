@@ -35,6 +35,9 @@ class Call:
         source: input of the keys, ``[B, M, kdim]``.
         state: of the tokens before.
         cu_seqlens: bounds of packed sequences, ``[S + 1]``.
+        seed: of the noise, where it is not fixed; default any.
+        map_seed: of a random feature map; default as the map says.
+        operator: what attends; that of a sequence on several ranks has their bounds.
     """
 
     places: Places
@@ -43,6 +46,9 @@ class Call:
     source: Tensor
     state: AttentionState | None = None
     cu_seqlens: Tensor | None = None
+    seed: int | None = None
+    map_seed: int | None = None
+    operator: Callable[..., Tensor] = functional.linear_attention
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -58,13 +64,16 @@ class Call:
             }
         return arguments
 
+    def on_ranks(self, layer: SPEMultiheadAttention, q: Tensor) -> Call:
+        """Return the call of a layer whose sequence is cut over ranks; else this one."""
+        ranks = getattr(layer, "_ranks", None)  # of `distributed.SPESequenceParallel`
+        return self if ranks is None else ranks.join(layer, self, q)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, **arguments: object
     ) -> tuple[Tensor, Sums | None]:
         """Call the operator; the sums are None without a state."""
-        out = functional.linear_attention(
-            q.flatten(1, -3), k.flatten(1, -3), v, **self.arguments, **arguments
-        )
+        out = self.operator(q.flatten(1, -3), k.flatten(1, -3), v, **self.arguments, **arguments)
         return (out, None) if self.state is None else out
 
     def map_features(
@@ -72,7 +81,7 @@ class Call:
     ) -> tuple[Tensor, Tensor, str, bool]:
         """Apply the layer's feature map, with the rows that belong to the noise of the state."""
         if self.state is None:
-            return map_features(layer.feature_map, q, k)
+            return map_features(layer.feature_map, q, k, self.map_seed)
         seed = self.state.seed
         return map_features(layer.feature_map, q, k, "fixed" if seed == layer.seed else seed)
 
@@ -85,6 +94,7 @@ def attend_inputs(
     call: Call,
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Encode queries and keys, apply the feature map, and attend."""
+    call = call.on_ranks(layer, q)
     encoder = draw_encoder(layer, q, k, call)
     log_decay = _log_decay(layer, encoder, q, call)
     q, k, _ = encoder.encode_both(q, k)
@@ -108,6 +118,7 @@ def attend_features(
     output_norm: str | None = "layer",
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
+    call = call.on_ranks(layer, q)
     q, k, feature_map, scaled = call.map_features(layer, q, k)
     rms_norm = (layer.output_norm if output_norm == "layer" else output_norm) == "rms"
     # Sums of any scale are brought to that of the values first, which eps is measured by.

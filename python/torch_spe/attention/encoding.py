@@ -46,7 +46,7 @@ def draw_encoder(
     if call.state is not None:
         seed = call.state.seed
     else:
-        seed = layer.seed if layer._fixes_noise() else None
+        seed = layer.seed if layer._fixes_noise() else call.seed
         if seed is None and (call.places.each or call.cu_seqlens is not None):
             seed = draw_seed(None, q.device).item()  # of several draws
     trained = used = position.num_realizations
