@@ -171,7 +171,7 @@ def compare_grids():
 
 
 def gradients(model, x, use_reentrant):
-    """Gradients of the parameters, with each layer in a checkpoint, unless `use_reentrant` is None."""
+    """Gradients of the parameters; each layer in a checkpoint, unless `use_reentrant` is None."""
     torch.manual_seed(dist.get_rank())
     model.zero_grad()
     y = x.detach().requires_grad_()
