@@ -10,12 +10,12 @@ from helpers import error
 from ranks import run_on_ranks
 
 from torch_spe import distributed, functional
-from torch_spe.distributed import bounds
+from torch_spe.distributed import bounds, exchange
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 pytestmark = pytest.mark.cpu_only
 B, H, R, E = 2, 3, 6, 5
-LENGTHS = {2: (70, 9), 4: (5, 40, 0, 34)}
+LENGTHS = {2: (70, 9), 4: (5, 40, 0, 34), 5: (5, 40, 0, 30, 4)}
 DECAYS = {"[H]": (H,), "[H, R]": (H, R), "[B, N, H]": (B, None, H), "[B, N, H, R]": (B, None, H, R)}
 CASES = {
     "causal": {"causal": True},
@@ -70,7 +70,9 @@ def piece(tensor, begin, end):
     return tensor[:, begin:end] if tensor.dim() > 2 or tensor.dtype == torch.bool else tensor
 
 
-def compare_with_one_process(lengths):
+def compare_with_one_process(lengths, doubling=False):
+    if doubling:  # as with many ranks
+        exchange.MOST_GATHERED = 1
     rank, length = dist.get_rank(), sum(lengths)
     begin = distributed.sequence_start(lengths[rank])
     assert begin == sum(lengths[:rank])
@@ -93,9 +95,9 @@ def compare_with_one_process(lengths):
             assert error(a, b) < 1e-10, (case, name)
 
 
-@pytest.mark.parametrize("ranks", LENGTHS)
-def test_pieces_are_the_whole(ranks, tmp_path):
-    run_on_ranks(compare_with_one_process, ranks, tmp_path, LENGTHS[ranks])
+@pytest.mark.parametrize(("ranks", "doubling"), [(2, False), (4, False), (4, True), (5, True)])
+def test_pieces_are_the_whole(ranks, doubling, tmp_path):
+    run_on_ranks(compare_with_one_process, ranks, tmp_path, LENGTHS[ranks], doubling)
 
 
 def test_one_rank_and_errors(tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -12,11 +9,10 @@ from torch_spe import functional
 from torch_spe.distributed.both_sides import attend_to_both_sides
 from torch_spe.distributed.bounds import cut_bounds
 from torch_spe.distributed.exchange import (
-    Piece,
     check_group,
-    depend_on,
-    exchange_pieces,
     sequence_start,
+    state_before,
+    sum_of_states,
 )
 from torch_spe.distributed.passing import piece_backwards, piece_forwards
 
@@ -51,8 +47,8 @@ def linear_attention(
         \sum_{j < r} \exp\Big(\sum_{i = j + 1}^{r - 1} G_i\Big) S_j
 
     and, when attention is not causal, adds the states of the ranks that follow, which fade
-    backwards in the same way. One all-gather of states forward, one exchange of their gradients
-    backward; every rank of the group must call both.
+    backwards in the same way. Forward one exchange of states in each direction (one sum where
+    nothing fades), backward the same of their gradients; every rank of the group must call both.
 
     Args:
         q: this rank's queries, ``[B, N, H, R]``; N may differ from rank to rank, all else must be
@@ -102,24 +98,29 @@ def linear_attention(
     }  # fmt: skip
     if dist.get_world_size(group) == 1:
         return functional.linear_attention(q, k, v, cu_seqlens=cu_seqlens, **of_keys, **others)
+    group = dist.group.WORLD if group is None else group
     bounds = None
     if cu_seqlens is not None:
         start = sequence_start(k.shape[1], group) if start is None else start
         bounds = cut_bounds(cu_seqlens, start, k.shape[1])
-    pieces = [piece_forwards(k, v, bounds, **of_keys)]
-    if not causal and (log_decay is not None or bounds is not None):
-        pieces.append(piece_backwards(k, v, bounds, **of_keys))
-    ranks, rank = exchange_pieces(pieces, group), dist.get_rank(group)
-    nothing = Piece(torch.zeros_like(pieces[0].s), torch.zeros_like(pieces[0].z))
-    before, behind = ranks[:rank], [] if causal else ranks[:rank:-1]
-    left = functools.reduce(lambda state, pieces: pieces[0].after(state), before, nothing)
-    right = functools.reduce(lambda state, pieces: pieces[-1].after(state), behind, nothing)
-    left = Piece(depend_on(left.s, ranks), left.z)
-    if bounds is not None:
-        left, right = bounds.place(left, right)
+    if not causal and log_decay is None and bounds is None:
+        state = functional.linear_attention_state(k, v, **of_keys)
+        nothing = None if denominator_k is None else denominator_k[:, :0]
+        of_keys |= {"denominator_k": nothing, "key_padding_mask": None}
+        return functional.linear_attention(
+            q, k[:, :0], v[:, :0], initial_state=sum_of_states(*state, group), **of_keys, **others
+        )
+    left = state_before(piece_forwards(k, v, bounds, **of_keys), group)
+    right = None
+    if not causal:
+        right = state_before(piece_backwards(k, v, bounds, **of_keys), group, reverse=True)
     if log_decay is not None and not causal:
         return attend_to_both_sides(q, k, v, left, right, bounds, **of_keys, **others)
+    if bounds is not None:
+        left = bounds.place_first(left)
+        if right is not None:
+            left = left.after(bounds.place_last(right))
     return functional.linear_attention(
-        q, k, v, initial_state=(left.s + right.s, left.z + right.z),
+        q, k, v, initial_state=(left.s, left.z),
         cu_seqlens=None if bounds is None else bounds.local, **of_keys, **others,
     )  # fmt: skip

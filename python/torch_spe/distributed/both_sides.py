@@ -40,8 +40,8 @@ def attend_to_both_sides(
         q: queries.
         k: keys.
         v: values.
-        left: state before the first token, with a row for each packed sequence.
-        right: state behind the last token, the same.
+        left: state before the first token.
+        right: state behind the last token.
         bounds: of packed sequences.
         feature_map: as in `functional.linear_attention`, like all that follow.
         denominator_q: the same.
@@ -55,8 +55,8 @@ def attend_to_both_sides(
     out_type, dtype = activation_type(q), left.s.dtype
     batch, length, heads, num_features = q.shape
     q, k = (apply_feature_map(feature_map, x.to(dtype)) for x in (q, k))
-    if bounds is not None:  # all rows but that of the last sequence are 0
-        right = Piece(right.s.sum(0, keepdim=True), right.z.sum(0, keepdim=True))
+    if bounds is not None:
+        left, right = bounds.place_first(left), bounds.join_last(right)
     more = num_features
     denominator = {}
     if normalize:

@@ -44,19 +44,23 @@ class LocalBounds:
         end = self.local[-1:]
         return torch.cat((self.local[:1], end - self.local[self.first + 1], end))
 
-    def place(self, left: Piece, right: Piece) -> tuple[Piece, Piece]:
-        """Return states with a row for each sequence, given those of the first and the last."""
-        return (
-            self._place(left, self.first, self.from_before),
-            self._place(right, self.last, self.goes_on),
-        )
+    def place_first(self, left: Piece) -> Piece:
+        """Return a state from before with a row for each sequence: that of the first token's."""
+        return self._place(left, self.first, self.from_before)
+
+    def join_last(self, right: Piece) -> Piece:
+        """Return a state from behind, or 0 if it is another sequence's than the last token's."""
+        return Piece(*(_where(self.goes_on, x) for x in (right.s, right.z)))
+
+    def place_last(self, right: Piece) -> Piece:
+        """Return a state from behind with a row for each sequence: that of the last token's."""
+        return self._place(right, self.last, self.goes_on)
 
     def _place(self, piece: Piece, row: Tensor, is_joined: Tensor) -> Piece:
         rows = len(self.local) - 1
 
         def place(x: Tensor) -> Tensor:  # [1, ...] -> [S, ...]
-            joined = x.where(is_joined.view(-1, *[1] * (x.dim() - 1)), 0)
-            return x.new_zeros(rows, *x.shape[1:]).index_add(0, row, joined)
+            return x.new_zeros(rows, *x.shape[1:]).index_add(0, row, _where(is_joined, x))
 
         return Piece(place(piece.s), place(piece.z))
 
@@ -64,6 +68,10 @@ class LocalBounds:
         """Return the bounds with `count` tokens more in the last sequence."""
         index = torch.arange(len(self.local), device=self.local.device)
         return self.local + count * (index > self.last)
+
+
+def _where(condition: Tensor, x: Tensor) -> Tensor:  # [1], [1, ...]
+    return x.where(condition.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
 def cut_bounds(cu_seqlens: Tensor, start: int, length: int) -> LocalBounds:
