@@ -206,6 +206,18 @@ def compare_checkpointed():
                 assert torch.equal(a, b)
 
 
+def compare_compiled():
+    """As one graph, with the exchanges in it."""
+    layer = parallel(make({}), equal_lengths=True)
+    x = torch.randn(2, 4, DIM, dtype=torch.float64)
+    expected = layer(x, x, x, is_causal=True)[0]
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    out = fast(x, x, x, is_causal=True)[0]
+    assert error(out, expected) < 1e-12
+    out.square().sum().backward()
+    assert layer.decay.rate.grad.abs().max() > 0
+
+
 def check_errors():
     rank = dist.get_rank()
     x = torch.randn(1, 4, DIM)
@@ -257,6 +269,7 @@ def everything(ranks):
         compare_layers(["conv"], ["padding", "packed, causal"])
         compare_in_training(["default", "sine", "paper", "conv", "random map"][1:])
         compare_checkpointed()
+        compare_compiled()
         check_errors()
     else:
         compare_layers(["default", "sine", "data"], CALLS)
