@@ -234,8 +234,12 @@ def check_choice(owner: str, name: str, value: object, choices: Sequence[object]
 
 
 def check_not_nan(owner: str, **parameters: Tensor) -> None:
-    """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap."""
-    if torch.compiler.is_compiling():
+    """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap.
+
+    Not where a graph is traced, nor under transforms of ``torch.func``, which have no values to
+    look at.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     for name, parameter in parameters.items():
         if parameter.device.type == "cpu" and bool(parameter.detach().isnan().any()):
