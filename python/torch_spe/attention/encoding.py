@@ -147,7 +147,9 @@ def may_keep(tensors: Sequence[Tensor]) -> bool:
     Not where it needs a graph for gradients, nor under tracing, function transforms, and modes that
     look at or change operators.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if _get_current_dispatch_mode() is not None:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False

@@ -27,12 +27,12 @@ from torch_spe.checks import (
 from torch_spe.decay import Decay, check_range
 from torch_spe.feature_maps import FeatureMap, check_feature_map
 from torch_spe.filters import SPEFilter
-from torch_spe.initialization import reset_modules
+from torch_spe.initialization import EagerModule, reset_modules
 from torch_spe.positions import Position
 from torch_spe.positions.registry import find_preset, make_position
 
 
-class SPEMultiheadAttention(nn.Module):
+class SPEMultiheadAttention(EagerModule):
     r"""``nn.MultiheadAttention`` as linear attention with stochastic relative positions.
 
     Constructor, call and names of the projections follow ``nn.MultiheadAttention``: its state dict

@@ -341,7 +341,7 @@ class ExactCode(SinusoidCode):
     def _apply(self, x, side, positions, start, feature_map):
         constant = self.constant
         # R / D = blocks; the products of all R features count, not their mean.
-        blocks = 2 * self.amplitudes.shape[2] + (constant is not None)
+        blocks = 2 * self.amplitudes.shape[2] + int(constant is not None)
         scale = blocks**0.25 * self.factor
         return functional.sine_features(
             x, self.freqs, self.amplitudes * scale, self.offsets if side == "query" else None,
