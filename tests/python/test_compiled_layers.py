@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 DIM, HEADS = 16, 2
 KINDS = {
@@ -65,7 +66,7 @@ class Everything(nn.Module):
 def test_one_graph_for_all_lengths_and_starts(training):
     model = Everything().train(training)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     fast = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for length, start in ((20, 0), (9, 0), (33, 5), (7, 6), (8, -3)):
         x = torch.randn(2, length, DIM)
@@ -73,7 +74,7 @@ def test_one_graph_for_all_lengths_and_starts(training):
         out.sum().backward()
         if not training:
             assert error(out, model(x, start)) < 1e-5
-    assert counter.frame_count == 1
+    assert counter.frame_count == 1  # with the eager backend; others count the backward pass too
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -96,7 +97,7 @@ def test_exported_with_any_length_and_without_values():
     model = Everything(random_map=False).eval()
     x = torch.randn(2, 20, DIM)
     length = torch.export.Dim("length", min=2, max=4096)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({1: length}, None))
+    exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},))
     for n in (20, 9):
         assert error(exported.module()(x[:, :n]), model(x[:, :n])) < 1e-5
     with FakeTensorMode(allow_non_fake_inputs=True):
