@@ -1,6 +1,9 @@
 """Layers of every position kind compiled, exported, traced, and under transforms of torch.func."""
 
 import copy
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -100,8 +103,16 @@ def test_exported_with_any_length_and_without_values():
     exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},))
     for n in (20, 9):
         assert error(exported.module()(x[:, :n]), model(x[:, :n])) < 1e-5
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert model(torch.empty(3, 7, DIM)).shape == (3, 7, DIM)
+
+
+def test_shapes_without_values():
+    model, x = Everything(random_map=False).eval(), torch.randn(3, 7, DIM)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(x).shape == (3, 7, DIM)
+        made = Everything()
+        assert made(torch.empty(3, 7, DIM)).shape == (3, 7, DIM)
+    with mode:
+        made(torch.empty(2, 9, DIM)).sum().backward()
 
 
 @for_every_kind
@@ -188,3 +199,44 @@ def test_no_operator_has_an_argument_that_packages_get_wrong():
     assert len(schemas) > 10
     for schema in schemas:
         assert "ScalarType" not in str(schema), schema
+
+
+@pytest.mark.skipif("TORCH_SPE_TEST_ALL" not in os.environ, reason="takes minutes: make test-all")
+def test_packages_of_aotinductor(tmp_path):
+    """From Python, and from a C++ program that links the library, where there is a compiler."""
+    model = Everything(random_map=False).eval()
+    x = torch.randn(2, 20, DIM)
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},))
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=f"{tmp_path}/model.pt2",
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+    )  # fmt: skip
+    fast = torch._inductor.aoti_load_package(package)
+    for n in (20, 9, 33):
+        x = torch.linspace(-1, 1, 2 * n * DIM).view(2, n, DIM)
+        with torch.no_grad():
+            out = fast(x)
+            assert error(out, model(x)) < 1e-5
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    from torch.utils.cpp_extension import include_paths
+
+    library, of_torch = ROOT / "python/torch_spe", Path(torch.__file__).parent / "lib"
+    program = tmp_path / "run_package"
+    subprocess.run(
+        [compiler, "-std=c++20", str(ROOT / "examples/cpp/run_package.cpp"), "-o", str(program),
+         *(f"-isystem{path}" for path in include_paths()), f"-I{ROOT / 'csrc/include'}",
+         *(f"-L{path}" for path in (library, of_torch)), "-Wl,--no-as-needed",
+         *(f"-Wl,-rpath,{path}" for path in (library, of_torch)),
+         *(f"-l{name}" for name in ("torch_spe", "torch", "torch_cpu", "c10"))],
+        check=True,
+    )  # fmt: skip
+    printed = subprocess.run(
+        [str(program), package, "2", "33", str(DIM)], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"output [2, 33, {DIM}]" in printed
+    assert float(printed.split("mean square ")[1]) == pytest.approx(
+        out.square().mean().item(), rel=1e-4
+    )
