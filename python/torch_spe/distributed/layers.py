@@ -95,6 +95,11 @@ class SPESequenceParallel(ParallelStyle):
                 f"{OWNER}: module must have no SPETransformerDecoderLayer, whose queries and "
                 "memory are of different sequences"
             )
+        if any(layer.bias_k is not None or layer.add_zero_attn for layer in found):
+            raise ValueError(
+                f"{OWNER}: module must be without add_bias_kv and add_zero_attn, whose keys are "
+                "those of no rank"
+            )
         for layer in found:
             SequenceRanks(device_mesh.get_group(), self.equal_lengths).attach(layer)
         return module
