@@ -39,7 +39,7 @@ void check_parameter_type(const char* op, const char* name, const at::Tensor& te
                    accumulate_type(x.scalar_type()), ", got ", type);
 }
 
-void check_positions(const char* op, const OptionalTensor& positions, double start,
+void check_positions(const char* op, const OptionalTensor& positions, const c10::Scalar& start,
                      const at::Tensor& freqs, const at::Tensor& x) {
   const c10::SymInt ndim = freqs.dim() == 4 ? freqs.sym_size(3) : c10::SymInt(1);
   TORCH_CHECK_VALUE(ndim > 0, op,
@@ -60,12 +60,17 @@ void check_positions(const char* op, const OptionalTensor& positions, double sta
     TORCH_CHECK_VALUE(
         given.sym_eq(ndim).expect_true(__FILE__, __LINE__), op, ": positions must have ", ndim,
         " coordinates each (the last dimension of freqs), got shape ", positions->sym_sizes());
-    TORCH_CHECK_VALUE(start == 0, op, ": start must be 0 when positions are given, got ", start);
   } else {
     TORCH_CHECK_VALUE(ndim == 1, op, ": positions must be given when freqs has ", ndim,
                       " dimensions of positions");
   }
-  TORCH_CHECK_VALUE(std::isfinite(start), op, ": start must be finite, got ", start);
+  if (start.isSymbolic()) return;  // whatever it is when the graph runs
+  TORCH_CHECK_TYPE(!start.isComplex(), op, ": start must be a real number, got ",
+                   start.toComplexDouble());
+  const double first = start.toDouble();
+  TORCH_CHECK_VALUE(!positions.has_value() || first == 0, op,
+                    ": start must be 0 when positions are given, got ", first);
+  TORCH_CHECK_VALUE(std::isfinite(first), op, ": start must be finite, got ", first);
 }
 
 void check_grad_out(const char* op, const at::Tensor& grad_out, const at::Tensor& x,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Scalar.h>
 
 #include <optional>
 #include <string_view>
@@ -31,7 +32,7 @@ void check_parameter_type(const char* op, const char* name, const at::Tensor& te
 
 // Positions [N] or [N, ndim] for x [B, N, H, D] and freqs [H, D, *] or [H, D, *, ndim]; without
 // them, ndim is 1 and start is finite.
-void check_positions(const char* op, const OptionalTensor& positions, double start,
+void check_positions(const char* op, const OptionalTensor& positions, const c10::Scalar& start,
                      const at::Tensor& freqs, const at::Tensor& x);
 
 // The gradient of an operator's output: the type and device of x, and the output's shape, which is

@@ -14,9 +14,10 @@ struct CodeNoiseArguments {
   at::Tensor seed;  // [1], int64
   c10::SymInt num_heads, in_features, num_pairs;
   int64_t stream;
-  std::optional<at::ScalarType> dtype;
+  std::string dtype;
 
-  at::TensorOptions options() const { return seed.options().dtype(dtype.value_or(at::kFloat)); }
+  at::ScalarType type() const { return dtype == "float64" ? at::kDouble : at::kFloat; }
+  at::TensorOptions options() const { return seed.options().dtype(type()); }
 };
 
 void check_count(const char* op, const char* name, const c10::SymInt& count, int64_t most) {
@@ -30,14 +31,13 @@ void check_code_noise(const char* op, const CodeNoiseArguments& a) {
   check_count(op, "in_features", a.in_features, core::kMaxNoiseFeatures);
   check_count(op, "num_pairs", a.num_pairs, core::kMaxNoiseRealizations);
   check_count(op, "stream", a.stream, std::numeric_limits<uint32_t>::max());
-  const auto type = a.dtype.value_or(at::kFloat);
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, op,
-                   ": dtype must be float32 or float64, got ", type);
+  TORCH_CHECK_TYPE(a.dtype == "float32" || a.dtype == "float64", op,
+                   ": dtype must be float32 or float64, got ", a.dtype);
 }
 
 template <class Params>
 void fill_code_noise(Params& p, const CodeNoiseArguments& a) {
-  p.dtype = to_dtype(a.dtype.value_or(at::kFloat));
+  p.dtype = to_dtype(a.type());
   p.num_heads = a.num_heads.expect_int();
   p.in_features = a.in_features.expect_int();
   p.num_pairs = a.num_pairs.expect_int();
@@ -50,7 +50,7 @@ struct PhaseNoise : Operator {
   static constexpr const char* kName = "phase_noise";
   static constexpr const char* kSchema =
       "phase_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt num_sines, SymInt "
-      "num_pairs, int stream=0, int ndim=1, ScalarType? dtype=None) -> (Tensor sine, Tensor "
+      "num_pairs, int stream=0, int ndim=1, str dtype='float32') -> (Tensor sine, Tensor "
       "phases, Tensor deviates)";
   static constexpr const char* kDoc =
       "The noise of phase_code: a sine, a phase in cycles and deviates of its frequency for each "
@@ -95,7 +95,7 @@ struct CircleNoise : Operator {
   static constexpr const char* kName = "circle_noise";
   static constexpr const char* kSchema =
       "circle_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt num_pairs, int "
-      "stream=0, ScalarType? dtype=None) -> Tensor";
+      "stream=0, str dtype='float32') -> Tensor";
   static constexpr const char* kDoc =
       "Noise on the circle, one point for each pair of realizations: [H, D, R].";
 

@@ -13,7 +13,7 @@ struct ConvNoise : Operator {
   static constexpr const char* kSchema =
       "conv_noise(Tensor seed, SymInt num_heads, SymInt in_features, SymInt[] size, "
       "SymInt num_realizations, str noise_kind='gaussian', int[] noise_stride=[], "
-      "SymInt[] start=[], ScalarType? dtype=None) -> Tensor";
+      "SymInt[] start=[], str dtype='float32') -> Tensor";
   static constexpr const char* kDoc =
       "The noise [H, D, *size, R] that conv_filter generates from a seed.";
 
@@ -25,7 +25,7 @@ struct ConvNoise : Operator {
     std::string noise_kind;
     std::vector<int64_t> noise_stride;
     std::vector<c10::SymInt> start;
-    std::optional<at::ScalarType> dtype;
+    std::string dtype;
 
     auto fields() {
       return std::tie(seed, num_heads, in_features, size, num_realizations, noise_kind,
@@ -47,17 +47,14 @@ struct ConvNoise : Operator {
     to_noise_kind(kName, a.noise_kind);
     check_stride(kName, a.noise_stride, static_cast<int64_t>(a.size.size()));
     check_start(kName, a.start, static_cast<int64_t>(a.size.size()));
-    const auto type = a.dtype.value_or(at::kFloat);
-    TORCH_CHECK_TYPE(
-        type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
-        kName, ": dtype must be float32, float64, float16 or bfloat16, got ", type);
+    to_scalar_type(kName, a.dtype);
   }
 
   static TensorSpecs results(const Arguments& a) {
     c10::SymDimVector sizes{a.num_heads, a.in_features};
     sizes.append(a.size.begin(), a.size.end());
     sizes.push_back(a.num_realizations);
-    return {{sizes, a.seed.options().dtype(a.dtype.value_or(at::kFloat))}};
+    return {{sizes, a.seed.options().dtype(to_scalar_type(kName, a.dtype))}};
   }
 
   static core::NoiseParams generated_noise(const Arguments& a) {

@@ -20,7 +20,7 @@ struct EncoderArguments {
   at::Tensor x;              // [B, N, H, D]
   at::Tensor freqs;          // [H, D, K] or [H, D, K, ndim], cycles per position
   OptionalTensor positions;  // [N] or [N, ndim]
-  double start = 0;
+  c10::Scalar start = 0;    // symbolic where a call is traced
   std::string feature_map;
 };
 
@@ -70,7 +70,7 @@ struct PositionalEncoder : Operator {
     copy_strides(a.x, p.x_strides);
     p.freqs = kept.doubles(a.freqs);
     p.positions = kept.doubles(a.positions);
-    p.start = a.start;
+    p.start = a.start.toDouble();
     p.out = nullptr;
     Op::fill_tables(
         p, a,

@@ -2,6 +2,7 @@
 // does not have take the schema's default.
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "noise_arguments.h"
 #include "torch_spe/torch_spe.h"
 
 namespace torch_spe {
@@ -71,7 +72,7 @@ at::Tensor conv_noise(const at::Tensor& seed, int64_t num_heads, int64_t in_feat
                       std::optional<at::ScalarType> dtype) {
   static const auto op = find("torch_spe::conv_noise");
   return call(op, {seed, num_heads, in_features, size, num_realizations, noise_kind, noise_stride,
-                   start, dtype})[0]
+                   start, ops::name_of(dtype.value_or(at::kFloat))})[0]
       .toTensor();
 }
 

@@ -1,6 +1,31 @@
 #include "noise_arguments.h"
 
+#include <array>
+#include <utility>
+
 namespace torch_spe::ops {
+namespace {
+
+constexpr std::array<std::pair<std::string_view, at::ScalarType>, 4> kTypes{{
+    {"float32", at::kFloat},
+    {"float64", at::kDouble},
+    {"float16", at::kHalf},
+    {"bfloat16", at::kBFloat16},
+}};
+
+}  // namespace
+
+at::ScalarType to_scalar_type(const char* op, std::string_view dtype) {
+  for (const auto& [name, type] : kTypes)
+    if (name == dtype) return type;
+  TORCH_CHECK_TYPE(false, op, ": dtype must be float32, float64, float16 or bfloat16, got ", dtype);
+}
+
+std::string name_of(at::ScalarType type) {
+  for (const auto& [name, known] : kTypes)
+    if (known == type) return std::string(name);
+  return c10::toString(type);
+}
 
 core::NoiseKind to_noise_kind(const char* op, std::string_view kind) {
   if (kind == "gaussian") return core::NoiseKind::kGaussian;

@@ -1,6 +1,7 @@
-// Arguments that conv_filter and conv_noise share: which noise is generated.
+// Arguments that operators with noise share: its kind and type, and which of it is generated.
 #pragma once
 
+#include <string>
 #include <string_view>
 
 #include "core/conv_filter.h"
@@ -9,6 +10,11 @@
 namespace torch_spe::ops {
 
 core::NoiseKind to_noise_kind(const char* op, std::string_view kind);
+
+// Types by their names, "float32" and so on: packages of AOTInductor pass the number of a
+// ScalarType on as another one's.
+at::ScalarType to_scalar_type(const char* op, std::string_view dtype);
+std::string name_of(at::ScalarType type);
 
 // One stride for each dimension; one number stands for all dimensions, none for 1.
 void check_stride(const char* op, at::IntArrayRef stride, int64_t ndim);

@@ -10,7 +10,7 @@ struct PhasorFilter : PositionalEncoder<PhasorFilter> {
   static constexpr const char* kName = "phasor_filter";
   static constexpr const char* kSchema =
       "phasor_filter(Tensor x, Tensor freqs, Tensor coefficients, Tensor? constant=None, "
-      "Tensor? positions=None, float start=0.0, str feature_map='identity') -> Tensor";
+      "Tensor? positions=None, Scalar start=0, str feature_map='identity') -> Tensor";
   static constexpr const char* kDoc =
       "Encodes x [B, N, H, D] with one sinusoid for each feature and pair of realizations, as "
       "[B, N, H, R].";

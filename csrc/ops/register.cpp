@@ -113,7 +113,12 @@ const std::vector<const OperatorInfo*>& operators() { return all_operators(); }
 
 namespace detail {
 
+void read(const c10::IValue& value, std::vector<int64_t>& field) {
+  if (!value.isNone()) field = value.toIntVector();
+}
+
 void read(const c10::IValue& value, std::vector<c10::SymInt>& field) {
+  if (value.isNone()) return;
   if (value.isIntList()) {
     const auto list = value.toIntVector();
     field.assign(list.begin(), list.end());

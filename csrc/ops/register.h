@@ -140,6 +140,8 @@ inline void read(const c10::IValue& value, at::Tensor& field) {
 inline void read(const c10::IValue& value, OptionalTensor& field) {
   if (!value.isNone() && value.toTensor().defined()) field = value.toTensor();
 }
+// Lists; packages of AOTInductor pass None for an empty one.
+void read(const c10::IValue& value, std::vector<int64_t>& field);
 void read(const c10::IValue& value, std::vector<c10::SymInt>& field);
 template <class T>
 void read(const c10::IValue& value, T& field) {

@@ -9,7 +9,7 @@ namespace {
 struct Rotary : PositionalEncoder<Rotary> {
   static constexpr const char* kName = "rotary";
   static constexpr const char* kSchema =
-      "rotary(Tensor x, Tensor freqs, Tensor? positions=None, float start=0.0, "
+      "rotary(Tensor x, Tensor freqs, Tensor? positions=None, Scalar start=0, "
       "str feature_map='identity') -> Tensor";
   static constexpr const char* kDoc =
       "Rotates the features 2i and 2i + 1 of x [B, N, H, D] at position n by the angle "

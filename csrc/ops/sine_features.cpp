@@ -10,7 +10,7 @@ struct SineFeatures : PositionalEncoder<SineFeatures> {
   static constexpr const char* kName = "sine_features";
   static constexpr const char* kSchema =
       "sine_features(Tensor x, Tensor freqs, Tensor amplitudes, Tensor? offsets=None, "
-      "Tensor? constant=None, Tensor? positions=None, float start=0.0, "
+      "Tensor? constant=None, Tensor? positions=None, Scalar start=0, "
       "str feature_map='identity') -> Tensor";
   static constexpr const char* kDoc =
       "Multiplies x [B, N, H, D] with the cosine and sine of every frequency, to "

@@ -10,7 +10,7 @@ struct SineFilter : PositionalEncoder<SineFilter> {
   static constexpr const char* kName = "sine_filter";
   static constexpr const char* kSchema =
       "sine_filter(Tensor x, Tensor freqs, Tensor weight, Tensor? constant=None, "
-      "Tensor? positions=None, float start=0.0, str feature_map='identity') -> Tensor";
+      "Tensor? positions=None, Scalar start=0, str feature_map='identity') -> Tensor";
   static constexpr const char* kDoc = "Encodes x [B, N, H, D] with sums of sines, as [B, N, H, R].";
   static constexpr std::array kGradients{"x", "freqs", "weight", "constant", "positions"};
   using Params = core::SineFilterParams;

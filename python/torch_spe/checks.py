@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -234,8 +235,14 @@ def check_choice(owner: str, name: str, value: object, choices: Sequence[object]
 
 
 def check_not_nan(owner: str, **parameters: Tensor) -> None:
-    """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap."""
-    if torch.compiler.is_compiling():
+    """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap.
+
+    Not where a graph is traced, nor under transforms of ``torch.func`` and modes such as that of
+    fake tensors, where there may be no values to look at.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    if _get_current_dispatch_mode() is not None:
         return
     for name, parameter in parameters.items():
         if parameter.device.type == "cpu" and bool(parameter.detach().isnan().any()):

@@ -20,6 +20,7 @@ from torch_spe.checks import (
     check_seed,
     check_tensor,
 )
+from torch_spe.initialization import EagerModule
 from torch_spe.noise import STREAMS, draw_normal, orthogonal_noise
 
 __all__ = ["FEATURE_MAPS", "PositiveFeatures", "PositiveProjection", "apply_feature_map"]
@@ -223,7 +224,7 @@ class PositiveProjection:
         return scaled, scaled @ weight.T
 
 
-class PositiveFeatures(nn.Module):
+class PositiveFeatures(EagerModule):
     r"""Positive random features: linear attention that estimates softmax attention.
 
     .. math::

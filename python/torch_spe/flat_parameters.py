@@ -150,7 +150,7 @@ class FlatParameterModule(Float32Module):
         view = self._shaped(name, stored)
         if view is stored or torch.compiler.is_compiling():
             return view
-        if type(stored) is nn.Parameter:
+        if type(stored) is nn.Parameter and type(view) is Tensor:  # not under modes such as fakes
             view = view.as_subclass(FlatParameterView)
             view._stored = stored
         else:

@@ -1,10 +1,22 @@
-"""What draws the parameters of modules within modules again."""
+"""What modules have in common: parameters that are drawn again, and an error for scripting."""
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import nn
 
-__all__ = ["reset_modules"]
+__all__ = ["EagerModule", "reset_modules"]
+
+
+class EagerModule(nn.Module):
+    """Base of modules that TorchScript cannot compile; ``torch.jit.trace`` works."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it: use torch.compile, "
+            "torch.export (docs/pytorch.md) or torch.jit.trace"
+        )
 
 
 def reset_modules(*modules: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_spe.checks import check_module
+from torch_spe.initialization import EagerModule
 
 __all__ = ["Float32Module", "float32_parameters", "parameter_type"]
 
@@ -23,7 +24,7 @@ def is_narrow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
-class Float32Module(nn.Module):
+class Float32Module(EagerModule):
     """Base of modules whose floating-point parameters and buffers are float32 or wider.
 
     ``.half()``, ``.bfloat16()``, ``.to(dtype)`` on the module or on one that contains it move its

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.__main__ import check, measure_case
 from benchmarks.cases import LAYERS, Case, Implementation, decay, layer
+from benchmarks.communication import Machine as Link
+from benchmarks.communication import Model, count, state_messages, step_seconds
 from benchmarks.decode import decode
 from benchmarks.measure import Machine
 
@@ -86,3 +88,19 @@ def test_steps_of_generation_are_timed():
     rows = measure_case(case, "cpu", 0.01, machine)
     assert all("forward ms" in row for row in rows)
     assert len(rows) == len(case.implementations)
+
+
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_bytes_that_ranks_send_are_counted(ranks):
+    model = Model(width=32, heads=2)
+    messages, pieces = state_messages(ranks)
+    assert messages == pieces == {4: 3, 16: 5}[ranks]
+    # The rank in the middle sends in every step but, with doubling, the last one backward.
+    sent = 4 * pieces * model.state, 4 * (pieces - (ranks > 8)) * model.state
+    assert count(ranks, ranks // 2 - 1, True, model) == sent
+    state = model.state - model.heads  # no shares
+    sent = 2 * 4 * state * (ranks - 1) // ranks
+    assert count(ranks, 1, False, model, position="exact") == (sent, sent)
+    times = step_seconds(ranks, 1000, model, Link())
+    assert times[0] > times[1] > 0
+    assert times[2] >= times[3] > 0

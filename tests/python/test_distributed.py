@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from helpers import error
+from ranks import run_on_ranks
 
 from torch_spe import distributed, functional
+from torch_spe.distributed import bounds, exchange
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 pytestmark = pytest.mark.cpu_only
 B, H, R, E = 2, 3, 6, 5
-LENGTHS = {2: (70, 9), 4: (5, 40, 1, 33)}
+LENGTHS = {2: (70, 9), 4: (5, 40, 0, 34), 5: (5, 40, 0, 30, 4)}
 DECAYS = {"[H]": (H,), "[H, R]": (H, R), "[B, N, H]": (B, None, H), "[B, N, H, R]": (B, None, H, R)}
 CASES = {
     "causal": {"causal": True},
@@ -25,7 +26,20 @@ CASES = {
     "padding, not causal": {"key_padding_mask": True},
     "denominators": {"causal": True, "denominator": 4},
     **{f"decay {name}": {"causal": True, "log_decay": shape} for name, shape in DECAYS.items()},
-}
+    **{f"decay {name}, both sides": {"log_decay": shape} for name, shape in DECAYS.items()},
+    "decay, both sides, padding, denominators": {
+        "log_decay": (H,), "key_padding_mask": True, "denominator": 9, "feature_map": "relu"
+    },
+    "decay, both sides, RMS norm": {"log_decay": (H, R), "normalize": False, "rms_norm": True},
+    **{
+        f"packed, {'' if causal else 'not '}causal, decay {decay}": {
+            "causal": causal, "packed": True, **({} if decay is None else {"log_decay": decay})
+        }
+        for causal in (True, False) for decay in (None, (H,), (B, None, H, R))
+    },
+}  # fmt: skip
+# Of packed sequences: within a rank, over several of them, at an end of one, and empty ones.
+BOUNDS = (0, 0, 3, 60, 70, 70, 73, 79)
 
 
 def make(case, length):
@@ -36,14 +50,19 @@ def make(case, length):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     options = dict(CASES[case])
-    tensors = {"q": draw(B, length, H, R), "k": draw(B, length, H, R), "v": draw(B, length, H, E)}
+    packed = options.pop("packed", False)
+    rows = 1 if packed else B
+    tensors = {n: draw(rows, length, H, E if n == "v" else R) for n in "qkv"}
     if width := options.pop("denominator", None):
-        tensors |= {f"denominator_{n}": draw(B, length, H, width).exp() for n in "qk"}
+        tensors |= {f"denominator_{n}": draw(rows, length, H, width).exp() for n in "qk"}
     if "log_decay" in options:
         shape = [length if size is None else size for size in options.pop("log_decay")]
+        shape[0] = rows if len(shape) > 2 else shape[0]
         tensors["log_decay"] = -0.1 * draw(*shape).exp()
     if "key_padding_mask" in options:
         options["key_padding_mask"] = draw(B, length) > 0.5
+    if packed:
+        options["cu_seqlens"] = torch.tensor(BOUNDS)
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}, options
 
 
@@ -51,12 +70,10 @@ def piece(tensor, begin, end):
     return tensor[:, begin:end] if tensor.dim() > 2 or tensor.dtype == torch.bool else tensor
 
 
-def compare_on_one_rank(rank, lengths, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(lengths)
-    )
-    length = sum(lengths)
+def compare_with_one_process(lengths, doubling=False):
+    if doubling:  # as with many ranks
+        exchange.MOST_GATHERED = 1
+    rank, length = dist.get_rank(), sum(lengths)
     begin = distributed.sequence_start(lengths[rank])
     assert begin == sum(lengths[:rank])
     end = begin + lengths[rank]
@@ -76,12 +93,11 @@ def compare_on_one_rank(rank, lengths, folder):
             else:
                 b = piece(b, begin, end)
             assert error(a, b) < 1e-10, (case, name)
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", LENGTHS)
-def test_pieces_are_the_whole(ranks, tmp_path):
-    torch.multiprocessing.spawn(compare_on_one_rank, (LENGTHS[ranks], str(tmp_path)), nprocs=ranks)
+@pytest.mark.parametrize(("ranks", "doubling"), [(2, False), (4, False), (4, True), (5, True)])
+def test_pieces_are_the_whole(ranks, doubling, tmp_path):
+    run_on_ranks(compare_with_one_process, ranks, tmp_path, LENGTHS[ranks], doubling)
 
 
 def test_one_rank_and_errors(tmp_path):
@@ -92,8 +108,8 @@ def test_one_rank_and_errors(tmp_path):
         distributed.sequence_start(4)
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
     try:
-        with pytest.raises(ValueError, match="log_decay must be None without causal"):
-            distributed.linear_attention(x, x, x, log_decay=torch.full((2,), -0.1))
+        with pytest.raises(ValueError, match="must end behind the tokens of all ranks"):
+            bounds.cut_bounds(torch.tensor([0, 3]), 2, 2)
         with pytest.raises(ValueError, match="linear_attention: k must have size 3"):
             distributed.linear_attention(x, x[..., :2], x, causal=True)
         out = distributed.linear_attention(x, x, x, causal=True)

@@ -239,7 +239,7 @@ def random_task(preset):
         ("image", "favor-sine", Size(1, 16, 2, 16, 8, "both", "first", head_dim=4)),
         ("image", "paper-none", Size(1, 16, 2, 16, 8, "both", "first", head_dim=4)),
         ("image", "default", Size(4, 16, 2, 16, 8, "cross")),
-        ("image", "grid", Size(2, 16, 2, 16, 8, "both")),
+        ("image", "grid", Size(2, 16, 2, 16, 8, "cross")),
         ("image", "grid-conv", Size(2, 16, 2, 16, 8, "both")),
         ("cpu16", "default", Size(2, 16, 2, 16, 8, "cross")),
     ],
@@ -277,8 +277,8 @@ def test_reading_columns_is_reading_the_rows_of_the_transposed_image():
 def test_what_needs_an_image_says_so():
     with pytest.raises(ValueError, match="not an image"):
         Classifier(Size(1, 16, 2, 16, 8, "cross"), "default", 20, 3, 48)
-    with pytest.raises(ValueError, match="needs directions 'both'"):
-        Classifier(Size(1, 16, 2, 16, 8, "cross"), "grid", 20, 3, 48, grid=(6, 8))
+    with pytest.raises(ValueError, match="not an image"):
+        Classifier(Size(1, 16, 2, 16, 8, "both"), "grid", 20, 3, 48)
 
 
 def test_every_preset_has_a_model():

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from music.chorales.data import VOCABULARY
-from torch_spe import ConvSPE, RotaryPositions, SineSPE, SPETransformerEncoderLayer
+from torch_spe import (
+    AttentionState,
+    ConvSPE,
+    RotaryPositions,
+    SineSPE,
+    SPETransformerEncoderLayer,
+)
 
 WIDTH, HEADS, LAYERS, FEEDFORWARD = 128, 4, 2, 512
 MAX_LENGTH = 8192  # of absolute positions
@@ -142,6 +148,19 @@ class ChoraleModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # [B, N]
-    ) -> Tensor:  # [B, N, vocabulary]
-        """Logits of the distribution of the token after each one."""
-        return self.head(self.hidden(tokens))
+        state: list[AttentionState] | None = None,
+    ) -> Tensor | tuple[Tensor, list[AttentionState]]:  # [B, N, vocabulary]
+        """Logits of the distribution of the token after each one; with a state, also the next."""
+        if state is None:
+            return self.head(self.hidden(tokens))
+        x, after = self.embedding(tokens), []
+        for layer, before in zip(self.layers, state, strict=True):
+            x, layer_state = layer(x, state=before)
+            after.append(layer_state)
+        return self.head(self.norm(x)), after
+
+    def initial_state(self, batch: int = 1) -> list[AttentionState]:
+        """The state before the first token."""
+        if self.added is not None:
+            raise ValueError("initial_state: there is none with positions added to the embeddings")
+        return [layer.initial_state(batch) for layer in self.layers]

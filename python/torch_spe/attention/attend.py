@@ -37,6 +37,9 @@ class Call:
         state: of the tokens before.
         cu_seqlens: bounds of packed sequences, ``[S + 1]``.
         extra: keys beside those of the input.
+        seed: of the noise, where it is not fixed; default any.
+        map_seed: of a random feature map; default as the map says.
+        operator: what attends; that of a sequence on several ranks has their bounds.
     """
 
     places: Places
@@ -46,6 +49,9 @@ class Call:
     state: AttentionState | None = None
     cu_seqlens: Tensor | None = None
     extra: ExtraKeys | None = None
+    seed: int | None = None
+    map_seed: int | None = None
+    operator: Callable[..., Tensor] = functional.linear_attention
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -61,6 +67,11 @@ class Call:
             }
         return arguments
 
+    def on_ranks(self, layer: SPEMultiheadAttention, q: Tensor) -> Call:
+        """Return the call of a layer whose sequence is cut over ranks; else this one."""
+        ranks = getattr(layer, "_ranks", None)  # of `distributed.SPESequenceParallel`
+        return self if ranks is None else ranks.join(layer, self, q)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, extra: ExtraKeys | None, **arguments: object
     ) -> tuple[Tensor, Sums | None]:
@@ -68,13 +79,13 @@ class Call:
         q, k, arguments = q.flatten(1, -3), k.flatten(1, -3), self.arguments | arguments
         if extra is not None:
             return attend_beside(extra, q, k, v, **arguments)
-        out = functional.linear_attention(q, k, v, **arguments)
+        out = self.operator(q, k, v, **arguments)
         return (out, None) if self.state is None else out
 
     def draw_map(self, layer: SPEMultiheadAttention, q: Tensor) -> FeatureMap:
         """Return the layer's feature map, with the rows that belong to the noise of the state."""
         if self.state is None:
-            return draw_map(layer.feature_map, q)
+            return draw_map(layer.feature_map, q, self.map_seed)
         seed = self.state.seed
         return draw_map(layer.feature_map, q, "fixed" if seed == layer.seed else seed)
 
@@ -87,6 +98,7 @@ def attend_inputs(
     call: Call,
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Encode queries and keys, apply the feature map, and attend."""
+    call = call.on_ranks(layer, q)
     encoder, extra = draw_encoder(layer, q, k, call), call.extra
     log_decay = _log_decay(layer, encoder, q, call)
     q, k, _ = encoder.encode_both(q, k)
@@ -114,6 +126,7 @@ def attend_features(
     output_norm: str | None = "layer",
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
+    call = call.on_ranks(layer, q)
     drawn = call.draw_map(layer, q)
     q, k, feature_map, scaled = apply_drawn_map(drawn, q, k)
     mapped = None

@@ -45,7 +45,7 @@ def draw_encoder(
     if call.state is not None:
         seed = call.state.seed
     else:
-        seed = layer.seed if layer._fixes_noise() else None
+        seed = layer.seed if layer._fixes_noise() else call.seed
         if seed is None and (call.places.each or call.cu_seqlens is not None):
             seed = draw_seed(None, q.device).item()  # of several draws
     trained = used = position.num_realizations
@@ -145,7 +145,9 @@ def may_keep(tensors: Sequence[Tensor]) -> bool:
     Not where it needs a graph for gradients, nor under tracing, function transforms, and modes that
     look at or change operators.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if _get_current_dispatch_mode() is not None:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False

@@ -21,12 +21,12 @@ from torch_spe.checks import (
     check_positive,
     check_tensor,
 )
-from torch_spe.initialization import reset_modules
+from torch_spe.initialization import EagerModule, reset_modules
 
 __all__ = ["DecoderState", "SPETransformerDecoderLayer", "SPETransformerEncoderLayer"]
 
 
-class _Layer(nn.Module):
+class _Layer(EagerModule):
     """What the layers have in common: self-attention, feed-forward part, two norms."""
 
     def __init__(

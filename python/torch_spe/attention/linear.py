@@ -8,9 +8,10 @@ from torch_spe import functional
 from torch_spe.autocast import attend_in_range
 from torch_spe.checks import check_flags, check_number
 from torch_spe.feature_maps import FeatureMap, check_feature_map, map_features
+from torch_spe.initialization import EagerModule
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(EagerModule):
     r"""Attention at a cost linear in the length.
 
     .. math::

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe.checks import check_positive
+from torch_spe.initialization import EagerModule
 
 OWNER = "SPEMultiheadAttention"
 
 
-class HeadProjections(nn.Module):
+class HeadProjections(EagerModule):
     """Base of `torch_spe.SPEMultiheadAttention`: its projections, named as PyTorch names them.
 
     Args:

@@ -351,7 +351,7 @@ class ExactCode(SinusoidCode):
         if self.is_scaled:
             return self.amplitudes, self.constant
         # R / D = blocks; the products of all R features count, not their mean.
-        blocks = 2 * self.amplitudes.shape[2] + (self.constant is not None)
+        blocks = 2 * self.amplitudes.shape[2] + int(self.constant is not None)
         scale = blocks**0.25 * self.factor
         return self.amplitudes * scale, scale_constant(self.constant, scale)
 

@@ -41,6 +41,25 @@ def names_arguments(function: Function) -> Function:
     return call
 
 
+def plain_number(value: object) -> object:
+    """Return a number of NumPy or a tensor as Python's, within 64 bits; anything else as it is."""
+    if isinstance(value, (float, torch.SymInt, torch.SymFloat)) or torch.compiler.is_compiling():
+        return value
+    if hasattr(value, "item") and value.ndim == 0:
+        value = value.item()
+    is_long = isinstance(value, int) and not -(2**63) <= value < 2**63
+    return float(value) if is_long else value
+
+
+def type_name(owner: str, dtype: torch.dtype | None) -> str:
+    """Return the name of a type, as operators take it; default float32."""
+    if dtype is None:
+        return "float32"
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{owner}: dtype must be a torch.dtype, got {type(dtype).__name__}")
+    return str(dtype).removeprefix("torch.")
+
+
 def _explain(function: Callable, args: tuple, kwargs: dict) -> Exception | None:
     """Return an error for the first argument of a wrong kind."""
     signature = inspect.signature(function)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
 from torch_spe.checks import is_integer, is_sequence, to_int
-from torch_spe.functional.arguments import names_arguments
+from torch_spe.functional.arguments import names_arguments, type_name
 from torch_spe.functional.noise import seed_tensor
 
 
@@ -143,7 +143,7 @@ def conv_noise(
     return torch.ops.torch_spe.conv_noise(
         seed_tensor("conv_noise", seed, device), num_heads, in_features, size, num_realizations,
         noise_kind, _strides("conv_noise", noise_stride, len(size)),
-        _starts("conv_noise", start, len(size)), dtype,
+        _starts("conv_noise", start, len(size)), type_name("conv_noise", dtype),
     )  # fmt: skip
 
 

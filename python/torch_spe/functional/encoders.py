@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
-from torch_spe.functional.arguments import names_arguments
+from torch_spe.functional.arguments import names_arguments, plain_number
 
 
 @names_arguments
@@ -56,7 +56,7 @@ def sine_filter(
         torch.Size([2, 100, 4, 32])
     """
     return torch.ops.torch_spe.sine_filter(
-        x, freqs, weight, constant, positions, start, feature_map
+        x, freqs, weight, constant, positions, plain_number(start), feature_map
     )
 
 
@@ -111,7 +111,7 @@ def phasor_filter(
         torch.Size([2, 100, 4, 64])
     """
     return torch.ops.torch_spe.phasor_filter(
-        x, freqs, coefficients, constant, positions, start, feature_map
+        x, freqs, coefficients, constant, positions, plain_number(start), feature_map
     )
 
 
@@ -168,7 +168,7 @@ def sine_features(
         torch.Size([2, 100, 4, 96])
     """
     return torch.ops.torch_spe.sine_features(
-        x, freqs, amplitudes, offsets, constant, positions, start, feature_map
+        x, freqs, amplitudes, offsets, constant, positions, plain_number(start), feature_map
     )
 
 
@@ -211,4 +211,4 @@ def rotary(
         tensor([[ 1.,  1.],
                 [-1.,  1.]])
     """
-    return torch.ops.torch_spe.rotary(x, freqs, positions, start, feature_map)
+    return torch.ops.torch_spe.rotary(x, freqs, positions, plain_number(start), feature_map)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
 from torch_spe.checks import is_integer, to_int
-from torch_spe.functional.arguments import names_arguments
+from torch_spe.functional.arguments import names_arguments, type_name
 
 
 def seed_tensor(
@@ -81,7 +81,7 @@ def phase_noise(
     """
     return torch.ops.torch_spe.phase_noise(
         seed_tensor("phase_noise", seed, _device(seed, device)), num_heads, in_features, num_sines,
-        num_pairs, stream, ndim, dtype,
+        num_pairs, stream, ndim, type_name("phase_noise", dtype),
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def circle_noise(
     """
     return torch.ops.torch_spe.circle_noise(
         seed_tensor("circle_noise", seed, _device(seed, device)), num_heads, in_features, num_pairs,
-        stream, dtype,
+        stream, type_name("circle_noise", dtype),
     )  # fmt: skip
 
 

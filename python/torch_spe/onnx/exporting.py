@@ -90,8 +90,7 @@ def export(
     call, inputs, wanted = Stateless(model), (args, kwargs), []
     if state is not None:
         call = Stateful(model, repeat_state(state, batch), args, kwargs)
-        positions = torch.zeros(batch, length, dtype=torch.int64)
-        inputs = (args, kwargs, positions, call.values())
+        inputs = (args, kwargs, call.positions(batch, length), call.values())
         names += [POSITIONS, *(PAST + part.name for part in call.parts)]
         wanted = [PRESENT + part.name for part in call.parts if part.changes]
     shapes = _dynamic_shapes(inputs, batch, length, _batch_first(model)) if dynamic else None

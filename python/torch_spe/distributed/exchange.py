@@ -1,0 +1,201 @@
+"""What the ranks of a sequence tell each other: whole numbers, and states of attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import _functional_collectives as collectives
+
+__all__ = ["sequence_start"]
+
+
+def sequence_start(length: int, group: dist.ProcessGroup | None = None) -> int:
+    """Return the position of this rank's first token: the sum of the lengths of those before.
+
+    Args:
+        length: tokens of this rank.
+        group: ranks in the order of the sequence; default all.
+
+    Raises:
+        RuntimeError: there is no process group.
+    """
+    check_group("sequence_start")
+    lengths = gather_integers([length], group)[:, 0]
+    return int(lengths[: dist.get_rank(group)].sum())
+
+
+def check_group(owner: str) -> None:
+    """Raise RuntimeError without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{owner}: torch.distributed has no process group: call init_process_group first"
+        )
+
+
+def gather_integers(
+    values: Sequence[int] | Tensor, group: dist.ProcessGroup | None
+) -> Tensor:  # [ranks, len(values)], int64
+    """Return the values of all ranks, on the CPU; also the exchange is there, where that goes."""
+    own = torch.as_tensor(values, dtype=torch.int64)
+    if dist.get_world_size(group) == 1:
+        return own.cpu().unsqueeze(0)
+    own = own.to("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
+    return gather(own, group).cpu()
+
+
+def gather(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [ranks, *own.shape]
+    """Return the tensors of all ranks; not differentiable."""
+    gathered = collectives.all_gather_tensor(own.flatten(), 0, _whole(group))
+    return collectives.wait_tensor(gathered).view(-1, *own.shape)
+
+
+def _whole(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    return dist.group.WORLD if group is None else group
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What the tokens of a rank add to a state that passes it, in one direction.
+
+    Attributes:
+        s: the sums, ``[B, H, R, E]``.
+        z: those of the denominator, ``[B, H, F]``.
+        keep: the share of what came before that is left behind them, ``[B or 1, H, R or 1]``, F
+            being R in the first case; None is all.
+    """
+
+    s: Tensor
+    z: Tensor
+    keep: Tensor | None = None
+
+    def after(self, other: Piece) -> Piece:
+        """Return what another piece and then this one add."""
+        if self.keep is None:
+            return Piece(self.s + other.s, self.z + other.z)
+        s, z = self.s + self.keep[..., None] * other.s, self.z + self.keep * other.z
+        return Piece(s, z, self.keep * other.keep)
+
+    def pack(self) -> Tensor:
+        """Return all values, one after the other."""
+        return torch.cat([x.flatten() for x in (self.s, self.z, self.keep) if x is not None])
+
+    def unpack(self, packed: Tensor) -> Piece:
+        """Return the piece of the same sizes that `packed` holds."""
+        parts = [x for x in (self.s, self.z, self.keep) if x is not None]
+        values = packed.split([x.numel() for x in parts])
+        return Piece(*(x.view(like.shape) for x, like in zip(values, parts, strict=True)))
+
+
+def state_before(piece: Piece, group: dist.ProcessGroup, *, reverse: bool = False) -> Piece:
+    """Return the state that the tokens of this rank start from, differentiable.
+
+    Every rank must also run the exchange of gradients, which is the same in the other direction.
+
+    Args:
+        piece: what this rank adds.
+        group: ranks in the order of the sequence.
+        reverse: from the last rank to the first one.
+    """
+    return Piece(*_StateBefore.apply(piece.s, piece.z, piece.keep, group, reverse))
+
+
+def sum_of_states(
+    s: Tensor,  # [B, H, R, E]
+    z: Tensor,  # [B, H, F]
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """Return the sums over ranks, differentiable."""
+    return _Sum.apply(s, z, group)
+
+
+class _StateBefore(torch.autograd.Function):
+    """The exclusive prefix of pieces.
+
+    With :math:`X_r` the state before rank r and :math:`X_{r+1} = S_r + c_r X_r`, the gradient of
+    :math:`S_r` is that of :math:`X_{r+1}`: the exclusive prefix of gradients from the other side,
+    with the same shares c; and that of :math:`c_r` is its product with :math:`X_r`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        s: Tensor,  # [B, H, R, E]
+        z: Tensor,  # [B, H, F]
+        keep: Tensor | None,  # [B or 1, H, R or 1]
+        group: dist.ProcessGroup,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        before = _exclusive_prefix(Piece(s, z, keep), group, reverse)
+        ctx.group, ctx.reverse = group, reverse
+        ctx.save_for_backward(*([] if keep is None else [keep, before.s, before.z]))
+        return before.s, before.z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_s: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        keep, *state = ctx.saved_tensors or (None,)
+        of_piece = _exclusive_prefix(Piece(grad_s, grad_z, keep), ctx.group, not ctx.reverse)
+        grad_keep = None
+        if keep is not None:
+            products = (of_piece.s * state[0]).sum(-1), of_piece.z * state[1]
+            grad_keep = sum(product.sum_to_size(keep.shape) for product in products)
+        return of_piece.s, of_piece.z, grad_keep, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, s: Tensor, z: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        piece = Piece(s, z)
+        total = collectives.all_reduce(piece.pack(), "sum", group)
+        total = piece.unpack(collectives.wait_tensor(total))
+        return total.s, total.z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_s: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Sum.apply(grad_s, grad_z, ctx.group), None
+
+
+# Up to so many ranks, those of one machine, an all-gather is taken: one exchange, in which each
+# rank sends its piece to all others. With more of them doubling sends less, in more steps.
+MOST_GATHERED = 8
+
+
+def _exclusive_prefix(piece: Piece, group: dist.ProcessGroup, reverse: bool) -> Piece:
+    """Return what the ranks before this one add; 0 for the first."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    nothing = Piece(torch.zeros_like(piece.s), torch.zeros_like(piece.z), piece.keep)
+    if ranks <= MOST_GATHERED:
+        gathered = gather(piece.pack(), group).unbind()
+        before = gathered[:rank:-1] if reverse else gathered[:rank]
+        return functools.reduce(lambda sum_, x: piece.unpack(x).after(sum_), before, nothing)
+    index = ranks - 1 - rank if reverse else rank
+
+    def shift(sent: Piece | None, by: int, first: int) -> Piece | None:
+        """Send to the rank `by` ranks behind; those from `first` on have something to send."""
+        operations, received = [], None
+        for sends, other in ((True, index + by), (False, index - by)):
+            if not first <= (index if sends else other) or not other < ranks:
+                continue
+            peer = dist.get_global_rank(group, ranks - 1 - other if reverse else other)
+            if sends:
+                operations.append(dist.P2POp(dist.isend, sent.pack(), peer, group))
+            else:
+                received = torch.empty_like(piece.pack())
+                operations.append(dist.P2POp(dist.irecv, received, peer, group))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return None if received is None else piece.unpack(received)
+
+    before, covered = shift(piece, 1, 0), 1  # of the rank before; then of twice as many each time
+    while covered < ranks - 1:
+        more = shift(before, covered, 1)
+        before = before if more is None else before.after(more)
+        covered *= 2
+    return nothing if before is None else before

@@ -1,0 +1,50 @@
+"""The example for torchrun on two processes: losses do not depend on how ranks divide the work."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from distributed.train import parse, train
+
+pytestmark = pytest.mark.cpu_only
+SIZES = "--batch 4 --length 31 --width 16 --heads 2 --layers 2 --report 100 --steps "
+
+
+def losses(arguments):
+    return train(parse((SIZES + arguments).split()))
+
+
+def run_on_two(folder):
+    expected = losses("6")
+    sequence = losses("6 --sequence-ranks 2")
+    assert sequence == pytest.approx(expected, rel=1e-4)
+    for parallel in ("ddp", "fsdp"):
+        common = f" --parallel {parallel} --activation-checkpointing"
+        checkpoint = f" --checkpoint {folder}/{parallel}"
+        got = losses(f"4 --sequence-ranks 2 {common}{checkpoint}")
+        assert got == pytest.approx(expected[:4], rel=1e-4)
+        low = losses(f"2 --sequence-ranks 2 --bfloat16 {common}")
+        assert low == pytest.approx(expected[:2], rel=0.02)
+        assert low != got[:2]
+    # Noise and dropout: other values on each rank, and no rank waits for another.
+    assert losses("2 --sequence-ranks 2 --position sine --dropout 0.1") != expected[:2]
+    if dist.get_rank() == 0:
+        torch.save(expected, f"{folder}/expected.pt")
+
+
+def test_two_processes_and_resume_on_one(tmp_path):
+    run_on_ranks(run_on_two, 2, tmp_path, str(tmp_path))
+    expected = torch.load(tmp_path / "expected.pt")
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/one")
+    try:
+        for parallel in ("ddp", "fsdp"):
+            resumed = losses(f"6 --parallel {parallel} --checkpoint {tmp_path}/{parallel}")
+            assert resumed == pytest.approx(expected[4:], rel=1e-4)
+    finally:
+        dist.destroy_process_group()
