@@ -68,14 +68,14 @@ def _read(path: Path, length: int, pairs: int | None) -> Part:
 def load_chorales(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
     """The stand-in: passages that do not overlap; pieces that share music are in one part."""
     package("music21", "Bach's chorales")
-    from chorales import data
+    from music.chorales import data
 
     parts: dict[str, Part] = {}
     pieces: dict[str, list[np.ndarray]] = {}
 
     def part(number: int, name: str, count: int) -> Part:
         if not pieces:
-            chorales = data.load(folder)
+            chorales = data.load()
             for chorale in chorales:
                 which = {8: "valid", 9: "test"}.get(chorale.family % 10, "train")
                 if len(chorale.tokens) >= 2 * PASSAGE:

@@ -23,6 +23,7 @@ VOCABULARY = 257  # bytes from 1 on
 SOURCE = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz, unpacked"
 REVIEWS = 12_500  # of each class, for training as for the test
 EXCERPT = 192  # bytes of the stand-in
+TABLES = ("encodings/", "pydoc_data/")  # neither programs nor documentation strings
 COUNTS = {"train": 20_000, "valid": 1_000, "test": 2_000}
 
 
@@ -85,6 +86,8 @@ def load_library(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
 
     def read() -> None:
         for name, path in sources().items():
+            if name.startswith(TABLES):
+                continue
             try:
                 pair = prose_and_program(path.read_bytes())
             except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
