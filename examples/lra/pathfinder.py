@@ -63,13 +63,11 @@ def load(
     shorter: dict[int, int] | None = None,
 ) -> Task:
     """The task, generated at the first call; `shorter` says how many images with contours of how
-    many paddles a curriculum has beside, as parts ``2-paddles`` and so on, distractors shorter.
+    many paddles a curriculum has beside, as parts ``2-paddles`` and so on.
     """
     wanted = [(name, count, picture) for name, count in counts.items()]
     for paddles, count in (shorter or {}).items():
-        distractors = tuple(kind for kind in picture.distractors if kind[1] < paddles)
-        kind = replace(picture, paddles=paddles, distractors=distractors)
-        wanted.append((f"{paddles}-paddles", count, kind))
+        wanted.append((f"{paddles}-paddles", count, replace(picture, paddles=paddles)))
     parts = {}
     for number, (name, count, kind) in enumerate(wanted):
         label = f"pathfinder{picture.size}-{name}-{count}"

@@ -75,9 +75,9 @@ RETRIEVAL = {
 PATHFINDER = {
     "cpu": Preset(
         pathfinder.load_small,
-        Size(4, 32, 4, 64, directions="cross", pooling="max"),
+        Size(6, 32, 4, 64, directions="cross", pooling="max"),
         Recipe(
-            (Stage(1000, 32, "2-paddles"), Stage(1500, 32, "3-paddles"), Stage(5500, 32)),
+            (Stage(800, 32, "2-paddles"), Stage(1200, 32, "3-paddles"), Stage(6000, 32)),
             2e-3, 100, evaluate_every=500,
         ),
         ("default",),
