@@ -155,13 +155,13 @@ def test_imdb(tmp_path):
     assert test.inputs[0].lengths.max() == 120
 
 
-def test_the_librarys_prose_and_programs(tmp_path, monkeypatch):
-    source = b'"""What it is."""\nx = "# no comment"  # a comment\n\n\ndef f():\n    """Of f."""\n'
-    prose, program = text.prose_and_program(source + b"    return 1\n")
-    assert prose == b"What it is.\nOf f."
-    assert program == b'x = "# no comment"\ndef f():\n    return 1'
+def test_the_librarys_comments_and_documentation(tmp_path, monkeypatch):
+    source = (
+        b'"""What it  is."""\nx = "# no comment"  # a\n# comment\n\ndef f():\n    """Of f."""\n'
+    )
+    assert text.comments_and_documentation(source) == (b"a comment", b"What it is. Of f.")
     folder, counts = Path(ast.__file__).parent, {"train": 6, "valid": 4, "test": 2}
-    files = {"heapq.py": "train", "bisect.py": "train", "shelve.py": "valid", "queue.py": "test"}
+    files = {"heapq.py": "train", "ast.py": "train", "enum.py": "valid", "queue.py": "test"}
     monkeypatch.setattr(text, "sources", lambda: {name: folder / name for name in files})
     monkeypatch.setattr(text, "part_of", files.get)
     task = text.load_library(tmp_path, counts)
