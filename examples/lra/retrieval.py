@@ -68,7 +68,7 @@ def _read(path: Path, length: int, pairs: int | None) -> Part:
 def load_chorales(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
     """The stand-in: passages that do not overlap; pieces that share music are in one part."""
     package("music21", "Bach's chorales")
-    from chorales import data
+    from music.chorales import data
 
     parts: dict[str, Part] = {}
     pieces: dict[str, list[np.ndarray]] = {}

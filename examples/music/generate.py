@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tokens", type=int, help="length with the prompt; 4 times the trained length if not given"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
-    parser.add_argument("--top-p", type=float, default=0.95, help="share of the likely tokens")
+    parser.add_argument("--top-p", type=float, default=0.9, help="share of the likely tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--soundfont", type=Path, help="SoundFont (.sf2) to play with")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
 
 def continue_pieces(
     trained: Trained, pieces: Iterable[Piece], out: Path, *, bars: int = 2,
-    length: int | None = None, temperature: float = 1.0, top_p: float = 0.95, seed: int = 0,
+    length: int | None = None, temperature: float = 1.0, top_p: float = 0.9, seed: int = 0,
     soundfont: Path | None = None, device: str = "cpu",
 ) -> list[Path]:  # fmt: skip
     """Continue the first bars of pieces and write what comes out; return the MIDI files.
@@ -85,7 +85,7 @@ def continue_pieces(
     length = length or TIMES * trained.preset.length
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         prompt = first_bars(trained.tokens, piece.tokens, bars)
         if len(prompt) >= length:
             print(f"left out {piece.name}: the prompt alone has {len(prompt)} tokens of {length}")
@@ -93,7 +93,8 @@ def continue_pieces(
         begin = time.perf_counter()
         new = trained.model.generate(
             prompt[None].to(device), length - len(prompt), temperature=temperature, top_p=top_p,
-            generator=torch.Generator(device).manual_seed(seed),
+            # The same draws would lead to the same music after a while, whatever the prompt.
+            generator=torch.Generator(device).manual_seed(seed + 1000 * index),
         )[0].cpu()  # fmt: skip
         seconds = time.perf_counter() - begin
         midi = out / (Path(piece.name).stem + ".mid")

@@ -32,7 +32,8 @@ def make_model(preset: Preset, vocabulary: int) -> SPECausalLM:
     """A new model; its weights are drawn from torch's global generator."""
     positions = POSITIONS[preset.position]
     config = ModelConfig(
-        vocabulary, preset.width, preset.layers, preset.heads, preset.feedforward, preset.dropout,
+        vocab_size=vocabulary, d_model=preset.width, num_layers=preset.layers,
+        num_heads=preset.heads, dim_feedforward=preset.feedforward, dropout=preset.dropout,
         tie_embeddings=False, share_position=True, attention=positions.attention(preset),
     )  # fmt: skip
     model = SPECausalLM(config)

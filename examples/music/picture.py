@@ -17,7 +17,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.patches import Patch, Rectangle
 
 PROMPT = "0.35"
-LINES = 100.0  # quarter notes in a row of a picture
+LINES = 130.0  # most quarter notes in a row of a picture
 
 
 def plot_roll(
@@ -31,7 +31,7 @@ def plot_roll(
     notes = notes_of(score)
     end = max(float((notes["time"] + notes["duration"]).max(initial=0.0)), prompt_end, 1.0)
     count = max(1, int(np.ceil(end / LINES)))
-    span = LINES if count > 1 else end
+    span = end / count
     figure, rows = plt.subplots(
         count, 1, figsize=(13, 0.6 + 3.4 * count), squeeze=False, sharey=True, layout="constrained"
     )

@@ -24,6 +24,7 @@ from torch_spe.precision import parameter_type
 __all__ = ["Decay"]
 
 KINDS = ("learned", "fixed", "feature", "data")
+RANGE = (8.0, 1e5)  # of time constants at the start, if not given
 
 
 class Decay(FlatParameterModule):
@@ -70,7 +71,7 @@ class Decay(FlatParameterModule):
         *,
         in_features: int | None = None,
         embed_dim: int | None = None,
-        decay_range: Sequence[float] = (8.0, 1e5),
+        decay_range: Sequence[float] = RANGE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

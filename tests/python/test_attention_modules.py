@@ -431,7 +431,7 @@ def test_template_of_the_layer():
     layer = make()
     expected = layer.filter.template(layer.position.template(5))
     assert torch.equal(layer.template(5), expected)
-    with pytest.raises(ValueError, match="template needs an SPE position, got RotaryPositions"):
+    with pytest.raises(ValueError, match="template needs an SPE position or none, got Rotary"):
         make(position="rotary").template(5)
 
 

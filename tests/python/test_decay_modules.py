@@ -179,6 +179,11 @@ def test_the_template_fades():
         else:
             own = still.position.template(5) * fades
             assert_close(layer.template(5), still.filter.template(own))
+    for kind in ("learned", "feature"):
+        layer = make(None, kind)
+        fades = (lags * layer.decay().view(HEADS, -1, 1)).exp()
+        assert_close(layer.template(5), fades.expand(HEADS, WIDTH // HEADS, 11))
+    assert torch.equal(make(None, None).template(1), torch.ones(HEADS, WIDTH // HEADS, 3))
     with pytest.raises(ValueError, match="template needs a decay that does not depend"):
         make("exact", "data").template(5)
 
@@ -295,6 +300,13 @@ def test_what_needs_features_apart(position, options):
         ({"decay_range": (9, 8)}, ValueError, "decay_range must be finite, positive and rising"),
         ({"decay_range": (1e-45, 8)}, ValueError, "decay_range must be finite, positive and"),
         ({"decay": None, "decay_gate": False}, ValueError, "decay_gate must be True without a d"),
+        ({"decay": None, "decay_range": (8, 9)}, ValueError, "decay_range must be None without a"),
+        ({"decay": Decay(4), "decay_range": (8, 9)}, ValueError, "decay_range .* has its own, got"),
+        ({"decay_gate": False}, ValueError, "decay_gate must be True without a gate"),
+        (
+            {"position": "exact", "gated": False, "decay_gate": False},
+            ValueError, "decay_gate must be True without a gate",
+        ),
         ({"decay": Decay(4, "data", embed_dim=9)}, ValueError, "decay must have embed_dim = 32"),
         ({"decay_range": ("a", 8)}, TypeError, "decay_range must be a number, got 'a'"),
         ({"position": "exact", "ndim": 2}, ValueError, "decay must be None with positions of sev"),

@@ -17,6 +17,7 @@ from torch_spe.attention.encoding import draw_encoder
 from torch_spe.attention.fading import steps_of_features
 from torch_spe.attention.places import Places
 from torch_spe.codes import ExactCode
+from torch_spe.encoder import ScaledEncoder
 from torch_spe.feature_maps import apply_feature_map
 
 pytestmark = pytest.mark.cpu_only
@@ -353,3 +354,24 @@ def test_errors():
     for options in ({"position": "rotary"}, {"gated": False}, {"gated": False, **SINE}):
         with pytest.raises(ValueError, match="add_bias_kv must be False unless"):
             make(add_bias_kv=True, **options)
+
+
+def test_a_moved_state():
+    layer, x = make(position="exact", **EXTRAS["both"]), data()
+    with torch.no_grad():
+        _, state = layer(x, x, x, state=layer.initial_state(2))
+        moved, _ = layer(x, x, x, state=layer.shift(state, 100))
+        assert_close(moved, layer(x, x, x, state=state)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exact", "sine", "sine, gaussian", "conv"])
+def test_codes_of_keys_without_a_position(kind):
+    layer, key = make(**POSITIONS[kind]), torch.randn(1, 2, HEADS, SIZE).double()
+    code = layer.position((1, 3), seed=0)
+    with pytest.raises(ValueError, match="a key without a position has no code here"):
+        code.encode_constant(key)
+    code = layer.filter.gate_code(code, seed=0)
+    expected = code.encode_constant(key, "elu")
+    assert_close(code.encode_constant(apply_feature_map("elu", key)), expected)
+    for scaled in (code.scaled(2.0), ScaledEncoder(code, 2.0)):
+        assert_close(scaled.encode_constant(key, "elu"), 2 * expected)

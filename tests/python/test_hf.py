@@ -194,6 +194,22 @@ def test_the_cache_has_one_size():
     assert cache.get_seq_length() == 48
 
 
+def test_generation_goes_on_from_a_cache():
+    model, prompt = make_model(attention={"position": "conv"}), make_tokens(1, 9)
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=20)
+    first = model.generate(
+        prompt,
+        do_sample=False,
+        max_new_tokens=8,
+        return_dict_in_generate=True,
+        prefill_chunk_size=4,
+    )
+    assert first.cache.get_seq_length() == 16
+    for cache in (copy.deepcopy(first.cache), first.cache):
+        new = model.generate(first.sequences, do_sample=False, max_new_tokens=12, cache=cache)
+        assert torch.equal(new, whole)
+
+
 def test_saved_models_load(tmp_path):
     model = make_model(attention={"position": "exact", "decay": "fixed", "num_sines": 3})
     model.save_pretrained(tmp_path)
@@ -321,9 +337,16 @@ def test_linearized_models_generate(config, tmp_path):
     padded = model.generate(left, attention_mask=mask, **GREEDY)
     assert torch.equal(padded[:, 12:], new[:, 9:])
     assert torch.equal(copy.deepcopy(model).generate(prompt, **GREEDY), new)
+    model.generation_config.eos_token_id = int(new[0, 12])
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(load_linearized(tmp_path).generate(prompt, **GREEDY), new)
+    loaded = load_linearized(tmp_path)
+    assert loaded.generation_config.eos_token_id == int(new[0, 12])
+    assert torch.equal(loaded.generate(prompt, eos_token_id=None, **GREEDY), new)
+    model.set_attn_implementation("sdpa")
+    plain = make_llama()
+    assert torch.equal(model(prompt).logits, plain(prompt).logits)
+    assert_greedy(plain, prompt, model.generate(prompt, eos_token_id=None, **GREEDY))
 
 
 def test_linearized_attention_is_that_of_the_layers():

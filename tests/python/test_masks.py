@@ -133,7 +133,9 @@ WRONG = {
         ~UPPER[None, None], UPPER.T[None, None], torch.ones(2, 1, 1, LENGTH).bool(),
     ],
     r"attn_mask must have shape .*key_padding_mask as attention_mask == 0": [ONES, ONES.long()],
-    r"attn_mask must have shape .* in the state": [torch.zeros(2, 1, LENGTH, LENGTH + 3)],
+    r"attn_mask must have shape .* in a state, pass attn_mask\[\.\.\., -6:\]": [
+        torch.zeros(2, 1, LENGTH, LENGTH + 3),
+    ],
     "attn_mask must have shape": [torch.zeros(3, 1, LENGTH, LENGTH), torch.zeros(LENGTH)],
     r"attn_mask must be bool or .* attention_mask == 0": [UPPER.long()[None, None], UPPER.int()],
     r"key_padding_mask must be bool or .* attention_mask == 0": [ONES.long(), ONES.byte()],

@@ -91,6 +91,10 @@ def make(seed=0, **options):
     return layer.eval()
 
 
+def fading(decay):
+    return {"decay": decay} if decay is None else {"decay": decay, "decay_range": (2.0, 30.0)}
+
+
 def whole(layer, x, **more):
     return layer(x, x, x, is_causal=True, **more)[0]
 
@@ -124,15 +128,18 @@ def test_pieces_are_the_whole(position, order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("position", ["none", "sine", "exact", "conv", "rotary", "own"])
 def test_pieces_with_a_decay(position, order, decay):
-    layer = make(decay=decay, decay_range=(2.0, 30.0), **POSITIONS[position] | ORDERS[order])
+    layer = make(**fading(decay), **POSITIONS[position] | ORDERS[order])
     check_pieces(layer, torch.randn(2, LENGTH, DIM), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("order", ["features", "features, no norm"])
 @pytest.mark.parametrize(
-    "decay", [{"decay": "feature"}, {"decay": "learned", "decay_gate": False}], ids=str
+    ("position", "decay"),
+    [
+        *[(position, {"decay": "feature"}) for position in ("none", "exact", "rotary")],
+        ("exact", {"decay": "learned", "decay_gate": False}),
+    ],
 )
-@pytest.mark.parametrize("position", ["none", "exact", "rotary"])
 def test_pieces_with_a_decay_of_features(position, order, decay):
     layer = make(decay_range=(2.0, 30.0), **decay, **POSITIONS[position] | ORDERS[order])
     check_pieces(layer, torch.randn(2, LENGTH, DIM), rtol=1e-3, atol=2e-5)
@@ -348,7 +355,7 @@ def test_padding_does_not_count(position, decay, side):
     """Batches padded anywhere, with a state, have the results of sequences without padding."""
     if position.startswith("conv") and side == "between":
         pytest.skip("consecutive positions only")
-    layer = make(decay=decay, decay_range=(2.0, 30.0), **POSITIONS[position])
+    layer = make(**fading(decay), **POSITIONS[position])
     lengths, longest = (4, 11, 7), 13
     mask = torch.ones(3, longest, dtype=torch.bool)
     for row, length in enumerate(lengths):
@@ -379,7 +386,7 @@ def test_padding_between_tokens_needs_positions():
 @pytest.mark.parametrize("decay", [None, "learned"])
 @pytest.mark.parametrize("position", ["sine", "exact", "rotary", "none", "own"])
 def test_positions_and_a_state(position, decay):
-    layer = make(decay=decay, decay_range=(2.0, 30.0), **POSITIONS[position])
+    layer = make(**fading(decay), **POSITIONS[position])
     x = torch.randn(2, 10, DIM)
     places = torch.tensor([0, 1, 3, 3, 8, 20, 21, 30, 31, 40])
     expected = whole(layer, x, positions=places)
@@ -438,7 +445,7 @@ def test_in_training_sequences_with_starts_share_the_noise():
 @pytest.mark.parametrize("decay", [None, "learned", "data"])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_packed_sequences(position, decay, causal):
-    layer = make(decay=decay, decay_range=(2.0, 30.0), **POSITIONS[position])
+    layer = make(**fading(decay), **POSITIONS[position])
     lengths = [4, 0, 9, 1, 3]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])
     x = torch.randn(1, sum(lengths), DIM)

@@ -51,7 +51,11 @@ class ExtraKeys:
         return dataclasses.replace(self, keys=apply_feature_map(remaining, keys))
 
     def encode(self, encoder: Encoder) -> ExtraKeys:
-        """Encode the keys; zeros are zeros at any position."""
+        """Encode the keys.
+
+        Inputs of zeros have the code 0 at any position; where the feature map came first, their
+        code does not matter, as their value is 0.
+        """
         features = encoder.num_features or self.keys.shape[-1]
         keys = self.keys.new_zeros(*self.keys.shape[:-1], features)
         if self.biased:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe.attention.places import Places
-from torch_spe.decay import KINDS, Decay, check_rising, steps_between
+from torch_spe.decay import KINDS, RANGE, Decay, check_range, check_rising, steps_between
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import FeatureMap, apply_feature_map
 from torch_spe.positions import Position
@@ -19,10 +19,11 @@ OWNER = "SPEMultiheadAttention"
 
 def make_decay(
     decay: str | Decay | None,
-    decay_range: Sequence[float],
+    decay_range: Sequence[float] | None,
     decay_gate: bool,
     position: Position,
     *,
+    gated: bool,
     num_heads: int,
     in_features: int,
     embed_dim: int,
@@ -37,6 +38,7 @@ def make_decay(
         decay_range: the same.
         decay_gate: the same.
         position: position module of the layer, or `NoPositions`.
+        gated: whether the layer has a gate.
         num_heads: H.
         in_features: features of what is encoded.
         embed_dim: size of the keys' input.
@@ -44,6 +46,11 @@ def make_decay(
         device: of the parameters.
         dtype: of the parameters.
     """
+    if decay_range is not None:
+        check_range(OWNER, decay_range)
+        if decay is None or isinstance(decay, Decay):
+            what = "without a decay" if decay is None else "with a Decay, which has its own"
+            raise ValueError(f"{OWNER}: decay_range must be None {what}, got {decay_range!r}")
     if decay is None:
         if not decay_gate:
             raise ValueError(f"{OWNER}: decay_gate must be True without a decay, got False")
@@ -51,7 +58,7 @@ def make_decay(
     if isinstance(decay, str) and decay in KINDS:
         decay = Decay(
             num_heads, decay, in_features=in_features, embed_dim=embed_dim,
-            decay_range=decay_range, device=device, dtype=dtype,
+            decay_range=RANGE if decay_range is None else decay_range, device=device, dtype=dtype,
         )  # fmt: skip
     elif not isinstance(decay, Decay):
         kinds = ", ".join(map(repr, KINDS))
@@ -82,6 +89,11 @@ def make_decay(
                 f"{OWNER}: {what} needs a feature map by name with encode='inputs': another one "
                 "may mix the encoded features"
             )
+    if not decay_gate and not gated:
+        raise ValueError(
+            f"{OWNER}: decay_gate must be True without a gate (gated=False, rotary positions or "
+            "none): there is nothing that knows no positions, got False"
+        )
     if per_feature and decay.in_features != in_features:
         raise ValueError(
             f"{OWNER}: decay must have {in_features} features, got {decay.in_features}"

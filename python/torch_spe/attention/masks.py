@@ -116,7 +116,7 @@ def _check_attn_mask(
         if got == (batch, key_length):
             hint = f"; {_COUNTS}"
         elif len(got) > 1 and got[-1] > key_length:
-            hint = "; of keys before these, which are in the state, there is no mask"
+            hint = f"; where the keys before are in a state, pass attn_mask[..., -{key_length}:]"
         raise ValueError(
             f"{OWNER}: attn_mask must have shape {shapes[0]} or {shapes[1]} or, where sizes of 1 "
             f"stand for all, {(batch, num_heads, length, key_length)}, got {got}{hint}"

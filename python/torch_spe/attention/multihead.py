@@ -33,7 +33,7 @@ from torch_spe.checks import (
     check_seed,
     check_tensor,
 )
-from torch_spe.decay import Decay, check_range
+from torch_spe.decay import Decay
 from torch_spe.feature_maps import FeatureMap, check_feature_map
 from torch_spe.filters import SPEFilter
 from torch_spe.initialization import reset_modules
@@ -131,9 +131,10 @@ class SPEMultiheadAttention(HeadProjections):
             ``"feature"`` needs positions whose encoded features belong to one feature of the
             input: `SineSPE` without noise, rotary ones (the two features of a pair fade alike) or
             none.
-        decay_range: smallest and largest time constant at the start, in positions.
+        decay_range: smallest and largest time constant at the start, in positions, of a decay by
+            name; default (8, 1e5).
         decay_gate: whether what the gate adds, which knows no positions, fades as well. False needs
-            the same positions as ``"feature"``.
+            a gate, and `SineSPE` without noise.
         options: of the named position: ``num_sines=1`` for ``"fading"``, and ``ndim=1`` for
             ``"exact"``; ``num_sines=4``, ``ndim=1``, ``noise="phase"``, ``bandwidth`` (True with
             phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``, ``ndim=1`` for
@@ -185,7 +186,7 @@ class SPEMultiheadAttention(HeadProjections):
         seed: int = 0,
         eps: float = 1e-6,
         decay: Literal["learned", "fixed", "feature", "data", "default"] | Decay | None = "default",
-        decay_range: Sequence[float] = (8.0, 1e5),
+        decay_range: Sequence[float] | None = None,
         decay_gate: bool = True,
         **options: object,
     ) -> None:
@@ -263,7 +264,8 @@ class SPEMultiheadAttention(HeadProjections):
         if add_bias_kv:
             check_bias_kv(self.position, gated)
         self.decay = fading.make_decay(
-            decay, check_range(owner, decay_range), decay_gate, self._position(),
+            decay, decay_range, decay_gate, self._position(),
+            gated=self.filter is not None and gated,
             num_heads=self.num_heads, in_features=features, embed_dim=self.kdim,
             mixes_features=encode == "inputs" and not isinstance(feature_map, str), **factory,
         )  # fmt: skip
@@ -528,7 +530,11 @@ class SPEMultiheadAttention(HeadProjections):
         return {**self.__dict__, "_kept": None}
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
-        """Return the layer's position kernels, gate and decay included; see `SineSPE.template`."""
+        """Return the layer's position kernels, gate and decay included; see `SineSPE.template`.
+
+        Without positions they are 1, or what a decay makes of it. Rotary positions have none: they
+        mix the two features of a pair.
+        """
         return template_of_layer(self, max_lag)
 
     def extra_repr(self) -> str:

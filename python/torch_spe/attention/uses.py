@@ -16,8 +16,15 @@ from torch_spe.attention.extra_keys import extra_keys
 from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import Places, find_places, starts_of_sequences
 from torch_spe.attention.state import AttentionState, check_state
-from torch_spe.checks import check_flags, check_positive, check_starts, check_tensor
+from torch_spe.checks import (
+    check_flags,
+    check_lags,
+    check_positive,
+    check_starts,
+    check_tensor,
+)
 from torch_spe.noise import draw_seed
+from torch_spe.precision import parameter_type
 
 if TYPE_CHECKING:
     from torch_spe.attention.multihead import SPEMultiheadAttention
@@ -153,11 +160,24 @@ def template_of_layer(
     layer: SPEMultiheadAttention, max_lag: int | Sequence[int]
 ) -> Tensor:  # [H, D, *lags]
     """Return the position kernels of a layer; see `SPEMultiheadAttention.template`."""
-    if not layer._position().has_template:
+    if layer.position is None:
+        (lag,) = check_lags(OWNER, max_lag, 1)
+        features = layer.head_dim
+        if layer.encode == "features":
+            features = getattr(layer.feature_map, "num_features", features)
+        weight = layer.out_proj.weight
+        template = torch.ones(
+            layer.num_heads, features, 2 * lag + 1, dtype=parameter_type(weight.dtype),
+            device=weight.device,
+        )  # fmt: skip
+    elif layer.position.has_template:
+        template = layer.position.template(max_lag)
+    else:
         raise ValueError(
-            f"{OWNER}: template needs an SPE position, got {type(layer.position).__name__}"
+            f"{OWNER}: template needs an SPE position or none, got "
+            f"{type(layer.position).__name__}, which has no kernel of each feature"
         )
-    template, fades = layer.position.template(max_lag), 1.0
+    fades = 1.0
     if layer.decay is not None:
         if layer.decay.kind == "data":
             raise ValueError(

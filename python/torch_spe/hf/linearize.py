@@ -10,7 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from torch_spe.attention import SPEMultiheadAttention
 from torch_spe.hf.cache import SPECacheLayer, layer_of, prepare_cache
@@ -48,13 +54,11 @@ class LinearizedAttention(SPEMultiheadAttention):
         super().__init__(
             num_heads * head_dim, num_heads, dropout, bias=False, kdim=keys, vdim=keys,
             batch_first=True, head_dim=head_dim, num_key_value_heads=num_key_value_heads,
-            device="meta", dtype=dtype, **options,
+            device=device, dtype=dtype, **options,
         )  # fmt: skip
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             setattr(self, name, None)
         self.out_proj = _NoProjection(torch.empty(0, device=device, dtype=dtype))
-        self.to_empty(device=device or "cpu")
-        self.reset_parameters()
         self.cache_layer: SPECacheLayer | None = None  # of the call that has begun
 
     def _project(
@@ -85,6 +89,7 @@ def linearize(model: PreTrainedModel, **attention: object) -> PreTrainedModel:
 
     A model that was trained with softmax attention has to be trained on. `generate` then takes
     constant time and memory per token. `load_linearized` loads what ``save_pretrained`` has saved.
+    ``model.set_attn_implementation("sdpa")`` is the model as it was, for comparisons.
 
     Args:
         model: of a class whose attention goes through transformers' AttentionInterface, with
@@ -128,7 +133,7 @@ def linearize(model: PreTrainedModel, **attention: object) -> PreTrainedModel:
         if "RotaryEmbedding" in type(module).__name__:
             module.register_forward_hook(_do_not_rotate)
     if hasattr(model, "generate"):
-        model._prepare_cache_for_generation = functools.partial(prepare_cache, model)
+        model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
     model.set_attn_implementation(NAME)
     model.config.torch_spe_attention = dict(attention)
     return model
@@ -168,6 +173,8 @@ def load_linearized(path: str | Path, device: torch.device | str = "cpu") -> Pre
             f"load_linearized: path must hold the weights of the model, got {path}, with "
             f"{sorted(missing)} missing and {sorted(unexpected)} unexpected"
         )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device).eval()
 
 
@@ -230,13 +237,31 @@ def _is_attention(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in wanted)
 
 
+def _is_on(module: nn.Module) -> bool:
+    """Say whether a module is to compute linear attention, and not another one set since."""
+    config = getattr(module, "config", None)
+    return config is None or config._attn_implementation == NAME
+
+
 def _note_cache(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
     """Tell the layer the cache of a call, which the AttentionInterface does not."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    layer = getattr(module, NAME)
-    layer.cache_layer = None if cache is None else layer_of(cache, module.layer_idx)
+    if _is_on(module):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        layer = getattr(module, NAME)
+        layer.cache_layer = None if cache is None else layer_of(cache, module.layer_idx)
 
 
-def _do_not_rotate(module: nn.Module, args: tuple, out: tuple[Tensor, Tensor]):
+def _do_not_rotate(
+    module: nn.Module, args: tuple, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    if not _is_on(module):
+        return out
     cos, sin = out
     return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def _prepare_cache(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
+    if _is_on(model):
+        prepare_cache(model, *args, **kwargs)
+    else:
+        GenerationMixin._prepare_cache_for_generation(model, *args, **kwargs)
