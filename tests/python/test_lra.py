@@ -211,7 +211,9 @@ def test_the_runner_makes_a_run_once_and_reports(tmp_path, monkeypatch, capsys):
     assert result["steps"] == RECIPE.steps
     monkeypatch.setattr(run.Run, "make", None)
     run.main(command)
-    assert "published: softmax Transformer | | | 36.37" in capsys.readouterr().out
+    assert (
+        "published: softmax Transformer | 500 to 2000 tokens | | 36.37" in capsys.readouterr().out
+    )
     assert "| exact sines, decay (the default) | cpu |" in report(tmp_path, tmp_path)
 
 
