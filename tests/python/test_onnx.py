@@ -8,6 +8,7 @@ import os
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +16,6 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
-import onnx
 import torch_spe
 import torch_spe.onnx
 from torch_spe import (
@@ -426,6 +426,16 @@ def test_errors_say_what_to_do():
         export(layer.double(), (x.double(),))
     with pytest.raises(ValueError, match="must have a SPETransformerDecoderLayer, got SPETransf"):
         torch_spe.onnx.MemoryState(layer)
+
+
+@pytest.mark.parametrize("option", ["start", "src_key_padding_mask"])
+def test_filtered_noise_has_one_start(option):
+    layer = Stack({"position": "conv", "kernel_size": 5}, dim_feedforward=16).layers[0]
+    start, mask = torch.tensor([0, 3]), torch.zeros(2, 5, dtype=torch.bool)
+    kwargs = {option: start if option == "start" else mask}
+    state = None if option == "start" else layer.initial_state(2)
+    with pytest.raises(torch_spe.onnx.UnsupportedError, match="start must be a number"):
+        torch_spe.onnx.export(layer, (torch.randn(2, 5, WIDTH),), kwargs=kwargs, state=state)
 
 
 def test_missing_packages_are_named(monkeypatch):
