@@ -4,9 +4,11 @@ import copy
 import importlib
 import logging
 import math
+import os
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -14,10 +16,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
-import onnx
 import torch_spe
 import torch_spe.onnx
 from torch_spe import (
+    PositiveFeatures,
     SPEMultiheadAttention,
     SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
@@ -27,6 +29,7 @@ from torch_spe import (
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("one_thread", "quiet")]
 WIDTH, HEADS = 16, 2
 FAR = 1_000_003
+EVERYTHING = "TORCH_SPE_TEST_ALL" in os.environ
 
 
 @pytest.fixture
@@ -329,6 +332,52 @@ def test_irregular_positions_and_the_operator_of_onnx_runtime():
     assert_close(out, layer(x, positions=positions, is_causal=True))
 
 
+OPTIONS = (
+    {"decay": "data", "output_norm": None},
+    {"position": "exact", "num_sines": 3, "decay": "feature"},
+    {"decay_gate": False},
+    {"position": "sine", "noise": "gaussian", "num_realizations": 8, "output_norm": None},
+    {"position": "sine", "noise": "orthogonal", "num_realizations": 40, "gated": False},
+    {"position": "sine", "bandwidth": False, "eval_realizations": 128, "feature_map": "relu"},
+    {"position": "rotary", "frequencies": "learned", "decay": "feature", "output_norm": None,
+     "eps": 0.0},
+    {"position": "rotary", "encode": "inputs", "decay": "fixed"},
+    {"position": "paper", "output_norm": "rms"},
+    {"position": "paper", "num_realizations": 24, "feature_map": PositiveFeatures(24, 12)},
+    {"position": None, "feature_map": PositiveFeatures(8, 12)},
+    {"position": None, "output_norm": None, "feature_map": "identity", "decay": "learned"},
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="a minute long: make test-all")
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_option(causal, half):
+    model = Stack(*OPTIONS, dim_feedforward=16)
+    exact, x = copy.deepcopy(model).double(), torch.randn(3, 17, WIDTH)
+    model, x = (model.half(), x.half()) if half else (model, x)
+    kwargs = {"is_causal": causal}
+    session = Session(torch_spe.onnx.export(model, (x[:2, :7],), kwargs=kwargs))
+    for out, narrow, wide in zip(
+        session(x=x).values(), model(x, **kwargs), exact(x.double(), **kwargs), strict=True
+    ):
+        if half:
+            assert (out - wide).abs().max() <= 2 * (narrow - wide).abs().max()
+        else:
+            assert_close(out, narrow)
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="make test-all")
+@pytest.mark.parametrize("position", ["sine", "paper", "conv"])
+def test_images_of_every_position(position):
+    options = {"kernel_size": 3, "noise_stride": 2} if position == "conv" else {}
+    options |= {"position": position, "ndim": 2, "num_realizations": 8}
+    layer = Stack(options, dim_feedforward=16).layers[0]
+    session = Session(torch_spe.onnx.export(layer, (torch.randn(2, 5, 6, WIDTH),)))
+    x = torch.randn(3, 7, 4, WIDTH)
+    assert_close(session(src=x)["output"], layer(x))
+
+
 def test_images():
     layer = Stack({"position": "exact", "ndim": 2}, dim_feedforward=16).layers[0]
     session = Session(torch_spe.onnx.export(layer, (torch.randn(2, 5, 6, WIDTH),)))
@@ -377,6 +426,16 @@ def test_errors_say_what_to_do():
         export(layer.double(), (x.double(),))
     with pytest.raises(ValueError, match="must have a SPETransformerDecoderLayer, got SPETransf"):
         torch_spe.onnx.MemoryState(layer)
+
+
+@pytest.mark.parametrize("option", ["start", "src_key_padding_mask"])
+def test_filtered_noise_has_one_start(option):
+    layer = Stack({"position": "conv", "kernel_size": 5}, dim_feedforward=16).layers[0]
+    start, mask = torch.tensor([0, 3]), torch.zeros(2, 5, dtype=torch.bool)
+    kwargs = {option: start if option == "start" else mask}
+    state = None if option == "start" else layer.initial_state(2)
+    with pytest.raises(torch_spe.onnx.UnsupportedError, match="start must be a number"):
+        torch_spe.onnx.export(layer, (torch.randn(2, 5, WIDTH),), kwargs=kwargs, state=state)
 
 
 def test_missing_packages_are_named(monkeypatch):

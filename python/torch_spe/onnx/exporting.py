@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree
 
 from torch_spe.attention import SPEMultiheadAttention
@@ -26,6 +27,7 @@ from torch_spe.onnx.states import (
     repeat_state,
 )
 from torch_spe.onnx.table import translation_table
+from torch_spe.positions import ConvSPE
 
 CONVERTED = 25  # the latest opset that the exporter converts to
 
@@ -112,8 +114,16 @@ def export(
 def _trace(
     call: nn.Module, inputs: tuple[object, ...], shapes: tuple[object, ...] | None
 ) -> ExportedProgram:
-    with torch.no_grad():
-        program = torch.export.export(call, inputs, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(call, inputs, dynamic_shapes=shapes, strict=False)
+    except (GuardOnDataDependentSymNode, TypeError) as error:  # positions read from a tensor
+        if any(isinstance(module, ConvSPE) for module in call.modules()):
+            raise UnsupportedError(
+                "export: ConvSPE has whole positions, in an ONNX model the same for all sequences: "
+                "start must be a number, and there can be no padding mask beside a state"
+            ) from error
+        raise
     return fold_constants(program)
 
 
