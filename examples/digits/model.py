@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from torch_spe import SPE, ConvSPE, SineSPE, SPETransformerEncoderLayer
+from torch_spe.models import ModelConfig, SPESequenceClassifier
 from torch_spe.optim import parameter_groups
 
 WIDTH, HEADS, LAYERS, REALIZATIONS = 64, 4, 2, 128
@@ -60,35 +61,30 @@ def load(test_share: float = 0.25) -> tuple[Digits, Digits]:
     return Digits(images[count:], labels[count:]), Digits(images[:count], labels[:count])
 
 
-class DigitModel(nn.Module):
+class DigitModel(SPESequenceClassifier):
     """Pixels are tokens on a grid. Where a pixel stands, only the layers' positions tell."""
 
     def __init__(self, encoding: Encoding):
-        super().__init__()
-        self.embedding = nn.Embedding(LEVELS, WIDTH)
-        position = encoding.position()
-        self.layers = nn.ModuleList(
-            SPETransformerEncoderLayer(
+        self.encoding = encoding
+        super().__init__(ModelConfig(LEVELS, WIDTH, LAYERS, HEADS, num_classes=10))
+
+    def make_layers(self) -> Iterable[nn.Module]:
+        """The layers, which share a position."""
+        position = self.encoding.position()
+        for _ in range(LAYERS):
+            yield SPETransformerEncoderLayer(
                 WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True,
                 norm_first=True, position=position, num_realizations=REALIZATIONS,
                 eval_realizations=4 * REALIZATIONS,
-            )
-            for _ in range(LAYERS)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 10)
+            )  # fmt: skip
 
     def forward(
         self,
         images: Tensor,  # [B, height, width]
     ) -> Tensor:  # [B, 10]
         """Logits of the digits."""
-        x = self.embedding(images)  # [B, height, width, WIDTH]
-        if self.layers[0].self_attn.position is None:
-            x = x.flatten(1, 2)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x).flatten(1, -2).mean(1))
+        on_grid = self.layers[0].self_attn.position is not None
+        return super().forward(images.flatten(1), grid=images.shape[1:] if on_grid else None)
 
 
 def train(

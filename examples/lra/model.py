@@ -25,8 +25,8 @@ class Size:
     # "both": layers attend to both sides. "alternate": causal layers, the first from left to right,
     # the next from right to left and so on, at the price of causal ones. "causal": left to right.
     directions: str = "alternate"
-    # What is classified: the "mean" of all tokens, the "last", or a token of its own before the
-    # "first", which needs a last layer that attends to what follows.
+    # What is classified: the "mean" of all tokens, the "max" of each feature over them, the "last"
+    # token, or one of its own before the "first", if the last layer attends to what follows.
     pooling: str = "mean"
     dropout: float = 0.0
     norm_first: bool = True
@@ -42,12 +42,10 @@ class Classifier(nn.Module):
     ):  # fmt: skip
         super().__init__()
         kind, self.size, self.grid = ENCODINGS[encoding], size, grid
-        if grid is None and (size.directions == "cross" or kind.grid):
+        # Positions of two dimensions know no order that could be causal.
+        self.directions = "both" if kind.grid else size.directions
+        if grid is None and (self.directions == "cross" or kind.grid):
             raise ValueError(f"encoding {encoding!r}, directions {size.directions!r}: not an image")
-        if kind.grid and size.directions != "both":
-            raise ValueError(
-                f"encoding {encoding!r} needs directions 'both', got {size.directions!r}"
-            )
         self.layer_grid = grid if kind.grid else None
         self.embedding = nn.Embedding(vocabulary, size.width, padding_idx=PAD)
         self.absolute = (
@@ -98,6 +96,8 @@ class Classifier(nn.Module):
             return self.norm(x[:, 0])
         if self.size.pooling == "last":
             return self.norm(x[torch.arange(len(x), device=x.device), lengths - 1])
+        if self.size.pooling == "max":
+            return self.norm(x).masked_fill(padding[..., None], -torch.inf).amax(1)
         x = self.norm(x).masked_fill(padding[..., None], 0)
         return x.sum(1) / lengths[:, None]
 
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
         mask: Tensor | None,  # [B, N]
     ) -> Tensor:  # [B, N, width]
         """A layer in its direction."""
-        directions = self.size.directions
+        directions = self.directions
         if directions == "both":
             return layer(x, src_key_padding_mask=mask, is_causal=False, **self._grid())
         columns = directions == "cross" and number % 4 >= 2

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +28,8 @@ LARGE_COUNTS = {"train": 160_000, "valid": 20_000, "test": 20_000}
 SMALL_COUNTS = {"train": 80_000, "valid": 2_000, "test": 10_000}
 # Tokens are grey levels from 1 on, 128 of them: 0 is padding, of which there is none.
 VOCABULARY = 129
+SMALL_SHORTER = {2: 40_000, 3: 40_000}
+LARGE_SHORTER = {2: 40_000, 4: 40_000, 7: 80_000}
 CHUNK = 2048  # images of one seed
 
 
@@ -53,21 +56,34 @@ def generate_in_parallel(
     return Part((Ragged.rows(1 + images.reshape(count, -1) // 2),), labels)
 
 
-def load(folder: Path, picture: Picture = LARGE, counts: dict[str, int] = LARGE_COUNTS) -> Task:
-    """The task, generated at the first call."""
+def load(
+    folder: Path,
+    picture: Picture = LARGE,
+    counts: dict[str, int] = LARGE_COUNTS,
+    shorter: dict[int, int] | None = None,
+) -> Task:
+    """The task, generated at the first call; `shorter` says how many images with contours of how
+    many paddles a curriculum has beside, as parts ``2-paddles`` and so on.
+    """
+    wanted = [(name, count, picture) for name, count in counts.items()]
+    for paddles, count in (shorter or {}).items():
+        wanted.append((f"{paddles}-paddles", count, replace(picture, paddles=paddles)))
     parts = {}
-    for number, (name, count) in enumerate(counts.items()):
+    for number, (name, count, kind) in enumerate(wanted):
         label = f"pathfinder{picture.size}-{name}-{count}"
         parts[name] = cached(
             folder / f"{label}.npz",
-            lambda count=count, number=number, label=label: generate_in_parallel(
-                count, (2020, number), picture, label
-            ),
+            lambda arguments=(count, (2020, number), kind, label): generate_in_parallel(*arguments),
         )
     grid = (picture.size, picture.size)
     return Task("pathfinder", "Pathfinder", VOCABULARY, 2, picture.size**2, parts, grid=grid)
 
 
 def load_small(folder: Path) -> Task:
-    """The task at 16 x 16."""
-    return load(folder, SMALL, SMALL_COUNTS)
+    """The task at 16 x 16, with a curriculum."""
+    return load(folder, SMALL, SMALL_COUNTS, SMALL_SHORTER)
+
+
+def load_large(folder: Path) -> Task:
+    """The task at 32 x 32, with a curriculum."""
+    return load(folder, LARGE, LARGE_COUNTS, LARGE_SHORTER)

@@ -75,7 +75,7 @@ def load_chorales(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
 
     def part(number: int, name: str, count: int) -> Part:
         if not pieces:
-            chorales = data.load(folder)
+            chorales = data.load()
             for chorale in chorales:
                 which = {8: "valid", 9: "test"}.get(chorale.family % 10, "train")
                 if len(chorale.tokens) >= 2 * PASSAGE:

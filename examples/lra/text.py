@@ -1,8 +1,7 @@
 """Text: is a review of a film good or bad, read byte by byte?
 
-The reviews are those of IMDb, from the released folder. Without it there is a stand-in: excerpts of
-Python's standard library, of its programs (comments and documentation left out) or of its
-documentation strings.
+The reviews are those of IMDb, from the released folder. Without it there is a stand-in: is an
+excerpt from comments in Python's standard library, or from its documentation strings?
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ VOCABULARY = 257  # bytes from 1 on
 SOURCE = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz, unpacked"
 REVIEWS = 12_500  # of each class, for training as for the test
 EXCERPT = 192  # bytes of the stand-in
+TABLES = ("encodings/", "pydoc_data/")  # not written by hand
 COUNTS = {"train": 20_000, "valid": 1_000, "test": 2_000}
 
 
@@ -49,26 +49,15 @@ def load_imdb(folder: Path, length: int = LENGTH, reviews: int | None = REVIEWS)
     return Task("text", "Text (IMDb)", VOCABULARY, 2, length, parts)
 
 
-def prose_and_program(source: bytes) -> tuple[bytes, bytes]:
-    """A module's documentation strings, and the module without them and without comments."""
-    tree = ast.parse(source)
+def comments_and_documentation(source: bytes) -> tuple[bytes, bytes]:
+    """The words of a module's comments, and those of its documentation strings."""
+    read = tokenize.tokenize(io.BytesIO(source).readline)
+    comments = [token.string.lstrip("#!:") for token in read if token.type == tokenize.COMMENT]
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    strings, lines = [], set()
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and (text := ast.get_docstring(node)):
-            strings.append(text)
-            lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    comments: dict[int, int] = {}
-    for token in tokenize.tokenize(io.BytesIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.start[1]
-    kept = [
-        line[: comments.get(number, len(line))].rstrip()
-        for number, line in enumerate(source.decode("utf-8").splitlines(), 1)
-        if number not in lines
-    ]
-    program = "\n".join(line for line in kept if line)
-    return "\n".join(strings).encode(), program.encode()
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, documented))
+    strings = [ast.get_docstring(node) or "" for node in nodes]
+    words = (" ".join(" ".join(texts).split()).encode() for texts in (comments, strings))
+    return next(words), next(words)
 
 
 def _excerpts(pieces: list[bytes], count: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -85,8 +74,10 @@ def load_library(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
 
     def read() -> None:
         for name, path in sources().items():
+            if name.startswith(TABLES):
+                continue
             try:
-                pair = prose_and_program(path.read_bytes())
+                pair = comments_and_documentation(path.read_bytes())
             except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
                 continue
             for side, piece in zip(texts.setdefault(part_of(name), ([], [])), pair, strict=True):

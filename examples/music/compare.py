@@ -188,9 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def rounded(value: object) -> object:
-    """The same with floats of four digits after the point."""
+    """The same with floats of four digits after the point, None where there is no number."""
     if isinstance(value, float):
-        return round(value, 4)
+        return round(value, 4) if value == value else None
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, list) else value

@@ -97,7 +97,7 @@ def continue_pieces(
             generator=torch.Generator(device).manual_seed(seed + 1000 * index),
         )[0].cpu()  # fmt: skip
         seconds = time.perf_counter() - begin
-        midi = out / (Path(piece.name).stem + ".mid")
+        midi = file_for(piece.name, out, written)
         tokens = torch.cat((prompt, new))
         advice = write(midi, trained, tokens, len(prompt), piece.name, soundfont)
         written.append(midi)
@@ -108,6 +108,15 @@ def continue_pieces(
         if advice:
             print(advice)
     return written
+
+
+def file_for(name: str, out: Path, taken: list[Path]) -> Path:
+    """The MIDI file of a piece's continuation: another than any before, and than the prompt's."""
+    stem = str(Path(name).with_suffix("")).replace("/", "-")
+    midi, number = out / f"{stem}-continued.mid", 2
+    while midi in taken:
+        midi, number = out / f"{stem}-continued-{number}.mid", number + 1
+    return midi
 
 
 def given(files: Iterable[Path], tokens: Tokens) -> list[Piece]:
@@ -122,14 +131,13 @@ def given(files: Iterable[Path], tokens: Tokens) -> list[Piece]:
 
 
 def first_bars(tokens: Tokens, sequence: Tensor, bars: int) -> Tensor:
-    """The first bars of a piece that have notes, from the first one on."""
+    """The first bars of a piece, of which that many have notes: silence would go on as silence."""
     bounds = [*tokens.bars(sequence).tolist(), len(sequence)]
-    # Bars of silence at the start would be continued with silence.
     first = next(
         (i for i in range(len(bounds) - 1)
          if tokens.write(sequence[bounds[i] : bounds[i + 1]]).note_num()), 0,
     )  # fmt: skip
-    return sequence[bounds[first] : bounds[min(first + bars, len(bounds) - 1)]]
+    return sequence[: bounds[min(first + bars, len(bounds) - 1)]]
 
 
 def write(
@@ -140,16 +148,11 @@ def write(
     score.dump_midi(midi)
     length = trained.preset.length
     plot_roll(
-        beside(midi, ".png"), score, trained.tokens.time(tokens, prompt),
+        midi.with_suffix(".png"), score, trained.tokens.time(tokens, prompt),
         trained.tokens.time(tokens, length) if len(tokens) > length else None,
         f"{title}, {prompt} tokens continued to {len(tokens)}; trained on {length}",
     )  # fmt: skip
-    return write_wav(midi, beside(midi, ".wav"), soundfont)
-
-
-def beside(midi: Path, suffix: str) -> Path:
-    """The file with another ending: names may have dots of their own."""
-    return midi.with_name(midi.stem + suffix)
+    return write_wav(midi, midi.with_suffix(".wav"), soundfont)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ class _Model(nn.Module):
         owner = type(self).__name__
         if not isinstance(config, ModelConfig):
             raise TypeError(f"{owner}: config must be a ModelConfig, got {type(config).__name__}")
-        vocab_size, layers = check_positive(
+        vocab_size, _ = check_positive(
             owner, vocab_size=config.vocab_size, num_layers=config.num_layers
         )
         check_flags(
@@ -103,24 +103,58 @@ class _Model(nn.Module):
         )
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self.layers = nn.ModuleList(self._make_layer() for _ in range(layers))
-        if config.share_position:
-            for layer in self.layers[1:]:
-                layer.self_attn.position = self.layers[0].self_attn.position
+        self.layers = nn.ModuleList(self.make_layers())
         self.norm = nn.LayerNorm(config.d_model)
+        self.head = self.make_head()
 
-    def _make_layer(self) -> SPETransformerEncoderLayer:
-        config = self.config
-        return SPETransformerEncoderLayer(
-            config.d_model, config.num_heads, config.dim_feedforward or 4 * config.d_model,
-            config.dropout, config.activation, batch_first=True, norm_first=True,
-            **config.attention,
-        )  # fmt: skip
+    def make_layers(self) -> Iterable[nn.Module]:
+        """Make the layers; a subclass may make others, with the same call."""
+        config, first = self.config, None
+        for _ in range(config.num_layers):
+            layer = SPETransformerEncoderLayer(
+                config.d_model, config.num_heads, config.dim_feedforward or 4 * config.d_model,
+                config.dropout, config.activation, batch_first=True, norm_first=True,
+                **config.attention,
+            )  # fmt: skip
+            if config.share_position and first is not None:
+                layer.self_attn.position = first.self_attn.position
+            first = first or layer
+            yield layer
 
-    def _hidden(self, tokens: Tensor, padding: Tensor | None, **call: object) -> Tensor:
-        x = self.embedding(self._check_tokens(tokens))
+    def embed(
+        self,
+        tokens: Tensor,  # [B, *size]
+        start: float | Sequence[float] | Tensor,
+    ) -> Tensor:  # [B, *size, d_model]
+        """Return the vectors of tokens; a subclass may add to them.
+
+        Args:
+            tokens: int64 ``[B, N]``.
+            start: position of the first token, or ``[B]``.
+        """
+        return self.embedding(tokens)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # [B, N]
+        padding: Tensor | None = None,  # [B, N]
+        *,
+        is_causal: bool = True,
+        start: float | Sequence[float] | Tensor = 0,
+        **call: object,
+    ) -> Tensor:  # [B, N, d_model]
+        """Return what the last layer gives, normalized.
+
+        Args:
+            tokens: int64 ``[B, N]``.
+            padding: bool ``[B, N]``, True at tokens that are none.
+            is_causal: whether a token sees those up to itself only.
+            start: position of the first token, or ``[B]``, of each sequence.
+            call: ``positions``, ``grid`` or ``cu_seqlens``; see `SPEMultiheadAttention.forward`.
+        """
+        x = self.embed(self._check_tokens(tokens), start)
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=padding, **call)
+            x = layer(x, src_key_padding_mask=padding, is_causal=is_causal, start=start, **call)
         return self.norm(x)
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
@@ -165,12 +199,13 @@ class SPECausalLM(_Model):
         torch.Size([2, 5])
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
-            self.head.weight = self.embedding.weight
+    def make_head(self) -> nn.Module:
+        """Make the output layer."""
+        head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
+        if self.config.tie_embeddings:
+            nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+            head.weight = self.embedding.weight
+        return head
 
     def forward(
         self,
@@ -195,10 +230,7 @@ class SPECausalLM(_Model):
             The logits; with a state, the logits and the next state.
         """
         if state is None:
-            hidden = self._hidden(
-                tokens, padding, is_causal=True, start=start, cu_seqlens=cu_seqlens
-            )
-            return self.head(hidden)
+            return self.head(self.hidden(tokens, padding, start=start, cu_seqlens=cu_seqlens))
         hidden, state = self._continue(tokens, padding, state, cu_seqlens)
         return self.head(hidden), state
 
@@ -210,7 +242,7 @@ class SPECausalLM(_Model):
                 "SPECausalLM: state must be a ModelState, as initial_state makes it, got "
                 f"{type(state).__name__}"
             )
-        x, states = self.embedding(self._check_tokens(tokens)), []
+        x, states = self.embed(self._check_tokens(tokens), state.position), []
         for layer, before in zip(self.layers, state.layers, strict=True):
             x, after = layer(x, src_key_padding_mask=padding, state=before, cu_seqlens=cu_seqlens)
             states.append(after)
@@ -332,12 +364,12 @@ class SPESequenceClassifier(_Model):
         torch.Size([2, 10])
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        if config.num_classes is None:
+    def make_head(self) -> nn.Module:
+        """Make the output layer."""
+        if self.config.num_classes is None:
             raise ValueError("SPESequenceClassifier: config must have num_classes, got None")
-        (classes,) = check_positive("SPESequenceClassifier", num_classes=config.num_classes)
-        self.head = nn.Linear(config.d_model, classes)
+        (classes,) = check_positive("SPESequenceClassifier", num_classes=self.config.num_classes)
+        return nn.Linear(self.config.d_model, classes)
 
     def forward(
         self,
@@ -356,7 +388,7 @@ class SPESequenceClassifier(_Model):
             grid: sizes of an image whose pixels the tokens are; see
                 `SPEMultiheadAttention.forward`.
         """
-        hidden = self._hidden(tokens, padding, is_causal=False, start=start, grid=grid)
+        hidden = self.hidden(tokens, padding, is_causal=False, start=start, grid=grid)
         if padding is None:
             return self.head(hidden.mean(1))
         kept = ~padding.unsqueeze(-1)

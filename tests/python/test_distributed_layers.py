@@ -39,6 +39,7 @@ LAYERS = {
     "rotary, decay": {"position": "rotary", "decay": "learned"},
     "none": {"position": None, "feature_map": "relu"},
     "data": {"decay": "data"},
+    "grouped": {"num_key_value_heads": 1, "head_dim": 6, "decay": "data"},
     "feature": {"decay": "feature", "output_norm": None},
     "gate": {"position": "exact", "decay": "learned", "decay_gate": False},
     "random map": {"position": "sine", "feature_map": lambda: PositiveFeatures(8, 12)},

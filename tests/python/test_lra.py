@@ -139,7 +139,7 @@ def test_cached_parts_and_padding(tmp_path):
     assert lengths.tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "first", "last"])
 @pytest.mark.parametrize("directions", ["alternate", "both", "causal"])
 @pytest.mark.parametrize("encoding", ["default", "softmax-rotary", "none"])
 def test_padding_does_not_matter(encoding, directions, pooling):

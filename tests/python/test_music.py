@@ -233,6 +233,16 @@ def test_without_a_soundfont_it_is_said_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "a.wav").exists()
 
 
+def test_the_prompt_has_bars_with_notes():
+    remi, score = Remi(), score_of([60, 62], bars=6)
+    later = symusic.Score(480)
+    later.time_signatures, later.tempos = score.time_signatures, score.tempos
+    later.tracks.append(score.tracks[0].shift_time(2 * 4 * 480))
+    prompt = generate.first_bars(remi, remi.read(later), 3)
+    assert notes(remi.write(prompt)) == [n for n in notes(later) if n[2] < 20]
+    assert generate.first_bars(remi, remi.read(score), 99).equal(remi.read(score))
+
+
 # ---- models and commands
 
 
@@ -306,8 +316,8 @@ def test_from_a_folder_of_midi_to_a_continuation(folder, tmp_path, monkeypatch, 
     score_of([50, 57], 24, bars=6).dump_midi(user)
     flags = ["--model", str(out), "--out", str(tmp_path / "out"), "--tokens", "150"]
     (written,) = generate.main([*flags, "--midi", str(user), "--bars", "3"])
-    assert written.name == "my tune.v2.mid"
-    assert written.with_name("my tune.v2.png").stat().st_size > 0
+    assert written.name == "my tune.v2-continued.mid"
+    assert written.with_suffix(".png").stat().st_size > 0
     # The prompt is there as it was, and goes on.
     read = notes(symusic.Score(written))
     prompt = [n for n in notes(score_of([50, 57], 24, bars=6)) if n[2] < 12]
@@ -315,6 +325,10 @@ def test_from_a_folder_of_midi_to_a_continuation(folder, tmp_path, monkeypatch, 
     assert "no sound" in capsys.readouterr().out
     (held_out,) = generate.main([*flags, "--pieces", "1"])
     assert held_out.exists()
+    twice = generate.main([*flags, "--midi", str(user), str(user)])
+    assert [file.name for file in twice] == [
+        "my tune.v2-continued.mid", "my tune.v2-continued-2.mid"
+    ]  # fmt: skip
     with pytest.raises(SystemExit, match=r"--midi: .*broken.mid cannot be read"):
         generate.main([*flags, "--midi", str(folder / "broken.mid")])
     with pytest.raises(SystemExit):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from music.chorales.data import VOCABULARY
 from torch_spe import ConvSPE, RotaryPositions, SineSPE, SPETransformerEncoderLayer
+from torch_spe.models import ModelConfig, SPECausalLM
 
 WIDTH, HEADS, LAYERS, FEEDFORWARD = 128, 4, 2, 512
 MAX_LENGTH = 8192  # of absolute positions
@@ -108,7 +109,7 @@ ENCODINGS = {
 DEMO = ("rotary", "rotary-decay", "exact-decay")
 
 
-class ChoraleModel(nn.Module):
+class ChoraleModel(SPECausalLM):
     """Predicts each token of a sequence from those before it."""
 
     def __init__(
@@ -118,30 +119,30 @@ class ChoraleModel(nn.Module):
         vocabulary: int = VOCABULARY,
         max_length: int = MAX_LENGTH,
     ):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, WIDTH)
-        self.added = encoding.added(max_length, WIDTH) if encoding.added else None
-        position = encoding.position()
-        self.layers = nn.ModuleList(encoding.make_layer(position) for _ in range(layers))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, vocabulary)
+        self.encoding, self.max_length = encoding, max_length
+        super().__init__(ModelConfig(vocabulary, WIDTH, layers, HEADS, FEEDFORWARD))
 
-    def hidden(
+    def make_layers(self) -> Iterable[nn.Module]:
+        """The layers of the encoding, which share a position, after what it adds before them."""
+        added = self.encoding.added
+        self.added = added(self.max_length, WIDTH) if added else None
+        position = self.encoding.position()
+        for _ in range(self.config.num_layers):
+            yield self.encoding.make_layer(position)
+
+    def make_head(self) -> nn.Module:
+        """The output layer, with weights of its own."""
+        return nn.Linear(WIDTH, self.config.vocab_size)
+
+    def embed(
         self,
         tokens: Tensor,  # [B, N]
-        is_causal: bool = True,
+        start: float | Tensor,
     ) -> Tensor:  # [B, N, WIDTH]
-        """What the last layer gives, normalized."""
-        x = self.embedding(tokens)
-        if self.added is not None:
-            x = x + self.added(tokens.shape[1])
-        for layer in self.layers:
-            x = layer(x, is_causal=is_causal)
-        return self.norm(x)
-
-    def forward(
-        self,
-        tokens: Tensor,  # [B, N]
-    ) -> Tensor:  # [B, N, vocabulary]
-        """Logits of the distribution of the token after each one."""
-        return self.head(self.hidden(tokens))
+        """Vectors of tokens, with additive positions where the encoding has some."""
+        x = super().embed(tokens, start)
+        if self.added is None:
+            return x
+        if not isinstance(start, int):
+            raise ValueError(f"start must be an integer with added positions, got {start!r}")
+        return x + self.added(start + tokens.shape[1])[start:]

@@ -3,6 +3,13 @@
 Needs the packages of ``pip install "torch-spe[onnx]"``.
 """
 
+try:
+    import onnxscript as _onnxscript  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "torch_spe.onnx needs the packages onnx and onnxscript: pip install 'onnx>=1.23' onnxscript"
+    ) from error
+
 from torch_spe.onnx.exporting import export
 from torch_spe.onnx.finish import set_opset
 from torch_spe.onnx.folding import fold_constants

@@ -103,18 +103,23 @@ class Rows:
         self.x, self.heads, self.width = x, heads, width
 
     def flat(self) -> ir.Value:  # [B, T, H * W]
+        """Return what the operator takes."""
         return reshape(self.x, 0, 0, self.heads * self.width)
 
     def by_head(self) -> ir.Value:  # [B, H, T, W]
+        """Return the rows of each head."""
         return op.Transpose(self.x, perm=[0, 2, 1, 3])
 
     def like(self, x: ir.Value) -> Rows:
+        """Return other rows of these sizes."""
         return Rows(x, self.heads, self.width)
 
     def masked(self, padding: ir.Value) -> Rows:  # [B, T]
+        """Return the rows with 0 where there is padding."""
         return self.like(op.Where(op.Unsqueeze(padding, tensor([2, 3])), tensor(0.0), self.x))
 
     def with_ones(self) -> Rows:
+        """Return the rows with one more value, 1."""
         pads = tensor([0, 0, 0, 0, 0, 0, 0, 1])
         return Rows(op.Pad(self.x, pads, tensor(1.0)), self.heads, self.width + 1)
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree
 
 from torch_spe.attention import SPEMultiheadAttention
 from torch_spe.checks import check_choice, check_module
-from torch_spe.onnx.finish import name_dimensions, set_opset
+from torch_spe.onnx.finish import merge_constants, name_dimensions, set_opset
 from torch_spe.onnx.folding import fold_constants
 from torch_spe.onnx.nodes import UnsupportedError
 from torch_spe.onnx.states import (
@@ -90,8 +90,7 @@ def export(
     call, inputs, wanted = Stateless(model), (args, kwargs), []
     if state is not None:
         call = Stateful(model, repeat_state(state, batch), args, kwargs)
-        positions = torch.zeros(batch, length, dtype=torch.int64)
-        inputs = (args, kwargs, positions, call.values())
+        inputs = (args, kwargs, call.positions(batch, length), call.values())
         names += [POSITIONS, *(PAST + part.name for part in call.parts)]
         wanted = [PRESENT + part.name for part in call.parts if part.changes]
     shapes = _dynamic_shapes(inputs, batch, length, _batch_first(model)) if dynamic else None
@@ -122,9 +121,9 @@ def _translate(
     program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
 ) -> torch.onnx.ONNXProgram:
     try:
-        return torch.onnx.export(
+        exported = torch.onnx.export(
             program, custom_translation_table=translation_table(program), input_names=inputs,
-            output_names=outputs, opset_version=CONVERTED, verbose=False,
+            output_names=outputs, opset_version=CONVERTED, optimize=False, verbose=False,
         )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error
@@ -133,6 +132,9 @@ def _translate(
                 raise UnsupportedError(str(cause)) from error
             cause = cause.__cause__
         raise
+    merge_constants(exported)
+    exported.optimize()
+    return exported
 
 
 def _check_options(model: nn.Module, kwargs: dict[str, object]) -> None:

@@ -6,10 +6,25 @@ import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import torch
 from torch.utils import _pytree
 
 OPSET = 27  # that of LinearAttention
+
+
+def merge_constants(program: torch.onnx.ONNXProgram) -> None:
+    """Merge equal constants and nodes: the optimizer's time grows with the square of their number.
+
+    Args:
+        program: changed in place.
+    """
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+    )(program.model)
 
 
 def set_opset(program: torch.onnx.ONNXProgram, domain: str = "") -> torch.onnx.ONNXProgram:

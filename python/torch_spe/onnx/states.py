@@ -80,7 +80,7 @@ class Stateful(nn.Module):
     ) -> list[Part]:
         """Return the parts that the model reads: rows that are normalized have no denominators."""
         batch = len(self._states[0].sums)
-        positions = torch.zeros(batch, 1, dtype=torch.int64)
+        positions = self.positions(batch, 1)
         values = [torch.ones_like(getattr(self._states[p.state], p.field)) for p in parts]
 
         def run(values: list[Tensor]) -> list[Tensor]:
@@ -127,6 +127,10 @@ class Stateful(nn.Module):
         outs, values = self._call(args, kwargs, position_ids, self.parts, parts)
         return outs, [x for part, x in zip(self.parts, values, strict=True) if part.changes]
 
+    def positions(self, batch: int, length: int) -> Tensor:  # [B, N]
+        """Return an example of the input with the positions."""
+        return torch.zeros(batch, length, dtype=torch.int64, device=self._states[0].sums.device)
+
     def values(self) -> list[Tensor]:
         """Return the parts of the example."""
         return [getattr(self._states[part.state], part.field) for part in self.parts]
@@ -145,7 +149,7 @@ class MemoryState(nn.Module):
         >>> from torch_spe import SPETransformerDecoderLayer
         >>> decoder = SPETransformerDecoderLayer(64, 4, batch_first=True).eval()
         >>> [tuple(x.shape) for x in MemoryState(decoder)(torch.randn(2, 50, 64))]
-        [(2, 4, 48, 16), (2, 4, 16)]
+        [(2, 4, 48, 16), (2, 4, 48)]
     """
 
     def __init__(self, decoder: nn.Module) -> None:

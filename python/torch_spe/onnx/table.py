@@ -11,6 +11,12 @@ from torch.export import ExportedProgram
 from torch_spe.onnx import attention
 from torch_spe.onnx.encoders import Encoders
 from torch_spe.onnx.folding import constants_of
+from torch_spe.onnx.nodes import UnsupportedError
+
+# They make codes and noise, which `fold_constants` replaces unless each call draws them anew.
+_OF_CODES = (
+    "sine_code", "phase_code", "gate_code", "conv_noise", "phase_noise", "circle_noise",
+)  # fmt: skip
 
 
 def translation_table(program: ExportedProgram | None = None) -> dict[Callable, Callable]:
@@ -25,10 +31,9 @@ def translation_table(program: ExportedProgram | None = None) -> dict[Callable, 
         attention.linear_attention, attention.linear_attention_state, encoders.sine_features,
         encoders.sine_filter, encoders.phasor_filter, encoders.rotary, encoders.conv_filter,
     )  # fmt: skip
-    return {
-        getattr(torch.ops.torch_spe, translation.__name__).default: _function(translation)
-        for translation in translations
-    }
+    table = {translation.__name__: _function(translation) for translation in translations}
+    table |= {name: _refuse(name) for name in _OF_CODES}
+    return {getattr(torch.ops.torch_spe, name).default: call for name, call in table.items()}
 
 
 def _function(translation: Callable) -> Callable:
@@ -39,3 +44,16 @@ def _function(translation: Callable) -> Callable:
         return translation(*args, **kwargs)
 
     return call
+
+
+def _refuse(name: str) -> Callable:
+    """Return what says that codes have to be constants."""
+
+    def refuse(*args, **kwargs):
+        raise UnsupportedError(
+            f"{name}: codes and their noise must be constants in an ONNX model, made from "
+            "parameters and a seed: torch_spe.onnx.export (or fold_constants) does it, unless a "
+            "layer or feature map draws in every call, as with resample='always'"
+        )
+
+    return refuse
