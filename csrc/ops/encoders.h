@@ -20,7 +20,7 @@ struct EncoderArguments {
   at::Tensor x;              // [B, N, H, D]
   at::Tensor freqs;          // [H, D, K] or [H, D, K, ndim], cycles per position
   OptionalTensor positions;  // [N] or [N, ndim]
-  c10::Scalar start = 0;    // symbolic where a call is traced
+  c10::Scalar start = 0;     // symbolic where a call is traced
   std::string feature_map;
 };
 

@@ -38,6 +38,13 @@ def run_on_two(folder):
         torch.save(expected, f"{folder}/expected.pt")
 
 
+def run_on_four(expected):
+    """Two sequences' ranks in each of two rows: a mesh of two dimensions."""
+    for parallel in ("ddp", "fsdp"):
+        got = losses(f"2 --sequence-ranks 2 --parallel {parallel}")
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
 def test_two_processes_and_resume_on_one(tmp_path):
     run_on_ranks(run_on_two, 2, tmp_path, str(tmp_path))
     expected = torch.load(tmp_path / "expected.pt")
@@ -48,3 +55,5 @@ def test_two_processes_and_resume_on_one(tmp_path):
             assert resumed == pytest.approx(expected[4:], rel=1e-4)
     finally:
         dist.destroy_process_group()
+    (tmp_path / "four").mkdir()
+    run_on_ranks(run_on_four, 4, tmp_path / "four", expected[:2])

@@ -39,6 +39,7 @@ LAYERS = {
     "rotary, decay": {"position": "rotary", "decay": "learned"},
     "none": {"position": None, "feature_map": "relu"},
     "data": {"decay": "data"},
+    "grouped": {"num_key_value_heads": 1, "head_dim": 6, "decay": "data"},
     "feature": {"decay": "feature", "output_norm": None},
     "gate": {"position": "exact", "decay": "learned", "decay_gate": False},
     "random map": {"position": "sine", "feature_map": lambda: PositiveFeatures(8, 12)},
@@ -290,6 +291,8 @@ def test_of_one_rank(tmp_path):
             parallel(torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="must have no SPETransformerDecoderLayer"):
             parallel(SPETransformerDecoderLayer(DIM, HEADS))
+        with pytest.raises(ValueError, match="module must be without add_bias_kv and add_zero"):
+            parallel(make({}, add_zero_attn=True))
         with pytest.raises(ValueError, match="must have one dimension, that of the sequence"):
             SPESequenceParallel()._apply(make({}), init_device_mesh("cpu", (1, 1)))
         compare_layers(["default", "sine"], ["causal", "packed"])
