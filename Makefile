@@ -8,6 +8,7 @@ BIN := .venv/bin
 DEMO := build/demo
 # The environment is made again when these change: the stamp of another choice is another file.
 CHOICE := $(shell { echo '$(TORCH) $(PYTHON)'; cat pyproject.toml; } | cksum | cut -d ' ' -f 1)
+DEMO_REQUIREMENTS := .venv/demo-$(CHOICE)
 REQUIREMENTS := .venv/requirements-$(CHOICE)
 EDITABLE := .venv/editable-$(CHOICE)
 
@@ -31,7 +32,7 @@ demo: demo-build
 
 # A build and a package of its own, quickly made: for the instruction sets of this machine, and with the CUDA kernels
 # only where there is a GPU to run them. The variables of setup.py come first.
-demo-build: $(REQUIREMENTS)
+demo-build: $(DEMO_REQUIREMENTS)
 	@TORCH_SPE_CUDA=$${TORCH_SPE_CUDA-$$(nvidia-smi -L > /dev/null 2>&1 && echo AUTO || echo 0)} \
 	  TORCH_SPE_INSTRUCTION_SETS=$${TORCH_SPE_INSTRUCTION_SETS-native} \
 	  TORCH_SPE_BUILD_DIR=$${TORCH_SPE_BUILD_DIR-$(DEMO)} \
@@ -63,14 +64,18 @@ clean:
 	rm -rf .venv build dist python/*.egg-info python/torch_spe/*.so python/torch_spe/_build_info.json
 
 # pip changes nothing that already fits. Stamps of other choices go first: they would be untrue afterwards.
-$(REQUIREMENTS):
+$(DEMO_REQUIREMENTS):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'torch_spe needs Python 3.10 or later, and $(PYTHON) is not one. Name another: make PYTHON=python3.11' >&2; \
 	  exit 1; }
-	@rm -f .venv/requirements-* .venv/editable-*
+	@rm -f .venv/demo-* .venv/requirements-* .venv/editable-*
 	@[ "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install 'torch==$(TORCH)' --group build --group demo
+	@touch $@
+
+$(REQUIREMENTS): $(DEMO_REQUIREMENTS)
 	$(BIN)/python -m pip install 'torch==$(TORCH)' --group dev
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""What a layer's state starts from, where it is moved, and the matrix of weights to look at."""
+"""States that a layer starts from or moves, and what there is to look at: weights, template."""
 
 from __future__ import annotations
 
@@ -45,6 +45,29 @@ def start_state(
     attend = attend_features if layer.encode == "features" else attend_inputs
     _, sums = attend(layer, q, k, v, Call(Places(), True, None, x[1], nothing))
     return AttentionState(*sums, position, seed)
+
+
+def memory_state(
+    layer: SPEMultiheadAttention,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    start: float | Sequence[float] | Tensor,
+) -> AttentionState:
+    """Return the state of a memory; see `SPEMultiheadAttention.memory_state`."""
+    if layer.decay is not None:
+        raise ValueError(
+            f"{OWNER}: memory_state needs decay=None (position='fading' has one): it is the same "
+            f"for queries at all positions, got decay={layer.decay.kind!r}"
+        )
+    check_tensor(OWNER, "key", key)
+    if key.dim() not in (2, 3):
+        raise ValueError(f"{OWNER}: key must have 2 or 3 dimensions, got shape {tuple(key.shape)}")
+    batch = 1 if key.dim() == 2 else key.shape[0 if layer.batch_first else 1]
+    query = key.new_zeros(*key.shape[:-1], layer.embed_dim)
+    state = start_state(layer, batch, start)
+    _, state = layer(query, key, value, key_padding_mask, is_causal=False, state=state)
+    return state
 
 
 def shift_state(
@@ -114,3 +137,26 @@ def weights_of_layer(
     else:
         out, _ = attend_inputs(layer, q, k, units, call)
     return out.transpose(1, 2)
+
+
+def template_of_layer(
+    layer: SPEMultiheadAttention, max_lag: int | Sequence[int]
+) -> Tensor:  # [H, D, *lags]
+    """Return the position kernels of a layer; see `SPEMultiheadAttention.template`."""
+    if not layer._position().has_template:
+        raise ValueError(
+            f"{OWNER}: template needs an SPE position, got {type(layer.position).__name__}"
+        )
+    template, fades = layer.position.template(max_lag), 1.0
+    if layer.decay is not None:
+        if layer.decay.kind == "data":
+            raise ValueError(
+                f"{OWNER}: template needs a decay that does not depend on the input, got "
+                "decay='data'"
+            )
+        lags = torch.arange(template.shape[-1], device=template.device)
+        lags = (lags - template.shape[-1] // 2).abs()
+        fades = (lags * layer.decay().view(layer.num_heads, -1, 1)).exp()
+    of_position, of_all = (1.0, fades) if layer.decay_gate else (fades, 1.0)
+    template = template * of_position
+    return of_all * (template if layer.filter is None else layer.filter.template(template))
