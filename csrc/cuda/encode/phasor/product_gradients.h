@@ -2,6 +2,7 @@
 // storage at consecutive positions, on tensor cores.
 #pragma once
 
+#include "encode/phasor/code_gradient_tile.h"
 #include "encode/phasor/gradient_parts.h"
 #include "encode/phasor/products.h"
 #include "encode/token_copy.h"
@@ -9,18 +10,11 @@
 namespace torch_spe::cuda {
 
 // Gradients of frequencies, coefficients and constant: a block takes 32 features and 32 pairs of
-// one head, and walks over the positions of a segment. At each one the gradients G of the codes are
-// a product over the batch; lane 4 g + c has those of features g, g + 8 and pairs c + {0, 4, 8, 12}
-// of its warp's 16 and 16.
-//
-// What is wanted are the sums of conj(e_n) G_n and of n conj(e_n) G_n. Over a run of positions the
-// first is made as a polynomial in the rotation s by one position, S = s S + G, so that s S is what
-// the tensor cores add G to; U = s U + S counts G of the run's last position once, that of the one
-// before twice, and so on. The exact e of the last position leads from both to the sums.
+// one head, and walks over the positions of a segment. At each one the gradients of the codes are a
+// product over the batch.
 constexpr int kGradientTokens = 128;
 constexpr int kGradientFeatures = 32;
 constexpr int kGradientReal = 64;
-constexpr int kGradientPairs = 4;               // of a lane
 constexpr int kGradientBlocks = 3;              // of a multiprocessor
 constexpr std::int64_t kLongestSegment = 4096;  // positions whose sums are in float32
 
@@ -64,7 +58,6 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
                                    const PhasorGradientTiles tiles,
                                    const PhasorGradientParts parts) {
   using Shared = PhasorGradientShared<Storage>;
-  constexpr int kPairs = kGradientPairs;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout);
@@ -112,54 +105,10 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
   const int features_left = static_cast<int>(min_of(features - d0, kGradientFeatures));
   const int pairs_left = static_cast<int>(min_of(pairs - r0 / 2, kGradientReal / 2));
   const std::int64_t first_code = (head * features + d0 + own_feature) * pairs + r0 / 2 + own_pair;
-  const auto find_code = [&](int i, int half, std::int64_t* index) {
-    *index = first_code + half * 8 * pairs + 4 * i;
-    return own_feature + 8 * half < features_left && own_pair + 4 * i < pairs_left;
-  };
-  Phasor<float> step[kPairs][2];
-  Phasor<float>* const sums = shared.sums + thread;
-  Phasor<float>* const slopes = shared.slopes + thread;
-  float run_sums[kPairs][4];            // S, of both halves
-  Phasor<float> run_slopes[kPairs][2];  // U
-  float totals[kPairs][4];              // of G
-  TORCH_SPE_UNROLL
-  for (int i = 0; i < kPairs; ++i) {
-    TORCH_SPE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      run_slopes[i][half] = {0.0f, 0.0f};
-      sums[(2 * i + half) * kThreads] = slopes[(2 * i + half) * kThreads] = {0.0f, 0.0f};
-      run_sums[i][2 * half] = run_sums[i][2 * half + 1] = 0;
-      totals[i][2 * half] = totals[i][2 * half + 1] = 0;
-      std::int64_t index;
-      if (find_code(i, half, &index)) step[i][half].set(p.freqs[index], 1.0);
-    }
-  }
-  // Adds a run to the sums that ends before position `end` of the segment, and begins another.
-  const auto close_run = [&](int end) {
-    const double last = p.start + static_cast<double>(n_segment + end - 1);
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
-      TORCH_SPE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        std::int64_t index;
-        Phasor<float> e;
-        if (find_code(i, half, &index)) e.set(p.freqs[index], last);
-        e.im = -e.im;
-        Phasor<float> sum{run_sums[i][2 * half], run_sums[i][2 * half + 1]};
-        Phasor<float>& slope = run_slopes[i][half];
-        sum.rotate(e);
-        slope.rotate(e);
-        Phasor<float>& all = sums[(2 * i + half) * kThreads];
-        Phasor<float>& all_slopes = slopes[(2 * i + half) * kThreads];
-        all.re += sum.re;
-        all.im += sum.im;
-        all_slopes.re += static_cast<float>(end) * sum.re - slope.re;
-        all_slopes.im += static_cast<float>(end) * sum.im - slope.im;
-        run_sums[i][2 * half] = run_sums[i][2 * half + 1] = 0;
-        slope = {0.0f, 0.0f};
-      }
-    }
-  };
+  const LaneCodeGradients own{first_code, pairs, features_left - own_feature,
+                              pairs_left - own_pair};
+  PhasorCodeGradients<Storage> gradients(p, own, n_segment, shared.sums + thread,
+                                         shared.slopes + thread);
 
   for (int i = thread; i < Shared::kRowGrad; i += kThreads) shared.zero[i].bits = 0;
   const int tiles_of_segment = static_cast<int>(tokens.batch_tiles) * count;
@@ -192,33 +141,13 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
       ldmatrix_x4<true>(a, x_from);
       x_from += x_step;
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kPairs / 2; ++j) {
+      for (int j = 0; j < kGradientPairs / 2; ++j) {
         std::uint32_t b[4];
         ldmatrix_x4<true>(b, grad_from + 16 * j);
         TORCH_SPE_UNROLL
         for (int l = 0; l < 2; ++l) {
-          const int i = 2 * j + l;
           const std::uint32_t pair[2] = {b[2 * l], b[2 * l + 1]};
-          float (&sum)[4] = run_sums[i];
-          TORCH_SPE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const Phasor<float>& by = step[i][half];
-            const float re = sum[2 * half] * by.re - sum[2 * half + 1] * by.im;
-            sum[2 * half + 1] = sum[2 * half + 1] * by.re + sum[2 * half] * by.im;
-            sum[2 * half] = re;
-          }
-          mma_m16n8k16<Storage>(sum, a, pair);
-          if (parts.constant != nullptr) mma_m16n8k16<Storage>(totals[i], a, pair);
-          TORCH_SPE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const Phasor<float>& by = step[i][half];
-            Phasor<float>& slope = run_slopes[i][half];
-            const float re = slope.re;
-            slope.re = by.re * re + sum[2 * half];
-            slope.re -= by.im * slope.im;
-            slope.im = by.re * slope.im + sum[2 * half + 1];
-            slope.im += by.im * re;
-          }
+          gradients.add(2 * j + l, a, pair, parts.constant != nullptr);
         }
       }
       grad_from += grad_step;
@@ -226,38 +155,11 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     run += positions;
     if (run >= kPhasorRun || tile + 1 == count) {
       run = 0;
-      close_run(first + positions);
+      gradients.close_run(first + positions);
     }
   }
 
-  const std::int64_t codes = p.num_heads * features * pairs;
-  TORCH_SPE_UNROLL
-  for (int i = 0; i < kPairs; ++i) {
-    TORCH_SPE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      std::int64_t index;
-      if (!find_code(i, half, &index)) continue;
-      const std::int64_t part = segment * codes + index;
-      const Phasor<float>&sum = sums[(2 * i + half) * kThreads],
-            &slope = slopes[(2 * i + half) * kThreads];
-      if (parts.freqs != nullptr) {
-        // The phase's gradient is the imaginary part of conj(coefficient) w.
-        const double re = static_cast<const float*>(p.coefficients)[2 * index];
-        const double im = static_cast<const float*>(p.coefficients)[2 * index + 1];
-        parts.freqs[part] = core::kTwoPi * (re * slope.im - im * slope.re +
-                                            (p.start + static_cast<double>(n_segment)) *
-                                                (re * sum.im - im * sum.re));
-      }
-      if (parts.coefficients != nullptr) {
-        parts.coefficients[2 * part] = sum.re;
-        parts.coefficients[2 * part + 1] = sum.im;
-      }
-      if (parts.constant != nullptr) {
-        parts.constant[2 * part] = totals[i][2 * half];
-        parts.constant[2 * part + 1] = totals[i][2 * half + 1];
-      }
-    }
-  }
+  gradients.write(parts, segment);
 }
 
 }  // namespace torch_spe::cuda

@@ -1,29 +1,11 @@
 // Kernel of the phasor filter and of its gradient by x for 16-bit storage at consecutive positions,
 // on tensor cores: at every position a product of codes, which each lane makes in registers, with
 // the rows of the batch.
-//
-// A code comes from the one of the position before by a rotation in float32, and is exact again
-// after kPhasorRun positions at most: far more precise than the 16 bits that it is rounded to.
 #pragma once
 
-#include "encode/phasor.h"
-#include "phasor_filter.h"
+#include "encode/phasor/code_tile.h"
 
 namespace torch_spe::cuda {
-
-constexpr int kPhasorRun = 64;
-constexpr int kProductBatch = 8;  // of the batch, in one mma
-
-// What lane 4 g + c of a warp holds in the mma's that multiply codes [16 outputs, 64 inputs] with
-// inputs [64, 8 batch rows]. The inputs of step s and the mma's indices 2c, 2c + 1, 2c + 8, 2c + 9
-// are 16 c + 4 s + {0, 1, 2, 3}, so that those of a lane are contiguous; its outputs are 2 g and
-// 2 g + 1 at batch rows 2 c and 2 c + 1.
-//   filter:   inputs are features, outputs the real and imaginary parts of pair g
-//   gradient: inputs are the real and imaginary parts of pairs, outputs features
-constexpr int kProductOutputs = 16;
-constexpr int kProductInputs = 64;
-constexpr int kProductSteps = kProductInputs / 16;
-constexpr int kLaneInputs = 4 * kProductSteps;
 
 // 16 values of an aligned row in pairs.
 template <class Storage>
@@ -51,11 +33,6 @@ TORCH_SPE_DEVICE void load_pairs(const Storage* row, std::int64_t count, std::in
     out[i] = low | high << 16;
   }
 }
-
-// A code times e^(2 pi i f n), and the rotation to the next position.
-struct alignas(16) RotatingCode {
-  Phasor<float> code, step;
-};
 
 template <int kTiles>
 struct PhasorProductShared {
@@ -159,8 +136,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const bool aligned = strides[3] == 1 && rows_are_aligned<Storage>(input, strides[0]) &&
                        rows_are_aligned<Storage>(input, strides[1]) &&
                        rows_are_aligned<Storage>(input, strides[2]);
-  const float* const coefficients = static_cast<const float*>(p.coefficients);
-  const float* const constant = static_cast<const float*>(p.constant);
   RotatingCode* const own_codes = shared.codes + warp * kLaneInputs * kLanes + lane;
   float* const own_sums = shared.sums == nullptr
                               ? nullptr
@@ -168,68 +143,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   for (std::int64_t in0 = 0; in0 < units.inputs; in0 += kProductInputs) {
     const std::int64_t own_inputs = in0 + member * kLaneInputs;
-    // The feature and pair of this lane's i-th code, and whether there is such a one.
-    const auto find_code = [&](int i, std::int64_t* index) {
-      const std::int64_t feature = kGradient ? out0 + i % 2 : own_inputs + i;
-      const std::int64_t pair = kGradient ? own_inputs / 2 + i / 2 : out0 / 2;
-      *index = (head * p.in_features + feature) * p.num_pairs + pair;
-      return feature < p.in_features && pair < p.num_pairs;
-    };
-    // A row of A is a real or imaginary part (filter), or a feature (gradient).
-    const auto fragment = [&](const Phasor<float>(&codes)[4], std::uint32_t (&a)[4]) {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const Phasor<float>&first = codes[i / 2 * 2], &second = codes[i / 2 * 2 + 1];
-        a[i] = kGradient    ? pack_pair<Storage>(codes[i].re, codes[i].im)
-               : i % 2 == 0 ? pack_pair<Storage>(first.re, second.re)
-                            : pack_pair<Storage>(first.im, second.im);
-      }
-    };
-
-    for (int i = 0; i < kLaneInputs; ++i) {
-      std::int64_t index;
-      RotatingCode rotating{{0.0f, 0.0f}, {}};
-      if (find_code(i, &index)) {
-        rotating.code.set(p.freqs[index], p.start + static_cast<double>(n0));
-        rotating.code.rotate({coefficients[2 * index], coefficients[2 * index + 1]});
-        rotating.step.set(p.freqs[index], 1.0);
-      }
-      own_codes[i * kLanes] = rotating;
-    }
-    Phasor<float> codes[kProductSteps][4], steps[kProductSteps][4];
-    std::uint32_t constants[kProductSteps][4] = {};
-    TORCH_SPE_UNROLL
-    for (int s = 0; s < kProductSteps; ++s) {
-      Phasor<float> parts[4] = {{0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}};
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const RotatingCode rotating = own_codes[(4 * s + i) * kLanes];
-        codes[s][i] = rotating.code;
-        steps[s][i] = rotating.step;
-        std::int64_t index;
-        if (constant != nullptr && find_code(4 * s + i, &index))
-          parts[i] = {constant[2 * index], constant[2 * index + 1]};
-      }
-      fragment(parts, constants[s]);
-    }
-
-    // Adds a position's codes times inputs to the sums of its outputs, and rotates to the next.
-    const auto multiply = [&](const std::uint32_t (&inputs)[kTiles][kLaneInputs / 2],
-                              float (&sums)[kTiles][4]) {
-      TORCH_SPE_UNROLL
-      for (int s = 0; s < kProductSteps; ++s) {
-        std::uint32_t a[4];
-        fragment(codes[s], a);
-        TORCH_SPE_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const std::uint32_t b[2] = {inputs[tile][2 * s], inputs[tile][2 * s + 1]};
-          mma_m16n8k16<Storage>(sums[tile], a, b);
-          if (constant != nullptr) mma_m16n8k16<Storage>(sums[tile], constants[s], b);
-        }
-        TORCH_SPE_UNROLL
-        for (int i = 0; i < 4; ++i) codes[s][i].rotate(steps[s][i]);
-      }
-    };
+    PhasorCodeTile<Storage, kGradient> codes(p, {head, own_inputs, out0}, n0, own_codes);
     const auto map = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
       if constexpr (!kGradient) {
         if (p.feature_map == FeatureMap::kIdentity) return;
@@ -269,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       const auto make = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
         float sums[kTiles][4] = {};
         map(inputs);
-        multiply(inputs, sums);
+        codes.multiply(inputs, sums);
         outputs.store(sums);
       };
       std::uint32_t even[kTiles][kLaneInputs / 2], odd[kTiles][kLaneInputs / 2];
@@ -305,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int e = 0; e < 4; ++e)
           sums[tile][e] = in0 == 0 ? 0.0f : own_sums[((t * kTiles + tile) * 4 + e) * kLanes];
       }
-      multiply(inputs, sums);
+      codes.multiply(inputs, sums);
       if (in0 + kProductInputs < units.inputs) {
         TORCH_SPE_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
