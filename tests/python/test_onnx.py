@@ -368,18 +368,11 @@ def test_every_option(causal, half):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="make test-all")
-@pytest.mark.parametrize("position", ["sine", "paper", "conv"])
-def test_images_of_every_position(position):
-    options = {"kernel_size": 3, "noise_stride": 2} if position == "conv" else {}
-    options |= {"position": position, "ndim": 2, "num_realizations": 8}
+@pytest.mark.parametrize("position", ["exact", "sine", "paper", "conv"])
+def test_images(position):
+    options = {"position": position, "ndim": 2}
+    options |= {"kernel_size": 3, "noise_stride": 2} if position == "conv" else {}
     layer = Stack(options, dim_feedforward=16).layers[0]
-    session = Session(torch_spe.onnx.export(layer, (torch.randn(2, 5, 6, WIDTH),)))
-    x = torch.randn(3, 7, 4, WIDTH)
-    assert_close(session(src=x)["output"], layer(x))
-
-
-def test_images():
-    layer = Stack({"position": "exact", "ndim": 2}, dim_feedforward=16).layers[0]
     session = Session(torch_spe.onnx.export(layer, (torch.randn(2, 5, 6, WIDTH),)))
     x = torch.randn(3, 7, 4, WIDTH)
     assert_close(session(src=x)["output"], layer(x))
