@@ -25,6 +25,7 @@ from torch_spe import (
     SPETransformerEncoderLayer,
     functional,
 )
+from torch_spe.models import ModelConfig, SPECausalLM
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("one_thread", "quiet")]
 WIDTH, HEADS = 16, 2
@@ -379,9 +380,8 @@ def test_images(position):
 
 
 def test_causal_language_model():
-    models = pytest.importorskip("torch_spe.models")
-    config = models.ModelConfig(vocab_size=11, width=WIDTH, layers=1, heads=HEADS)
-    model, tokens = models.SPECausalLM(config).eval(), torch.randint(11, (2, 9))
+    config = ModelConfig(vocab_size=11, d_model=WIDTH, num_layers=1, num_heads=HEADS)
+    model, tokens = SPECausalLM(config).eval(), torch.randint(11, (2, 9))
     program = torch_spe.onnx.export(
         model, (tokens[:1, :1],), state=model.initial_state(1),
         input_names=["input_ids"], output_names=["logits"],
