@@ -71,6 +71,13 @@ __device__ __forceinline__ std::uint32_t join_halves(std::uint16_t low, std::uin
   return __byte_perm(low, high, 0x5410u);
 }
 
+// All bits of a half of the register where its sign is set, none elsewhere.
+__device__ __forceinline__ std::uint32_t negative_halves(std::uint32_t pair) {
+  std::uint32_t result;  // The selector's highest bit takes the sign of a byte in place of it.
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // Products of the values in two registers, half by half.
 template <class T>
 __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b);

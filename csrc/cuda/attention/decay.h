@@ -36,6 +36,12 @@ struct NoDecay {
   TORCH_SPE_DEVICE core::Passage<T> over_chunk(std::int64_t, std::int64_t) const { return {}; }
   TORCH_SPE_DEVICE core::Passage<T> to_chunk(std::int64_t, std::int64_t, bool) const { return {}; }
   TORCH_SPE_DEVICE core::Passage<T> over_segment(std::int64_t, std::int64_t) const { return {}; }
+  template <int kTokens, class Storage, class Operand>
+  TORCH_SPE_DEVICE void load_added(const Tokens<Storage>& tokens, const Part& chunk,
+                                   std::int64_t head, bool, std::int64_t r0, std::int64_t features,
+                                   Operand* out) const {
+    tokens.template load_x<kTokens, kWide>(chunk, head, r0, features, out);
+  }
 };
 
 template <class T>
@@ -54,10 +60,7 @@ struct ColumnDecay {
   TORCH_SPE_DEVICE std::int64_t index(std::int64_t batch, std::int64_t n, std::int64_t head) const {
     return (batch * length + n) * heads + head;
   }
-  // The token's factor in what moves forwards (backwards), and in what reads that.
-  TORCH_SPE_DEVICE T added(std::int64_t i, bool backwards) const {
-    return backwards ? from_start[i] : to_end[i];
-  }
+  // The token's factor when it reads what moves forwards (backwards).
   TORCH_SPE_DEVICE T reading(std::int64_t i, bool backwards) const {
     return backwards ? to_end[i] : from_start[i];
   }
@@ -72,6 +75,26 @@ struct ColumnDecay {
   TORCH_SPE_DEVICE core::Passage<T> over_segment(std::int64_t slot, std::int64_t head) const {
     return {over_segments + slot * heads + head, 0};
   }
+  // X of a chunk's tokens with what they fade by when they are added to a state.
+  template <int kTokens, class Storage, class Operand>
+  TORCH_SPE_DEVICE void load_added(const Tokens<Storage>& tokens, const Part& chunk,
+                                   std::int64_t head, bool backwards, std::int64_t r0,
+                                   std::int64_t features, Operand* out) const {
+    tokens.template load_x<kTokens, kWide>(
+        chunk, head, r0, features, out,
+        Added{(backwards ? from_start : to_end) + index(chunk.batch, chunk.begin, head),
+              static_cast<int>(heads)});
+  }
+
+ private:
+  struct Added {
+    const T* factors;
+    int stride;
+    template <class>
+    TORCH_SPE_DEVICE T factor(int row) const {
+      return factors[row * stride];
+    }
+  };
 };
 
 // The factors of a chunk's tokens, and of the chunk; also the zero that stands for queries where
@@ -140,16 +163,29 @@ void make_decay_factors(const ColumnDecay<T>& decay, const Cut& chunks, const Cu
                  stream);
 }
 
-// The factors between the tokens of a chunk, in shared memory; nothing without a decay.
-template <class Decay, class T, int kTokens>
+// The factors between the tokens of a chunk, in shared memory; nothing without a decay. They may lie
+// where an operand of the same type is made of them.
+template <class Decay, class Operand>
 struct Between {
-  static constexpr int kRow = kTokens + 1;
+  using T = core::accumulate_t<Operand>;
+  static constexpr int kTokens = kChunk<Operand>;
+  static constexpr bool kInPlace = sizeof(Operand) == sizeof(T);
+  static constexpr int kRow = kInPlace ? row_of<Operand>(kTokens) : kTokens + 1;
   T* factors;     // [token, token]
   double* steps;  // [token], exp of each step
 
   TORCH_SPE_INLINE explicit Between(MemoryLayout& layout)
-      : factors(layout.take<T>(Decay::kFades ? kTokens * kRow : 0)),
-        steps(layout.take<double>(Decay::kFades ? kTokens : 0)) {}
+      : Between(layout, layout.take<T>(Decay::kFades ? kTokens * kRow : 0)) {}
+  TORCH_SPE_INLINE Between(MemoryLayout& layout, T* place)
+      : factors(place), steps(layout.take<double>(Decay::kFades ? kTokens : 0)) {}
+  // With the factors in the place of `weights` [token, token], if possible.
+  TORCH_SPE_INLINE static Between over(MemoryLayout& layout, Operand* weights) {
+    if constexpr (kInPlace) {
+      return Between(layout, reinterpret_cast<T*>(weights));
+    } else {
+      return Between(layout);
+    }
+  }
 
   // All threads take part; a barrier must follow.
   TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head) const {

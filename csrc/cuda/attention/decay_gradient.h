@@ -32,7 +32,7 @@ struct DecayGradientShared {
   double* past;                     // [row]
   double* future;                   // [column]
   double* sums;                     // [thread]
-  Between<Decay, T, kTokens> between;
+  Between<Decay, Operand> between;
 
   TORCH_SPE_INLINE explicit DecayGradientShared(MemoryLayout& layout)
       : row_x(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),

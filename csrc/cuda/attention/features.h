@@ -1,7 +1,7 @@
 // The kernel of the gradients of queries and keys.
 #pragma once
 
-#include "states.h"
+#include "walk.h"
 
 namespace torch_spe::cuda::attention {
 
@@ -21,7 +21,7 @@ struct FeaturesShared {
   T* fade;           // [row], what reading the state fades by
   T* other_fade;     // [row], the same for the state from the other direction
   T* other_z;        // [r]
-  Between<Decay, T, kTokens> between;
+  Between<Decay, Operand> between;
 
   TORCH_SPE_INLINE explicit FeaturesShared(MemoryLayout& layout)
       : row_y(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
