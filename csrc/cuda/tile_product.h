@@ -135,8 +135,8 @@ class TileProduct {
         TORCH_SPE_UNROLL
         for (int j = 0; j < kTilesN; ++j) {
           const T* const pair = &sums_[i / 2 * kTilesN + j][i % 2 * 2];
-          *reinterpret_cast<std::uint32_t*>(to + 8 * j) = pack_pair<Out>(
-              make(column + 8 * j, pair[0]), make(column + 8 * j + 1, pair[1]));
+          *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
+              pack_pair<Out>(make(column + 8 * j, pair[0]), make(column + 8 * j + 1, pair[1]));
         }
       }
     } else {

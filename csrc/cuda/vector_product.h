@@ -14,8 +14,7 @@ class VectorOperand {
   using T = core::accumulate_t<Operand>;
   static constexpr bool kSplit = sizeof(Operand) == 2;
 
-  TORCH_SPE_INLINE VectorOperand(MemoryLayout& layout, int size)
-      : size_(size) {
+  TORCH_SPE_INLINE VectorOperand(MemoryLayout& layout, int size) : size_(size) {
     if constexpr (kSplit) {
       elements_ = layout.take<Operand>(2 * size);
     } else {
@@ -75,16 +74,15 @@ class VectorProduct {
         if constexpr (kA == Major::kDepth) {
           ldmatrix_x4<false>(fa, a + (m0 + lane % 16) * kRow + k0 + lane / 16 * 8);
         } else {
-          ldmatrix_x4<true>(
-              fa, a + (k0 + lane % 8 + lane / 16 * 8) * kRow + m0 + lane / 8 % 2 * 8);
+          ldmatrix_x4<true>(fa, a + (k0 + lane % 8 + lane / 16 * 8) * kRow + m0 + lane / 8 % 2 * 8);
         }
         v.fragment(k0, fv);
         mma_m16n8k16<Operand>(sums_, fa, fv);
       }
     } else if (thread < kM) {
       for (int k = 0; k < kK; ++k)
-        sums_[0] += number_of(kA == Major::kDepth ? a[thread * kRow + k] : a[k * kRow + thread]) *
-                    v.at(k);
+        sums_[0] +=
+            number_of(kA == Major::kDepth ? a[thread * kRow + k] : a[k * kRow + thread]) * v.at(k);
     }
   }
 

@@ -163,8 +163,8 @@ void make_decay_factors(const ColumnDecay<T>& decay, const Cut& chunks, const Cu
                  stream);
 }
 
-// The factors between the tokens of a chunk, in shared memory; nothing without a decay. They may lie
-// where an operand of the same type is made of them.
+// The factors between the tokens of a chunk, in shared memory; nothing without a decay. They may
+// lie where an operand of the same type is made of them.
 template <class Decay, class Operand>
 struct Between {
   using T = core::accumulate_t<Operand>;

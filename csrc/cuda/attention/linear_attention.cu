@@ -111,8 +111,7 @@ class AttentionPass {
           make_states(queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z,
                       p.grad_initial_s, grad_initial_z, queries_);
       if (p.grad_k != nullptr) features(keys, queries, true, states, p.grad_k);
-      if (p.grad_v != nullptr)
-        values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
+      if (p.grad_v != nullptr) values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
     }
     if constexpr (kFades) {
       if (wants_decay) decay_gradient(p, queries, keys, keys_, queries_, false);
@@ -180,8 +179,7 @@ class AttentionPass {
     decay_.over_chunks = layout.take<T>(slots);
     decay_.before_chunks = layout.take<T>(slots);
     decay_.after_chunks = layout.take<T>(slots);
-    decay_.over_segments = layout.take<T>(
-segments(p_.key_length).slots() * p_.num_heads);
+    decay_.over_segments = layout.take<T>(segments(p_.key_length).slots() * p_.num_heads);
     if (!wants_gradient) return;
     // The gradient of the steps wants the states of keys and of queries.
     const bool own = sets_.has_own_denominator();
@@ -242,9 +240,9 @@ segments(p_.key_length).slots() * p_.num_heads);
     if (total_s != nullptr) two.states.total_s = static_cast<T*>(total_s);
     if (total_z != nullptr) two.states.total_z = static_cast<T*>(total_z);
     const auto make = [&](bool back, const void* s, const void* z, const States<T>& states) {
-      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens.length), has_chunks_, back,
-                                      static_cast<const T*>(s), static_cast<const T*>(z), states,
-                                      decay_, stream_);
+      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens.length), has_chunks_,
+                                      back, static_cast<const T*>(s), static_cast<const T*>(z),
+                                      states, decay_, stream_);
     };
     make(backwards, initial_s, initial_z, two.states);
     if (kFades && !causal_) make(!backwards, nullptr, nullptr, two.others);
@@ -307,7 +305,7 @@ segments(p_.key_length).slots() * p_.num_heads);
   T* divisor_ = nullptr;                        // [B, N, H]
   T* squares_ = nullptr;                        // [tile, B, N, H], sums
   OtherDirection<T> other_;
-  double* step_gradients_ = nullptr;            // [B, M, H], or [slot, H] of chunks
+  double* step_gradients_ = nullptr;  // [B, M, H], or [slot, H] of chunks
 };
 
 // Calls function(storage, operand). float16 goes through products as tf32, which has as many bits

@@ -111,8 +111,8 @@ TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
 template <class Operand>
 struct StateShared {
   using T = core::accumulate_t<Operand>;
-  Operand* x;  // [token, r]
-  Operand* y;  // [token, e]
+  Operand* x;                     // [token, r]
+  Operand* y;                     // [token, e]
   VectorOperand<Operand> weight;  // [token]
 
   TORCH_SPE_INLINE explicit StateShared(MemoryLayout& layout)
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t segment_slot = block / tiles_e / tiles_r / states.heads;
   const Part segment(segments, segment_slot);
   if (segment.size == 0) return;
-  if (!has_chunks && !states.has_totals() && segments.is_last(segment.sequence, segment.number, backwards))
+  if (!has_chunks && !states.has_totals() &&
+      segments.is_last(segment.sequence, segment.number, backwards))
     return;  // whose sums nobody reads
   const int count = static_cast<int>(ceil_div(segment.size, kTokens));
   const std::int64_t first_slot =

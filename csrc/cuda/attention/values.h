@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   TileProduct<Operand, kWide, kWide> state;
   VectorProduct<Operand, kWide> z;
   if (thread < kTokens) shared.ones.set(thread, T(1));
+  z.clear();
+  TORCH_SPE_KEEP_LOOP
   for (int step = 0; step < steps.count; ++step) {
     const Part chunk = steps.chunk(step);
     const std::int64_t first_row = rows.index(chunk.batch, chunk.begin, head);
@@ -94,6 +96,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     {
       TileProduct<Operand, kTokens, kTokens> weights;
       weights.clear();
+      TORCH_SPE_KEEP_LOOP
       for (std::int64_t r0 = 0; r0 < features; r0 += kWide) {
         if (r0 > 0) __syncthreads();
         rows.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.row_x);
@@ -131,8 +134,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           [[maybe_unused]] const T* const between =
               shared.between.factors + row * shared.between.kRow;
           return [=](int column, T value) {
-            const bool seen =
-                !walk.masked || (walk.backwards ? column >= row : column <= row);
+            const bool seen = !walk.masked || (walk.backwards ? column >= row : column <= row);
             if constexpr (Decay::kFades) value *= between[column];
             return seen ? value : T(0);
           };
@@ -153,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     if (walk.moves && step + 1 < steps.count) {
       const core::Passage<T> passage =
           decay.over_chunk(steps.first_slot + steps.number(step), head);
+      TORCH_SPE_KEEP_LOOP
       for (std::int64_t r0 = 0; r0 < features; r0 += kWide) {
         if (Decay::kFades || !in_registers) {
           if (r0 > 0) __syncthreads();
@@ -253,14 +256,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       __syncthreads();
     }
     if (!makes_values || division.by == Divide::kSumSquares) continue;
-    write_results<kTokens>(
-        product, shared.row_x, out + first_row * values + e0, heads * values, chunk.size, end,
-        rows_are_aligned<Storage>(out, values), [&](int row) {
-          const bool divides = division.by != Divide::kNot && row < chunk.size;
-          const T scale = divides ? shared.scale[row] : T(1);
-          const T inverse = divides ? shared.inverse[row] : T(1);
-          return [=](int, T value) { return value * scale * inverse; };
-        });
+    write_results<kTokens>(product, shared.row_x, out + first_row * values + e0, heads * values,
+                           chunk.size, end, rows_are_aligned<Storage>(out, values), [&](int row) {
+                             const bool divides = division.by != Divide::kNot && row < chunk.size;
+                             const T scale = divides ? shared.scale[row] : T(1);
+                             const T inverse = divides ? shared.inverse[row] : T(1);
+                             return [=](int, T value) { return value * scale * inverse; };
+                           });
   }
 }
 

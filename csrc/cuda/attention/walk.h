@@ -44,7 +44,7 @@ struct Steps {
 // has more than one tile. A thread reads what it has written itself.
 template <class T>
 struct WalkingState {
-  const T *s, *z;    // [R, E], [R] or null
+  const T *s, *z;      // [R, E], [R] or null
   T *kept_s, *kept_z;  // the same; null for a state of one tile, which stays in registers
   std::int64_t features, values;
 
