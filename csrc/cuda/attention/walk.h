@@ -73,8 +73,9 @@ struct WalkingState {
     const T* const from = s + r0 * values + e0;
     const int rows = static_cast<int>(min_of(kWide, features - r0));
     const int columns = static_cast<int>(min_of(kWide, values - e0));
+    const int stride = static_cast<int>(values);
     tile.for_each([&](int row, int column, T& element) {
-      element = row < rows && column < columns ? from[row * values + column] : T(0);
+      element = row < rows && column < columns ? from[row * stride + column] : T(0);
     });
   }
   template <class Tile>
@@ -82,8 +83,9 @@ struct WalkingState {
     T* const to = kept_s + r0 * values + e0;
     const int rows = static_cast<int>(min_of(kWide, features - r0));
     const int columns = static_cast<int>(min_of(kWide, values - e0));
+    const int stride = static_cast<int>(values);
     tile.for_each([&](int row, int column, T element) {
-      if (row < rows && column < columns) to[row * values + column] = element;
+      if (row < rows && column < columns) to[row * stride + column] = element;
     });
   }
   TORCH_SPE_DEVICE T z_at(std::int64_t r) const { return r < features ? z[r] : T(0); }
