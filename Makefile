@@ -12,13 +12,14 @@ REQUIREMENTS := .venv/requirements-$(CHOICE)
 EDITABLE := .venv/editable-$(CHOICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-build test test-all bench build format clean
+.PHONY: help demo demo-build test test-all bench gpu-model build format clean
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
 	@echo 'make test    C++ and Python tests, format and lint'
 	@echo 'make test-all  the same, more random calls, and everything under sanitizers'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
+	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
 	@echo 'make format  rewrite sources in the project style'
 	@echo 'make clean   remove what was built, and .venv'
@@ -44,6 +45,13 @@ test-all: build
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# ARGS="sine_features K=1" for one operator, with another shape.
+gpu-model: build
+	cmake -DTORCH_SPE_TESTS=ON -DTORCH_SPE_VIRTUAL_GPU=90 build/cmake > /dev/null
+	cmake --build build/cmake --target torch_spe_virtual_gpu_90
+	$(BIN)/python tests/virtual_gpu/sass_map.py
+	$(BIN)/python tests/virtual_gpu/gpu_model.py $(ARGS)
 
 build: $(EDITABLE)
 	@$(BIN)/python setup.py --quiet build_ext --inplace

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import torch_spe
 from benchmarks import cases, measure, shares
+from benchmarks.decode import decode
 
 SLOW = 2.0  # seconds of a call; fewer calls of such ones
 DIRECTIONS = ("forward", "forward+backward")
@@ -284,7 +285,7 @@ def main() -> None:
         nargs="*",
         metavar="CASE",
         help="sine, phasor, exact, conv, attention, decay, decay_both_ways, attend, layer, "
-        "encoder_layer (default: all)",
+        "encoder_layer, decode (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -315,6 +316,7 @@ def main() -> None:
         "attend": cases.attend,
         "layer": cases.layer,
         "encoder_layer": cases.encoder_layer,
+        "decode": decode,
     }
     unknown = set(args.cases) - set(makers)
     if unknown:

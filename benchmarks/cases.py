@@ -516,12 +516,11 @@ def attend(
 
 # What the layers are measured with: a name and the arguments of `SPEMultiheadAttention`.
 LAYERS = {
-    "torch_spe": {"position": "sine"},
-    "(torch_spe, exact sines, K = 1)": {"position": "sine", "noise": "exact", "num_sines": 1},
-    "(torch_spe, exact sines, K = 1, decay)": {"position": "exact", "decay": "learned"},
-    "(torch_spe, exact sines, K = 1, decay per feature)": {
-        "position": "exact", "decay": "feature",
-    },
+    "torch_spe": {},
+    "(torch_spe, exact sines, no decay)": {"position": "exact"},
+    "(torch_spe, exact sines, decay per feature)": {"position": "exact", "decay": "feature"},
+    "(torch_spe, phase noise)": {"position": "sine"},
+    "(torch_spe, rotary, decay)": {"position": "rotary", "decay": "learned"},
     "(torch_spe, rotary)": {"position": "rotary"},
     "(torch_spe, no positions)": {"position": None},
 }  # fmt: skip

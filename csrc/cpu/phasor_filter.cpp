@@ -1,5 +1,6 @@
 #include "phasor_filter.h"
 
+#include "encode/one_position.h"
 #include "encode/phasor_encoder.h"
 #include "encode/phasor_gradient.h"
 
@@ -54,6 +55,7 @@ void encode_positions(const PhasorFilterParams& p, PhasorEncoder<T>& encoder,
 
 template <class Storage>
 void phasor_filter_forward_of(const PhasorFilterParams& p) {
+  if (p.length == 1 && p.ndim == 1) return encode_phasors_of_one_position<Storage>(p);
   const std::int64_t segments = (p.length + kSegment - 1) / kSegment;
   const std::int64_t heads = group_heads(p), groups = (p.num_heads + heads - 1) / heads;
 #pragma omp parallel num_threads(p.num_threads)

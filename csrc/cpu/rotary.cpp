@@ -9,7 +9,7 @@ template <class Storage>
 void rotary_forward_of(const RotaryParams& p) {
   using T = core::accumulate_t<Storage>;
   constexpr std::int64_t kBlock = RotaryPhasors<T>::kBlock;
-#pragma omp parallel num_threads(p.num_threads)
+#pragma omp parallel num_threads(p.num_threads) if (p.length > kBlock)
   {
     RotaryPhasors<T> phasors(p, 0, p.num_heads);
 #pragma omp for schedule(static)

@@ -22,7 +22,7 @@ void sine_features_forward_of(const SineFeaturesParams& p) {
   using T = core::accumulate_t<Storage>;
   const std::int64_t segments = (p.length + kSegment - 1) / kSegment;
   const std::int64_t outputs = num_outputs(p);
-#pragma omp parallel num_threads(p.num_threads)
+#pragma omp parallel num_threads(p.num_threads) if (segments > 1)
   {
     SineFeaturesPhasors<T> phasors(p);
 #pragma omp for schedule(static)

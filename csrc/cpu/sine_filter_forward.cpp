@@ -1,3 +1,4 @@
+#include "encode/one_position.h"
 #include "encode/sine_products.h"
 #include "encode/sine_tiles.h"
 #include "sine_filter.h"
@@ -94,6 +95,7 @@ class SineFilterEncoder {
 
 template <class Storage>
 void sine_filter_forward_of(const SineFilterParams& p) {
+  if (p.length == 1 && p.batch == 1 && p.ndim == 1) return encode_sines_of_one_position<Storage>(p);
   const std::int64_t tiles = (p.length + kSineTile - 1) / kSineTile;
 #pragma omp parallel num_threads(p.num_threads)
   {

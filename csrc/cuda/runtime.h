@@ -35,6 +35,7 @@ constexpr std::int64_t kWantedBlocks = 4;
 constexpr std::int64_t kWalkingBlocks = 4;
 #define TORCH_SPE_SHARED_MEMORY(name) unsigned char* const name = ::cuda_emulation::shared_memory()
 #define TORCH_SPE_UNROLL
+#define TORCH_SPE_UNROLL_TWICE
 #define TORCH_SPE_KEEP_LOOP
 #define TORCH_SPE_DEVICE inline
 
@@ -55,6 +56,7 @@ constexpr std::int64_t kWalkingBlocks = 2 * 132;
   extern __shared__ __align__(16) unsigned char torch_spe_shared_memory[]; \
   unsigned char* const name = torch_spe_shared_memory
 #define TORCH_SPE_UNROLL _Pragma("unroll")
+#define TORCH_SPE_UNROLL_TWICE _Pragma("unroll 2")
 #define TORCH_SPE_KEEP_LOOP _Pragma("unroll 1")  // where registers are short
 #define TORCH_SPE_DEVICE __device__ __forceinline__
 

@@ -1,6 +1,8 @@
-// Launches of the sine filter's kernels: those of encode/sine/steps*.h for 16-bit storage at
-// consecutive positions, else the general ones. The backward pass is cut into segments of the
+// Launches of the sine filter's kernels: for 16-bit storage at consecutive positions those of
+// encode/sine/codes*.h where batch rows share codes, or of encode/sine/steps*.h; else the general
+// ones. The backward pass is cut into segments of the
 // tokens; each writes its part of the sums over them.
+#include "encode/sine/codes_forward.h"
 #include "encode/sine/general_forward.h"
 #include "encode/sine/general_input_gradient.h"
 #include "encode/sine/general_weight_gradient.h"
@@ -146,10 +148,22 @@ void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
               static_cast<T*>(p.grad_constant), stream);
 }
 
+template <class Storage, int kEights = 1>
+void launch_codes_forward(const SineFilterParams& p, Stream stream) {
+  if constexpr (kEights < kMostCodeEights) {
+    if (sine_code_eights(p) > kEights) return launch_codes_forward<Storage, kEights + 1>(p, stream);
+  }
+  MemoryLayout size;
+  SineCodesShared<Storage>{size, p};
+  launch(sine_codes_forward_kernel<Storage, kEights>, grid_of(SineCodesPlace::count(p)),
+         dim3(kCodeThreads), size.size(), stream, p);
+}
+
 template <class Storage, class Operand>
 void forward(const SineFilterParams& p, Stream stream) {
   MemoryLayout size;
   if constexpr (sizeof(Storage) == 2) {
+    if (runs_on_codes<Storage>(p)) return launch_codes_forward<Storage>(p, stream);
     if (runs_on_steps(p)) {
       const TokenTiles tiles(p.batch, p.length, kSineTileTokens);
       SineStepsForwardShared<Storage>{size, tiles};

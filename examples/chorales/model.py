@@ -84,7 +84,7 @@ ENCODINGS = {
     ),
     "spe-features": Encoding(
         "SineSPE on the features",
-        # The default of the layers.
+        # The layers' position="sine".
         position=lambda: SineSPE(
             HEADS, WIDTH // HEADS, 64, 4, init="spread", noise="phase", bandwidth=True
         ),
@@ -105,7 +105,7 @@ ENCODINGS = {
 
 
 # What the demo trains: the best within and beyond the trained length, with what it takes.
-DEMO = ("none", "rotary", "rotary-decay", "exact-decay")
+DEMO = ("rotary", "rotary-decay", "exact-decay")
 
 
 class ChoraleModel(nn.Module):

@@ -69,8 +69,10 @@ def _exact(label: str, num_sines: int = 1, **layer) -> Encoding:
     )  # fmt: skip
 
 
-NEAR, FAR = (8.0, 512.0), (8.0, 1e5)  # time constants at the start
-DECAY = {"decay": "learned", "decay_range": NEAR}
+# Learned time constants of each head, from 8 to 10^5 positions at the start, the layers' default.
+DECAY = {"decay": "learned"}
+FEATURE = {"decay": "feature"}
+NEAR = {"decay_range": (8.0, 512.0)}
 
 # K divides R / 2, so that every sine of phase noise has equally many pairs.
 ENCODINGS = {
@@ -101,16 +103,18 @@ ENCODINGS = {
     "conv-sparse": _conv(
         "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
     ),
-    # With a decay of each head, learned, unless said.
     "decay": Encoding("decay alone", layer=DECAY),
-    "decay-fixed": Encoding("decay alone, fixed", layer={"decay": "fixed", "decay_range": NEAR}),
+    "decay-near": Encoding("decay alone, to 512", layer=DECAY | NEAR),
+    "decay-fixed": Encoding("decay alone, fixed", layer={"decay": "fixed"}),
     "rotary-1e4-decay": _rotary("rotary, base 10000, decay", DECAY),
     "rotary-random-decay": _rotary(
         "rotary, random frequencies, decay", DECAY, frequencies="random"
     ),
+    "rotary-random-decay-near": _rotary(
+        "rotary, random frequencies, decay, to 512", DECAY | NEAR, frequencies="random"
+    ),
     "rotary-random-decay-feature": _rotary(
-        "rotary, random frequencies, decay of each pair",
-        {"decay": "feature", "decay_range": NEAR}, frequencies="random",
+        "rotary, random frequencies, decay of each pair", FEATURE, frequencies="random"
     ),
     "bandwidth-decay": _sine(
         "SineSPE after the map, phase noise, bandwidths, decay", noise="phase", bandwidth=True,
@@ -118,14 +122,15 @@ ENCODINGS = {
     ),
     "conv-decay": _conv("ConvSPE after the map, P = 64, decay", DECAY),
     "exact-decay": _exact(", decay", **DECAY),
+    "exact-decay-near": _exact(", decay, to 512", **DECAY, **NEAR),
     "exact-3-decay": _exact(", decay", 3, **DECAY),
-    "exact-decay-long": _exact(", decay, to 10^5", decay="learned", decay_range=FAR),
-    "exact-decay-feature": _exact(", decay of each feature", decay="feature", decay_range=NEAR),
-    "exact-decay-feature-long": _exact(
-        ", decay of each feature, to 10^5", decay="feature", decay_range=FAR
-    ),
+    "exact-decay-feature": _exact(", decay of each feature", **FEATURE),
+    "exact-decay-feature-near": _exact(", decay of each feature, to 512", **FEATURE, **NEAR),
     "exact-decay-gate": _exact(", decay, not of the gate's part", **DECAY, decay_gate=False),
-    "exact-decay-data": _exact(", decay by token", decay="data", decay_range=NEAR),
+    "exact-decay-gate-near": _exact(
+        ", decay, to 512, not of the gate's part", **DECAY, **NEAR, decay_gate=False
+    ),
+    "exact-decay-data": _exact(", decay by token", decay="data"),
     "softmax-rotary-1e4": _softmax("softmax attention, rotary, base 10000", frequencies="fixed"),
     "softmax-rotary-random": _softmax(
         "softmax attention, rotary, random frequencies", frequencies="random"

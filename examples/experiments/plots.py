@@ -14,12 +14,22 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-FAMILIES = {  # panel: prefixes of the encodings' names
-    "absolute and rotary": ("none", "sinusoids", "learned", "rotary"),
-    "before the feature map": ("paper",),
-    "after the feature map": ("features", "gaussian", "phase", "bandwidth", "exact", "conv"),
-    "softmax attention": ("softmax",),
-}
+FAMILIES = (
+    "absolute and rotary", "before the feature map", "after the feature map", "with a decay",
+    "softmax attention",
+)  # fmt: skip
+
+
+def family_of(encoding: str) -> str:
+    """The panel that an encoding, by its name, stands in."""
+    if encoding.startswith("softmax"):
+        return FAMILIES[4]
+    if "decay" in encoding:
+        return FAMILIES[3]
+    if encoding.startswith("paper"):
+        return FAMILIES[1]
+    absolute = encoding.startswith(("none", "sinusoids", "learned", "rotary"))
+    return FAMILIES[0 if absolute else 2]
 
 
 def plot_task(path: Path, task: Task, rows: list[dict], note: str) -> None:
@@ -32,7 +42,7 @@ def plot_task(path: Path, task: Task, rows: list[dict], note: str) -> None:
 
 def plot_differences(path: Path, task: Task, rows: list[dict], baseline: dict) -> None:
     """Draw the differences to the baseline with their intervals, a panel for each column."""
-    shown = [row for row in rows if row is not baseline]
+    shown = [row for row in rows if "differences" in row]
     figure, panels = _column_panels(task, len(shown))
     for index, axes in enumerate(panels):
         for place, row in enumerate(shown):
@@ -55,8 +65,7 @@ def plot_differences(path: Path, task: Task, rows: list[dict], baseline: dict) -
 def _plot_positions(path: Path, task: Task, rows: list[dict], note: str) -> None:
     """A panel for each family of encodings, with the length trained on marked."""
     panels = {
-        title: [row for row in rows if row["encoding"].startswith(prefixes)]
-        for title, prefixes in FAMILIES.items()
+        title: [row for row in rows if family_of(row["encoding"]) == title] for title in FAMILIES
     }
     panels = {title: found for title, found in panels.items() if found}
     figure, grid = plt.subplots(
@@ -126,5 +135,4 @@ def _name_rows(axes: Axes, rows: list[dict]) -> None:
 
 
 def _color(row: dict) -> str:
-    families = (i for i, p in enumerate(FAMILIES.values()) if row["encoding"].startswith(p))
-    return f"C{next(families)}"
+    return f"C{FAMILIES.index(family_of(row['encoding']))}"

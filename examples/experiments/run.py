@@ -6,15 +6,14 @@ Each encoding's learning rate is the best of the task's on the validation sequen
 seed; that rate is then trained with all seeds and tested. Every run is a JSON file in the folder
 of `--out` and is not repeated, so an interrupted comparison goes on where it was. Several processes
 may share that folder, of one command (`--processes`) or of several: each claims the runs it makes,
-and what a process leaves unfinished another one takes over. What comes out: summary.json, tables
-in Markdown with means and with differences to the baseline, and two plots for each task.
+and what a process leaves unfinished another one takes over. What comes out: results.json with
+every run, tables in Markdown with means and with differences to the baseline, and two plots for
+each task. `--report` makes these of the runs that there are.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +26,28 @@ sys.path.insert(0, str(ROOT / "examples"))
 from experiments import tables  # noqa: E402  (found in the folder above)
 from experiments.encodings import ENCODINGS  # noqa: E402
 from experiments.plots import plot_differences, plot_task  # noqa: E402
-from experiments.runs import Settings, load_task, make_runs, rows_of, write  # noqa: E402
+from experiments.runs import (  # noqa: E402
+    Settings,
+    load_task,
+    make_runs,
+    planned_results,
+    results_in,
+    rows_of,
+    write,
+    write_results,
+)
 from experiments.tasks import TASKS, Task  # noqa: E402
 
 NEEDS_PACKAGE = {"mnist"}  # tasks that run when they are named
 QUICK = {
     "tasks": ["copy", "bound-recall", "chorales", "text"],
-    "encodings": ["rotary-random", "bandwidth", "exact", "softmax-rotary-random"],
+    "encodings": [
+        "exact",
+        "decay",
+        "rotary-random-decay",
+        "exact-decay",
+        "softmax-rotary-random",
+    ],
     "rates": [8e-3],
     "processes": 2,
 }
@@ -60,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"which of {', '.join(ENCODINGS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--baseline", choices=ENCODINGS, default="rotary-random", metavar="NAME",
+        "--baseline", choices=ENCODINGS, default="rotary-random-decay", metavar="NAME",
         help="the encoding that the others are compared with",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each encoding")
@@ -75,6 +89,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "experiments", help="output folder"
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="PATH",
+        help="train nothing: tables and plots of the runs in this folder or results.json, of the "
+        "encodings named",
+    )  # fmt: skip
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK)
@@ -99,8 +118,9 @@ def helpers(options: argparse.Namespace, arguments: list[str] | None) -> list[su
 
 def report(task: Task, rows: list[dict], options: argparse.Namespace) -> str:
     """Draw the plots of a task and give its tables."""
-    folder, first = options.out, rows[0]
-    note = f"{first['steps']} steps of {first['batch']}, {options.seeds} seed(s)"
+    folder, steps = options.out, sorted({f"{row['steps']} steps of {row['batch']}" for row in rows})
+    seeds = sorted({len(row["seeds"]) for row in rows})
+    note = f"{', '.join(steps)}, {'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seed(s)"
     plot_task(folder / f"experiments_{task.name}.png", task, rows, note)
     parts = [tables.means(task, rows)]
     baseline = tables.add_differences(rows, options.baseline)
@@ -114,33 +134,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    rates = tuple(options.rates) if options.rates else None
-    settings = Settings(
-        options.out, options.seeds, options.steps, options.batch, rates, options.quick
-    )
-    tasks = [load_task(name) for name in options.tasks]
-    if options.worker:
-        make_runs(settings, tasks, options.encodings, options.device, progress=False)
-        return
-    started = helpers(options, arguments)
-    try:
-        make_runs(settings, tasks, options.encodings, options.device)
-    finally:
-        for process in started:  # with nothing left to do, or because this one failed
-            process.terminate()
-            process.wait()
-
-    summary, texts = [], []
-    for task in tasks:
-        rows = rows_of(settings, task, options.encodings)
-        texts.append(report(task, rows, options))
-        summary += rows
-    own = {"out", "worker", "processes"}
-    content = {
-        "settings": {k: v for k, v in vars(options).items() if k not in own},
-        "torch": torch.__version__, "python": platform.python_version(), "rows": summary,
-    }  # fmt: skip
-    write(options.out / "summary.json", json.dumps(content, indent=1) + "\n")
+    if options.report:
+        results = [r for r in results_in(options.report) if r["encoding"] in options.encodings]
+        tasks = [load_task(name) for name in TASKS if any(r["task"] == name for r in results)]
+    else:
+        tasks = [load_task(name) for name in options.tasks]
+        results = make(options, tasks, arguments)
+        if options.worker:
+            return
+    texts = [report(task, rows_of(task, results), options) for task in tasks]
+    write_results(options.out / "results.json", results)
     text = "\n\n".join(texts) + "\n"
     write(options.out / "tables.md", text)
     print(
@@ -148,6 +151,25 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds;\nthen differences seed by seed, mean ± half of the 95 % interval by Student's t\n\n"
         f"{text}\nwritten to {options.out}"
     )
+
+
+def make(options: argparse.Namespace, tasks: list[Task], arguments: list[str] | None) -> list[dict]:
+    """Make the runs that are missing, with other processes if asked for; return the results."""
+    rates = tuple(options.rates) if options.rates else None
+    settings = Settings(
+        options.out, options.seeds, options.steps, options.batch, rates, options.quick
+    )
+    if options.worker:
+        make_runs(settings, tasks, options.encodings, options.device, progress=False)
+        return []
+    started = helpers(options, arguments)
+    try:
+        make_runs(settings, tasks, options.encodings, options.device)
+    finally:
+        for process in started:  # with nothing left to do, or because this one failed
+            process.terminate()
+            process.wait()
+    return [r for task in tasks for r in planned_results(settings, task, options.encodings)]
 
 
 if __name__ == "__main__":

@@ -216,27 +216,80 @@ def _make_if_free(run: Run, folder: Path, device: str, bar: tqdm) -> bool:
         return True
 
 
-def rows_of(settings: Settings, task: Task, encodings: list[str]) -> list[dict]:
-    """A row of the task's table for each encoding and number of realizations in the test."""
-    rows = []
+# ---- what came out
+
+
+def results_in(path: Path) -> list[dict]:
+    """Return every result in a folder of runs, or in the file that `write_results` made of one."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    return [json.loads(file.read_text()) for file in sorted(path.glob("*-seed*.json"))]
+
+
+def write_results(path: Path, results: list[dict]) -> None:
+    """Write results to one file, a line each, losses to six decimals."""
+    lines = []
+    for result in results:
+        kept = {k: v for k, v in result.items() if k != "tokens_per_second"}
+        for split in ("valid", "test"):
+            kept[split] = {
+                realizations: {k: [round(x, 6) for x in v] for k, v in values.items()}
+                for realizations, values in result[split].items()
+            }
+        lines.append(json.dumps(kept))
+    write(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def planned_results(settings: Settings, task: Task, encodings: list[str]) -> list[dict]:
+    """Return the results of all rates with the first seed, and of all seeds with the best rate."""
+    results = []
     for encoding in encodings:
-        _, results = plan(settings, task, encoding)
-        for realizations in results[0]["test"]:
-            per_seed = [result["test"][realizations] for result in results]
+        results += [run.result(settings.folder) for run in settings.trials(task, encoding)]
+        results += plan(settings, task, encoding)[1][1:]
+    return results
+
+
+def rows_of(task: Task, results: list[dict]) -> list[dict]:
+    """Make a row of the task's table of each encoding and number of realizations in the test.
+
+    An encoding's rate is the one that did best with the first seed; a row has the seeds that were
+    run with it. Encodings trained for another number of steps than the task's have rows of their
+    own.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        if result["task"] == task.name:
+            key = result["encoding"], result["steps"], result["batch"]
+            groups.setdefault(key, []).append(result)
+    order = list(ENCODINGS)
+    several = len({steps for _, steps, _ in groups}) > 1
+    rows = []
+    for key in sorted(groups, key=lambda key: (key[1], order.index(key[0]))):
+        group = groups[key]
+        first = [result for result in group if result["seed"] == 0]
+        best = min(first or group, key=within)
+        seeds = sorted(
+            (result for result in group if result["rate"] == best["rate"]), key=lambda r: r["seed"]
+        )
+        for realizations in best["test"]:
+            per_seed = [result["test"][realizations] for result in seeds]
             suffix = "" if realizations == AS_TRAINED else f", R = {realizations} in the test"
-            rows.append(
-                {
-                    "task": task.name,
-                    "encoding": encoding,
-                    "label": ENCODINGS[encoding].label + suffix,
-                    "rate": results[0]["rate"],
-                    "steps": settings.steps_of(task),
-                    "batch": settings.batch or task.batch,
-                    "ranges": [entry["ranges"] for entry in per_seed],
-                    "bins": [entry["bins"] for entry in per_seed],
-                    "tokens_per_second": statistics.median(
-                        result["tokens_per_second"] for result in results
-                    ),
-                }
-            )
+            if several:
+                suffix += f", {best['steps']} steps"
+            row = {
+                "task": task.name,
+                "encoding": best["encoding"],
+                "label": ENCODINGS[best["encoding"]].label + suffix,
+                "rate": best["rate"],
+                "rates": sorted({result["rate"] for result in first}),
+                "seeds": [result["seed"] for result in seeds],
+                "steps": best["steps"],
+                "batch": best["batch"],
+                "ranges": [entry["ranges"] for entry in per_seed],
+                "bins": [entry["bins"] for entry in per_seed],
+            }
+            speeds = [r["tokens_per_second"] for r in seeds if "tokens_per_second" in r]
+            if speeds:
+                row["tokens_per_second"] = statistics.median(speeds)
+            rows.append(row)
     return rows

@@ -18,12 +18,13 @@ class SoftmaxAttention(nn.Module):
     (Press et al. 2022), to both sides where attention is not causal.
     """
 
-    def __init__(self, position: nn.Module | None, alibi: bool):
+    def __init__(self, width: int, heads: int, position: nn.Module | None, alibi: bool = False):
         super().__init__()
-        self.in_proj = nn.Linear(WIDTH, 3 * WIDTH)
-        self.out_proj = nn.Linear(WIDTH, WIDTH)
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
         self.position = position
-        slopes = 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS) if alibi else None
+        slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
         nn.init.xavier_uniform_(self.in_proj.weight)
         nn.init.zeros_(self.in_proj.bias)
@@ -31,27 +32,41 @@ class SoftmaxAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, N, WIDTH], query, key and value
+        x: Tensor,  # [B, N, width], query, key and value
         *_same: Tensor,
+        key_padding_mask: Tensor | None = None,  # [B, N]
         is_causal: bool = False,
         **_unused: object,
-    ) -> tuple[Tensor, None]:  # [B, N, WIDTH]
-        q, k, v = self.in_proj(x).unflatten(-1, (3, HEADS, -1)).unbind(2)  # [B, N, H, D]
+    ) -> tuple[Tensor, None]:  # [B, N, width]
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, D]
         if self.position is not None:
             q, k = self.position(q), self.position(k)
-        bias = None if self.slopes is None else self.bias(x.shape[1], is_causal).to(x.dtype)
+        mask = self.bias(x.shape[1], is_causal) if self.slopes is not None else None
+        if mask is None and key_padding_mask is not None:
+            mask = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            mask = mask.masked_fill(lags(mask) < 0, -torch.inf) if is_causal else mask
+        if key_padding_mask is not None:
+            # A query before all content would have nothing to attend to but itself.
+            padding = key_padding_mask[:, None, None] & (lags(mask) != 0)
+            mask = mask.masked_fill(padding, -torch.inf)
         out = scaled_dot_product_attention(
-            *(y.transpose(1, 2) for y in (q, k, v)), attn_mask=bias,
-            is_causal=is_causal and bias is None,
+            *(y.transpose(1, 2) for y in (q, k, v)),
+            attn_mask=None if mask is None else mask.to(q.dtype),
+            is_causal=is_causal and mask is None,
         )  # fmt: skip
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def bias(self, length: int, is_causal: bool) -> Tensor:  # [H, N, N]
         """What ALiBi adds to the logits."""
-        place = torch.arange(length, device=self.slopes.device)
-        lag = place[:, None] - place
+        lag = lags(self.slopes.new_empty(length, length))
         bias = -self.slopes[:, None, None] * lag.abs()
         return bias.masked_fill(lag < 0, -torch.inf) if is_causal else bias
+
+
+def lags(weights: Tensor) -> Tensor:  # [..., N, N] -> [N, N]
+    """How far each key lies before each query."""
+    place = torch.arange(weights.shape[-1], device=weights.device)
+    return place[:, None] - place
 
 
 @dataclass(frozen=True)
@@ -63,5 +78,5 @@ class SoftmaxEncoding(Encoding):
     def make_layer(self, position: nn.Module | None) -> nn.Module:
         """Make the layer that all other lines have, with the attention exchanged."""
         layer = super().make_layer(None)
-        layer.self_attn = SoftmaxAttention(position, self.alibi)
+        layer.self_attn = SoftmaxAttention(WIDTH, HEADS, position, self.alibi)
         return layer

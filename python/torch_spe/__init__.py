@@ -3,8 +3,11 @@
 from torch_spe import functional, reference
 from torch_spe._library import _C
 from torch_spe.attention import (
+    AttentionState,
+    DecoderState,
     LinearAttention,
     SPEMultiheadAttention,
+    SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
 )
 from torch_spe.codes import Code, ConvCode, ExactCode, PhaseCode, SineCode, SinusoidCode
@@ -24,10 +27,12 @@ from torch_spe.positions import (
 
 __all__ = [
     "SPE",
+    "AttentionState",
     "Code",
     "ConvCode",
     "ConvSPE",
     "Decay",
+    "DecoderState",
     "Encoder",
     "ExactCode",
     "LinearAttention",
@@ -38,6 +43,7 @@ __all__ = [
     "SPEFilter",
     "SPEMultiheadAttention",
     "SPESoftmaxFilter",
+    "SPETransformerDecoderLayer",
     "SPETransformerEncoderLayer",
     "SineCode",
     "SineSPE",

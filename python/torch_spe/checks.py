@@ -140,14 +140,25 @@ def check_size(owner: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(to_int(n) for n in shape[1:])
 
 
-def check_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[float, ...]:
+def check_lengths(owner: str, size: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths of `size` as integers, or raise unless they are at least 0."""
+    if not is_sequence(size) or not all(is_integer(n) and n >= 0 for n in size):
+        raise TypeError(f"{owner}: size must be a sequence of integers >= 0, got {size!r}")
+    return tuple(to_int(n) for n in size)
+
+
+def check_starts(
+    owner: str, start: float | Sequence[float], ndim: int, name: str = "start"
+) -> tuple[float, ...]:
     """Return one first position for each dimension, from one for all or one each."""
     starts = tuple(start) if is_sequence(start) else (start,) * ndim
     if len(starts) != ndim:
-        raise ValueError(f"{owner}: start must be a number or {ndim} numbers (ndim), got {start!r}")
-    starts = tuple(check_number(owner, "start", first) for first in starts)
+        raise ValueError(
+            f"{owner}: {name} must be a number or {ndim} numbers (ndim), got {start!r}"
+        )
+    starts = tuple(check_number(owner, name, first) for first in starts)
     if not all(_is_finite(first) for first in starts):
-        raise ValueError(f"{owner}: start must be finite, got {start!r}")
+        raise ValueError(f"{owner}: {name} must be finite, got {start!r}")
     return starts
 
 
@@ -166,6 +177,15 @@ def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) ->
             f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
         )
     return tuple(n if isinstance(n, (int, torch.SymInt)) else int(n) for n in starts)
+
+
+def check_consecutive(owner: str, positions: Tensor | None) -> None:
+    """Raise ValueError for positions where there are whole and consecutive ones only."""
+    if positions is not None:
+        raise ValueError(
+            f"{owner}: positions must be None, since its positions are whole and consecutive; "
+            "start says where they begin"
+        )
 
 
 def check_positions(

@@ -139,24 +139,6 @@ class Decay(FlatParameterModule):
         """Show the arguments of the constructor."""
         return f"num_heads={self.num_heads}, kind={self.kind!r}, decay_range={self.decay_range}"
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, *lists
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *lists
-        )
-        if prefix + "rate" in missing_keys:
-            missing_keys[missing_keys.index(prefix + "rate")] = _MissingRate(prefix + "rate")
-
-
-class _MissingRate(str):
-    """The name of a rate that a checkpoint lacks; shown with the reason in PyTorch's error."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return f"{self[:]} (the checkpoint is of a layer without a decay; make one with decay=None)"
-
 
 def check_range(owner: str, decay_range: Sequence[float]) -> tuple[float, float]:
     """Return smallest and largest time constant, or raise an error that names `decay_range`."""
@@ -167,24 +149,29 @@ def check_range(owner: str, decay_range: Sequence[float]) -> tuple[float, float]
             f"{owner}: decay_range must be a pair of time constants, got {decay_range!r}"
         ) from None
     low, high = (check_number(owner, "decay_range", tau) for tau in (low, high))
-    if not 0 < low <= high < math.inf:
+    if not torch.finfo(torch.float32).tiny <= low <= high < math.inf:  # 1 / low must be finite
         raise ValueError(
             f"{owner}: decay_range must be finite, positive and rising, got {decay_range!r}"
         )
     return low, high
 
 
-def steps_between(
-    owner: str,
-    positions: Tensor,  # [N]
-) -> Tensor:  # [N], float
+def steps_between(positions: Tensor) -> Tensor:  # [B, N] -> [B, N]
     """Return the differences of positions that follow each other; the first is 0."""
-    if positions.dim() == 2:
-        positions = positions.squeeze(-1)
-    between = torch.cat((positions.new_zeros(1), positions.diff()))[: len(positions)]
-    if between.device.type == "cpu" and not torch.compiler.is_compiling() and (between < 0).any():
+    if not positions.is_floating_point():
+        positions = positions.to(torch.int64)  # differences of narrow integers overflow
+    before = positions.new_zeros(len(positions), 1)
+    return torch.cat((before, positions.diff(dim=1)), dim=1)[:, : positions.shape[1]]
+
+
+def check_rising(owner: str, between: Tensor) -> None:  # [B, N]
+    """Raise ValueError for differences of positions that are not finite or below 0, on the CPU."""
+    if between.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not between.isfinite().all():
+        raise ValueError(f"{owner}: positions must be finite where attention fades (decay)")
+    if (between < 0).any():
         raise ValueError(
             f"{owner}: positions must not fall where attention fades (decay), got "
             f"{between.min().item():g} between two of them"
         )
-    return between

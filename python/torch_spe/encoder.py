@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -79,6 +80,51 @@ class Encoder:
         """
         return self if factor == 1 else ScaledEncoder(self, factor)
 
+    def at(
+        self,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,  # [N] or [N, ndim]
+        size: Sequence[int] | None = None,
+    ) -> Encoder | None:
+        """Return the encoder of the same draw, noise included, at other positions.
+
+        None, the default, where an encoder cannot. A layer keeps an encoder that can from call to
+        call while the noise is fixed, and asks it for the positions of every call; it draws another
+        one as soon as a parameter or buffer of the position module has changed. What an encoder is
+        made of must therefore be tensors registered there, and the arguments of
+        `torch_spe.Position.draw`.
+
+        Args:
+            start: first position.
+            positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
+            size: largest lengths of queries and keys; default those of before.
+        """
+        return None
+
+    def keep(self) -> Encoder:
+        """Return the encoder that a layer keeps; it may hold what many calls have a use for."""
+        return self
+
+    def shift(
+        self,
+        sums: Tensor,  # [B, H, R, E]
+        by: Tensor,  # [B]
+    ) -> Tensor:  # [B, H, R, E]
+        """Return what sums over encoded keys become where the keys lie `by` positions further.
+
+        Args:
+            sums: ``sum_m khat_m v_m^T``, ``[B, H, num_features, E]``.
+            by: float64 ``[B]``.
+
+        Raises:
+            ValueError: there is no such function of the sums, as for codes with noise.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: a state cannot be moved to other positions, as every feature "
+            "of it mixes sines of different frequencies (noise); compute the keys again at their "
+            "new positions"
+        )
+
 
 class ScaledEncoder(Encoder):
     """An encoder and a factor, see `Encoder.scaled`."""
@@ -97,3 +143,17 @@ class ScaledEncoder(Encoder):
     def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
         """Spread as the encoder does."""
         return self.encoder.spread(values, gate)
+
+    def at(
+        self,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+        size: Sequence[int] | None = None,
+    ) -> Encoder | None:
+        """Return the encoder at other positions, if there is one, with the factor."""
+        encoder = self.encoder.at(start, positions, size)
+        return None if encoder is None else ScaledEncoder(encoder, self.factor)
+
+    def shift(self, sums: Tensor, by: Tensor) -> Tensor:  # [B, H, R, E], [B]
+        """Shift as the encoder does."""
+        return self.encoder.shift(sums, by)

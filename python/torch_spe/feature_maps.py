@@ -59,6 +59,7 @@ def map_features(
     feature_map: FeatureMap,
     queries: Tensor,  # [B, *size, H, R]
     keys: Tensor,  # [B, *size, H, R]
+    seed: int | Literal["fixed"] | None = None,
 ) -> tuple[Tensor, Tensor, str, bool]:  # [B, *size, H, M] twice
     """Apply the feature map of one call: a random one is drawn once, for queries and keys alike.
 
@@ -66,6 +67,12 @@ def map_features(
     features up to a factor of each query, and one factor that all keys of all calls share: these
     cancel where sums over keys are divided by each other, as attention does, so that the features
     can stay within the range of their type. No absolute eps goes with them.
+
+    Args:
+        feature_map: of a module.
+        queries: ``[B, *size, H, R]``.
+        keys: ``[B, *size, H, R]``.
+        seed: of `PositiveFeatures.draw`, for calls that belong to each other.
 
     Returns:
         Features of queries and keys, the name of the map that is still to be applied, and whether
@@ -75,6 +82,7 @@ def map_features(
         return queries, keys, feature_map, False
     if isinstance(feature_map, PositiveFeatures):
         feature_map.materialize(queries.device)
+        feature_map = feature_map.draw() if seed is None else feature_map.draw(seed)
     if hasattr(feature_map, "draw"):
         feature_map = feature_map.draw()
     if hasattr(feature_map, "for_quotients"):
@@ -313,11 +321,19 @@ class PositiveFeatures(nn.Module):
         directions = directions.flatten(0, 2)[: self.num_features] / math.sqrt(self.in_features)
         return directions * normal.norm(dim=-1, keepdim=True)
 
-    def draw(self) -> PositiveProjection:
-        """Return the map of one call, with new or fixed rows as `resample` says."""
+    def draw(self, seed: int | Literal["fixed"] | None = None) -> PositiveProjection:
+        """Return the map of one call, with new or fixed rows as `resample` says.
+
+        Args:
+            seed: an integer makes new rows a function of it, for calls that belong to each other;
+                ``"fixed"`` asks for the fixed ones.
+        """
+        if seed is not None and seed != "fixed":
+            seed = check_seed("PositiveFeatures", seed)
         fixed = self.resample == "never" or (self.resample == "train" and not self.training)
-        weight = self.weight if fixed else self._rows(self.weight, None)
-        return PositiveProjection(weight, self.scale)
+        if self.resample == "never" or seed == "fixed" or (fixed and seed is None):
+            return PositiveProjection(self.weight, self.scale)
+        return PositiveProjection(self._rows(self.weight, seed), self.scale)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., M]
         """Apply the fixed rows; queries and keys of one call need those of one `draw`."""

@@ -46,7 +46,7 @@ def parameter_groups(
         >>> layer = torch_spe.SPETransformerEncoderLayer(64, 4)
         >>> groups = parameter_groups(layer, lr=1e-3)
         >>> [(group["name"], group["lr"]) for group in groups]
-        [('model', 0.001), ('positions', 0.005)]
+        [('model', 0.001), ('positions', 0.005), ('decays', 0.005)]
     """
     check_module("parameter_groups", "model", model)
     rates = {"lr": lr, "spe_lr_scale": spe_lr_scale, "decay_lr_scale": decay_lr_scale}

@@ -54,12 +54,13 @@ NOISES = [
 ]
 
 
-def make(batch_first=True, dtype=torch.float64, num_realizations=10, **options):
+def make(batch_first=True, dtype=torch.float64, num_realizations=10, position="sine", **options):
     torch.manual_seed(0)
     with torch.device("cpu"):
         layer = SPEMultiheadAttention(
-            E, H, batch_first=batch_first, num_realizations=num_realizations, dtype=dtype, **options
-        )
+            E, H, batch_first=batch_first, num_realizations=num_realizations, dtype=dtype,
+            position=position, **options,
+        )  # fmt: skip
         bias = layer.in_proj_bias
         nn.init.normal_(bias if bias is not None else layer.out_proj.weight)
     return here(layer).eval()
@@ -173,15 +174,24 @@ def test_projections_load_from_multihead_attention(bias):
         layer = SPEMultiheadAttention(E, H, bias=bias, **options)
         missing, unexpected = layer.load_state_dict(softmax.state_dict(), strict=False)
         assert not unexpected
-        names = [f"position.{name}" for name in ("freqs", "offsets", "gains", "bandwidths")]
-        assert missing == [*names, "filter.gate"]
+        names = [f"position.{name}" for name in ("freqs", "offsets", "gains")]
+        assert missing == [*names, "filter.gate", "decay.rate"]
         key, value = (torch.randn(2, 5, options.get(n, E)) for n in ("kdim", "vdim"))
         layer.batch_first = True
         assert layer(torch.randn(2, 9, E), key, value)[0].shape == (2, 9, E)
 
 
-def test_defaults_and_the_paper_one_argument_away():
-    layer = make()
+def test_defaults_and_those_of_before_and_of_the_paper_one_argument_away():
+    layer = SPEMultiheadAttention(E, H)
+    assert (layer.position.noise, layer.position.init, layer.encode, layer.decay.kind) == (
+        "exact", "spread", "features", "learned",
+    )  # fmt: skip
+    assert layer.position.num_sines == 1
+    assert SPEMultiheadAttention(E, H, decay=None).decay is None
+    assert SPEMultiheadAttention(E, H, decay="fixed").decay.kind == "fixed"
+    assert make(position="exact", num_realizations=None).decay is None
+    layer = make(position="sine")
+    assert layer.decay is None
     assert (layer.position.noise, layer.position.init, layer.encode) == (
         "phase", "spread", "features",
     )  # fmt: skip
@@ -244,7 +254,10 @@ def test_a_grid_and_its_flattened_form():
     masked = grid(x, x, x, key_padding_mask=padding)[0]
     flat_masked = grid(flat, flat, flat, padding.flatten(1), positions=positions)[0]
     assert_close(flat_masked.unflatten(1, (4, 5)), masked)
-    assert SPETransformerEncoderLayer(E, H, batch_first=True, ndim=2)(x.float()).shape == x.shape
+    assert (
+        SPETransformerEncoderLayer(E, H, batch_first=True, position="sine", ndim=2)(x.float()).shape
+        == x.shape
+    )
     with pytest.raises(ValueError, match=r"a grid needs batch_first=True"):
         make(batch_first=False, ndim=2)(x, x, x)
 
@@ -411,7 +424,7 @@ def test_position_modules_are_used_as_they_are():
     assert_close(layer(x, x, x)[0], plain_attention(layer, x, x, x, real=17), factor=100)
     rotary = RotaryPositions(H, E // H, frequencies="learned")
     assert make(position=rotary).position is rotary
-    assert SPEMultiheadAttention(E, H).position.num_realizations == 64
+    assert SPEMultiheadAttention(E, H, position="sine").position.num_realizations == 64
 
 
 def test_template_of_the_layer():
@@ -538,6 +551,7 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES, ids=as_id)
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_whole(options, training):
+    options = {"position": "sine"} | options
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, **options).train(training)
     fast = compiled(layer, backend="aot_eager")
     x = make_input(dtype=torch.float32)
@@ -653,7 +667,7 @@ def test_distributed_data_parallel(tmp_path):
         ({"add_bias_kv": True}, ValueError, "add_bias_kv must be False"),
         ({"add_zero_attn": True}, ValueError, "add_zero_attn must be False"),
         ({"kdim": 0}, ValueError, "kdim must be an integer >= 1, got 0"),
-        ({"position": "learned"}, ValueError, r"position must be 'sine', .*, got 'learned'"),
+        ({"position": "learned"}, ValueError, r"position must be 'fading', .*, got 'learned'"),
         ({"position": nn.Linear(1, 1)}, ValueError, "position must be"),
         ({"position": SineSPE(3, 9)}, ValueError,
          r"position must have \(num_heads, in_features\) = \(3, 8\), got \(3, 9\)"),
@@ -662,9 +676,9 @@ def test_distributed_data_parallel(tmp_path):
         ({"noise": "phase", "eval_realizations": 7}, ValueError,
          "SPEMultiheadAttention: eval_realizations must be even with noise='phase', .* got 7"),
         ({"noise": "exact", "num_realizations": 8}, ValueError,
-         "SPEMultiheadAttention: num_realizations must not be given with noise='exact', .* got 8"),
+         "SPEMultiheadAttention: num_realizations must not be given with noise='exact' .* got 8"),
         ({"noise": "exact", "eval_realizations": 8}, ValueError,
-         "eval_realizations must not be given with noise='exact', .* = 64, got 8"),
+         "eval_realizations must not be given with noise='exact' .* = 64, got 8"),
         ({"noise": "loud"}, ValueError, "noise must be 'gaussian' or .* got 'loud'"),
         ({"noise": "gaussian", "bandwidth": True}, ValueError,
          "bandwidth=True needs noise='phase'"),
@@ -690,7 +704,15 @@ def test_distributed_data_parallel(tmp_path):
 )  # fmt: skip
 def test_errors_of_the_constructor(arguments, kind, message):
     with pytest.raises(kind, match=message):
-        SPEMultiheadAttention(**({"embed_dim": E, "num_heads": H} | arguments))
+        SPEMultiheadAttention(**({"embed_dim": E, "num_heads": H, "position": "sine"} | arguments))
+
+
+@cpu_only
+def test_errors_of_the_default_name_what_it_stands_for():
+    with pytest.raises(TypeError, match="argument 'ndim'; position='fading' takes the options num"):
+        SPEMultiheadAttention(E, H, ndim=2)
+    with pytest.raises(ValueError, match=r"num_realizations must not be given .*'fading'.*got 8"):
+        SPEMultiheadAttention(E, H, num_realizations=8)
 
 
 def ones(*shape):

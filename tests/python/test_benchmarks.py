@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.__main__ import check, measure_case
 from benchmarks.cases import LAYERS, Case, Implementation, decay, layer
+from benchmarks.decode import decode
 from benchmarks.measure import Machine
 
 
@@ -72,6 +73,14 @@ def test_every_form_of_a_decay_is_checked_and_timed(causal):
 def test_layers_are_timed_with_and_without_a_decay():
     case = layer(1, 16, "cpu", torch.float32, model=32, heads=2)
     rows = measure_case(case, "cpu", 0.001, Machine("a machine", 1, 1.0, 1.0))
-    assert {"torch_spe", "(torch_spe, exact sines, K = 1, decay)"} <= set(LAYERS)
+    assert {"torch_spe", "(torch_spe, exact sines, no decay)"} <= set(LAYERS)
     assert not any("forward left out" in row for row in rows)
     assert [row["implementation"] for row in rows][: len(LAYERS)] == list(LAYERS)
+
+
+def test_steps_of_generation_are_timed():
+    case = decode(1, 20, "cpu", torch.float32, model=16, heads=2)
+    machine = Machine("a machine", 1, 1.0, 1.0)
+    rows = measure_case(case, "cpu", 0.01, machine)
+    assert all("forward ms" in row for row in rows)
+    assert len(rows) == len(case.implementations)

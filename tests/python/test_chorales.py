@@ -190,11 +190,10 @@ def test_training_learns_and_repeats(name):
     assert values.mean() < losses[0]
 
 
-def test_the_demo_trains_four_models_of_those_that_there_are():
+def test_the_demo_trains_some_of_the_models():
     from chorales.train import parse_arguments
 
     assert parse_arguments([]).models == list(DEMO)
-    assert len(DEMO) == 4
     assert set(DEMO) < set(ENCODINGS)
     assert parse_arguments(["--models", *ENCODINGS]).models == list(ENCODINGS)
 

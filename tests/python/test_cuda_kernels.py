@@ -38,6 +38,8 @@ SINE_SHAPES = {
     "many sines": (2, 20, 1, 2, 40, 9, True),
     "aligned with a constant": (8, 70, 2, 24, 3, 64, True),
     "odd batch": (5, 90, 1, 17, 1, 130, True),
+    "shared codes": (9, 40, 1, 12, 10, 72, True),
+    "fewer shared codes": (5, 35, 2, 10, 6, 24, False),
     "more sines than the sums of a block": (2, 20, 1, 9, 230, 9, True),
     "grid of positions": (2, 21, 2, 3, 2, 6, True, 2),
 }

@@ -19,6 +19,9 @@ from torch_spe import (
     parameter_groups,
     reference,
 )
+from torch_spe.attention.attend import Call
+from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.places import Places
 
 LENGTH, WIDTH, HEADS = 20, 32, 4
 POSITIONS = [None, "sine", "exact", "paper", "conv", "rotary"]
@@ -44,12 +47,10 @@ def inputs(batch=2):
 def plain_output(layer, x, causal, mask=None, between=None):
     """The layer by the equations: the matrix of weights, times what they fade by."""
     q, k, v = layer._project(x, x, x)
-    encoder = layer._draw(q, k, 0, None)
+    encoder = draw_encoder(layer, q, k, Call(Places(), causal, mask, x))
     phi = reference.FEATURE_MAPS["elu"]
     if layer.encode == "features":
         plain_q, plain_k = phi(q), phi(k)
-        if encoder.num_features is not None:
-            encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
         qhat, khat = encoder.encode(plain_q, "query"), encoder.encode(plain_k, "key")
     else:
         qhat, khat = phi(encoder.encode(q, "query")), phi(encoder.encode(k, "key"))
@@ -215,13 +216,18 @@ def test_checkpoints():
     other.load_state_dict(torch.load(memory, weights_only=True))
     x = inputs()
     assert torch.equal(other(x, x, x)[0], layer(x, x, x)[0])
-    with pytest.raises(
-        RuntimeError, match=r"decay.rate \(the checkpoint is .* make one with decay=None"
-    ):
+    with pytest.raises(RuntimeError, match=r"Missing key.*decay\.rate"):
         layer.load_state_dict(old.state_dict())
     missing = layer.load_state_dict(old.state_dict(), strict=False)
     assert missing.missing_keys == ["decay.rate"]
     make("exact", None).load_state_dict(old.state_dict())
+    former, default = make("sine", None), make("fading", "default")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="made with position='sine', the default before v"):
+            default.load_state_dict(former.state_dict(), strict=strict)
+    make("sine").load_state_dict(former.state_dict(), strict=False)
+    softmax = nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64)
+    assert not default.load_state_dict(softmax.state_dict(), strict=False).unexpected_keys
 
 
 def test_copies_and_generic_initialization():
@@ -287,6 +293,9 @@ def test_what_needs_features_apart(position, options):
         ({"decay_range": (8, math.inf)}, ValueError, "decay_range must be finite"),
         ({"decay_range": (0, 8)}, ValueError, "decay_range must be finite, positive"),
         ({"decay_range": (9, 8)}, ValueError, "decay_range must be finite, positive and rising"),
+        ({"decay_range": (1e-45, 8)}, ValueError, "decay_range must be finite, positive and"),
+        ({"decay": None, "decay_gate": False}, ValueError, "decay_gate must be True without a d"),
+        ({"decay": Decay(4, "data", embed_dim=9)}, ValueError, "decay must have embed_dim = 32"),
         ({"decay_range": ("a", 8)}, TypeError, "decay_range must be a number, got 'a'"),
         ({"position": "exact", "ndim": 2}, ValueError, "decay must be None with positions of sev"),
         (
@@ -309,9 +318,60 @@ def test_wrong_positions_are_named(position, positions):
         layer(x, x, x, positions=positions)
 
 
+@pytest.mark.parametrize("position", [None, "fading", "rotary"])
+@pytest.mark.parametrize("decay", ["learned", "feature"])
+@pytest.mark.parametrize("lengths", [(9, LENGTH), (LENGTH, 9)])
+def test_queries_and_keys_of_other_lengths(position, decay, lengths):
+    # As a call of equal lengths whose keys beyond are padding and whose queries beyond are dropped.
+    layer, x = make(position, decay), inputs()
+    queries, keys = (x[:, :length] for length in lengths)
+    got = layer(queries, keys, keys)[0]
+    padding = torch.arange(LENGTH).expand(2, -1) >= lengths[1]
+    whole = layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]]
+    torch.testing.assert_close(got, whole)
+    masked = padding[:, : lengths[1]] | (torch.arange(lengths[1]) < 3)
+    got = layer(queries, keys, keys, key_padding_mask=masked)[0]
+    padding = padding | (torch.arange(LENGTH) < 3)
+    torch.testing.assert_close(got, layer(x, x, x, key_padding_mask=padding)[0][:, : lengths[0]])
+
+
+@pytest.mark.parametrize("decay", ["learned", "feature", "data"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_may_hold_anything(decay, value, causal):
+    layer, x = make("exact", decay), inputs()
+    padding = torch.arange(LENGTH).expand(2, -1) >= LENGTH - 4
+    for _ in range(2):  # to the right, to the left
+        outs = []
+        for filling in (0.0, value):
+            filled = x.masked_fill(padding[..., None], filling)
+            out = layer(filled, filled, filled, key_padding_mask=padding, is_causal=causal)[0]
+            outs.append(out[~padding])
+        torch.testing.assert_close(*outs)
+        padding = padding.flip(1)
+
+
+@pytest.mark.parametrize("position", [None, "exact"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_positions_that_are_not_finite_are_named(position, value):
+    layer, x = make(position), inputs()[:, :3]
+    with pytest.raises(ValueError, match="positions must be finite"):
+        layer(x, x, x, positions=torch.tensor([0.0, value, 2.0]))
+
+
+def test_positions_of_narrow_integers():
+    layer, x = make("exact"), inputs()[:, :2]
+    places = torch.tensor([-128, 127])
+    expected = layer(x, x, x, positions=places)[0]
+    assert torch.equal(layer(x, x, x, positions=places.to(torch.int8))[0], expected)
+    with pytest.raises(ValueError, match="positions must not fall where attention fades"):
+        layer(x, x, x, positions=torch.tensor([5, 2], dtype=torch.uint8))
+
+
 def test_wrong_calls():
-    layer, x = make(None), inputs()
-    with pytest.raises(ValueError, match="key must be as long as query where attention fades"):
+    x = inputs()
+    layer = make(None, decay="data")
+    with pytest.raises(ValueError, match=r"key must be at least as long as query .* lengths 9 and"):
         layer(x, x[:, :9], x[:, :9])
     with pytest.raises(ValueError, match="Decay: in_features must be an integer >= 1, got None"):
         Decay(4, "feature")

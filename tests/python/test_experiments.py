@@ -136,6 +136,14 @@ def test_softmax_attention(is_causal):
 # ---- runs
 
 
+def rows_in(path, baseline):
+    """Rows of the copy task, or of the only one that was run, with differences."""
+    found = runs.results_in(path)
+    rows = runs.rows_of(load_task(found[0]["task"]), found)
+    tables.add_differences(rows, baseline)
+    return rows
+
+
 def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch, capsys):
     flags = ["--tasks", "copy", "--encodings", "none", "phase", "--steps", "2", "--batch", "2"]
     flags += ["--seeds", "2", "--out", str(tmp_path), "--baseline", "none"]
@@ -143,10 +151,10 @@ def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch,
     files = sorted(tmp_path.glob("copy-*.json"))
     # All rates with the first seed, one with the second.
     assert len(files) == 2 * (len(copy_task().rates) + 1)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [row["encoding"] for row in summary["rows"]] == ["none", "phase", "phase"]
-    assert "R = 256" in summary["rows"][2]["label"]
-    for row in summary["rows"]:
+    rows = rows_in(tmp_path, "none")
+    assert [row["encoding"] for row in rows] == ["none", "phase", "phase"]
+    assert "R = 256" in rows[2]["label"]
+    for row in rows:
         found = [json.loads(f.read_text()) for f in files]
         first = [r for r in found if r["encoding"] == row["encoding"] and r["seed"] == 0]
         best = min(first, key=runs.within)
@@ -154,10 +162,13 @@ def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch,
         key = "256" if "R = 256" in row["label"] else "as trained"
         assert row["ranges"][0] == best["test"][key]["ranges"]
         assert len(row["ranges"]) == len(row["bins"]) == 2
+        assert row["seeds"] == [0, 1]
+        assert row["rates"] == sorted(copy_task().rates)
+        if row is rows[0]:
+            assert "differences" not in row
+            continue
         mean, half = row["differences"][0]
-        both = [
-            a[0] - b[0] for a, b in zip(row["ranges"], summary["rows"][0]["ranges"], strict=True)
-        ]
+        both = [a[0] - b[0] for a, b in zip(row["ranges"], rows[0]["ranges"], strict=True)]
         assert mean == pytest.approx(statistics.mean(both))
         # Two seeds: the interval is 12.7 times |d1 - d2| / 2 wide to each side.
         assert half == pytest.approx(12.7062 * abs(both[0] - both[1]) / 2, rel=1e-5)
@@ -170,7 +181,11 @@ def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch,
 
     monkeypatch.setattr(runs, "train", lambda *a, **k: pytest.fail("trained again"))
     command.main(flags)
-    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == summary["rows"]
+    assert rows_in(tmp_path, "none") == rows
+    (tmp_path / "again").mkdir()
+    for path in (tmp_path, tmp_path / "results.json"):
+        command.main(["--report", str(path), "--out", str(tmp_path / "again"), *flags[-2:]])
+        assert (tmp_path / "again" / "tables.md").read_text() == text
     for flag, value in (("--seeds", "0"), ("--rates", "-1"), ("--threads", "0")):
         with pytest.raises(SystemExit):
             command.main([flag, value])
@@ -180,11 +195,11 @@ def test_rates_are_chosen_on_validation_and_runs_are_kept(tmp_path, monkeypatch,
 def test_images_have_a_table_of_their_own(tmp_path):
     flags = "--tasks digits --encodings none exact --seeds 1 --rates 1e-3 --baseline none"
     command.main([*flags.split(), "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    rows = rows_in(tmp_path, "none")
     assert all(len(row["ranges"][0]) == 2 for row in rows)
     assert 0 <= rows[0]["ranges"][0][1] <= 100
     text = (tmp_path / "tables.md").read_text()
-    assert "| images | rate | NLL | errors |" in text
+    assert "| images | rate | seeds | NLL | errors |" in text
     assert rows[1]["differences"][0][1] is None  # a single seed has no interval
     assert "±" not in text
     assert (tmp_path / "experiments_digits.png").stat().st_size > 0
@@ -369,6 +384,36 @@ def test_intervals_hold_the_mean_in_95_of_100():
 
 
 def test_tables_without_the_baseline():
-    rows = [{"encoding": "none", "label": "no positions", "rate": 1e-3, "ranges": [[1.0, 2.0]]}]
+    rows = [{"encoding": "none", "steps": 3, "seeds": [0], "ranges": [[1.0, 2.0]]}]
     assert tables.add_differences(rows, "exact") is None
     assert "differences" not in rows[0]
+
+
+def result(encoding, seed, loss, rate=1e-3, steps=3):
+    losses = {"as trained": {"ranges": [loss], "bins": [loss]}}
+    return {
+        "task": "copy", "encoding": encoding, "seed": seed, "rate": rate, "steps": steps,
+        "batch": 2, "valid": losses, "test": losses,
+    }  # fmt: skip
+
+
+def test_rows_of_runs_that_do_not_go_together():
+    found = [
+        result("none", 0, 3.0), result("none", 1, 2.0), result("none", 2, 4.0),
+        result("exact", 0, 1.0), result("exact", 0, 0.5, rate=4e-3),
+        result("exact", 2, 0.25, rate=4e-3), result("exact", 3, 9.0, rate=4e-3),
+        result("exact", 1, 9.0), result("exact", 0, 0.125, steps=9), result("phase", 4, 1.0),
+    ]  # fmt: skip
+    rows = runs.rows_of(load_task("copy"), found)
+    assert [(row["encoding"], row["steps"], row["rate"], row["seeds"]) for row in rows] == [
+        ("none", 3, 1e-3, [0, 1, 2]), ("phase", 3, 1e-3, [4]), ("exact", 3, 4e-3, [0, 2, 3]),
+        ("exact", 9, 1e-3, [0]),
+    ]  # fmt: skip
+    assert rows[2]["rates"] == [1e-3, 4e-3]
+    assert rows[3]["label"].endswith(", 9 steps")
+    assert tables.add_differences(rows, "none") is rows[0]
+    assert [("differences" in row) for row in rows] == [False, False, True, False]
+    mean, half = rows[2]["differences"][0]
+    # Seeds 0 and 2 are common: 0.5 - 3 and 0.25 - 4.
+    assert mean == pytest.approx((-2.5 - 3.75) / 2)
+    assert half == pytest.approx(12.7062 * 1.25 / 2, rel=1e-5)

@@ -221,7 +221,7 @@ def test_errors():
 def test_parameter_groups():
     layers = torch.nn.ModuleList(
         [
-            SPETransformerEncoderLayer(16, 2),
+            SPETransformerEncoderLayer(16, 2, position="sine"),
             SPETransformerEncoderLayer(16, 2, position="rotary", frequencies="learned"),
         ]
     )

@@ -28,6 +28,7 @@ from torch_spe import (
     SPEFilter,
     SPEMultiheadAttention,
     SPESoftmaxFilter,
+    SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
     parameter_groups,
 )
@@ -61,6 +62,7 @@ MODULES = {
        for p in ("sine", "paper", "conv", "rotary", None)},
     "SPEMultiheadAttention, learned": lambda: SPEMultiheadAttention(
         64, 4, position="rotary", frequencies="learned"),
+    "SPETransformerDecoderLayer": lambda: SPETransformerDecoderLayer(64, 4, 128),
     "SPETransformerEncoderLayer": lambda: SPETransformerEncoderLayer(64, 4, 128),
 }  # fmt: skip
 FLAT = {

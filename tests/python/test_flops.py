@@ -90,7 +90,7 @@ def test_modules(make):
 
 
 def test_a_layer_counts_more_than_its_projections():
-    layer = SPEMultiheadAttention(16, 2, batch_first=True)
+    layer = SPEMultiheadAttention(16, 2, batch_first=True, position="sine")
     x = data(B, N, 16)
     forward, _ = count(lambda x: layer(x, x, x)[0], x)
     projections = 2 * B * N * 16 * 64

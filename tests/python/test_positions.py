@@ -117,7 +117,7 @@ def test_registered_names():
         with pytest.raises(ValueError, match=r"position must have .* = \(3, 8\), got \(3, 4\)"):
             make("wrong")
         for name in ("sine", "fast", 3):
-            with pytest.raises(ValueError, match="name must be a string other than 'sine', "):
+            with pytest.raises(ValueError, match="name must be a string other than 'fading', "):
                 register_position(name, RotaryPositions)
         with pytest.raises(ValueError, match="factory must be a class or function, got 3"):
             register_position("other", 3)
@@ -194,16 +194,18 @@ def test_encoders_without_noise_and_scaled():
 
 # Checkpoints of all kinds of positions.
 
+SINE = {"position": "sine"}
 KINDS = {
-    "sine": {},
-    "sine, no bandwidth": {"bandwidth": False},
-    "sine, gaussian": {"noise": "gaussian"},
-    "sine, orthogonal": {"noise": "orthogonal", "num_realizations": 64},
-    "sine, exact": {"noise": "exact"},
-    "sine, grid": {"ndim": 2},
-    "sine, no gate": {"gated": False},
-    "sine, inputs": {"encode": "inputs"},
-    "sine, random features": {"feature_map": "random"},
+    "default": {},
+    "sine": SINE,
+    "sine, no bandwidth": SINE | {"bandwidth": False},
+    "sine, gaussian": SINE | {"noise": "gaussian"},
+    "sine, orthogonal": SINE | {"noise": "orthogonal", "num_realizations": 64},
+    "sine, exact": SINE | {"noise": "exact"},
+    "sine, grid": SINE | {"ndim": 2},
+    "sine, no gate": SINE | {"gated": False},
+    "sine, inputs": SINE | {"encode": "inputs"},
+    "sine, random features": SINE | {"feature_map": "random"},
     "paper": {"position": "paper"},
     "conv": {"position": "conv", "kernel_size": 5},
     "conv, grid": {"position": "conv", "kernel_size": 3, "ndim": 2, "noise": "rademacher"},
@@ -238,11 +240,12 @@ def test_numpy_integers_are_integers():
     n = numpy.int64
     layer = SPETransformerEncoderLayer(
         n(24), n(3), n(32), batch_first=True, num_realizations=n(10), eval_realizations=n(20),
-        seed=n(5), num_sines=n(2),
+        seed=n(5), num_sines=n(2), position="sine",
     ).eval()  # fmt: skip
     same = SPETransformerEncoderLayer(
-        24, 3, 32, batch_first=True, num_realizations=10, eval_realizations=20, seed=5, num_sines=2
-    ).eval()
+        24, 3, 32, batch_first=True, num_realizations=10, eval_realizations=20, seed=5,
+        num_sines=2, position="sine",
+    ).eval()  # fmt: skip
     same.load_state_dict(layer.state_dict())
     x = torch.randn(2, 9, 24)
     assert torch.equal(layer(x), same(x))

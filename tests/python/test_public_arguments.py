@@ -23,6 +23,7 @@ from torch_spe import (
     SPEFilter,
     SPEMultiheadAttention,
     SPESoftmaxFilter,
+    SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
     feature_maps,
     functional,
@@ -37,6 +38,7 @@ NUMBERS = ["wrong", [0.5], 1j, torch.ones(2)]
 TENSORS = ["wrong", 3, [1.0], torch.ones(1, 1, 1, 1, 1, 1, 1), torch.ones(2, 2).to_sparse()]
 STARTS = ["wrong", NAN, -INF, [1.0] * 9, [None], None, torch.ones(2)]
 SIZES = ["wrong", 3, 1.5, NAN, [-1] * 3, [1.5] * 3, ["a", "b"], None]
+STATE_OF_ANOTHER = SPEMultiheadAttention(16, 2, position="exact").initial_state(2)
 # By annotation. None is wrong where the annotation does not have it.
 WRONG = {
     "int": INTEGERS,
@@ -50,6 +52,10 @@ WRONG = {
     "torch.dtype": ["wrong", 3, torch.int64, torch.complex64],
     "int | Sequence[int]": ["wrong", 1.5, NAN, -1, [1] * 9, [1.5], [None]],
     "float | Sequence[float]": STARTS,
+    "float | Sequence[float] | Tensor": [*STARTS[:-1], torch.ones(9)],
+    "DecoderState": ["wrong", 3, STATE_OF_ANOTHER],
+    "dict[str, object]": ["wrong", 3, [1]],
+    "AttentionState": ["wrong", 3, (torch.ones(2), torch.ones(2))],
     "Sequence[int]": SIZES,
     "tuple[int, int]": [*SIZES, [1], [0, 4]],
     "FeatureMap": ["wrong", 3, ["elu"]],
@@ -92,6 +98,9 @@ def inputs(n=3, **more):
 
 
 LAYER = {"embed_dim": 16, "num_heads": 2, "batch_first": True}
+EXACT = SPEMultiheadAttention(**LAYER, position="exact")
+STATE = EXACT.initial_state(2)
+DECODER = SPETransformerDecoderLayer(16, 2, batch_first=True)
 ATTEND = {name: torch.randn(2, 10, 16) for name in ("query", "key", "value")}
 COUNTS = {"num_heads": 2, "in_features": 3}
 # Function and arguments of a valid call.
@@ -123,9 +132,25 @@ CALLS = {
     "SPEMultiheadAttention": (SPEMultiheadAttention, LAYER),
     "SPEMultiheadAttention.forward": (SPEMultiheadAttention(**LAYER), ATTEND),
     "SPEMultiheadAttention.template": (SPEMultiheadAttention(**LAYER).template, {"max_lag": 3}),
+    "SPEMultiheadAttention.initial_state": (EXACT.initial_state, {"batch": 2}),
+    "SPEMultiheadAttention.memory_state": (
+        EXACT.memory_state, {name: ATTEND[name] for name in ("key", "value")}),
+    "SPEMultiheadAttention.shift": (EXACT.shift, {"state": STATE, "by": 3}),
+    "SPEMultiheadAttention.attention_weights": (
+        EXACT.attention_weights, {"query": ATTEND["query"]}),
+    "AttentionState.reorder": (STATE.reorder, {"index": torch.tensor([1, 0])}),
     "SPETransformerEncoderLayer": (SPETransformerEncoderLayer, {"d_model": 16, "nhead": 2}),
     "SPETransformerEncoderLayer.forward": (
         SPETransformerEncoderLayer(16, 2, batch_first=True), {"src": torch.randn(2, 10, 16)}),
+    "SPETransformerEncoderLayer.initial_state": (
+        SPETransformerEncoderLayer(16, 2).initial_state, {"batch": 2}),
+    "SPETransformerEncoderLayer.shift": (
+        SPETransformerEncoderLayer(16, 2, position="exact").shift, {"state": STATE, "by": 3}),
+    "SPETransformerDecoderLayer": (SPETransformerDecoderLayer, {"d_model": 16, "nhead": 2}),
+    "SPETransformerDecoderLayer.forward": (
+        DECODER, {"tgt": torch.randn(2, 10, 16), "memory": torch.randn(2, 9, 16)}),
+    "SPETransformerDecoderLayer.initial_state": (
+        DECODER.initial_state, {"memory": torch.randn(2, 9, 16)}),
     "parameter_groups": (torch_spe.parameter_groups, {"model": nn.Linear(1, 1), "lr": 0.1}),
     "register_position": (torch_spe.register_position, {"name": "x", "factory": RotaryPositions}),
     "apply_feature_map": (feature_maps.apply_feature_map,
@@ -171,7 +196,10 @@ def is_right(name, argument, kind, value):
 # What an error may call an argument that is passed on.
 ALIASES = {
     "x": ["queries"], "queries": ["q"], "keys": ["k"], "values": ["v"], "src": ["query"],
-    "src_mask": ["attn_mask"], "src_key_padding_mask": ["key_padding_mask"], "size": ["shape"],
+    "src_mask": ["attn_mask"], "tgt": ["query"], "tgt_mask": ["attn_mask"],
+    "tgt_key_padding_mask": ["key_padding_mask"], "tgt_is_causal": ["is_causal"],
+    "memory_mask": ["attn_mask"], "memory_key_padding_mask": ["key_padding_mask"],
+    "memory": ["key"], "src_key_padding_mask": ["key_padding_mask"], "size": ["shape"],
     "code_shape": ["num_heads"], "d_model": ["embed_dim"], "nhead": ["num_heads"],
 }  # fmt: skip
 
@@ -213,7 +241,15 @@ def test_every_public_function_is_in_the_table():
     public = {name for name in torch_spe.__all__ if callable(getattr(torch_spe, name))}
     public |= {name for name in (*functional.__all__, *noise.__all__)}
     abstract = {"SPE", "Code", "Encoder", "Position", "SinusoidCode"}
-    made_by_others = {"ConvCode", "ExactCode", "PhaseCode", "SineCode", "PhaseNoise"}
+    made_by_others = {
+        "AttentionState",
+        "ConvCode",
+        "DecoderState",
+        "ExactCode",
+        "PhaseCode",
+        "SineCode",
+        "PhaseNoise",
+    }
     others = {"build_info", "STREAMS", "SPESoftmaxFilter"}  # nothing to give; that of SPEFilter
     known = {name.rpartition("noise.")[2] for name in CALLS} | set(fuzz_calls.OPERATORS)
     assert public - abstract - made_by_others - others <= known

@@ -170,7 +170,7 @@ def test_an_attn_mask_of_integers(dtype, is_causal):
 
 
 @pytest.mark.parametrize("position", ["sine", "conv", "rotary", None])
-@pytest.mark.parametrize(("start", "kind"), [((3, 4), ValueError), ("a", TypeError)])
+@pytest.mark.parametrize(("start", "kind"), [((3, 4, 5), ValueError), ("a", TypeError)])
 def test_a_start_that_does_not_fit(position, start, kind):
     x = torch.randn(2, 5, 32)
     with pytest.raises(kind, match="start must be"):
@@ -195,8 +195,8 @@ FLOATS = {
 }
 
 
-def small(**options):
-    return SPEMultiheadAttention(8, 2, batch_first=True, **options).eval()
+def small(position="sine", **options):
+    return SPEMultiheadAttention(8, 2, batch_first=True, position=position, **options).eval()
 
 
 def attend(layer, **options):
@@ -214,6 +214,7 @@ INTEGER_CALLS = {
         SPEMultiheadAttention(
             n(8), n(2), kdim=n(8), vdim=n(8), batch_first=True, num_realizations=n(8),
             eval_realizations=n(16), seed=n(3), num_sines=n(3), ndim=n(1), dropout=n(0), eps=n(1),
+            position="sine",
         ).eval()
     ),
     "attention, conv": lambda n: attend(

@@ -18,6 +18,7 @@ from torch_spe import (
     SPEFilter,
     SPEMultiheadAttention,
     SPESoftmaxFilter,
+    SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
 )
 from torch_spe.initialization import reset_modules
@@ -108,6 +109,10 @@ MODULES = {
         for kind in ("learned", "fixed", "feature", "data")
     },
     "layer": (lambda: SPETransformerEncoderLayer(16, 2, 24, batch_first=True), attend),
+    "decoder layer": (
+        lambda: SPETransformerDecoderLayer(16, 2, 24, batch_first=True),
+        lambda layer: layer(*2 * [torch.ones(2, 5, 16)]),
+    ),
     "layer, random features": (
         lambda: SPETransformerEncoderLayer(
             16, 2, 24, batch_first=True, position="conv", kernel_size=3,
@@ -262,7 +267,7 @@ def test_every_module_of_the_package_is_here():
     ours = {k for k in subclasses(nn.Module) if k.__module__.startswith("torch_spe")}
     abstract = {
         Position, torch_spe.precision.Float32Module, torch_spe.positions.spe.SPE,
-        torch_spe.flat_parameters.FlatParameterModule,
+        torch_spe.flat_parameters.FlatParameterModule, torch_spe.attention.layers._Layer,
     }  # fmt: skip
     seen = {type(part) for name in MODULES for part in make(name).modules()}
     stateless = {torch_spe.positions.NoPositions}

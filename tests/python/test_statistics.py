@@ -77,8 +77,8 @@ def test_encoding_the_features_estimates_relative_attention(causal):
     torch.manual_seed(0)
     with torch.device("cpu"):
         layer = SPEMultiheadAttention(
-            6, 2, batch_first=True, output_norm=None, num_realizations=32, resample="always",
-            dtype=torch.float64,
+            6, 2, batch_first=True, position="sine", output_norm=None, num_realizations=32,
+            resample="always", dtype=torch.float64,
         )  # fmt: skip
     layer = here(layer)
     x = randn(1, 7, 6)

@@ -3,9 +3,10 @@
     python tests/virtual_gpu/gpu_profile.py OPERATOR [name=value ...] [--folder FOLDER] [--ptxas FOLDER] [--sass FILE]
         [--blocks N] [--json FILE] [--lines N]
 
-Operators: sine_filter, phasor_filter, sine_features, conv_filter, polyphase_filter,
-linear_attention. Shape names: B N H D R K P E stride dtype causal decay; defaults are those of
-`SHAPE`; with decay=1 linear attention has a decay per head, which wants a gradient with decay=2.
+Operators: sine_filter, phasor_filter, sine_features, exact_sines (K = 1 and a constant), rotary,
+conv_filter, polyphase_filter, linear_attention. Shape names: B N H D R K P E stride dtype causal
+decay; defaults are those of `SHAPE`; with decay=1 linear attention has a decay per head, which
+wants a gradient with decay=2.
 --sass names the table of sass_map.py, if not FOLDER/sass.json; without it --ptxas names the
 folder with ptxas' reports (*.ptxas), for registers and so occupancy.
 
@@ -46,6 +47,16 @@ REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 * 1024, 2048, 32
 SHAPE = dict(
     B=8, N=4096, H=8, D=64, R=64, K=10, P=128, E=64, stride=32, dtype="bfloat16", causal=1, decay=0
 )  # fmt: skip
+
+
+def shape_of(items):
+    """`SHAPE`, with what "name=value" say."""
+    shape = dict(SHAPE)
+    for item in items:
+        name, value = item.split("=")
+        shape[name] = value if name == "dtype" else int(value)
+    return shape
+
 
 # opcode prefix: {pipe: instructions}. What ptxas makes of a PTX instruction, roughly; the first
 # that fits counts.
@@ -90,7 +101,7 @@ MACHINE = [
     (r"IMAD", ("imad", "fp32")),
     (r"F(FMA|ADD|MUL)|H(FMA2|ADD2|MUL2|SET2|SETP2)", ("fp32",)),
     (r"D(FMA|ADD|MUL|SETP|MNMX)", ("fp64",)),
-    (r"MUFU|POPC|FLO|BREV|FRND|F2I|I2F\b|I2F\.|F2F", ("mufu",)),
+    (r"MUFU|POPC|FLO|BREV|FRND|F2I|I2F\b|I2F\.|F2F\b|F2F\.", ("mufu",)),
     (r"(LD|ST|ATOM|RED|SHFL|CCTL|ERRBAR|MEMBAR|FENCE)", ()),
     (r"U[A-Z]|R2UR|S2UR|S2R|CS2R|LDC|BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|BAR|WARPSYNC|NOP|DEPBAR|YIELD|ELECT|VOTE|REDUX|B2R|R2B", ()),
 ]  # fmt: skip
@@ -174,16 +185,24 @@ def occupancy(threads, shared, regs):
     return limits[least], least
 
 
-def analyse(launch, regs, sass):
-    """Cycles of each pipe and time of one launch. `sass` has the machine instructions, or is {}."""
-    exact = sass.get(plain(launch["kernel"]))
+def machine_code_of(launch, sass):
+    """What sass_map.py's table says of a launched kernel; None if it is not there."""
     bare = lambda s: re.sub(r"_ZN\w+|\s", "", s)  # noqa: E731
-    if exact and any(
-        bare(exact["instructions"][i[0]]) != bare(i[1]) for i in launch["instructions"]
-    ):
+    builds = sass.get(plain(launch["kernel"]), [])  # a template's, of several modules
+    for build in builds:
+        code = build["instructions"]
+        if all(i[0] < len(code) and bare(code[i[0]]) == bare(i[1]) for i in launch["instructions"]):
+            return build
+    if builds:
         raise SystemExit(
             f"the table of machine instructions is of another build of {launch['kernel']}"
         )
+    return None
+
+
+def analyse(launch, regs, sass):
+    """Cycles of each pipe and time of one launch. `sass` is the table of sass_map.py by kernels."""
+    exact = machine_code_of(launch, sass)
     machine = collections.Counter()
     grid = math.prod(launch["grid"])
     scale = grid / launch["executed_blocks"]
@@ -306,6 +325,16 @@ def make_case(operator, s):
     if operator == "sine_features":
         freqs = torch.rand(H, D, K, generator=g).to(wide) / 2
         return ops.sine_features, [x, freqs, normal(H, D, K, dtype=wide)], B * N * H * D * 2 * K
+    if operator == "exact_sines":  # what layers make of position="exact"
+        freqs = torch.rand(H, D, 1, generator=g).to(wide) / 2
+        amplitudes, constant = normal(H, D, 1, dtype=wide), normal(H, D, dtype=wide)
+
+        def function(x, freqs, amplitudes, constant):
+            return ops.sine_features(x, freqs, amplitudes, constant=constant)
+
+        return function, [x, freqs, amplitudes, constant], B * N * H * D * 3
+    if operator == "rotary":
+        return ops.rotary, [x, torch.rand(H, D // 2, generator=g).to(wide) / 2], B * N * H * D * 2
     if operator in ("conv_filter", "polyphase_filter"):
         kernel = normal(H, D, P, dtype=wide)
         strides = [] if operator == "conv_filter" else [s["stride"]]
@@ -326,8 +355,10 @@ def profile(folder, operator, shape, blocks, ptxas, sass_file=None):
     target = "sm_" + re.search(r"sm_(\d+)", next(Path(folder).glob("*.ptx")).read_text()).group(1)
     regs = registers(ptxas, target) if ptxas else {}
     table = Path(sass_file or Path(folder) / "sass.json")
-    sass = json.loads(table.read_text()) if table.exists() else {}
-    sass = {plain(name): kernel for name, kernel in sass.items()}
+    sass = collections.defaultdict(list)
+    for kernels in (json.loads(table.read_text()) if table.exists() else {}).values():
+        for kernel, build in kernels.items():
+            sass[plain(kernel)].append(build)
     function, inputs, work = make_case(operator, shape)
     leaves = [t.requires_grad_() for t in inputs]
     result = {}
@@ -350,13 +381,18 @@ def profile(folder, operator, shape, blocks, ptxas, sass_file=None):
     return result, data, work
 
 
+def roof_of(data, work):
+    """Seconds that bytes read and written once and useful floating-point operations take."""
+    return max(data / HBM, work / (2 * RATES["tensor"] * CLOCK * MULTIPROCESSORS))
+
+
 def show(operator, shape, result, data, work, lines):
     used = " ".join(f"{k}={v}" for k, v in shape.items())
     print(f"\n=== {operator}: {used}")
     print("STATIC PREDICTION of lower bounds on an H100, not a measurement.")
     for name, launches in result.items():
         total = sum(a["time"] for a in launches)
-        roof = max(data[name] / HBM, work[name] / (2 * RATES["tensor"] * CLOCK * MULTIPROCESSORS))
+        roof = roof_of(data[name], work[name])
         print(
             f"\n-- {name}: {len(launches)} launches, at least {total * 1e3:.3f} ms; roofline "
             f"{roof * 1e3:.3f} ms ({data[name] / 1e6:.0f} MB, {work[name] / 1e9:.1f} GFLOP), so at "
@@ -424,10 +460,7 @@ def main():
     arguments.add_argument("--json")
     arguments.add_argument("--lines", type=int, default=0)
     arguments = arguments.parse_args()
-    shape = dict(SHAPE)
-    for item in arguments.shape:
-        name, value = item.split("=")
-        shape[name] = value if name == "dtype" else int(value)
+    shape = shape_of(arguments.shape)
     load(arguments.folder)
     result, data, work = profile(
         arguments.folder,

@@ -1,17 +1,21 @@
 """Tells which machine instructions ptxas makes of every PTX instruction.
 
-    python tests/virtual_gpu/sass_map.py [--folder FOLDER] --nvdisasm PATH [--ptxas ptxas] [--arch sm_90]
+    python tests/virtual_gpu/sass_map.py [--folder FOLDER] [--nvdisasm PATH] [--ptxas ptxas] [--arch sm_90] [MODULE ...]
 
 Each PTX instruction gets a line number of its own, ptxas keeps line numbers, and nvdisasm prints
-them. Writes FOLDER/sass.json: for each kernel its registers and, for each PTX instruction,
-the opcodes with how often each stands for one execution. Where ptxas copied a loop's body (more
+them. Writes FOLDER/sass.json: for each module's kernels the registers and, for each PTX instruction,
+the opcodes with how often each stands for one execution. MODULE (sine_filter) renews the kernels
+of these modules alone. nvdisasm comes with the CUDA toolkit; Triton's package brings one too. Where ptxas copied a loop's body (more
 loads, stores, special functions or tensor-core instructions of a PTX instruction than one), each
 copy counts in part.
 """
 
 import collections
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -74,6 +78,16 @@ def number_instructions(text):
             kernels[-1][2].append(s.rstrip(";").strip())
         out.append(raw)
     return "\n".join(out) + "\n", kernels
+
+
+def find_tool(name):
+    """A program of the CUDA toolkit, or of Triton's package; None if there is none."""
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin" / name
+    triton = importlib.util.find_spec("triton")
+    places = [shutil.which(name), toolkit]
+    if triton is not None:
+        places.append(Path(triton.origin).parent / "backends/nvidia/bin" / name)
+    return next((str(place) for place in places if place and Path(place).exists()), None)
 
 
 def map_module(path, arguments):
@@ -172,15 +186,24 @@ def map_module(path, arguments):
 
 def main():
     arguments = parser(__doc__)
-    arguments.add_argument("--nvdisasm", required=True)
-    arguments.add_argument("--ptxas", default="ptxas")
+    arguments.add_argument("modules", nargs="*")
+    arguments.add_argument("--nvdisasm", default=find_tool("nvdisasm"))
+    arguments.add_argument("--ptxas", default=find_tool("ptxas"))
     arguments.add_argument("--arch", default="sm_90")
     arguments = arguments.parse_args()
+    if not arguments.nvdisasm or not arguments.ptxas:
+        raise SystemExit("sass_map.py: no nvdisasm or ptxas was found: name them")
+    table = arguments.folder / "sass.json"
     everything = {}
     for path in sorted(arguments.folder.glob("*.ptx")):
-        everything.update(map_module(path, arguments))
-        print(path.name, len(everything), "kernels", flush=True)
-    (arguments.folder / "sass.json").write_text(json.dumps(everything))
+        if arguments.modules and path.stem not in arguments.modules:
+            continue
+        found = map_module(path, arguments)
+        everything[path.stem] = found
+        print(path.name, len(found), "kernels", flush=True)
+    if arguments.modules and table.exists():
+        everything = {**json.loads(table.read_text()), **everything}
+    table.write_text(json.dumps(everything))
 
 
 if __name__ == "__main__":

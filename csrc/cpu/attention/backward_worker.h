@@ -46,6 +46,8 @@ class BackwardWorker {
         grad_denominators_(chunk_),
         query_scales_(chunk_),
         weights_(is_ordered_ ? chunk_ * chunk_ : 0),
+        columns_(max_of(layout.feature_width, layout.value_width) * chunk_),
+        state_columns_(layout.value_width * layout.feature_width),
         out_(chunk_ *
              max_of(max_of(layout.feature_width, layout.value_width), layout.denominator_width)),
         row_(max_of(layout.value_width, layout.denominator_width)),
@@ -58,9 +60,7 @@ class BackwardWorker {
         grad_keys_(decay.fades() ? chunk_ * layout.feature_width : 0),
         grad_values_(decay.fades() ? chunk_ * layout.value_width : 0),
         grad_own_queries_(decay.fades() ? own_queries_size() : 0),
-        grad_own_keys_(decay.fades() ? own_queries_size() : 0),
-        sent_(decay.fades() ? chunk_ * layout.feature_width : 0),
-        sent_own_(decay.fades() ? own_queries_size() : 0) {}
+        grad_own_keys_(decay.fades() ? own_queries_size() : 0) {}
 
   void sum_keys(Way way, const Segment& segment, T* state) const {
     tiles_.sum_keys(way, segment, keys_, values_, denominator_keys(0), state);
@@ -121,6 +121,7 @@ class BackwardWorker {
   // gradient of that state that they have.
   void query_segment(const Segment& segment, const T* state, T* grad_state) const {
     core::set_zero(layout_.view(grad_state));
+    if (p_.grad_q != nullptr) transpose_state(state);
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
       load_queries(chunk);
@@ -135,6 +136,7 @@ class BackwardWorker {
 
   // Without an order: the gradients of keys, given that of the state that all are in.
   void key_segment(const Segment& segment, const T* grad_state) const {
+    if (p_.grad_k != nullptr) transpose_state(grad_state);
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
       tiles_.load_keys(chunk, keys_);
@@ -144,9 +146,9 @@ class BackwardWorker {
         store_key_gradient(chunk, keys_, out_);
       }
       if (p_.grad_v != nullptr) {
-        gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, layout_.features, keys_,
-             layout_.feature_width, grad_state, layout_.value_width, T(0), out_,
-             layout_.value_width);
+        multiply(chunk.size, layout_.value_width, layout_.features,
+                 plain<T>(keys_, layout_.feature_width), grad_state, layout_.value_width, T(0),
+                 out_.get(), layout_.value_width);
         store_value_gradient(chunk, out_);
       }
       if (p_.grad_denominator_k != nullptr) {
@@ -211,18 +213,8 @@ class BackwardWorker {
   // Joins the gradient of a state with the sums over a chunk of queries: S += queries^T grads, z +=
   // the sum of grad_denominators psi(dq).
   void add_queries(Way way, std::int64_t size, T* grad_state) const {
-    core::carry(decay_.passage(), layout_.view(grad_state));
-    const T* const queries = decay_.send(way, size, queries_, layout_.feature_width, sent_);
-    gemm(Op::kTransposed, Op::kPlain, layout_.features, layout_.values, size, queries,
-         layout_.feature_width, grads_, layout_.value_width, T(1), grad_state, layout_.value_width);
-    if (!p_.normalize) return;
-    const std::int64_t width = layout_.denominator_width;
-    const T* const of_z = own_ ? decay_.send(way, size, own_queries_, width, sent_own_) : queries;
-    T* grad_z = grad_state + layout_.z_offset();
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t f = 0; f < width; ++f)
-        grad_z[f] += grad_denominators_[t] * of_z[t * width + f];
-    }
+    tiles_.add_to_state(way, size, queries_, grads_, own_ ? own_queries_.get() : nullptr,
+                        grad_denominators_, grad_state);
   }
 
   // Keys, values and, where gradients need them, the states before each chunk.
@@ -308,36 +300,43 @@ class BackwardWorker {
     const std::int64_t rw = layout_.feature_width, vw = layout_.value_width;
     const T *keys = keys_ + n * rw, *values = values_ + n * vw;
     if (p_.grad_q != nullptr || p_.grad_k != nullptr) {
-      gemm(Op::kPlain, Op::kTransposed, size, size, layout_.values, grads_, vw, values, vw, T(0),
-           weights_, chunk_);
+      transpose(size, layout_.values, values, vw, columns_.get(), chunk_);
+      multiply(size, size, layout_.values, plain<T>(grads_, vw), columns_.get(), chunk_, T(0),
+               weights_.get(), chunk_, Skip::kUpperOfC);
       if (shares_features_) {
         for (std::int64_t t = 0; t < size; ++t) {
-          for (std::int64_t m = 0; m < size; ++m) weights_[t * chunk_ + m] += grad_denominators_[t];
+          for (std::int64_t m = 0; m <= t; ++m) weights_[t * chunk_ + m] += grad_denominators_[t];
         }
       }
       tiles_.keep_lower_triangle(size, weights_, chunk_);
     }
     if (p_.grad_q != nullptr) {
-      gemm(Op::kPlain, Op::kPlain, size, layout_.features, size, weights_, chunk_, keys, rw, T(0),
-           out_, rw);
-      if (past != nullptr) add_query_gradient(size, past, T(1));
+      multiply(size, rw, size, plain<T>(weights_, chunk_), keys, rw, T(0), out_.get(), rw,
+               Skip::kUpperOfA);
+      if (past != nullptr) {
+        transpose_state(past);
+        add_query_gradient(size, past, T(1));
+      }
       store_query_gradient(chunk, out_);
     }
     if (p_.grad_k != nullptr) {
-      gemm(Op::kTransposed, Op::kPlain, size, layout_.features, size, weights_, chunk_, queries_,
-           rw, T(0), out_, rw);
-      if (future != nullptr) add_key_gradient(size, values, future, T(1));
+      multiply(size, rw, size, transposed<T>(weights_, chunk_), queries_.get(), rw, T(0),
+               out_.get(), rw, Skip::kLowerOfA);
+      if (future != nullptr) {
+        transpose_state(future);
+        add_key_gradient(size, values, future, T(1));
+      }
       store_key_gradient(chunk, keys, out_);
     }
     if (p_.grad_v != nullptr) {
-      gemm(Op::kPlain, Op::kTransposed, size, size, layout_.features, queries_, rw, keys, rw, T(0),
-           weights_, chunk_);
+      transpose(size, layout_.features, keys, rw, columns_.get(), chunk_);
+      multiply(size, size, layout_.features, plain<T>(queries_, rw), columns_.get(), chunk_, T(0),
+               weights_.get(), chunk_, Skip::kUpperOfC);
       tiles_.keep_lower_triangle(size, weights_, chunk_);
-      gemm(Op::kTransposed, Op::kPlain, size, layout_.values, size, weights_, chunk_, grads_, vw,
-           T(0), out_, vw);
+      multiply(size, vw, size, transposed<T>(weights_, chunk_), grads_.get(), vw, T(0), out_.get(),
+               vw, Skip::kLowerOfA);
       if (future != nullptr) {
-        gemm(Op::kPlain, Op::kPlain, size, layout_.values, layout_.features, keys, rw, future, vw,
-             T(1), out_, vw);
+        multiply(size, vw, layout_.features, plain(keys, rw), future, vw, T(1), out_.get(), vw);
       }
       store_value_gradient(chunk, out_);
     }
@@ -345,10 +344,15 @@ class BackwardWorker {
     if (p_.grad_denominator_k != nullptr) own_key_gradient(chunk, denominator_keys(n), future);
   }
 
+  // For the gradients below, which read a state by its columns.
+  void transpose_state(const T* state) const {
+    transpose(layout_.features, layout_.values, state, layout_.value_width, state_columns_.get(),
+              layout_.feature_width);
+  }
   // out = beta out + grads S^T, and grad_denominators z where the denominator has these features.
   void add_query_gradient(std::int64_t size, const T* state, T beta) const {
-    gemm(Op::kPlain, Op::kTransposed, size, layout_.features, layout_.values, grads_,
-         layout_.value_width, state, layout_.value_width, beta, out_, layout_.feature_width);
+    multiply(size, layout_.feature_width, layout_.values, plain<T>(grads_, layout_.value_width),
+             state_columns_.get(), layout_.feature_width, beta, out_.get(), layout_.feature_width);
     if (!shares_features_) return;
     const T* z = state + layout_.z_offset();
     for (std::int64_t t = 0; t < size; ++t) {
@@ -358,8 +362,8 @@ class BackwardWorker {
   }
   // out = beta out + values grad_S^T, and grad_z where the denominator has these features.
   void add_key_gradient(std::int64_t size, const T* values, const T* grad_state, T beta) const {
-    gemm(Op::kPlain, Op::kTransposed, size, layout_.features, layout_.values, values,
-         layout_.value_width, grad_state, layout_.value_width, beta, out_, layout_.feature_width);
+    multiply(size, layout_.feature_width, layout_.values, plain(values, layout_.value_width),
+             state_columns_.get(), layout_.feature_width, beta, out_.get(), layout_.feature_width);
     if (own_) return;
     const T* grad_z = grad_state + layout_.z_offset();
     for (std::int64_t t = 0; t < size; ++t) {
@@ -466,6 +470,8 @@ class BackwardWorker {
   Workspace<T> grad_denominators_;  // [chunk]
   Workspace<T> query_scales_;       // [chunk]
   Workspace<T> weights_;            // [chunk, chunk]
+  Workspace<T> columns_;            // [R, chunk] or [E, chunk], keys or values
+  Workspace<T> state_columns_;      // [E, R], a state
   Workspace<T> out_;                // [chunk, R], [chunk, E] or [chunk, F]
   Workspace<T> row_;                // [E] or [F]
   Workspace<T> states_;             // [chunks], states before each chunk
@@ -476,7 +482,6 @@ class BackwardWorker {
   Workspace<T> grad_queries_, grad_keys_;          // [chunk, R]
   Workspace<T> grad_values_;                       // [chunk, E]
   Workspace<T> grad_own_queries_, grad_own_keys_;  // [chunk, F]
-  Workspace<T> sent_, sent_own_;                   // [chunk, R] and [chunk, F]
 };
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA

@@ -21,6 +21,7 @@ using core::Passage;
 
 // Which way the tokens' states go: that of the keys before a query, or that of those after it.
 enum class Way { kToEnd, kToStart };
+TORCH_SPE_INLINE Way opposite(Way way) { return way == Way::kToEnd ? Way::kToStart : Way::kToEnd; }
 
 template <class T>
 class Decay {
@@ -75,6 +76,9 @@ class Decay {
   const T* sent(Way way, std::int64_t t) const {
     return way == Way::kToEnd ? to_end(t) : from_start(t);
   }
+  // The same for all tokens where features fade alike; else null.
+  const T* sent_column(Way way) const { return fades() && !per_feature() ? sent(way, 0) : nullptr; }
+  const T* received_column(Way way) const { return sent_column(opposite(way)); }
   std::int64_t stride() const { return stride_; }
   Passage<T> passage() const { return of(total_); }
 
@@ -118,7 +122,7 @@ class Decay {
   }
   // Rows that see a state from before the chunk, or after it.
   void receive(Way way, std::int64_t t, const T* in, std::int64_t n, T* out) const {
-    scale_row(sent(way == Way::kToEnd ? Way::kToStart : Way::kToEnd, t), in, n, out);
+    scale_row(sent(opposite(way), t), in, n, out);
   }
 
   // Weights of a later token t and an earlier one m that are products of both; others become 0.

@@ -47,8 +47,10 @@ class FadingGradients {
         rows_(decay.fades() ? chunk_size(p) : 0),
         width_(decay.width()),
         weights_(rows_ * rows_),
-        part_(rows_ * max_of(layout.feature_width, layout.denominator_width)),
-        sent_(rows_ * layout.feature_width),
+        columns_(rows_ * max_of(layout.feature_width, layout.value_width)),
+        state_columns_(rows_ > 0 ? layout.value_width * layout.feature_width : 0),
+        part_(rows_ * layout.feature_width),
+        sent_(decay.per_feature() ? rows_ * layout.feature_width : 0),
         strict_(layout.denominator_width),
         running_(layout.denominator_width),
         terms_(rows_ * width_),
@@ -202,18 +204,24 @@ class FadingGradients {
     }
   }
 
-  // part_ = what tokens have from a state that has come this way to the chunk.
-  void read_state(Way way, std::int64_t size, const FadingTokens<T>& tokens, const T* state) const {
+  // part = beta part + what tokens have from a state that has come this way to the chunk. Where
+  // features fade apart, beta is 0.
+  void read_state(Way way, std::int64_t size, const FadingTokens<T>& tokens, const T* state, T beta,
+                  T* part) const {
     const std::int64_t rw = layout_.feature_width, vw = layout_.value_width;
-    gemm(Op::kPlain, Op::kTransposed, size, layout_.features, layout_.values, tokens.y, vw, state,
-         vw, T(0), part_, rw);
+    const T* const factors = decay_.received_column(way);
+    transpose(layout_.features, layout_.values, state, vw, state_columns_.get(), rw);
+    multiply(size, rw, layout_.values, plain(tokens.y, vw).times(factors), state_columns_.get(), rw,
+             beta, part, rw);
     const T* const z = state + layout_.z_offset();
     const bool has_z = tokens.weight == nullptr ? !own_ : shares_features_;
     for (std::int64_t t = 0; t < size; ++t) {
-      T* const row = part_ + t * rw;
+      T* const row = part + t * rw;
+      const T factor = factors == nullptr ? T(1) : factors[t];
+      // What the transposed state has beyond R is not known.
       for (std::int64_t r = layout_.features; r < rw; ++r) row[r] = 0;
-      if (has_z) add_multiple(weight_of(tokens, t), z, layout_.features, row);
-      decay_.receive(way, t, row, rw, row);
+      if (has_z) add_multiple(factor * weight_of(tokens, t), z, layout_.features, row);
+      if (decay_.per_feature()) decay_.receive(way, t, row, rw, row);
     }
   }
 
@@ -221,8 +229,9 @@ class FadingGradients {
                              const FadingTokens<T>& earlier, const T* before,
                              const T* after) const {
     const std::int64_t rw = layout_.feature_width, vw = layout_.value_width, ld = rows_;
-    gemm(Op::kPlain, Op::kTransposed, size, size, layout_.values, later.y, vw, earlier.y, vw, T(0),
-         weights_, ld);
+    transpose(size, layout_.values, earlier.y, vw, columns_.get(), ld);
+    multiply(size, size, layout_.values, plain(later.y, vw), columns_.get(), ld, T(0),
+             weights_.get(), ld, Skip::kUpperOfC);
     if (shares_features_) {
       for (std::int64_t t = 0; t < size; ++t) {
         for (std::int64_t m = 0; m < t; ++m)
@@ -235,11 +244,13 @@ class FadingGradients {
       if (decay_.per_feature()) {
         decay_.sum_earlier(size, weights_, ld, earlier.x, part);
       } else {
-        gemm(Op::kPlain, Op::kPlain, size, rw, size, weights_, ld, earlier.x, rw, T(0), part, rw);
+        multiply(size, rw, size, plain<T>(weights_, ld), earlier.x, rw, T(0), part, rw,
+                 Skip::kUpperOfA);
+        if (before != nullptr) read_state(Way::kToEnd, size, later, before, T(1), part);
       }
       add_part(size, later.x, part, T(1), terms_, later.grad_x);
-      if (before != nullptr) {
-        read_state(Way::kToEnd, size, later, before);
+      if (before != nullptr && decay_.per_feature()) {
+        read_state(Way::kToEnd, size, later, before, T(0), part_);
         add_part(size, later.x, part_, T(1), terms_, later.grad_x);
       }
     }
@@ -248,11 +259,12 @@ class FadingGradients {
     if (decay_.per_feature()) {
       decay_.sum_later(size, weights_, ld, later.x, part);
     } else {
-      gemm(Op::kTransposed, Op::kPlain, size, rw, size, weights_, ld, later.x, rw, T(0), part, rw);
+      multiply(size, rw, size, transposed<T>(weights_, ld), later.x, rw, T(0), part, rw,
+               Skip::kLowerOfA);
     }
     add_part(size, earlier.x, part, T(-1), terms_, earlier.grad_x);
     if (after != nullptr) {
-      read_state(Way::kToStart, size, earlier, after);
+      read_state(Way::kToStart, size, earlier, after, T(0), part_);
       add_part(size, earlier.x, part_, T(1), later_terms_, earlier.grad_x);
     }
   }
@@ -263,21 +275,24 @@ class FadingGradients {
     if (decay_.per_feature()) {
       decay_.make_weights(size, true, later.x, rw, earlier.x, rw, weights_, ld);
     } else {
-      gemm(Op::kPlain, Op::kTransposed, size, size, layout_.features, later.x, rw, earlier.x, rw,
-           T(0), weights_, ld);
+      transpose(size, layout_.features, earlier.x, rw, columns_.get(), ld);
+      multiply(size, size, layout_.features, plain(later.x, rw), columns_.get(), ld, T(0),
+               weights_.get(), ld, Skip::kUpperOfC);
       decay_.fade_weights(size, true, weights_, ld);
     }
     const bool of_later = later.grad_y != nullptr;
     T* const grad = of_later ? later.grad_y : earlier.grad_y;
-    gemm(of_later ? Op::kPlain : Op::kTransposed, Op::kPlain, size, layout_.values, size, weights_,
-         ld, of_later ? earlier.y : later.y, vw, beta, grad, vw);
+    multiply(size, vw, size, of_later ? plain<T>(weights_, ld) : transposed<T>(weights_, ld),
+             of_later ? earlier.y : later.y, vw, beta, grad, vw,
+             of_later ? Skip::kUpperOfA : Skip::kLowerOfA);
     const T* const state = of_later ? before : after;
     if (state == nullptr) return;
     // Keys see the state as they would pass into one that goes the other way.
-    const T* const x = decay_.send(of_later ? Way::kToStart : Way::kToEnd, size,
-                                   of_later ? later.x : earlier.x, rw, sent_);
-    gemm(Op::kPlain, Op::kPlain, size, layout_.values, layout_.features, x, rw, state, vw, T(1),
-         grad, vw);
+    const Way way = of_later ? Way::kToStart : Way::kToEnd;
+    const T* x = of_later ? later.x : earlier.x;
+    if (decay_.per_feature()) x = decay_.send(way, size, x, rw, sent_);
+    multiply(size, vw, layout_.features, plain(x, rw).times(decay_.sent_column(way)), state, vw,
+             T(1), grad, vw);
   }
 
   // total <before, after>, over E and, with one column, over R.
@@ -299,6 +314,8 @@ class FadingGradients {
   const std::int64_t rows_;           // tokens of a chunk
   const std::int64_t width_;          // of a row of terms
   Workspace<T> weights_;              // [chunk, chunk]
+  Workspace<T> columns_;              // [R, chunk] or [E, chunk], of earlier tokens
+  Workspace<T> state_columns_;        // [E, R], a state
   Workspace<T> part_, sent_;          // [chunk, R]
   Workspace<T> strict_, running_;     // [F]
   Workspace<T> terms_, later_terms_;  // [chunk, 1 or R]

@@ -19,76 +19,64 @@ class ForwardWorker {
         decay_(decay),
         tiles_(p, layout, decay),
         both_ways_(!p.causal && decay.fades()),
+        is_ordered_(p.causal || both_ways_),
         sums_weights_(p.normalize && decay.fades() && !has_own_denominator(p)),
-        left_width_(layout.feature_width + (p.causal || both_ways_ ? kChunk : 0)),
         own_size_(has_own_denominator(p) ? kChunk * layout.denominator_width : 0),
-        left_(kChunk * left_width_),
-        right_((layout.feature_width + kChunk) * layout.value_width),
+        queries_(kChunk * layout.feature_width),
         keys_(kChunk * layout.feature_width),
+        columns_(is_ordered_ ? layout.feature_width * kChunk : 0),
+        values_(kChunk * layout.value_width),
+        weights_(is_ordered_ ? kChunk * kChunk : 0),
         own_queries_(own_size_),
         own_keys_(own_size_),
         out_(kChunk * layout.value_width),
         divisors_(kChunk),
-        z_(layout.denominator_width),
         local_(layout.size()),
+        state_(is_ordered_ ? layout.size() : 0),
         later_(both_ways_ ? kChunksOfSegment * layout.size() : 0),
-        seen_(both_ways_ ? kChunk * layout.feature_width : 0),
-        reversed_(both_ways_ && decay.per_feature() ? kChunk * kChunk : 0) {
-    // What products leave beyond E is never written again.
-    set_zero(out_.get(), kChunk * layout.value_width);
-  }
+        seen_before_(decay.per_feature() ? kChunk * layout.feature_width : 0),
+        seen_after_(decay.per_feature() && both_ways_ ? kChunk * layout.feature_width : 0),
+        reversed_(both_ways_ && decay.per_feature() ? kChunk * kChunk : 0) {}
 
   void sum_keys(Way way, const Segment& segment, T* state) const {
-    tiles_.sum_keys(way, segment, keys_, right_, denominator_keys(), state);
+    tiles_.sum_keys(way, segment, keys_, values_, denominator_keys(), state);
   }
 
   // The outputs of a segment whose queries see the keys in order: it starts with the state `start`,
   // or none, and the state after it goes to `end`, unless null, which may be `start`. Where keys
   // after a query fade as well, `after` is the state, or none, of those after the segment.
-  //
-  // [queries, weights] and [S; values] stand side by side, so that past and present take one
-  // product.
   void ordered_segment(const Segment& segment, const T* start, T* end, const T* after) const {
-    const std::int64_t width = layout_.feature_width;
-    T* values = right_ + layout_.z_offset();
     if (both_ways_) sum_later(segment, after);
     core::set_zero(layout_.view(local_.get()));
     decay_.reset();
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
-      const bool has_past = start != nullptr || i > 0;
-      if (has_past) {
-        core::join(decay_.passed(), layout_.view(start), layout_.view(local_.get()),
-                   layout_.view(right_.get(), z_.get()));
-      }
+      const T* const past = state_before(i, start);
       decay_.load(chunk);
       load(chunk);
       tiles_.load_keys(chunk, keys_);
       if (own_size_ > 0) tiles_.load_denominator_keys(chunk, own_keys_);
-      tiles_.load_values(chunk, values);
-      make_weights(chunk.size, left_ + width);
-      const T* const z = has_past ? z_.get() : nullptr;
+      tiles_.load_values(chunk, values_);
+      make_weights(chunk.size);
+      const T* const z = past == nullptr ? nullptr : past + layout_.z_offset();
       if (!sums_weights_) denominators(chunk, z);
       const T* later = nullptr;
       if (both_ways_ && (after != nullptr || i + 1 < segment.chunks())) {
         later = later_ + i * layout_.size();
-        receive(Way::kToStart, chunk.size, seen_, width);
+        receive(Way::kToStart, chunk.size, seen_after_);
       }
       if (both_ways_ && !sums_weights_)
         add_later_denominators(chunk, later == nullptr ? nullptr : later + layout_.z_offset());
-      if (decay_.fades() && has_past) receive(Way::kToEnd, chunk.size, left_, left_width_);
+      if (past != nullptr) receive(Way::kToEnd, chunk.size, seen_before_);
       if (sums_weights_) sum_weights(chunk.size, z, later);
-      const std::int64_t skip = has_past ? 0 : width;
-      gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, width + chunk.size - skip,
-           left_ + skip, left_width_, right_ + skip * layout_.value_width, layout_.value_width,
-           T(0), out_, layout_.value_width);
-      if (later != nullptr) {
-        gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, layout_.features, seen_, width,
-             later, layout_.value_width, T(1), out_, layout_.value_width);
-      }
+      multiply(chunk.size, layout_.value_width, chunk.size, plain<T>(weights_, kChunk),
+               values_.get(), layout_.value_width, T(0), out_.get(), layout_.value_width,
+               both_ways_ ? Skip::kNothing : Skip::kUpperOfA);
+      if (past != nullptr) read_state(Way::kToEnd, chunk.size, seen_before_, past);
+      if (later != nullptr) read_state(Way::kToStart, chunk.size, seen_after_, later);
       store(chunk);
       if (end != nullptr || chunk.rest > chunk.size)
-        tiles_.add_keys(Way::kToEnd, chunk.size, keys_, values, denominator_keys(), local_);
+        tiles_.add_keys(Way::kToEnd, chunk.size, keys_, values_, denominator_keys(), local_);
       decay_.pass();
     }
     if (end != nullptr) layout_.join(decay_.over(segment), start, local_, end);
@@ -100,8 +88,9 @@ class ForwardWorker {
       const Chunk chunk = segment.chunk(i);
       load(chunk);
       denominators(chunk, state + layout_.z_offset());
-      gemm(Op::kPlain, Op::kPlain, chunk.size, layout_.values, layout_.features, left_, left_width_,
-           state, layout_.value_width, T(0), out_, layout_.value_width);
+      multiply(chunk.size, layout_.value_width, layout_.features,
+               plain<T>(queries_, layout_.feature_width), state, layout_.value_width, T(0),
+               out_.get(), layout_.value_width);
       store(chunk);
     }
   }
@@ -110,46 +99,54 @@ class ForwardWorker {
   T* denominator_keys() const { return own_size_ > 0 ? own_keys_.get() : keys_.get(); }
 
   void load(const Chunk& chunk) const {
-    tiles_.load_queries(chunk, left_, left_width_);
+    tiles_.load_queries(chunk, queries_, layout_.feature_width);
     if (own_size_ > 0) tiles_.load_denominator_queries(chunk, own_queries_);
   }
   void denominators(const Chunk& chunk, const T* z) const {
     if (!p_.normalize) return;
     const bool own = own_size_ > 0;
-    tiles_.denominators(chunk.size, own ? own_queries_ : left_,
-                        own ? layout_.denominator_width : left_width_, denominator_keys(), z,
-                        divisors_);
+    tiles_.denominators(chunk.size, own ? own_queries_ : queries_,
+                        own ? layout_.denominator_width : layout_.feature_width, denominator_keys(),
+                        z, divisors_);
   }
 
   void add_later_denominators(const Chunk& chunk, const T* z) const {
     if (!p_.normalize) return;
     const bool own = own_size_ > 0;
-    tiles_.add_later_denominators(chunk.size, own ? own_queries_ : left_,
-                                  own ? layout_.denominator_width : left_width_, denominator_keys(),
-                                  z, divisors_);
+    tiles_.add_later_denominators(chunk.size, own ? own_queries_ : queries_,
+                                  own ? layout_.denominator_width : layout_.feature_width,
+                                  denominator_keys(), z, divisors_);
+  }
+
+  // The state of the keys before chunk i of a segment, or null where there are none.
+  const T* state_before(std::int64_t i, const T* start) const {
+    if (start == nullptr) return i == 0 ? nullptr : local_.get();
+    layout_.join(decay_.passed(), start, local_, state_);
+    return state_;
   }
 
   // The products of the queries and keys of a chunk, as far as they count.
-  void make_weights(std::int64_t size, T* weights) const {
+  void make_weights(std::int64_t size) const {
     const std::int64_t width = layout_.feature_width;
     if (decay_.per_feature()) {
-      decay_.make_weights(size, false, left_, left_width_, keys_, width, weights, left_width_);
+      decay_.make_weights(size, false, queries_, width, keys_, width, weights_, kChunk);
       if (!both_ways_) return;
-      decay_.make_weights(size, true, keys_, width, left_, left_width_, reversed_, kChunk);
+      decay_.make_weights(size, true, keys_, width, queries_, width, reversed_, kChunk);
       for (std::int64_t t = 0; t < size; ++t) {
         for (std::int64_t m = t + 1; m < size; ++m)
-          weights[t * left_width_ + m] = reversed_[m * kChunk + t];
+          weights_[t * kChunk + m] = reversed_[m * kChunk + t];
       }
       return;
     }
-    gemm(Op::kPlain, Op::kTransposed, size, size, layout_.features, left_, left_width_, keys_,
-         width, T(0), weights, left_width_);
+    transpose<T>(size, layout_.features, keys_, width, columns_, kChunk);
+    multiply(size, size, layout_.features, plain<T>(queries_, width), columns_.get(), kChunk, T(0),
+             weights_.get(), kChunk, both_ways_ ? Skip::kNothing : Skip::kUpperOfC);
     if (both_ways_) {
-      decay_.fade_weights_both_ways(size, weights, left_width_);
+      decay_.fade_weights_both_ways(size, weights_, kChunk);
     } else if (decay_.fades()) {
-      decay_.fade_weights(size, false, weights, left_width_);
+      decay_.fade_weights(size, false, weights_, kChunk);
     } else {
-      tiles_.keep_lower_triangle(size, weights, left_width_);
+      tiles_.keep_lower_triangle(size, weights_, kChunk);
     }
   }
 
@@ -157,25 +154,38 @@ class ForwardWorker {
   // rows of weights, and what the queries, as they see the states, have from z and from `later` (or
   // null).
   void sum_weights(std::int64_t size, const T* z, const T* later) const {
-    const std::int64_t width = layout_.feature_width;
     for (std::int64_t t = 0; t < size; ++t) {
-      const T* const queries = left_ + t * left_width_;
-      T sum = sum_row<T>(queries + width, size) + static_cast<T>(p_.eps);
-      if (z != nullptr) sum += dot<T>(queries, z, width);
-      if (later != nullptr) sum += dot<T>(seen_ + t * width, later + layout_.z_offset(), width);
+      T sum = sum_row<T>(weights_ + t * kChunk, size) + static_cast<T>(p_.eps);
+      if (z != nullptr) sum += seen_product(Way::kToEnd, t, seen_before_, z);
+      if (later != nullptr)
+        sum += seen_product(Way::kToStart, t, seen_after_, later + layout_.z_offset());
       divisors_[t] = sum;
     }
   }
 
-  // Queries as they see a state that has come this way to the chunk.
-  void receive(Way way, std::int64_t size, T* out, std::int64_t ld) const {
+  // Queries as they see a state that has come this way to the chunk, where features fade apart;
+  // else their factors are those of whole rows.
+  void receive(Way way, std::int64_t size, T* out) const {
+    if (!decay_.per_feature()) return;
+    const std::int64_t width = layout_.feature_width;
     for (std::int64_t t = 0; t < size; ++t)
-      decay_.receive(way, t, left_ + t * left_width_, layout_.feature_width, out + t * ld);
+      decay_.receive(way, t, queries_ + t * width, width, out + t * width);
+  }
+  T seen_product(Way way, std::int64_t t, const T* seen, const T* z) const {
+    const std::int64_t width = layout_.feature_width;
+    if (decay_.per_feature()) return dot<T>(seen + t * width, z, width);
+    return decay_.received_column(way)[t] * dot<T>(queries_ + t * width, z, width);
+  }
+  // out += what queries have from such a state.
+  void read_state(Way way, std::int64_t size, const T* seen, const T* state) const {
+    const T* const queries = decay_.per_feature() ? seen : queries_.get();
+    multiply(size, layout_.value_width, layout_.features,
+             plain(queries, layout_.feature_width).times(decay_.received_column(way)), state,
+             layout_.value_width, T(1), out_.get(), layout_.value_width);
   }
 
   // later_[i] = the state of the keys after chunk i, in the segment and in `after` (or none).
   void sum_later(const Segment& segment, const T* after) const {
-    T* const values = right_ + layout_.z_offset();
     for (std::int64_t i = segment.chunks() - 1; i >= 0; --i) {
       T *const state = later_ + i * layout_.size(), *const next = state + layout_.size();
       if (i + 1 == segment.chunks()) {
@@ -185,10 +195,10 @@ class ForwardWorker {
       const Chunk chunk = segment.chunk(i + 1);
       decay_.load(chunk);
       tiles_.load_keys(chunk, keys_);
-      tiles_.load_values(chunk, values);
+      tiles_.load_values(chunk, values_);
       if (own_size_ > 0) tiles_.load_denominator_keys(chunk, own_keys_);
       layout_.copy(next, state);
-      tiles_.add_keys(Way::kToStart, chunk.size, keys_, values, denominator_keys(), state);
+      tiles_.add_keys(Way::kToStart, chunk.size, keys_, values_, denominator_keys(), state);
     }
   }
 
@@ -205,22 +215,25 @@ class ForwardWorker {
   const StateLayout<T>& layout_;
   Decay<T>& decay_;
   const AttentionTiles<Storage> tiles_;
-  const bool both_ways_;     // keys fade with the lag before and after a query
-  const bool sums_weights_;  // for the denominators
-  const std::int64_t left_width_;
+  const bool both_ways_;         // keys fade with the lag before and after a query
+  const bool is_ordered_;        // there are chunks of weights
+  const bool sums_weights_;      // for the denominators
   const std::int64_t own_size_;  // of a tile of the denominator's own features
-  Workspace<T> left_;            // [chunk, R + chunk]: queries, weights
-  Workspace<T> right_;           // [R + chunk, E]: S, values
+  Workspace<T> queries_;         // [chunk, R]
   Workspace<T> keys_;            // [chunk, R]
+  Workspace<T> columns_;         // [R, chunk], keys
+  Workspace<T> values_;          // [chunk, E]
+  Workspace<T> weights_;         // [chunk, chunk]
   Workspace<T> own_queries_;     // [chunk, F], of the denominator
   Workspace<T> own_keys_;        // [chunk, F], of the denominator
   Workspace<T> out_;             // [chunk, E]
   Workspace<T> divisors_;        // [chunk]
-  Workspace<T> z_;               // [F]
   Workspace<T> local_;           // state of the segment's own keys
+  Workspace<T> state_;           // state before a chunk
   Workspace<T> later_;           // [chunks], states of the keys after each chunk
-  Workspace<T> seen_;            // [chunk, R], queries as they see such a state
-  Workspace<T> reversed_;        // [chunk, chunk], weights of later keys
+  // [chunk, R], queries as they see states on both sides, where features fade apart.
+  Workspace<T> seen_before_, seen_after_;
+  Workspace<T> reversed_;  // [chunk, chunk], weights of later keys
 };
 
 // Segments in parallel, once their states are known.

@@ -7,7 +7,7 @@
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 namespace {
 
-constexpr std::int64_t kWorthThreads = 1 << 16;  // elements of states
+constexpr std::int64_t kWorthThreads = 1 << 17;  // elements of states
 
 template <class Storage>
 void one_position(const LinearAttentionParams& p) {

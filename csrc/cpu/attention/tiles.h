@@ -2,9 +2,9 @@
 // and what forward and backward do with them alike.
 #pragma once
 
-#include "blas.h"
 #include "core/feature_map.h"
 #include "cpu/rows.h"
+#include "products.h"
 #include "state.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
@@ -93,8 +93,9 @@ class AttentionTiles {
         decay_(decay),
         sum_(layout.denominator_width),
         row_sum_(layout.denominator_width),
-        sent_(decay.fades() ? kChunk * layout.feature_width : 0),
-        sent_denominators_(decay.fades() ? kChunk * layout.denominator_width : 0) {}
+        sent_(decay.per_feature() ? kChunk * layout.feature_width : 0),
+        sent_values_(decay.fades() ? kChunk * layout.value_width : 0),
+        sent_denominators_(decay.per_feature() ? kChunk * layout.denominator_width : 0) {}
 
   // phi(q) [chunk, R], rows `ld` apart.
   void load_queries(const Chunk& chunk, T* out, std::int64_t ld) const {
@@ -132,28 +133,47 @@ class AttentionTiles {
     }
   }
 
-  // Joins a state that goes one way with the sums over the chunk of keys that the decay is loaded
-  // for: S += keys^T values, z += the sum of denominator_keys.
-  void add_keys(Way way, std::int64_t size, const T* keys, const T* values,
-                const T* denominator_keys, T* state) const {
+  // Joins a state that goes one way with the sums over a chunk of tokens that the decay is loaded
+  // for: S += x^T y, z += the sum of weights x, or of weights own_x where that is not null. Weights
+  // that are null are 1.
+  void add_to_state(Way way, std::int64_t size, const T* x, const T* y, const T* own_x,
+                    const T* weights, T* state) const {
+    const Passage<T> passage = decay_.passage();
+    // Where features fade alike, their factors are those of rows of y, and S is carried on its way
+    // through the product.
+    T carried = 1;
+    if (decay_.per_feature()) {
+      core::carry(passage, layout_.view(state));
+      x = decay_.send(way, size, x, layout_.feature_width, sent_);
+      if (own_x != nullptr)
+        own_x = decay_.send(way, size, own_x, layout_.denominator_width, sent_denominators_);
+    } else {
+      carried = core::carry(passage, 0, T(1));
+      y = decay_.send(way, size, y, layout_.value_width, sent_values_);
+    }
+    multiply(layout_.features, layout_.value_width, size, transposed(x, layout_.feature_width), y,
+             layout_.value_width, carried, state, layout_.value_width);
+    const T* const of_z = own_x == nullptr ? x : own_x;
+    const T* const factors = decay_.sent_column(way);
     const std::int64_t width = layout_.denominator_width;
-    core::carry(decay_.passage(), layout_.view(state));
-    const bool own = denominator_keys != keys;
-    keys = decay_.send(way, size, keys, layout_.feature_width, sent_);
-    denominator_keys =
-        own ? decay_.send(way, size, denominator_keys, width, sent_denominators_) : keys;
-    gemm(Op::kTransposed, Op::kPlain, layout_.features, layout_.values, size, keys,
-         layout_.feature_width, values, layout_.value_width, T(1), state, layout_.value_width);
     set_zero(sum_.get(), width);
     for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t f = 0; f < width; ++f) sum_[f] += denominator_keys[t * width + f];
+      const T weight =
+          (weights == nullptr ? T(1) : weights[t]) * (factors == nullptr ? T(1) : factors[t]);
+      for (std::int64_t f = 0; f < width; ++f) sum_[f] += weight * of_z[t * width + f];
     }
     T* const z = state + layout_.z_offset();
-    for (std::int64_t f = 0; f < width; ++f) z[f] += sum_[f];
+    for (std::int64_t f = 0; f < width; ++f) z[f] = carried * z[f] + sum_[f];
   }
 
-  // The sums over a segment of keys. The tiles are scratch memory; where the denominator has no
-  // features of its own, denominator_keys is keys.
+  // The same for keys; where the denominator has no features of its own, denominator_keys is keys.
+  void add_keys(Way way, std::int64_t size, const T* keys, const T* values,
+                const T* denominator_keys, T* state) const {
+    add_to_state(way, size, keys, values, denominator_keys == keys ? nullptr : denominator_keys,
+                 nullptr, state);
+  }
+
+  // The sums over a segment of keys. The tiles are scratch memory.
   void sum_keys(Way way, const Segment& segment, T* keys, T* values, T* denominator_keys,
                 T* state) const {
     core::set_zero(layout_.view(state));
@@ -245,8 +265,9 @@ class AttentionTiles {
   const LinearAttentionParams& p_;
   const StateLayout<T>& layout_;
   Decay<T>& decay_;
-  Workspace<T> sum_, row_sum_;             // [F]
-  Workspace<T> sent_, sent_denominators_;  // [chunk, R] and [chunk, F], times factors of a decay
+  Workspace<T> sum_, row_sum_;  // [F]
+  // Times factors of a decay.
+  Workspace<T> sent_, sent_values_, sent_denominators_;  // [chunk, R], [chunk, E] and [chunk, F]
 };
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA

@@ -70,18 +70,22 @@ class PhasorEncoder {
     const T* constant = static_cast<const T*>(p_.constant);
     for (std::int64_t row = 0; row < count * features_; ++row) {
       const std::int64_t d = row % features_;
-      for (std::int64_t i = 0; i < width_; ++i) {
-        const bool inside = d < p_.in_features && i < p_.num_pairs;
-        const std::int64_t from =
-            ((first + row / features_) * p_.in_features + d) * p_.num_pairs + i;
-        for (std::int64_t a = 0; a < p_.ndim; ++a)
-          freqs_[(a * rows_of_heads_ + row) * width_ + i] =
-              inside ? p_.freqs[from * p_.ndim + a] : 0;
-        for (std::int64_t part = 0; part < 2; ++part) {
-          const std::int64_t to = (2 * row + part) * width_ + i;
-          coefficients_[to] = inside ? coefficients[2 * from + part] : 0;
-          constant_[to] = inside && constant != nullptr ? constant[2 * from + part] : 0;
-        }
+      const std::int64_t pairs = d < p_.in_features ? p_.num_pairs : 0;
+      const std::int64_t from =
+          ((first + row / features_) * p_.in_features + d) * p_.num_pairs;  // where there are pairs
+      for (std::int64_t a = 0; a < p_.ndim; ++a) {
+        double* to = freqs_ + (a * rows_of_heads_ + row) * width_;
+        for (std::int64_t i = 0; i < pairs; ++i) to[i] = p_.freqs[(from + i) * p_.ndim + a];
+        for (std::int64_t i = pairs; i < width_; ++i) to[i] = 0;
+      }
+      for (std::int64_t part = 0; part < 2; ++part) {
+        T* to = coefficients_ + (2 * row + part) * width_;
+        for (std::int64_t i = 0; i < pairs; ++i) to[i] = coefficients[2 * (from + i) + part];
+        for (std::int64_t i = pairs; i < width_; ++i) to[i] = 0;
+        to = constant_ + (2 * row + part) * width_;
+        const std::int64_t constants = constant == nullptr ? 0 : pairs;
+        for (std::int64_t i = 0; i < constants; ++i) to[i] = constant[2 * (from + i) + part];
+        for (std::int64_t i = constants; i < width_; ++i) to[i] = 0;
       }
     }
     if (consecutive_)

@@ -26,6 +26,7 @@ class SineBasis {
  public:
   explicit SineBasis(const core::SineFilterParams& p)
       : p_(p),
+        columns_(p.length == 1 ? 1 : min_of(kSineTile, round_up(p.length, kLanes<T>))),
         steps_(p.positions == nullptr ? p.in_features * p.num_sines * 2 * kSineTile : 0),
         cos_first_(p.in_features * p.num_sines),
         sin_first_(p.in_features * p.num_sines) {
@@ -54,7 +55,7 @@ class SineBasis {
       }
       if (p_.constant != nullptr) {
         T* row = basis + (d * rows + rows - 1) * kSineTile;
-        for (std::int64_t t = 0; t < kSineTile; ++t) row[t] = scale[t];
+        for (std::int64_t t = 0; t < columns_; ++t) row[t] = scale[t];
       }
     }
   }
@@ -68,7 +69,8 @@ class SineBasis {
       const double freq = freqs()[dk];
       T* cos_row = steps_ + dk * 2 * kSineTile;
       T* sin_row = cos_row + kSineTile;
-      for (std::int64_t t = 0; t < kSineTile; ++t) {
+      cos_row[0] = 1, sin_row[0] = 0;
+      for (std::int64_t t = p_.length == 1 ? columns_ : 0; t < columns_; ++t) {
         core::cos_sin_cycles(core::reduce_cycles(freq, static_cast<double>(t)), cos_row + t,
                              sin_row + t);
       }
@@ -91,7 +93,7 @@ class SineBasis {
     const T c = cos_first_[i], s = sin_first_[i];
     const T* __restrict cos_step = steps_ + dk * 2 * kSineTile;
     const T* __restrict sin_step = cos_step + kSineTile;
-    for (std::int64_t t = 0; t < kSineTile; ++t) {
+    for (std::int64_t t = 0; t < columns_; ++t) {
       cos_row[t] = (c * cos_step[t] - s * sin_step[t]) * scale[t];
       sin_row[t] = (s * cos_step[t] + c * sin_step[t]) * scale[t];
     }
@@ -119,6 +121,7 @@ class SineBasis {
   }
 
   const core::SineFilterParams& p_;
+  const std::int64_t columns_;          // that are made: no more than a short sequence needs
   Workspace<T> steps_;                  // [D, K, 2, kSineTile]
   Workspace<T> cos_first_, sin_first_;  // [D, K], at the first position of the tile
   T ones_[kSineTile];

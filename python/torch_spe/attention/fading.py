@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_spe.decay import KINDS, Decay, steps_between
+from torch_spe.attention.places import Places
+from torch_spe.decay import KINDS, Decay, check_rising, steps_between
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import FeatureMap, apply_feature_map
 from torch_spe.positions import Position
@@ -43,6 +45,8 @@ def make_decay(
         dtype: of the parameters.
     """
     if decay is None:
+        if not decay_gate:
+            raise ValueError(f"{OWNER}: decay_gate must be True without a decay, got False")
         return None
     if isinstance(decay, str) and decay in KINDS:
         decay = Decay(
@@ -54,6 +58,11 @@ def make_decay(
         raise ValueError(f"{OWNER}: decay must be {kinds}, a Decay or None, got {decay!r}")
     if decay.num_heads != num_heads:
         raise ValueError(f"{OWNER}: decay must have {num_heads} heads, got {decay.num_heads}")
+    if decay.kind == "data" and decay.embed_dim != embed_dim:
+        raise ValueError(
+            f"{OWNER}: decay must have embed_dim = {embed_dim} (kdim of the layer), got "
+            f"{decay.embed_dim}"
+        )
     if position.ndim > 1:
         raise ValueError(
             f"{OWNER}: decay must be None with positions of several dimensions (ndim = "
@@ -83,21 +92,41 @@ def make_decay(
 def steps_of_call(
     decay: Decay,
     x: Tensor,  # [B, M, kdim]
-    positions: Tensor | None,  # [N]
+    places: Places,
     length: int,
 ) -> Tensor:  # [H], [H, D], [B, N, H] or [B, N, H, D]
     """Return the steps of a call of a layer whose keys are projected from `x`."""
-    if x.dim() != 3 or x.shape[1] != length:
+    if decay.kind == "data" and x.shape[1] != length:
         raise ValueError(
-            f"{OWNER}: key must be as long as query where attention fades (decay), got lengths "
-            f"{x.shape[1]} and {length}"
+            f"{OWNER}: key must be at least as long as query with decay='data', whose steps are "
+            f"made from it, got lengths {x.shape[1]} and {length}"
         )
     steps = decay(x)
-    if positions is None:
+    between = places.between
+    if between is None and (places.positions is None or places.consecutive):
         return steps
-    between = steps_between(OWNER, positions).to(steps.dtype)
+    if between is None:
+        positions = places.positions if places.each else places.positions.unsqueeze(0)
+        between = steps_between(positions.squeeze(-1) if positions.dim() == 3 else positions)
+    check_rising(OWNER, between)
     after_tokens = steps.dim() - (2 if decay.kind == "data" else 0)  # dimensions
-    return steps * between.view(1, -1, *[1] * after_tokens)
+    return steps * between.to(steps.dtype).view(*between.shape, *[1] * after_tokens)
+
+
+def pad_to_one_length(
+    q: Tensor,  # [B, N, H, D]
+    k: Tensor,  # [B, M, H, D]
+    v: Tensor,  # [B, M, H, E]
+    mask: Tensor | None,  # [B, M]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Append queries that nobody reads or keys that are padding: there is one order to fade in."""
+    more = q.shape[1] - k.shape[1]
+    if more < 0:
+        return F.pad(q, (0, 0, 0, 0, 0, -more)), k, v, mask
+    if mask is None:
+        mask = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (k, v))
+    return q, k, v, F.pad(mask, (0, more), value=True)
 
 
 def steps_of_features(

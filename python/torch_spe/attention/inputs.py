@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_spe.checks import is_integer, is_sequence, to_int
+from torch_spe.checks import check_tensor, is_integer, is_sequence, to_int
 
 OWNER = "SPEMultiheadAttention"
 # Float masks block with -inf or with a value whose exponential is 0 in every type.
@@ -174,6 +174,37 @@ def to_padding(
             f"{OWNER}: key_padding_mask must be bool or floating point, got {mask.dtype}"
         )
     return mask.unsqueeze(0) if layout == "unbatched" else mask
+
+
+def check_packed(
+    cu_seqlens: Tensor | None, batch: int, length: int, key_length: int, ndim: int
+) -> None:
+    """Raise unless the bounds of packed sequences may go with a batch; the operator sees the rest.
+
+    The operator checks their values as well.
+    """
+    if cu_seqlens is None:
+        return
+    check_tensor(OWNER, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in (
+        torch.int32, torch.int64
+    ):  # fmt: skip
+        raise ValueError(
+            f"{OWNER}: cu_seqlens must be int32 or int64 of shape [S + 1], got "
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if batch != 1 or length != key_length or ndim != 1:
+        raise ValueError(
+            f"{OWNER}: cu_seqlens must be None unless all sequences are packed in one (batch 1, as "
+            "many keys as queries) with positions of one dimension, got a batch of "
+            f"{batch}, lengths {length} and {key_length}, ndim {ndim}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            raise ValueError(
+                f"{OWNER}: cu_seqlens must rise from 0 to {length}, the length, got {bounds}"
+            )
 
 
 def check_grid(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_spe import functional
-from torch_spe.attention import fading, inputs
-from torch_spe.autocast import attend_in_range
+from torch_spe.attention import encoding, fading, inputs
+from torch_spe.attention.attend import Call, attend_features, attend_inputs
+from torch_spe.attention.places import find_places
+from torch_spe.attention.state import AttentionState
+from torch_spe.attention.uses import shift_state, start_state, weights_of_layer
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -23,15 +25,11 @@ from torch_spe.checks import (
     check_tensor,
 )
 from torch_spe.decay import Decay, check_range
-from torch_spe.encoder import Encoder
-from torch_spe.feature_maps import FeatureMap, check_feature_map, map_features
+from torch_spe.feature_maps import FeatureMap, check_feature_map
 from torch_spe.filters import SPEFilter
 from torch_spe.initialization import reset_modules
-from torch_spe.positions import NoPositions, Position
+from torch_spe.positions import Position
 from torch_spe.positions.registry import find_preset, make_position
-
-# What a layer with position=None calls; the layer's own sizes do not matter to it.
-NO_POSITIONS = NoPositions()
 
 
 class SPEMultiheadAttention(nn.Module):
@@ -85,8 +83,9 @@ class SPEMultiheadAttention(nn.Module):
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters; those of positions are at least float32 (docs/precision.md).
-        position: ``"sine"`` (`SineSPE` with phase noise and bandwidths, the best beyond the trained
-            length in docs/experiments.md), ``"exact"`` (`SineSPE` without noise, ``num_sines=1``),
+        position: ``"fading"`` (`SineSPE` without noise, ``num_sines=1``, and a learned decay: the
+            best in docs/experiments.md), ``"exact"`` (the same sines without a decay), ``"sine"``
+            (`SineSPE` with phase noise and bandwidths, the default before version 0.2),
             ``"paper"`` (`SineSPE` as in the paper: Gaussian noise, its `encode` and `init`),
             ``"conv"`` (`ConvSPE`), ``"rotary"`` (`RotaryPositions`), None, a name given to
             `torch_spe.register_position`, or a module or subclass of `torch_spe.Position`
@@ -111,23 +110,25 @@ class SPEMultiheadAttention(nn.Module):
         eps: added to the denominator (not with `PositiveFeatures`, see `LinearAttention`); under
             the root of the output norm.
         decay: None, ``"learned"``, ``"fixed"``, ``"feature"`` or ``"data"``, see `Decay`, or a
-            module of this class. ``"feature"`` needs positions whose encoded features belong to one
-            feature of the input: `SineSPE` without noise, rotary ones (the two features of a pair
-            fade alike) or none.
+            module of this class. Default ``"learned"`` for ``position="fading"``, else None.
+            ``"feature"`` needs positions whose encoded features belong to one feature of the
+            input: `SineSPE` without noise, rotary ones (the two features of a pair fade alike) or
+            none.
         decay_range: smallest and largest time constant at the start, in positions.
         decay_gate: whether what the gate adds, which knows no positions, fades as well. False needs
             the same positions as ``"feature"``.
-        options: of the named position: ``num_sines=4``, ``ndim=1``, ``noise="phase"``,
-            ``bandwidth`` (True with phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``,
-            ``ndim=1`` for ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``,
-            ``noise_stride=1`` for ``"conv"``; ``frequencies="fixed"``, ``base=10000`` for
-            ``"rotary"``. Of a class or a registered name: the arguments of its constructor.
+        options: of the named position: ``num_sines=1`` for ``"fading"``, and ``ndim=1`` for
+            ``"exact"``; ``num_sines=4``, ``ndim=1``, ``noise="phase"``, ``bandwidth`` (True with
+            phase noise) for ``"sine"`` (see `SineSPE`); ``num_sines=4``, ``ndim=1`` for
+            ``"paper"``; ``kernel_size=64``, ``ndim=1``, ``noise="gaussian"``, ``noise_stride=1``
+            for ``"conv"``; ``frequencies="fixed"``, ``base=10000`` for ``"rotary"``. Of a class or
+            a registered name: the arguments of its constructor.
 
     Raises:
         ValueError, TypeError: an argument is not what it must be; the message names it.
 
     Example:
-        >>> attention = SPEMultiheadAttention(64, 4, batch_first=True, position="sine")
+        >>> attention = SPEMultiheadAttention(64, 4, batch_first=True)
         >>> x = torch.randn(2, 100, 64)
         >>> attention(x, x, x, is_causal=True)[0].shape
         torch.Size([2, 100, 64])
@@ -136,6 +137,8 @@ class SPEMultiheadAttention(nn.Module):
     # PyTorch's containers read it: unless it is False, nn.TransformerEncoderLayer computes softmax
     # attention from the projections in eval mode and never calls this module.
     _qkv_same_embed_dim = False
+    # The encoder of the fixed noise, see encoding.KeptEncoder; of this object alone.
+    _kept: encoding.KeptEncoder | None = None
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class SPEMultiheadAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        position: str | nn.Module | None = "sine",
+        position: str | nn.Module | None = "fading",
         encode: Literal["features", "inputs"] | None = None,
         feature_map: FeatureMap = "elu",
         output_norm: Literal["rms", "default"] | None = "default",
@@ -162,7 +165,7 @@ class SPEMultiheadAttention(nn.Module):
         resample: Literal["train", "always", "never"] = "train",
         seed: int = 0,
         eps: float = 1e-6,
-        decay: Literal["learned", "fixed", "feature", "data"] | Decay | None = None,
+        decay: Literal["learned", "fixed", "feature", "data", "default"] | Decay | None = "default",
         decay_range: Sequence[float] = (8.0, 1e5),
         decay_gate: bool = True,
         **options: object,
@@ -196,6 +199,7 @@ class SPEMultiheadAttention(nn.Module):
         preset = find_preset(owner, position)
         encode = preset.encode if encode is None else encode
         init = preset.init if init is None else init
+        decay = preset.decay if isinstance(decay, str) and decay == "default" else decay
         check_choice(owner, "encode", encode, ("features", "inputs"))
         check_choice(owner, "output_norm", output_norm, ("rms", None, "default"))
         check_choice(owner, "init", init, ("published", "spread"))
@@ -266,6 +270,16 @@ class SPEMultiheadAttention(nn.Module):
         self.decay_gate = decay_gate
         self._reset_projections()
 
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        own = getattr(self.position, "bandwidths", None)
+        if self.decay is not None and own is None and f"{prefix}position.bandwidths" in state_dict:
+            errors = arguments[-1]
+            errors.append(
+                f"SPEMultiheadAttention: {prefix}position.bandwidths is that of a layer made with "
+                "position='sine', the default before version 0.2: make this one with it"
+            )
+
     def reset_parameters(self) -> None:
         """Draw all parameters as the constructor does, a shared position's included."""
         reset_modules(self.out_proj, self.position, self.filter, self.feature_map, self.decay)
@@ -294,12 +308,14 @@ class SPEMultiheadAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,  # [N, M]
         average_attn_weights: bool = True,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         *,
-        start: float | Sequence[float] = 0,
-        positions: Tensor | None = None,  # [N] or [N, ndim]
+        start: float | Sequence[float] | Tensor = 0,
+        positions: Tensor | None = None,  # [N], [N, ndim], [B, N] or [B, N, ndim]
         grid: Sequence[int] | None = None,
-    ) -> tuple[Tensor, None]:  # [N, B, embed_dim]
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+    ) -> tuple[Tensor, AttentionState | None]:  # [N, B, embed_dim]
         """Attend.
 
         Args:
@@ -320,65 +336,202 @@ class SPEMultiheadAttention(nn.Module):
                 ``nn.MultiheadAttention``.
             average_attn_weights: without effect.
             is_causal: a position attends to those up to itself only; N and M must be equal. Needs
-                no attn_mask.
-            start: first position, for a part of a longer sequence.
+                no attn_mask. Default False, and True with a state.
+            start: first position, for a part of a longer sequence; or ``[B]``, of each sequence, as
+                for a batch that is padded on the left.
             positions: ``[N]`` or ``[N, ndim]``, int or float, of queries and keys alike, instead
-                of consecutive ones.
+                of consecutive ones; or ``[B, N]`` or ``[B, N, ndim]``, of each sequence.
             grid: sizes (height and width, say) whose product is N and M: the positions of a
                 flattened input lie on this grid, row by row. For a position module of ndim > 1.
+            state: of the tokens before, from `initial_state` or an earlier call: the call is about
+                the next ones, any number of them, at the positions that follow. Padding does not
+                count there, wherever it is. With ``is_causal=False`` they see each other in both
+                directions. Without keys (M = 0) queries attend to the state, and stand at `start`.
+            cu_seqlens: int32 or int64, ``[S + 1]``: bounds of S sequences packed in one (B = 1,
+                M = N), with positions of their own; 0 first, N last. A state has a row for each.
 
         Returns:
-            The output, of the layout of `query`, and None in the place of the weights.
+            The output, of the layout of `query`; and the next state, or None without a state.
 
         Raises:
             ValueError, TypeError: an argument does not fit, or asks for what linear attention
                 cannot do.
         """
         owner = "SPEMultiheadAttention"
+        if is_causal is None:
+            is_causal = state is not None and attn_mask is None
         check_flags(owner, need_weights=need_weights, is_causal=is_causal)
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             check_tensor(owner, name, mask, optional=True)
         if need_weights:
             raise ValueError(
                 f"{owner}: need_weights must be False: linear attention never forms the matrix of "
-                f"weights, got {need_weights!r}"
+                f"weights, got {need_weights!r}; attention_weights computes it for short sequences"
             )
         if isinstance(query, Tensor) and query.is_nested and query is key and key is value:
             padded, padding = inputs.from_nested(
                 query, key_padding_mask, attn_mask, self.batch_first
             )
-            out, _ = self(
+            out, state = self(
                 padded, padded, padded, padding, is_causal=is_causal, start=start,
-                positions=positions, grid=grid,
+                positions=positions, grid=grid, state=state, cu_seqlens=cu_seqlens,
             )  # fmt: skip
-            return inputs.to_nested(out, query), None
+            return inputs.to_nested(out, query), state
         position, sizes = self._position(), (self.embed_dim, self.kdim, self.vdim)
         query, key, value, layout = inputs.to_batch_first(
             query, key, value, sizes, self.batch_first, position.ndim
         )
         size, batch = tuple(query.shape[1:-1]), query.shape[0]
         length, key_length = math.prod(size), math.prod(key.shape[1:-1])
+        if is_causal and state is not None and key_length == 0:
+            is_causal = False  # nothing but the state to attend to
         is_causal = inputs.find_causal(
             attn_mask, is_causal, length, key_length, batch, self.num_heads
         )
         mask = inputs.to_padding(key_padding_mask, batch, key_length, layout)
+        inputs.check_packed(cu_seqlens, batch, length, key_length, position.ndim)
+        places = find_places(
+            position, batch, length, key_length, start, positions, state, mask, cu_seqlens,
+            query.device,
+        )  # fmt: skip
 
         q, k, v = self._project(query, key, value)
         v = v.flatten(1, -3)
         if grid is not None:
             grid = inputs.check_grid(grid, length, key_length, layout, position.ndim)
             q, k = q.unflatten(1, grid), k.unflatten(1, grid)
-        attend = self._attend_features if self.encode == "features" else self._attend_inputs
-        out = attend(q, k, v, start, positions, is_causal, mask, key)
+        if self.decay is not None and length != key_length:
+            if state is not None:
+                raise ValueError(
+                    f"{owner}: key must be as long as query with a state where attention fades "
+                    "(decay, which position='fading' has): the state has faded up to the last "
+                    f"token before, got lengths {key_length} and {length}"
+                )
+            q, k, v, mask = fading.pad_to_one_length(q, k, v, mask)
+        call = Call(places, is_causal, mask, key, state, cu_seqlens)
+        attend = attend_features if self.encode == "features" else attend_inputs
+        out, sums = attend(self, q, k, v, call)
+        out = out[:, :length]
+        if state is not None:
+            state = AttentionState(*sums, places.after, state.seed)
         if self.output_norm == "rms" and self.encode == "inputs":
             out = F.rms_norm(out, out.shape[-1:], eps=self.eps)
         out = F.dropout(out.flatten(-2), self.dropout, self.training)
         out = self.out_proj(out)
         if layout == "unbatched":
-            return out[0], None
+            return out[0], state
         if layout == "grid":
-            return out.unflatten(1, size), None
-        return (out if layout == "batch first" else out.transpose(0, 1)), None
+            return out.unflatten(1, size), state
+        return (out if layout == "batch first" else out.transpose(0, 1)), state
+
+    def initial_state(
+        self, batch: int = 1, start: float | Sequence[float] | Tensor = 0
+    ) -> AttentionState:
+        """Return the state before the first token, for ``state`` of `forward`.
+
+        Where the noise is not fixed, as in training, one is drawn for all that follows.
+
+        Args:
+            batch: sequences B.
+            start: position of the first token, or ``[B]``, of each sequence.
+
+        Raises:
+            ValueError: an argument is not what it must be.
+
+        Example:
+            >>> layer = SPEMultiheadAttention(64, 4, batch_first=True).eval()
+            >>> x = torch.randn(2, 10, 64)
+            >>> state = layer.initial_state(2)
+            >>> first, state = layer(x[:, :9], x[:, :9], x[:, :9], state=state)
+            >>> last, state = layer(x[:, 9:], x[:, 9:], x[:, 9:], state=state)
+            >>> state.position
+            10
+        """
+        return start_state(self, batch, start)
+
+    def memory_state(
+        self,
+        key: Tensor,  # [M, B, kdim]
+        value: Tensor,  # [M, B, vdim]
+        key_padding_mask: Tensor | None = None,  # [B, M]
+        *,
+        start: float | Sequence[float] | Tensor = 0,
+    ) -> AttentionState:
+        """Return the state of keys that other sequences attend to, with keys of their own or none.
+
+        Args:
+            key: ``[M, B, kdim]``, or ``[B, M, kdim]`` if batch_first, or unbatched.
+            value: the same with vdim.
+            key_padding_mask: bool ``[B, M]``, True where a key is padding. Does not count in the
+                positions.
+            start: position of the first key, or ``[B]``.
+
+        Raises:
+            ValueError: the layer has a decay: a state has faded up to its last token, while queries
+                of another sequence lie anywhere.
+        """
+        if self.decay is not None:
+            raise ValueError(
+                "SPEMultiheadAttention: memory_state needs decay=None (position='fading' has one): "
+                f"it is the same for queries at all positions, got decay={self.decay.kind!r}"
+            )
+        check_tensor("SPEMultiheadAttention", "key", key)
+        if key.dim() not in (2, 3):
+            raise ValueError(
+                "SPEMultiheadAttention: key must have 2 or 3 dimensions, got shape "
+                f"{tuple(key.shape)}"
+            )
+        batch = 1 if key.dim() == 2 else key.shape[0 if self.batch_first else 1]
+        query = key.new_zeros(*key.shape[:-1], self.embed_dim)
+        state = self.initial_state(batch, start)
+        _, state = self(query, key, value, key_padding_mask, is_causal=False, state=state)
+        return state
+
+    def shift(self, state: AttentionState, by: float | Sequence[float] | Tensor) -> AttentionState:
+        """Return a state whose tokens lie `by` positions further: a prefix for another place.
+
+        Exact to rounding, for positions without noise (``"exact"``, ``"rotary"``, None).
+
+        Args:
+            state: of this layer.
+            by: a number of positions, or ``[B]``, of each sequence.
+
+        Raises:
+            ValueError: codes have noise, or a feature map comes after the positions.
+        """
+        return shift_state(self, state, by)
+
+    def attention_weights(
+        self,
+        query: Tensor,  # [N, B, embed_dim]
+        key: Tensor | None = None,  # [M, B, kdim]
+        key_padding_mask: Tensor | None = None,  # [B, M]
+        *,
+        is_causal: bool = False,
+        start: float | Sequence[float] | Tensor = 0,
+        positions: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, H, N, M]
+        """Return the matrix that a call amounts to, to look at: of N M elements a head.
+
+        ``weights @ values`` are the heads' outputs, before the output projection. With
+        ``output_norm="rms"`` these rows are scaled afterwards; here they are divided by the
+        denominator, that is, sums of weights are near 1 where positions do not matter. Weights of
+        codes with noise have noise, and may be negative.
+
+        Args:
+            query: as in `forward`.
+            key: as in `forward`; default the query.
+            key_padding_mask: as in `forward`.
+            is_causal: as in `forward`.
+            start: as in `forward`.
+            positions: as in `forward`.
+            grid: as in `forward`.
+        """
+        return weights_of_layer(
+            self, query, query if key is None else key, key_padding_mask, is_causal=is_causal,
+            start=start, positions=positions, grid=grid,
+        )  # fmt: skip
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -399,118 +552,23 @@ class SPEMultiheadAttention(nn.Module):
 
     def _position(self) -> Position:
         """Return the position module, or the one that stands for None."""
-        return NO_POSITIONS if self.position is None else self.position
+        return encoding.NO_POSITIONS if self.position is None else self.position
 
-    def _draw(
-        self,
-        q: Tensor,  # [B, *size, H, D]
-        k: Tensor,  # [B, *size, H, D]
-        start: float | Sequence[float],
-        positions: Tensor | None,  # [N] or [N, ndim]
-    ) -> Encoder:
-        """Return what encodes the queries and keys of this call, gate included."""
-        position = self._position()
-        position.warn_of_half_precision()
-        size = tuple(max(n, m) for n, m in zip(q.shape[1:-2], k.shape[1:-2], strict=True))
-        fixed = self.resample == "never" or (self.resample == "train" and not self.training)
-        seed = self.seed if fixed else None
-        trained = used = position.num_realizations
-        if trained is not None:
-            trained = used = self.num_realizations or trained
-            if not self.training and self.eval_realizations is not None:
-                used = self.eval_realizations
-        encoder = position.draw(size, used, seed=seed, start=start, positions=positions)
-        if position.code_shape is not None:
-            encoder = self.filter.gate_code(encoder, seed=seed)
-        if self.encode == "inputs" and used != trained:
-            # The entries shrink as R grows; the feature map has learned their size in training.
-            encoder = encoder.scaled((used / trained) ** 0.25)
-        return encoder
+    def _fixes_noise(self) -> bool:
+        """Say whether the noise is that of the seed."""
+        return self.resample == "never" or (self.resample == "train" and not self.training)
 
-    def _attend_inputs(
-        self,
-        q: Tensor,  # [B, *size, H, D]
-        k: Tensor,  # [B, *size, H, D]
-        v: Tensor,  # [B, M, H, E]
-        start: float | Sequence[float],
-        positions: Tensor | None,  # [N] or [N, ndim]
-        causal: bool,
-        mask: Tensor | None,  # [B, M]
-        source: Tensor,  # [B, M, kdim], of the keys
-    ) -> Tensor:  # [B, N, H, E]
-        """Encode queries and keys, apply the feature map, and attend."""
-        encoder = self._draw(q, k, start, positions)
-        log_decay = self._log_decay(source, positions, encoder, q)
-        q, k, _ = encoder.encode_both(q, k)
-        q, k, feature_map, scaled = map_features(self.feature_map, q, k)
+    def train(self, mode: bool = True) -> SPEMultiheadAttention:
+        """Set the mode, as any module; what was kept for the fixed noise is dropped."""
+        self._kept = None
+        return super().train(mode)
 
-        def attend(v: Tensor) -> Tensor:
-            return functional.linear_attention(
-                q.flatten(1, -3), k.flatten(1, -3), v, feature_map=feature_map, causal=causal,
-                eps=0.0 if scaled else self.eps, key_padding_mask=mask,
-                log_decay=log_decay,
-            )  # fmt: skip
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._kept = None
+        return super()._apply(fn, recurse)
 
-        return attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
-
-    def _attend_features(
-        self,
-        q: Tensor,  # [B, *size, H, D]
-        k: Tensor,  # [B, *size, H, D]
-        v: Tensor,  # [B, M, H, E]
-        start: float | Sequence[float],
-        positions: Tensor | None,  # [N] or [N, ndim]
-        causal: bool,
-        mask: Tensor | None,  # [B, M]
-        source: Tensor,  # [B, M, kdim], of the keys
-    ) -> Tensor:  # [B, N, H, E]
-        """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
-        q, k, feature_map, scaled = map_features(self.feature_map, q, k)
-        rms_norm = self.output_norm == "rms"
-        # Sums of any scale are brought to that of the values first, which eps is measured by.
-        normalize = scaled or not rms_norm
-
-        def attend(v: Tensor) -> Tensor:
-            encoder = self._draw(q, k, start, positions)
-            if encoder.num_features is not None:
-                # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
-                encoder = encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
-            qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
-            log_decay = self._log_decay(source, positions, encoder, q)
-            denominator = {}
-            if normalize and (qhat is not q or khat is not k):
-                denominator = {
-                    "denominator_q": q.flatten(1, -3),
-                    "denominator_k": k.flatten(1, -3),
-                    "denominator_feature_map": feature_map,
-                }
-                if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
-                    denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
-            out = functional.linear_attention(
-                qhat.flatten(1, -3), khat.flatten(1, -3), v, feature_map=remaining, causal=causal,
-                normalize=normalize, rms_norm=not normalize, eps=0.0 if scaled else self.eps,
-                key_padding_mask=mask, log_decay=log_decay, **denominator,
-            )  # fmt: skip
-            if rms_norm and normalize:
-                out = F.rms_norm(out, out.shape[-1:], eps=max(self.eps, 1e-30))  # rows of 0 stay 0
-            return out
-
-        return attend_in_range(q, v, attend) if feature_map == "identity" else attend(v)
-
-    def _log_decay(
-        self,
-        source: Tensor,  # [B, M, kdim], of the keys
-        positions: Tensor | None,  # [N]
-        encoder: Encoder,
-        q: Tensor,  # [B, N, H, D]
-    ) -> Tensor | None:  # [H], [H, R], [B, N, H] or [B, N, H, R]
-        """Return the operator's log_decay; drawing the encoder has checked the positions."""
-        if self.decay is None:
-            return None
-        steps = fading.steps_of_call(self.decay, source, positions, q.shape[1])
-        return fading.steps_of_features(
-            self.decay, steps, encoder, q.shape[-1], self.decay_gate, q.shape[0]
-        )
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": None}
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the layer's position kernels, gate and decay included; see `SineSPE.template`."""

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from torch_spe import functional
-from torch_spe.checks import check_source, check_whole_starts
+from torch_spe.checks import (
+    check_consecutive,
+    check_lengths,
+    check_source,
+    check_whole_starts,
+)
 from torch_spe.codes.base import Code, gate_code, scale_constant
+from torch_spe.codes.blocks import CodeBlocks
 from torch_spe.noise import STREAMS, draw_normal
 
 
@@ -30,6 +36,7 @@ class ConvCode(Code):
         noise_stride: of generated noise, for each dimension.
         noise: ``[H, D, *(size + P - 1), R]``, instead of generated noise.
         constant: the gate's part of the code, ``[H, D, R]``.
+        blocks: codes of some positions, kept for single ones.
     """
 
     query_kernel: Tensor
@@ -42,6 +49,7 @@ class ConvCode(Code):
     noise_stride: tuple[int, ...] = (1,)
     noise: Tensor | None = None
     constant: Tensor | None = None
+    blocks: CodeBlocks | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -57,12 +65,36 @@ class ConvCode(Code):
     def _device(self) -> torch.device:
         return self.key_kernel.device
 
-    def at(self, start: int | Sequence[int] = 0) -> ConvCode:
+    def at(
+        self,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+        size: Sequence[int] | None = None,
+    ) -> ConvCode:
         """Return the code, same noise, at other positions: for another part of a sequence."""
         if self.noise is not None:
             raise ValueError("ConvCode.at: needs generated noise; this code was given a tensor")
+        check_consecutive("ConvCode.at", positions)
+        size = self.size if size is None else check_lengths("ConvCode.at", size)
+        if len(size) != len(self.size):
+            raise ValueError(
+                f"ConvCode.at: size must be {len(self.size)} lengths (ndim), got {size}"
+            )
         start = check_whole_starts("ConvCode.at", start, len(self.size))
-        return dataclasses.replace(self, start=start)
+        return dataclasses.replace(self, start=start, size=size)
+
+    def keep(self) -> ConvCode:
+        """Return the code with memory for the codes of some positions; see `Encoder.keep`."""
+        if len(self.size) > 1 or self.noise is not None:
+            return self
+        return dataclasses.replace(self, blocks=CodeBlocks())
+
+    def shift(self, sums: Tensor, by: Tensor) -> Tensor:
+        """Refuse: the sums hold the noise of their positions."""
+        raise ValueError(
+            "ConvCode: a state cannot be moved to other positions, as it holds the noise of those "
+            "where its keys were; compute the keys again at their new positions"
+        )
 
     def draw_gate_noise(
         self, generator: torch.Generator | None = None, seed: int | None = None
@@ -97,6 +129,8 @@ class ConvCode(Code):
     ) -> Tensor:
         """Encode queries or keys; see `Code.encode`."""
         size = self._check(x, side)
+        if self.blocks is not None and size == (1,) and not torch.compiler.is_compiling():
+            return self.blocks.encode(self, x, side, feature_map)
         kernel = self.query_kernel if side == "query" else self.key_kernel
         if self.noise is not None:
             return functional.conv_filter(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe import functional
-from torch_spe.checks import check_positions, check_source
+from torch_spe.checks import check_lengths, check_positions, check_source
 from torch_spe.codes.base import Code, check_no_gate, code_type, gate_code, scale_constant
 from torch_spe.noise import STREAMS, draw_circle, draw_normal
 
@@ -49,14 +49,16 @@ class SinusoidCode(Code):
         raise NotImplementedError
 
     def at(
-        self, start: float | Sequence[float] = 0, positions: Tensor | None = None
+        self,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+        size: Sequence[int] | None = None,
     ) -> SinusoidCode:
         """Return the code, same noise, at other positions: for another part of a sequence."""
         owner = f"{type(self).__name__}.at"
-        start = check_positions(
-            owner, self.size, len(self.start), self.freqs.device, start, positions
-        )
-        return dataclasses.replace(self, start=start, positions=positions)
+        size = self.size if size is None else check_lengths(owner, size)
+        start = check_positions(owner, size, len(self.start), self.freqs.device, start, positions)
+        return dataclasses.replace(self, start=start, positions=positions, size=size)
 
     def encode(
         self, x: Tensor, side: Literal["query", "key"], feature_map: str = "identity"
@@ -323,6 +325,15 @@ class ExactCode(SinusoidCode):
             blocks.append(values if gate else torch.zeros_like(values))
         return torch.cat(blocks, dim=-1)
 
+    def shift(self, sums: Tensor, by: Tensor) -> Tensor:  # [B, H, R, E], [B]
+        """Rotate the rows of cosines and sines; see `Encoder.shift`."""
+        cos, sin = rotation(self.freqs.movedim(-1, 1), by, sums.dtype)  # [B, H, K, D, 1]
+        shape = (self.amplitudes.shape[2], 2, self.amplitudes.shape[1])
+        sines = sums[:, :, : self.num_realizations].unflatten(2, shape)
+        even, odd = sines.unbind(3)
+        sines = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=3)
+        return torch.cat((sines.flatten(2, 4), sums[:, :, self.num_realizations :]), dim=2)
+
     def scaled(self, factor: float) -> ExactCode:
         """Return the code times a factor; see `Encoder.scaled`."""
         return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)
@@ -341,6 +352,17 @@ class ExactCode(SinusoidCode):
 def kernel_amplitudes(gains: Tensor) -> Tensor:  # [H, D, K]
     """Return the amplitudes of the sines whose products have the position kernel as their sum."""
     return F.softplus(gains.to(code_type(gains))) / math.sqrt(2 * gains.shape[-1])
+
+
+def rotation(
+    cycles: Tensor,  # [H, ...], per position
+    by: Tensor,  # [B]
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [B, H, ..., 1] twice
+    """Return cosine and sine of what phases gain in `by` positions."""
+    turns = by.to(torch.float64).view(-1, *[1] * cycles.dim()) * cycles.double()
+    angles = (2 * math.pi * (turns - turns.round())).unsqueeze(-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,8 @@ def linear_attention_state(
     Returns:
         ``(S, z)``, ``[B, H, R, E]`` and ``[B, H, R]`` or ``[B, H, F]`` (a row for each packed
         sequence with ``cu_seqlens``), in float32, or float64 for float64: an ``initial_state`` of
-        `linear_attention`. Differentiable in k, v, the initial state and denominator_k.
+        `linear_attention`. Differentiable in k, v, the initial state, denominator_k
+        and log_decay.
 
     Raises:
         ValueError: a shape, device or value does not fit; the message names the argument.

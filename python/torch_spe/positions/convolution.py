@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch_spe.autocast import without_autocast
 from torch_spe.checks import (
     check_choice,
+    check_consecutive,
     check_dtype,
     check_noise,
     check_not_nan,
@@ -79,6 +80,7 @@ class ConvSPE(SPE):
         torch.Size([2, 100, 4, 32])
     """
 
+    takes_positions = False
     query_kernel = flat_parameter("query_kernel")
     key_kernel = flat_parameter("key_kernel")
 
@@ -175,11 +177,7 @@ class ConvSPE(SPE):
                 f"ConvSPE: shape must be (batch, *size) with {self.ndim} sizes (ndim), got "
                 f"{len(size)}: {size}"
             )
-        if positions is not None:
-            raise ValueError(
-                "ConvSPE: positions must be None, since its positions are whole and consecutive; "
-                "start says where they begin"
-            )
+        check_consecutive("ConvSPE", positions)
         query_kernel, key_kernel = self._read_kernels()
         check_source("ConvSPE", generator, seed)
         start = check_whole_starts("ConvSPE", start, self.ndim)

@@ -27,6 +27,18 @@ class NoEncoder(Encoder):
         """Return the values."""
         return values
 
+    def at(
+        self,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+        size: Sequence[int] | None = None,
+    ) -> None:
+        """Return None: there is nothing to keep, and `NoPositions.draw` has the checks."""
+
+    def shift(self, sums: Tensor, by: Tensor) -> Tensor:
+        """Return the sums."""
+        return sums
+
     def encode_both(
         self, queries: Tensor, keys: Tensor, feature_map: str = "identity"
     ) -> tuple[Tensor, Tensor, str]:

@@ -37,6 +37,8 @@ class Position(FlatParameterModule):
             then has an `torch_spe.SPEFilter` with a gate. Default None.
         keeps_features: whether every encoded feature belongs to one feature of the input, as
             `torch_spe.Encoder.spread` needs it; default False.
+        takes_positions: whether `draw` takes `positions`, of any distance from each other, beside
+            consecutive ones from `start` on; default True.
     """
 
     num_heads: int
@@ -45,6 +47,7 @@ class Position(FlatParameterModule):
     num_realizations: int | None = None
     code_shape: tuple[int, int] | None = None
     keeps_features: bool = False
+    takes_positions: bool = True
 
     @classmethod
     def for_layer(

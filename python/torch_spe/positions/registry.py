@@ -26,11 +26,13 @@ class Preset:
         factory: class or function that makes the module.
         encode: the layer's default of this argument.
         init: the same.
+        decay: the same.
     """
 
     factory: Callable[..., Position]
     encode: str = "features"
     init: str = "spread"
+    decay: str | None = None
 
 
 def _sine(
@@ -48,6 +50,10 @@ def _exact(num_heads, in_features, init, device, dtype, *, num_sines=1, ndim=1):
         num_heads, in_features, num_sines=num_sines, ndim=ndim, init=init, noise="exact",
         device=device, dtype=dtype,
     )  # fmt: skip
+
+
+def _fading(num_heads, in_features, init, device, dtype, *, num_sines=1):
+    return _exact(num_heads, in_features, init, device, dtype, num_sines=num_sines)
 
 
 def _paper(num_heads, in_features, num_realizations, init, device, dtype, *, num_sines=4, ndim=1):
@@ -68,6 +74,7 @@ def _conv(
 
 
 PRESETS: dict[str, Preset] = {
+    "fading": Preset(_fading, decay="learned"),
     "sine": Preset(_sine),
     "exact": Preset(_exact),
     "paper": Preset(_paper, encode="inputs", init="published"),

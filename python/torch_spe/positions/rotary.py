@@ -22,6 +22,7 @@ from torch_spe.checks import (
     check_tensor,
     is_sequence,
 )
+from torch_spe.codes.sinusoids import rotation
 from torch_spe.encoder import Encoder
 from torch_spe.flat_parameters import flat_parameter
 from torch_spe.positions.protocol import Position
@@ -42,6 +43,25 @@ class RotaryEncoder(Encoder):
     start: float = 0.0
     positions: Tensor | None = None
 
+    def at(
+        self,
+        start: float | Sequence[float] = 0,
+        positions: Tensor | None = None,
+        size: Sequence[int] | None = None,
+    ) -> RotaryEncoder:
+        """Return the encoder at other positions; see `Encoder.at`."""
+        if size is None and positions is not None:
+            size = positions.shape[:1]
+        elif size is None:
+            size = (0,)
+        return RotaryEncoder(self.cycles, _check_positions(size, start, positions), positions)
+
+    def shift(self, sums: Tensor, by: Tensor) -> Tensor:  # [B, H, D, E], [B]
+        """Rotate the pairs of rows; see `Encoder.shift`."""
+        cos, sin = rotation(self.cycles, by, sums.dtype)  # [B, H, D / 2, 1]
+        even, odd = sums.unflatten(2, (-1, 2)).unbind(3)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=3).flatten(2, 3)
+
     def encode(
         self, x: Tensor, side: Literal["query", "key"], feature_map: str = "identity"
     ) -> Tensor:
@@ -54,6 +74,24 @@ class RotaryEncoder(Encoder):
         """Give both features of a pair the mean of their values: a rotation mixes the two."""
         pairs = values.unflatten(-1, (-1, 2))
         return pairs.mean(-1, keepdim=True).expand_as(pairs).flatten(-2)
+
+
+def _check_positions(
+    size: Sequence[int], start: float | Sequence[float], positions: Tensor | None
+) -> float:
+    """Return the first position, after checks of start and positions."""
+    if not is_sequence(size):
+        raise TypeError(
+            f"RotaryPositions: size must be a sequence of one length, got {type(size).__name__}"
+        )
+    size = check_size("RotaryPositions", (1, *size))
+    check_tensor("RotaryPositions", "positions", positions, optional=True)
+    if positions is not None and tuple(positions.shape) != size:
+        raise ValueError(
+            f"RotaryPositions: positions must have shape ({size[0]},), got {tuple(positions.shape)}"
+        )
+    (start,) = check_starts("RotaryPositions", start, 1)
+    return start
 
 
 class RotaryPositions(Position):
@@ -166,18 +204,7 @@ class RotaryPositions(Position):
         self.warn_of_half_precision()
         freqs = self.freqs
         check_not_nan("RotaryPositions", freqs=freqs)
-        if not is_sequence(size):
-            raise TypeError(
-                f"RotaryPositions: size must be a sequence of one length, got {type(size).__name__}"
-            )
-        size = check_size("RotaryPositions", (1, *size))
-        check_tensor("RotaryPositions", "positions", positions, optional=True)
-        if positions is not None and tuple(positions.shape) != size:
-            raise ValueError(
-                f"RotaryPositions: positions must have shape ({size[0]},), got "
-                f"{tuple(positions.shape)}"
-            )
-        (start,) = check_starts("RotaryPositions", start, 1)
+        start = _check_positions(size, start, positions)
         # In float64: in float32 the phase at position 10^6 would have lost its fraction.
         return RotaryEncoder(freqs.double().sigmoid() / 2, start, positions)
 

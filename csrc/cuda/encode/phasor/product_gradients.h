@@ -4,16 +4,24 @@
 
 #include "encode/phasor/gradient_parts.h"
 #include "encode/phasor/products.h"
+#include "encode/token_copy.h"
 
 namespace torch_spe::cuda {
 
 // Gradients of frequencies, coefficients and constant: a block takes 32 features and 32 pairs of
-// one head, and walks over the positions of a segment. At each one the gradients of the codes are a
-// product over the batch; lane 4 g + c has those of features g, g + 8 and pairs c + {0, 4, 8, 12}
+// one head, and walks over the positions of a segment. At each one the gradients G of the codes are
+// a product over the batch; lane 4 g + c has those of features g, g + 8 and pairs c + {0, 4, 8, 12}
 // of its warp's 16 and 16.
+//
+// What is wanted are the sums of conj(e_n) G_n and of n conj(e_n) G_n. Over a run of positions the
+// first is made as a polynomial in the rotation s by one position, S = s S + G, so that s S is what
+// the tensor cores add G to; U = s U + S counts G of the run's last position once, that of the one
+// before twice, and so on. The exact e of the last position leads from both to the sums.
 constexpr int kGradientTokens = 128;
 constexpr int kGradientFeatures = 32;
 constexpr int kGradientReal = 64;
+constexpr int kGradientPairs = 4;               // of a lane
+constexpr int kGradientBlocks = 3;              // of a multiprocessor
 constexpr std::int64_t kLongestSegment = 4096;  // positions whose sums are in float32
 
 struct PhasorGradientTiles {
@@ -39,20 +47,24 @@ struct PhasorGradientShared {
   Storage* x;     // [2, token, feature]
   Storage* grad;  // [2, token, r]
   Storage* zero;  // a row, of batch rows that there are not
+  // [i, half, thread]: of w = conj(e) G, and of (n - n_segment) w
+  Phasor<float>*sums, *slopes;
 
   TORCH_SPE_INLINE explicit PhasorGradientShared(MemoryLayout& layout)
       : x(layout.take<Storage>(2 * kGradientTokens * kRowX)),
         grad(layout.take<Storage>(2 * kGradientTokens * kRowGrad)),
-        zero(layout.take<Storage>(kRowGrad)) {}
+        zero(layout.take<Storage>(kRowGrad)),
+        sums(layout.take<Phasor<float>>(kGradientPairs * 2 * kThreads)),
+        slopes(layout.take<Phasor<float>>(kGradientPairs * 2 * kThreads)) {}
 };
 
 template <class Storage>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+__global__ void __launch_bounds__(kThreads, kGradientBlocks)
     phasor_product_gradient_kernel(const PhasorFilterBackwardParams p,
                                    const PhasorGradientTiles tiles,
                                    const PhasorGradientParts parts) {
   using Shared = PhasorGradientShared<Storage>;
-  constexpr int kPairs = 4;  // of a lane
+  constexpr int kPairs = kGradientPairs;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout);
@@ -69,6 +81,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const int count =
       static_cast<int>(max_of(0, min_of(tokens.position_tiles - first_tile, tiles.per_segment)));
   const std::int64_t n_segment = first_tile * tokens.positions;
+  const int length = static_cast<int>(min_of(p.length - n_segment, count * tokens.positions));
 
   const auto &x_strides = p.x_strides, &grad_strides = p.grad_out_strides;
   const Storage* const x =
@@ -82,51 +95,76 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   };
   const bool x_aligned = is_aligned(p.x, x_strides);
   const bool grad_aligned = is_aligned(p.grad_out, grad_strides);
-  const auto copy = [&](std::int64_t batch_tile, int tile, int buffer) {
-    const std::int64_t b0 = batch_tile * tokens.batch;
+  const TokenCopy<kGradientTokens, kGradientFeatures, Storage> copy_x(
+      tokens, x, x_strides, features - d0, x_aligned, p.batch, p.length);
+  const TokenCopy<kGradientTokens, kGradientReal, Storage> copy_grad(
+      tokens, grad, grad_strides, 2 * pairs - r0, grad_aligned, p.batch, p.length);
+  const auto copy = [&](int batch_tile, int tile, int buffer) {
+    const std::int64_t b0 = static_cast<std::int64_t>(batch_tile) * tokens.batch;
     const std::int64_t n0 = n_segment + static_cast<std::int64_t>(tile) * tokens.positions;
-    const auto copy_rows = [&](auto columns, const Storage* from, const std::int64_t* strides,
-                               std::int64_t size, bool aligned, Storage* to) {
-      copy_tile<kGradientTokens, decltype(columns)::value, Storage>(
-          to, size, strides[3], aligned, [&](int row) {
-            const int t = row / tokens.batch, b = row % tokens.batch;
-            return t < tokens.positions && n0 + t < p.length && b0 + b < p.batch
-                       ? from + (b0 + b) * strides[0] + (n0 + t) * strides[1]
-                       : nullptr;
-          });
-    };
-    copy_rows(std::integral_constant<int, kGradientFeatures>{}, x, x_strides, features - d0,
-              x_aligned, shared.x + buffer * kGradientTokens * Shared::kRowX);
-    copy_rows(std::integral_constant<int, kGradientReal>{}, grad, grad_strides, 2 * pairs - r0,
-              grad_aligned, shared.grad + buffer * kGradientTokens * Shared::kRowGrad);
+    copy_x.copy(b0, n0, shared.x + buffer * kGradientTokens * Shared::kRowX);
+    copy_grad.copy(b0, n0, shared.grad + buffer * kGradientTokens * Shared::kRowGrad);
   };
 
   // The feature and pair of this lane's code (i, half).
   const int feature0 = warp / 2 * 16, pair0 = warp % 2 * 16;
+  const int own_feature = feature0 + lane / 4, own_pair = pair0 + lane % 4;
+  const int features_left = static_cast<int>(min_of(features - d0, kGradientFeatures));
+  const int pairs_left = static_cast<int>(min_of(pairs - r0 / 2, kGradientReal / 2));
+  const std::int64_t first_code = (head * features + d0 + own_feature) * pairs + r0 / 2 + own_pair;
   const auto find_code = [&](int i, int half, std::int64_t* index) {
-    const std::int64_t d = d0 + feature0 + lane / 4 + 8 * half;
-    const std::int64_t pair = r0 / 2 + pair0 + lane % 4 + 4 * i;
-    *index = (head * features + d) * pairs + pair;
-    return d < features && pair < pairs;
+    *index = first_code + half * 8 * pairs + 4 * i;
+    return own_feature + 8 * half < features_left && own_pair + 4 * i < pairs_left;
   };
-  Phasor<float> e[kPairs][2], step[kPairs][2];
-  Phasor<float> sums[kPairs][2], slopes[kPairs][2];  // of w = conj(e) G, and of (n - n_segment) w
-  float totals[kPairs][4];                           // of G
+  Phasor<float> step[kPairs][2];
+  Phasor<float>* const sums = shared.sums + thread;
+  Phasor<float>* const slopes = shared.slopes + thread;
+  float run_sums[kPairs][4];            // S, of both halves
+  Phasor<float> run_slopes[kPairs][2];  // U
+  float totals[kPairs][4];              // of G
   TORCH_SPE_UNROLL
   for (int i = 0; i < kPairs; ++i) {
     TORCH_SPE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      sums[i][half] = slopes[i][half] = {0.0f, 0.0f};
+      run_slopes[i][half] = {0.0f, 0.0f};
+      sums[(2 * i + half) * kThreads] = slopes[(2 * i + half) * kThreads] = {0.0f, 0.0f};
+      run_sums[i][2 * half] = run_sums[i][2 * half + 1] = 0;
       totals[i][2 * half] = totals[i][2 * half + 1] = 0;
       std::int64_t index;
       if (find_code(i, half, &index)) step[i][half].set(p.freqs[index], 1.0);
     }
   }
+  // Adds a run to the sums that ends before position `end` of the segment, and begins another.
+  const auto close_run = [&](int end) {
+    const double last = p.start + static_cast<double>(n_segment + end - 1);
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
+      TORCH_SPE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        std::int64_t index;
+        Phasor<float> e;
+        if (find_code(i, half, &index)) e.set(p.freqs[index], last);
+        e.im = -e.im;
+        Phasor<float> sum{run_sums[i][2 * half], run_sums[i][2 * half + 1]};
+        Phasor<float>& slope = run_slopes[i][half];
+        sum.rotate(e);
+        slope.rotate(e);
+        Phasor<float>& all = sums[(2 * i + half) * kThreads];
+        Phasor<float>& all_slopes = slopes[(2 * i + half) * kThreads];
+        all.re += sum.re;
+        all.im += sum.im;
+        all_slopes.re += static_cast<float>(end) * sum.re - slope.re;
+        all_slopes.im += static_cast<float>(end) * sum.im - slope.im;
+        run_sums[i][2 * half] = run_sums[i][2 * half + 1] = 0;
+        slope = {0.0f, 0.0f};
+      }
+    }
+  };
 
   for (int i = thread; i < Shared::kRowGrad; i += kThreads) shared.zero[i].bits = 0;
   const int tiles_of_segment = static_cast<int>(tokens.batch_tiles) * count;
   if (tiles_of_segment > 0) copy(0, 0, 0);
-  int rotations = kPhasorRun;  // since the rotations were exact
+  int run = 0;  // positions
   for (int k = 0; k < tiles_of_segment; ++k) {
     const int tile = k % count;
     copy_async_wait();
@@ -134,19 +172,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         p.feature_map, shared.x + k % 2 * kGradientTokens * Shared::kRowX, x_strides[3], x_aligned);
     __syncthreads();  // this tile has arrived, and the one before has been used
     if (k + 1 < tiles_of_segment) copy((k + 1) / count, (k + 1) % count, (k + 1) % 2);
-    if (tile == 0 || rotations >= kPhasorRun) {
-      rotations = 0;
-      const double n = p.start + static_cast<double>(n_segment + tile * tokens.positions);
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < kPairs; ++i) {
-        TORCH_SPE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          std::int64_t index;
-          if (find_code(i, half, &index)) e[i][half].set(p.freqs[index], n);
-        }
-      }
-    }
-    rotations += tokens.positions;
     const Storage* const x_tile = shared.x + k % 2 * kGradientTokens * Shared::kRowX;
     const Storage* const grad_tile = shared.grad + k % 2 * kGradientTokens * Shared::kRowGrad;
     // This lane's rows and columns within the 16 x 16 values that one ldmatrix brings; they
@@ -159,8 +184,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         has_grad ? grad_tile + low * Shared::kRowGrad + 2 * pair0 + high : shared.zero;
     const int x_step = has_x ? tokens.batch * Shared::kRowX : 0;
     const int grad_step = has_grad ? tokens.batch * Shared::kRowGrad : 0;
-    float t_float = static_cast<float>(tile * tokens.positions);
-    for (int t = 0; t < tokens.positions; ++t, t_float += 1) {
+    const int first = tile * tokens.positions;  // of the segment
+    const int positions = first + tokens.positions < length ? tokens.positions : length - first;
+    TORCH_SPE_UNROLL_TWICE
+    for (int t = 0; t < positions; ++t) {
       std::uint32_t a[4];
       ldmatrix_x4<true>(a, x_from);
       x_from += x_step;
@@ -172,24 +199,34 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int l = 0; l < 2; ++l) {
           const int i = 2 * j + l;
           const std::uint32_t pair[2] = {b[2 * l], b[2 * l + 1]};
-          float g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          mma_m16n8k16<Storage>(g, a, pair);
-          mma_m16n8k16<Storage>(totals[i], a, pair);
+          float (&sum)[4] = run_sums[i];
           TORCH_SPE_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const float re = g[2 * half], im = g[2 * half + 1];
-            Phasor<float>& own = e[i][half];
-            const float w_re = re * own.re + im * own.im;
-            const float w_im = im * own.re - re * own.im;
-            sums[i][half].re += w_re;
-            sums[i][half].im += w_im;
-            slopes[i][half].re += t_float * w_re;
-            slopes[i][half].im += t_float * w_im;
-            own.rotate(step[i][half]);
+            const Phasor<float>& by = step[i][half];
+            const float re = sum[2 * half] * by.re - sum[2 * half + 1] * by.im;
+            sum[2 * half + 1] = sum[2 * half + 1] * by.re + sum[2 * half] * by.im;
+            sum[2 * half] = re;
+          }
+          mma_m16n8k16<Storage>(sum, a, pair);
+          if (parts.constant != nullptr) mma_m16n8k16<Storage>(totals[i], a, pair);
+          TORCH_SPE_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const Phasor<float>& by = step[i][half];
+            Phasor<float>& slope = run_slopes[i][half];
+            const float re = slope.re;
+            slope.re = by.re * re + sum[2 * half];
+            slope.re -= by.im * slope.im;
+            slope.im = by.re * slope.im + sum[2 * half + 1];
+            slope.im += by.im * re;
           }
         }
       }
       grad_from += grad_step;
+    }
+    run += positions;
+    if (run >= kPhasorRun || tile + 1 == count) {
+      run = 0;
+      close_run(first + positions);
     }
   }
 
@@ -201,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       std::int64_t index;
       if (!find_code(i, half, &index)) continue;
       const std::int64_t part = segment * codes + index;
-      const Phasor<float>&sum = sums[i][half], &slope = slopes[i][half];
+      const Phasor<float>&sum = sums[(2 * i + half) * kThreads],
+            &slope = slopes[(2 * i + half) * kThreads];
       if (parts.freqs != nullptr) {
         // The phase's gradient is the imaginary part of conj(coefficient) w.
         const double re = static_cast<const float*>(p.coefficients)[2 * index];

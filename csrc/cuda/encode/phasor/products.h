@@ -25,22 +25,25 @@ constexpr int kProductInputs = 64;
 constexpr int kProductSteps = kProductInputs / 16;
 constexpr int kLaneInputs = 4 * kProductSteps;
 
-// 16 values of a row in pairs, zero from `count` on.
+// 16 values of an aligned row in pairs.
+template <class Storage>
+TORCH_SPE_DEVICE void load_whole_pairs(const Storage* row, std::uint32_t (&out)[kLaneInputs / 2]) {
+  struct alignas(16) Words {
+    std::uint32_t words[4];
+  };
+  TORCH_SPE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Words four = reinterpret_cast<const Words*>(row)[i];
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < 4; ++e) out[4 * i + e] = four.words[e];
+  }
+}
+
+// The same of any row, zero from `count` on.
 template <class Storage>
 TORCH_SPE_DEVICE void load_pairs(const Storage* row, std::int64_t count, std::int64_t stride,
                                  bool aligned, std::uint32_t (&out)[kLaneInputs / 2]) {
-  if (aligned && count >= kLaneInputs) {
-    struct alignas(16) Words {
-      std::uint32_t words[4];
-    };
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const Words four = reinterpret_cast<const Words*>(row)[i];
-      TORCH_SPE_UNROLL
-      for (int e = 0; e < 4; ++e) out[4 * i + e] = four.words[e];
-    }
-    return;
-  }
+  if (aligned && count >= kLaneInputs) return load_whole_pairs(row, out);
   TORCH_SPE_UNROLL
   for (int i = 0; i < kLaneInputs / 2; ++i) {
     const std::uint32_t low = 2 * i < count ? row[2 * i * stride].bits : 0u;
@@ -81,6 +84,56 @@ struct PhasorProductUnits {
         runs(ceil_div(p.length, run)),
         batch_tiles(ceil_div(p.batch, kProductBatch * kTiles)),
         count(output_tiles * runs * batch_tiles * p.num_heads) {}
+};
+
+// Outputs out0 and out0 + 1 of this lane's batch rows, at one position after the other.
+template <bool kGradient, int kTiles, class Storage>
+class PhasorOutputs {
+ public:
+  TORCH_SPE_DEVICE PhasorOutputs(const PhasorFilterBackwardParams& p,
+                                 const PhasorProductUnits<kGradient, kTiles>& units,
+                                 std::int64_t b0, std::int64_t n0, std::int64_t head,
+                                 std::int64_t out0)
+      : map_(kGradient ? p.feature_map : FeatureMap::kIdentity),
+        step_(p.num_heads * units.outputs),
+        x_step_(p.x_strides[1]),
+        x_feature_(p.x_strides[3]) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const std::int64_t b =
+          b0 + i / 2 * kProductBatch + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2;
+      inside_[i] = b < p.batch;
+      to_[i] = static_cast<Storage*>(kGradient ? p.grad_x : p.out) +
+               ((b * p.length + n0) * p.num_heads + head) * units.outputs + out0;
+      if constexpr (kGradient)
+        x_[i] = static_cast<const Storage*>(p.x) + b * p.x_strides[0] + n0 * p.x_strides[1] +
+                head * p.x_strides[2] + out0 * p.x_strides[3];
+    }
+  }
+  TORCH_SPE_DEVICE void store(const float (&sums)[kTiles][4]) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      float first = sums[i / 2][i % 2], second = sums[i / 2][2 + i % 2];
+      if constexpr (kGradient) {
+        if (map_ != FeatureMap::kIdentity) {
+          if (inside_[i]) {
+            first = gradient_of_input_at(map_, first, x_[i]);
+            second = gradient_of_input_at(map_, second, x_[i] + x_feature_);
+          }
+          x_[i] += x_step_;
+        }
+      }
+      if (inside_[i]) *reinterpret_cast<std::uint32_t*>(to_[i]) = pack_pair<Storage>(first, second);
+      to_[i] += step_;
+    }
+  }
+
+ private:
+  FeatureMap map_;
+  std::int64_t step_, x_step_, x_feature_;
+  bool inside_[2 * kTiles];
+  Storage* to_[2 * kTiles];
+  const Storage* x_[kGradient ? 2 * kTiles : 1];
 };
 
 template <class Storage, bool kGradient, int kTiles>
@@ -160,61 +213,105 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       fragment(parts, constants[s]);
     }
 
-    const Storage* row[kTiles];
-    std::int64_t inside[kTiles];  // values of the row that belong to this lane
-    std::uint32_t next[kTiles][kLaneInputs / 2];
-    TORCH_SPE_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const std::int64_t b = b0 + tile * kProductBatch + group;
-      row[tile] =
-          input + b * strides[0] + n0 * strides[1] + head * strides[2] + own_inputs * strides[3];
-      inside[tile] = b < p.batch ? units.inputs - own_inputs : 0;
-      load_pairs(row[tile], inside[tile], strides[3], aligned, next[tile]);
-    }
-    for (int t = 0; t < count; ++t) {
-      std::uint32_t numbers[kTiles][kLaneInputs / 2];
-      TORCH_SPE_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        TORCH_SPE_UNROLL
-        for (int i = 0; i < kLaneInputs / 2; ++i) numbers[tile][i] = next[tile][i];
-        if constexpr (!kGradient) {
-          if (p.feature_map != FeatureMap::kIdentity) {
-            TORCH_SPE_UNROLL
-            for (int i = 0; i < kLaneInputs / 2; ++i)
-              numbers[tile][i] = map_feature_pair<Storage>(p.feature_map, numbers[tile][i]);
-          }
-        }
-        row[tile] += strides[1];
-        load_pairs(row[tile], t + 1 < count ? inside[tile] : 0, strides[3], aligned, next[tile]);
-      }
-      float rotating[kTiles][4], still[kTiles][4];
-      TORCH_SPE_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          rotating[tile][e] = in0 == 0 ? 0.0f : own_sums[((t * kTiles + tile) * 4 + e) * kLanes];
-          still[tile][e] = 0;
-        }
-      }
+    // Adds a position's codes times inputs to the sums of its outputs, and rotates to the next.
+    const auto multiply = [&](const std::uint32_t (&inputs)[kTiles][kLaneInputs / 2],
+                              float (&sums)[kTiles][4]) {
       TORCH_SPE_UNROLL
       for (int s = 0; s < kProductSteps; ++s) {
         std::uint32_t a[4];
         fragment(codes[s], a);
         TORCH_SPE_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
-          const std::uint32_t b[2] = {numbers[tile][2 * s], numbers[tile][2 * s + 1]};
-          mma_m16n8k16<Storage>(rotating[tile], a, b);
-          if (constant != nullptr) mma_m16n8k16<Storage>(still[tile], constants[s], b);
+          const std::uint32_t b[2] = {inputs[tile][2 * s], inputs[tile][2 * s + 1]};
+          mma_m16n8k16<Storage>(sums[tile], a, b);
+          if (constant != nullptr) mma_m16n8k16<Storage>(sums[tile], constants[s], b);
         }
         TORCH_SPE_UNROLL
         for (int i = 0; i < 4; ++i) codes[s][i].rotate(steps[s][i]);
       }
+    };
+    const auto map = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
+      if constexpr (!kGradient) {
+        if (p.feature_map == FeatureMap::kIdentity) return;
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kTiles * kLaneInputs / 2; ++i) {
+          std::uint32_t& pair = inputs[i / (kLaneInputs / 2)][i % (kLaneInputs / 2)];
+          pair = map_feature_pair<Storage>(p.feature_map, pair);
+        }
+      }
+    };
+
+    const Storage* row[kTiles];
+    std::int64_t inside[kTiles];  // values of the row that belong to this lane
+    TORCH_SPE_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const std::int64_t b = b0 + tile * kProductBatch + group;
+      row[tile] =
+          input + b * strides[0] + n0 * strides[1] + head * strides[2] + own_inputs * strides[3];
+      inside[tile] = b < p.batch ? units.inputs - own_inputs : 0;
+    }
+    // Whole rows that need no checks, the common case: addresses advance from position to position.
+    if (aligned && units.inputs == kProductInputs && units.outputs % kProductOutputs == 0) {
+      PhasorOutputs<kGradient, kTiles, Storage> outputs(p, units, b0, n0, head, out0);
+      const std::int64_t step = strides[1];
+      const auto load = [&](bool more, std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
+        TORCH_SPE_UNROLL
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (inside[tile] > 0 && more) {
+            load_whole_pairs(row[tile], inputs[tile]);
+          } else {
+            TORCH_SPE_UNROLL
+            for (std::uint32_t& pair : inputs[tile]) pair = 0;
+          }
+          row[tile] += step;
+        }
+      };
+      const auto make = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
+        float sums[kTiles][4] = {};
+        map(inputs);
+        multiply(inputs, sums);
+        outputs.store(sums);
+      };
+      std::uint32_t even[kTiles][kLaneInputs / 2], odd[kTiles][kLaneInputs / 2];
+      load(true, even);
+      for (int t = 0; t < count; t += 2) {
+        load(t + 1 < count, odd);
+        make(even);
+        if (t + 1 == count) break;
+        load(t + 2 < count, even);
+        make(odd);
+      }
+      return;
+    }
+
+    std::uint32_t next[kTiles][kLaneInputs / 2];
+    TORCH_SPE_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile)
+      load_pairs(row[tile], inside[tile], strides[3], aligned, next[tile]);
+    for (int t = 0; t < count; ++t) {
+      std::uint32_t inputs[kTiles][kLaneInputs / 2];
+      TORCH_SPE_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kLaneInputs / 2; ++i) inputs[tile][i] = next[tile][i];
+        row[tile] += strides[1];
+        load_pairs(row[tile], t + 1 < count ? inside[tile] : 0, strides[3], aligned, next[tile]);
+      }
+      map(inputs);
+      float sums[kTiles][4];
+      TORCH_SPE_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 4; ++e)
+          sums[tile][e] = in0 == 0 ? 0.0f : own_sums[((t * kTiles + tile) * 4 + e) * kLanes];
+      }
+      multiply(inputs, sums);
       if (in0 + kProductInputs < units.inputs) {
         TORCH_SPE_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
           TORCH_SPE_UNROLL
           for (int e = 0; e < 4; ++e)
-            own_sums[((t * kTiles + tile) * 4 + e) * kLanes] = rotating[tile][e] + still[tile][e];
+            own_sums[((t * kTiles + tile) * 4 + e) * kLanes] = sums[tile][e];
         }
         continue;
       }
@@ -226,8 +323,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           if (b >= p.batch) continue;
           Storage* const to = static_cast<Storage*>(kGradient ? p.grad_x : p.out) +
                               ((b * p.length + n0 + t) * p.num_heads + head) * units.outputs + out0;
-          float first = rotating[tile][e] + still[tile][e];
-          float second = rotating[tile][2 + e] + still[tile][2 + e];
+          float first = sums[tile][e], second = sums[tile][2 + e];
           if constexpr (kGradient) {
             if (p.feature_map != FeatureMap::kIdentity) {
               const Storage* const x = static_cast<const Storage*>(p.x) + b * p.x_strides[0] +

@@ -1,0 +1,78 @@
+"""Tables beside the published figures, and the curves of the runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from experiments.runs import results_in, write
+from lra.encodings import ENCODINGS
+
+# Accuracies in percent. The Arena's own (Tay et al. 2021), the best known (S5, Smith et al. 2023),
+# and the published runs of SPE (Liutkus et al. 2021), whose ListOps had lost its brackets.
+PUBLISHED = {
+    "listops": {
+        "softmax Transformer": 36.37, "linear Transformer": 16.13, "S5": 62.15,
+        "ReLU, absolute positions (void: no brackets)": 17.58,
+        "ReLU, SineSPE (void: no brackets)": 17.80,
+    },
+}  # fmt: skip
+
+
+def table(task: str, results: list[dict]) -> str:
+    """A task's table in Markdown: means over the seeds, smallest and largest in brackets."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["preset"], result["encoding"]), []).append(result)
+    lines = [
+        f"| {task} | preset | parameters | test accuracy (%) | seeds | minutes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (preset, encoding), runs in groups.items():
+        tests = [100 * run["test"] for run in runs]
+        spread = f" ({min(tests):.1f}-{max(tests):.1f})" if len(tests) > 1 else ""
+        minutes = statistics.mean(run["minutes"] for run in runs)
+        lines.append(
+            f"| {ENCODINGS[encoding].label} | {preset} | {runs[0]['parameters']:,} "
+            f"| {statistics.mean(tests):.1f}{spread} | {len(runs)} | {minutes:.0f} |"
+        )
+    lines += [
+        f"| published: {label} | | | {value:.2f} | | |"
+        for label, value in PUBLISHED.get(task, {}).items()
+    ]
+    return "\n".join(lines)
+
+
+def plot(path: Path, task: str, results: list[dict]) -> None:
+    """Draw the validation accuracy of every run as it was trained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for run in results:
+        points = [(p["step"], 100 * p["valid"]) for p in run["curve"] if "valid" in p]
+        if points:
+            label = f"{run['encoding']}, {run['preset']}, seed {run['seed']}"
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="step", ylabel="validation accuracy (%)", title=task)
+    if axes.lines:
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def report(source: Path, folder: Path) -> str:
+    """Write results.json, tables.md and the plots of the runs there are; return the tables."""
+    results = results_in(source)
+    texts = []
+    for task in sorted({result["task"] for result in results}):
+        of_task = [result for result in results if result["task"] == task]
+        texts.append(table(task, of_task))
+        plot(folder / f"{task}.png", task, of_task)
+    text = "\n\n".join(texts) + "\n"
+    write(folder / "results.json", json.dumps(results))
+    write(folder / "tables.md", text)
+    return text

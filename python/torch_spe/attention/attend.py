@@ -1,0 +1,175 @@
+"""The two orders of a layer: positions before the feature map, or after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_spe import functional
+from torch_spe.attention import fading
+from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.places import Places
+from torch_spe.attention.state import AttentionState
+from torch_spe.autocast import attend_in_range
+from torch_spe.encoder import Encoder
+from torch_spe.feature_maps import map_features
+
+if TYPE_CHECKING:
+    from torch_spe.attention.multihead import SPEMultiheadAttention
+
+Sums = tuple[Tensor, Tensor]  # [B, H, R, E], [B, H, F]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a call is about, beside queries, keys and values.
+
+    Attributes:
+        places: positions of the tokens.
+        causal: whether a position attends to those up to itself only.
+        mask: True where a key is padding, ``[B, M]``.
+        source: input of the keys, ``[B, M, kdim]``.
+        state: of the tokens before.
+        cu_seqlens: bounds of packed sequences, ``[S + 1]``.
+    """
+
+    places: Places
+    causal: bool
+    mask: Tensor | None
+    source: Tensor
+    state: AttentionState | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Those of `functional.linear_attention`."""
+        arguments = {
+            "causal": self.causal, "key_padding_mask": self.mask, "cu_seqlens": self.cu_seqlens
+        }  # fmt: skip
+        if self.state is not None:
+            sums = self.state.sums, self.state.denominators
+            arguments |= {
+                "return_state": True,
+                "initial_state": None if len(sums[0]) == 0 else sums,
+            }
+        return arguments
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, **arguments: object
+    ) -> tuple[Tensor, Sums | None]:
+        """Call the operator; the sums are None without a state."""
+        out = functional.linear_attention(
+            q.flatten(1, -3), k.flatten(1, -3), v, **self.arguments, **arguments
+        )
+        return (out, None) if self.state is None else out
+
+    def map_features(
+        self, layer: SPEMultiheadAttention, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, Tensor, str, bool]:
+        """Apply the layer's feature map, with the rows that belong to the noise of the state."""
+        if self.state is None:
+            return map_features(layer.feature_map, q, k)
+        seed = self.state.seed
+        return map_features(layer.feature_map, q, k, "fixed" if seed == layer.seed else seed)
+
+
+def attend_inputs(
+    layer: SPEMultiheadAttention,
+    q: Tensor,  # [B, *size, H, D]
+    k: Tensor,  # [B, *size, H, D]
+    v: Tensor,  # [B, M, H, E]
+    call: Call,
+) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
+    """Encode queries and keys, apply the feature map, and attend."""
+    encoder = draw_encoder(layer, q, k, call)
+    log_decay = _log_decay(layer, encoder, q, call)
+    q, k, _ = encoder.encode_both(q, k)
+    q, k, feature_map, scaled = call.map_features(layer, q, k)
+
+    def attend(v: Tensor) -> tuple[Tensor, Sums | None]:
+        return call.attend(
+            q, k, v, feature_map=feature_map, eps=0.0 if scaled else layer.eps,
+            log_decay=log_decay,
+        )  # fmt: skip
+
+    return _attend_in_range(feature_map, q, v, attend)
+
+
+def attend_features(
+    layer: SPEMultiheadAttention,
+    q: Tensor,  # [B, *size, H, D]
+    k: Tensor,  # [B, *size, H, D]
+    v: Tensor,  # [B, M, H, E]
+    call: Call,
+    output_norm: str | None = "layer",
+) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
+    """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
+    q, k, feature_map, scaled = call.map_features(layer, q, k)
+    rms_norm = (layer.output_norm if output_norm == "layer" else output_norm) == "rms"
+    # Sums of any scale are brought to that of the values first, which eps is measured by.
+    normalize = scaled or not rms_norm
+
+    def attend(v: Tensor) -> tuple[Tensor, Sums | None]:
+        encoder = draw_encoder(layer, q, k, call)
+        qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
+        log_decay = _log_decay(layer, encoder, q, call)
+        denominator = {}
+        if normalize and (qhat is not q or khat is not k):
+            denominator = {
+                "denominator_q": q.flatten(1, -3),
+                "denominator_k": k.flatten(1, -3),
+                "denominator_feature_map": feature_map,
+            }
+            if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
+                denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
+        out, sums = call.attend(
+            qhat, khat, v, feature_map=remaining, normalize=normalize, rms_norm=not normalize,
+            eps=0.0 if scaled else layer.eps, log_decay=log_decay, **denominator,
+        )  # fmt: skip
+        if rms_norm and normalize:
+            out = F.rms_norm(out, out.shape[-1:], eps=max(layer.eps, 1e-30))  # rows of 0 stay 0
+        return out, sums
+
+    return _attend_in_range(feature_map, q, v, attend)
+
+
+def _attend_in_range(
+    feature_map: str,  # what the operator still applies
+    features: Tensor,  # [B, *size, H, D], of the queries
+    values: Tensor,  # [B, M, H, E]
+    attend: Callable[[Tensor], tuple[Tensor, Sums | None]],
+) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
+    """Attend to the values; where features were made before, in the range that they need."""
+    if feature_map != "identity":
+        return attend(values)
+    sums = None
+
+    def attend_alone(values: Tensor) -> Tensor:
+        nonlocal sums
+        out, sums = attend(values)
+        return out
+
+    return attend_in_range(features, values, attend_alone), sums
+
+
+def _log_decay(
+    layer: SPEMultiheadAttention,
+    encoder: Encoder,
+    q: Tensor,  # [B, N, H, D]
+    call: Call,
+) -> Tensor | None:  # [H], [H, R], [B, N, H] or [B, N, H, R]
+    """Return the operator's log_decay; drawing the encoder has checked the positions."""
+    if layer.decay is None:
+        return None
+    source = call.source
+    if layer.decay.kind == "data" and call.mask is not None:  # padding may hold anything
+        unusable = call.mask[:, : source.shape[1], None] & ~source.isfinite()
+        source = source.masked_fill(unusable, 0)
+    steps = fading.steps_of_call(layer.decay, source, call.places, q.shape[1])
+    return fading.steps_of_features(
+        layer.decay, steps, encoder, q.shape[-1], layer.decay_gate, q.shape[0]
+    )

@@ -1,0 +1,116 @@
+"""What a layer's state starts from, where it is moved, and the matrix of weights to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_spe.attention import inputs
+from torch_spe.attention.attend import Call, attend_features, attend_inputs
+from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.places import Places, find_places, starts_of_sequences
+from torch_spe.attention.state import AttentionState, check_state
+from torch_spe.checks import check_flags, check_positive, check_starts, check_tensor
+from torch_spe.noise import draw_seed
+
+if TYPE_CHECKING:
+    from torch_spe.attention.multihead import SPEMultiheadAttention
+
+OWNER = "SPEMultiheadAttention"
+
+
+def start_state(
+    layer: SPEMultiheadAttention, batch: int, start: float | Sequence[float] | Tensor
+) -> AttentionState:
+    """Return the state before the first token; see `SPEMultiheadAttention.initial_state`."""
+    (batch,) = check_positive(OWNER, batch=batch)
+    if layer._position().ndim > 1:
+        raise ValueError(
+            f"{OWNER}: initial_state needs positions of one dimension, got ndim = "
+            f"{layer._position().ndim}, whose order is no line that goes on"
+        )
+    position, weight = starts_of_sequences(batch, 1, start), layer.out_proj.weight
+    if position is None:
+        (position,) = check_starts(OWNER, start, 1)
+    else:
+        position = position.to(weight.device)
+    seed = layer.seed if layer._fixes_noise() else draw_seed(None, weight.device).item()
+    # A call without tokens knows the sizes, whatever the layer is made of.
+    x = [weight.new_empty(batch, 0, size) for size in (layer.embed_dim, layer.kdim, layer.vdim)]
+    q, k, v = layer._project(*x)
+    nothing = AttentionState(weight.new_empty(0), weight.new_empty(0), 0, seed)
+    attend = attend_features if layer.encode == "features" else attend_inputs
+    _, sums = attend(layer, q, k, v, Call(Places(), True, None, x[1], nothing))
+    return AttentionState(*sums, position, seed)
+
+
+def shift_state(
+    layer: SPEMultiheadAttention,
+    state: AttentionState,
+    by: float | Sequence[float] | Tensor,
+) -> AttentionState:
+    """Return a state whose tokens lie further; see `SPEMultiheadAttention.shift`."""
+    check_state(OWNER, state, len(state.sums) if isinstance(state, AttentionState) else 0, None)
+    batch, device = len(state.sums), state.sums.device
+    rows = starts_of_sequences(batch, 1, by, "by")
+    if rows is None:
+        (by,) = check_starts(OWNER, by, 1, "by")
+        rows = torch.full((batch,), by, dtype=torch.float64, device=device)
+    else:
+        by = rows = rows.to(device)
+    x = state.sums.new_empty(
+        batch, 0, layer.num_heads, getattr(layer.position, "in_features", layer.head_dim)
+    )
+    encoder = draw_encoder(layer, x, x, Call(Places(), True, None, x, state))
+    denominators = state.denominators
+    if layer.encode == "inputs" and layer.position is not None:
+        if layer.feature_map != "identity":
+            raise ValueError(
+                f"{OWNER}: shift needs encode='features' or feature_map='identity': a feature map "
+                "after the positions has no rotations, got encode='inputs' and "
+                f"{layer.feature_map!r}"
+            )
+        denominators = encoder.shift(denominators.unsqueeze(-1), rows).squeeze(-1)
+    return AttentionState(
+        encoder.shift(state.sums, rows), denominators, state.position + by, state.seed
+    )
+
+
+def weights_of_layer(
+    layer: SPEMultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    start: float | Sequence[float] | Tensor,
+    positions: Tensor | None,
+    grid: Sequence[int] | None,
+) -> Tensor:  # [B, H, N, M]
+    """Return the matrix of a call; see `SPEMultiheadAttention.attention_weights`."""
+    check_flags(OWNER, is_causal=is_causal)
+    check_tensor(OWNER, "key_padding_mask", key_padding_mask, optional=True)
+    sizes, ndim = (layer.embed_dim, layer.kdim, layer.kdim), layer._position().ndim
+    query, key, _, layout = inputs.to_batch_first(query, key, key, sizes, layer.batch_first, ndim)
+    batch, length, keys = query.shape[0], query[0, ..., 0].numel(), key[0, ..., 0].numel()
+    causal = inputs.find_causal(None, is_causal, length, keys, batch, layer.num_heads)
+    mask = inputs.to_padding(key_padding_mask, batch, keys, layout)
+    places = find_places(
+        layer._position(), batch, length, keys, start, positions, None, mask, None, query.device
+    )
+    value = key.new_empty(*key.shape[:-1], layer.vdim)
+    q, k, _ = layer._project(query, key, value)
+    if grid is not None:
+        grid = inputs.check_grid(grid, length, keys, layout, ndim)
+        q, k = q.unflatten(1, grid), k.unflatten(1, grid)
+    units = torch.eye(keys, dtype=q.dtype, device=q.device).unsqueeze(1)
+    units = units.expand(batch, -1, layer.num_heads, -1)  # values: of each key, its own place
+    call = Call(places, causal, mask, key)
+    if layer.encode == "features":
+        out, _ = attend_features(layer, q, k, units, call, output_norm=None)
+    else:
+        out, _ = attend_inputs(layer, q, k, units, call)
+    return out.transpose(1, 2)

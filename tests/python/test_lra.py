@@ -1,0 +1,226 @@
+"""The Long-Range Arena: ListOps, the classifier, training that is resumed, the runner."""
+
+import contextlib
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from lra import listops, run
+from lra.encodings import ENCODINGS
+from lra.model import Classifier, Size
+from lra.presets import Preset
+from lra.report import report
+from lra.task import Ragged, Task, cached
+from lra.tasks import TASKS
+from lra.training import Place, Recipe, Stage, Training, accuracy
+
+SIZE = Size(2, 16, 2, 16, realizations=8, pooling="first")
+RECIPE = Recipe((Stage(4, 4), Stage(6, 4, "shorter")), 1e-3, 2, evaluate_every=5)
+
+
+def parsed_value(words):
+    """Independent of `evaluate`: by recursion, on the text."""
+
+    def value(at):
+        if words[at].isdigit():
+            return int(words[at]), at + 1
+        name, at, values = words[at], at + 1, []
+        while words[at] != "]":
+            found, at = value(at)
+            values.append(found)
+        functions = {
+            "[MIN": min, "[MAX": max, "[SM": lambda v: sum(v) % 10,
+            "[MED": lambda v: int(statistics.median(v)),
+        }  # fmt: skip
+        assert 2 <= len(values) <= 10
+        return functions[name](values), at + 1
+
+    found, end = value(0)
+    assert end == len(words)
+    return found
+
+
+def depth(words):
+    steps = [(word.startswith("[")) - (word == "]") for word in words]
+    return max(np.cumsum(steps))
+
+
+@pytest.mark.parametrize(("count", "lengths"), [(1000, (8, 64)), (10, (500, 2000))])
+def test_listops_values_by_two_evaluators(count, lengths):
+    part = listops.generate(count, 3, *lengths)
+    assert len(part) == count
+    for i, label in enumerate(part.labels):
+        tokens = part.inputs[0][i]
+        words = listops.text(tokens).split()
+        assert lengths[0] < len(tokens) < lengths[1]
+        assert depth(words) <= 9  # operators; the tenth level has digits only
+        assert label == listops.evaluate(tokens) == parsed_value(words)
+
+
+class TooLong(Exception):
+    pass
+
+
+def plain_tree(rng, words, level=1):
+    """The published recursion: adds to `words`, of which there may be 120."""
+    if len(words) > 120:
+        raise TooLong
+    if level > 1 and (level == 10 or rng.random() > 0.25):
+        words.append(str(rng.integers(10)))
+        return words
+    words.append(("[MIN", "[MAX", "[MED", "[SM")[rng.integers(4)])
+    for _ in range(rng.integers(2, 11)):
+        plain_tree(rng, words, level + 1)
+    words.append("]")
+    return words
+
+
+def test_listops_has_the_published_distribution():
+    part = listops.generate(2000, 0, 30, 120)
+    ours = [listops.text(part.inputs[0][i]).split() for i in range(2000)]
+    rng, plain = np.random.default_rng(1), []
+    while len(plain) < 1000:
+        with contextlib.suppress(TooLong):
+            words = plain_tree(rng, [])
+            if 30 < len(words) < 120:
+                plain.append(words)
+    for measure in (
+        len, depth, parsed_value,
+        lambda words: sum(w.isdigit() for w in words) / len(words),
+        lambda words: sum(w.startswith("[M") for w in words) / len(words),
+        lambda words: words[0] == "[MAX",
+    ):  # fmt: skip
+        a, b = (np.array([measure(words) for words in side], float) for side in (ours, plain))
+        error = np.sqrt(a.var() / len(a) + b.var() / len(b))
+        assert abs(a.mean() - b.mean()) < 4 * error
+    again = listops.generate(2000, 0, 30, 120)
+    assert np.array_equal(part.inputs[0].tokens, again.inputs[0].tokens)
+    assert not np.array_equal(part.labels, listops.generate(2000, 1, 30, 120).labels)
+
+
+def small_task():
+    parts = {
+        name: listops.generate(count, i, *lengths)
+        for i, (name, count, lengths) in enumerate(
+            (("train", 20, (20, 60)), ("shorter", 13, (8, 20)), ("valid", 9, (20, 60)),
+             ("test", 9, (20, 60)))
+        )
+    }  # fmt: skip
+    return Task("listops", "ListOps", listops.VOCABULARY, 10, 60, parts)
+
+
+def small_training(checkpoint=None, encoding="default", recipe=RECIPE):
+    torch.manual_seed(1)
+    model = Classifier(SIZE, encoding, listops.VOCABULARY, 10, 60)
+    return Training(model, small_task(), recipe, 1, Place(), checkpoint)
+
+
+def test_cached_parts_and_padding(tmp_path):
+    made = []
+    part = listops.generate(5, 0, 8, 30)
+    for _ in range(2):
+        read = cached(tmp_path / "x.npz", lambda: made.append(1) or part)
+        assert np.array_equal(read.inputs[0].tokens, part.inputs[0].tokens)
+        assert np.array_equal(read.labels, part.labels)
+    assert len(made) == 1
+    rows, lengths = Ragged.of([np.array([3], np.uint8), np.array([4, 5], np.uint8)]).padded(
+        np.array([1, 0])
+    )
+    assert rows.tolist() == [[4, 5], [3, 0]]
+    assert lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("directions", ["alternate", "both", "causal"])
+@pytest.mark.parametrize("encoding", ["default", "softmax-rotary", "none"])
+def test_padding_does_not_matter(encoding, directions, pooling):
+    torch.manual_seed(0)
+    size = replace(SIZE, directions=directions, pooling=pooling)
+    model = Classifier(size, encoding, listops.VOCABULARY, 10, 60).double().eval()
+    part = listops.generate(6, 0, 8, 60)
+    together = model(part.batch(np.arange(6)))
+    alone = torch.cat([model(part.batch(np.array([i]))) for i in range(6)])
+    assert torch.allclose(together, alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_training_step_of_every_encoding(encoding):
+    training = small_training(encoding=encoding, recipe=replace(RECIPE, stages=(Stage(1, 4),)))
+    before = [p.detach().clone() for p in training.model.parameters()]
+    assert training.run(progress=False)
+    moved = [
+        not torch.equal(p, q) for p, q in zip(training.model.parameters(), before, strict=True)
+    ]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_resumed_run_gives_the_same_numbers(tmp_path):
+    whole = small_training()
+    assert whole.run(progress=False)
+    # Stopped within the first stage and within the second one.
+    for stop in (3, 7):
+        assert not small_training(tmp_path / "run.pt").run(progress=False, stop_after=stop)
+    resumed = small_training(tmp_path / "run.pt")
+    assert resumed.step == 7
+    assert resumed.run(progress=False)
+    assert (resumed.step, resumed.tokens) == (whole.step, whole.tokens)
+    assert resumed.curve == whole.curve
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="another recipe"):
+        small_training(tmp_path / "run.pt", recipe=replace(RECIPE, lr=1.0))
+
+
+def test_patience_ends_a_run_early():
+    training = small_training(recipe=replace(RECIPE, evaluate_every=1, lr=1e-9))
+    assert training.run(progress=False, patience=2)
+    assert training.step < RECIPE.steps
+
+
+def test_schedules():
+    cosine = Recipe((Stage(100, 1),), 1.0, 10)
+    assert cosine.factor(0) == pytest.approx(0.1)
+    assert cosine.factor(10) == pytest.approx(1)
+    assert cosine.factor(99) < 0.01
+    published = replace(cosine, lr=0.0125, warmup=1000, schedule="rsqrt")
+    assert published.lr * published.factor(999) == pytest.approx(4e-4, rel=0.02)
+    assert published.factor(3999) == pytest.approx(published.factor(999) / 2)
+
+
+def test_the_runner_makes_a_run_once_and_reports(tmp_path, monkeypatch, capsys):
+    preset = Preset(lambda _folder: small_task(), SIZE, RECIPE, ("default",))
+    monkeypatch.setitem(TASKS, "listops", {"cpu": preset})
+    command = ["listops", "--out", str(tmp_path), "--quiet"]
+    run.main([*command, "--stop-after", "3"])
+    assert not list(tmp_path.glob("*-seed0.json"))
+    run.main(command)
+    result = json.loads((tmp_path / "listops-cpu-default-seed0.json").read_text())
+    model = Classifier(SIZE, "default", listops.VOCABULARY, 10, 60)
+    model.load_state_dict(torch.load(tmp_path / "listops-cpu-default-seed0.pt")["model"])
+    assert result["test"] == accuracy(model, small_task().parts["test"], 8, Place())
+    assert result["steps"] == RECIPE.steps
+    monkeypatch.setattr(run.Run, "make", None)
+    run.main(command)
+    assert "published: softmax Transformer | | | 36.37" in capsys.readouterr().out
+    assert "| exact sines, decay (the default) | cpu |" in report(tmp_path, tmp_path)
+
+
+def test_the_presets_have_the_sizes_that_are_said():
+    sizes = {
+        name: sum(
+            p.numel()
+            for p in Classifier(
+                preset.size, preset.encodings[0], listops.VOCABULARY, 10, 2000
+            ).parameters()
+        )
+        for name, preset in TASKS["listops"].items()
+    }
+    assert sizes["cpu"] < sizes["long"] < 10**6 < sizes["paper"]
