@@ -33,6 +33,14 @@ __device__ __forceinline__ void from_float(float value, core::BFloat16* out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 }
 
+// threadIdx.x, read again wherever it is asked for: what is computed from it is not kept in
+// registers through a long loop.
+__device__ __forceinline__ int thread_read_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Two values rounded into the halves of a register, the first one into the lower half, as
 // fragments of mma hold them.
 template <class T>

@@ -203,6 +203,7 @@ void ldmatrix_x4(std::uint32_t (&out)[4], const void* row) {
 inline void copy_async16(void* shared, const void* global) {
   cuda_emulation::copy_async(shared, global, 16);
 }
+inline int thread_read_again() { return static_cast<int>(threadIdx.x); }
 inline void copy_async_wait() { cuda_emulation::copy_async_wait(); }
 
 template <class T>

@@ -1,5 +1,5 @@
-// The states of linear attention on the device: sums over segments, scans of these, and what the
-// rows of a chunk read. Holds kernels. How two states join is core/state.h's to decide.
+// The states of linear attention on the device: sums over segments and scans of these. Holds
+// kernels. How two states join is core/state.h's to decide.
 #pragma once
 
 #include "decay.h"
@@ -25,76 +25,6 @@ struct States {
   T* walk_z = nullptr;  // [slot, H, tiles, R]
 
   TORCH_SPE_INLINE bool has_totals() const { return total_s != nullptr || total_z != nullptr; }
-};
-
-// Reads the state that belongs to a row's chunk: where there are states of chunks, that at its
-// segment's start (end), carried over `passage`, joined with that of the segment's tokens before
-// (after) it.
-template <class T>
-class StateReader {
- public:
-  TORCH_SPE_DEVICE StateReader(const States<T>& states, bool has_chunks, const Cut& chunks,
-                               const Cut& segments, std::int64_t slot, const Part& chunk,
-                               std::int64_t head, const core::Passage<T>& passage)
-      : features_(states.features), values_(states.values), passage_(passage) {
-    const std::int64_t size = states.features * states.values;
-    if (has_chunks) {
-      const std::int64_t a = slot * states.heads + head;
-      const std::int64_t segment =
-          segments.first_slot(chunk.sequence) + chunk.number * chunks.size / segments.size;
-      const std::int64_t b = segment * states.heads + head;
-      s_ = states.chunk_s + a * size;
-      s_before_ = states.segment_s + b * size;
-      if (states.segment_z != nullptr) {
-        z_ = states.chunk_z + a * states.features;
-        z_before_ = states.segment_z + b * states.features;
-      }
-    } else {
-      const std::int64_t a = chunk.sequence * states.heads + head;
-      s_ = states.total_s + a * size;
-      if (states.total_z != nullptr) z_ = states.total_z + a * states.features;
-    }
-    aligned_ = rows_are_aligned<T>(s_, values_) && rows_are_aligned<T>(s_before_, values_);
-  }
-  // S[r, e .. e + 3], 0 outside.
-  TORCH_SPE_DEVICE void s(std::int64_t r, std::int64_t e, T (&out)[4]) const {
-    if (r >= features_) {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) out[i] = 0;
-      return;
-    }
-    four(s_ + r * values_ + e, e, out);
-    if (s_before_ == nullptr) return;
-    T before[4];
-    four(s_before_ + r * values_ + e, e, before);
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < 4; ++i) out[i] = core::join(passage_, r, before[i], out[i]);
-  }
-  // z[r], 0 outside.
-  TORCH_SPE_DEVICE T z(std::int64_t r) const {
-    if (r >= features_ || z_ == nullptr) return T(0);
-    return z_before_ == nullptr ? z_[r] : core::join(passage_, r, z_before_[r], z_[r]);
-  }
-
- private:
-  TORCH_SPE_DEVICE void four(const T* from, std::int64_t e, T (&out)[4]) const {
-    if (aligned_ && e + 4 <= values_) {
-      struct alignas(16) Four {
-        T elements[4];
-      };
-      const Four read = *reinterpret_cast<const Four*>(from);
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) out[i] = read.elements[i];
-    } else {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) out[i] = e + i < values_ ? from[i] : T(0);
-    }
-  }
-
-  const T *s_, *s_before_ = nullptr, *z_ = nullptr, *z_before_ = nullptr;
-  std::int64_t features_, values_;
-  core::Passage<T> passage_;
-  bool aligned_;
 };
 
 // Fills a tile of a state with operands; elements(row, column, out) gives four of a row.

@@ -202,6 +202,18 @@ struct Tokens {
         [&](int row, T value) { return map_feature<Storage>(map, value) * factor(row); });
   }
 
+  // x of a chunk's tokens as it is, features [r0, r0 + kColumns) of `count`; the copy may go on until
+  // copy_async_wait.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void copy_x(const Part& chunk, std::int64_t head, std::int64_t r0,
+                               std::int64_t count, Storage* out) const {
+    const Storage* const base = x + chunk.batch * x_strides[0] + chunk.begin * x_strides[1] +
+                                head * x_strides[2] + r0 * x_strides[3];
+    copy_tile<kRows, kColumns, Storage>(out, count - r0, x_strides[3], x_aligned, [&](int row) {
+      return row < chunk.size ? base + row * x_strides[1] : nullptr;
+    });
+  }
+
   // Y of a chunk's tokens, values [e0, e0 + kColumns) of `count`.
   template <int kRows, int kColumns, class Operand>
   TORCH_SPE_DEVICE void load_y(const Part& chunk, std::int64_t head, std::int64_t e0,
@@ -272,8 +284,8 @@ struct Tokens {
     };
     constexpr int kVectors = kColumns / 8, kStep = kThreads / kVectors, kCount = kRows / kStep;
     static_assert(kRows % kStep == 0);
-    const int row = static_cast<int>(threadIdx.x) / kVectors;
-    const int column = static_cast<int>(threadIdx.x) % kVectors * 8;
+    const int thread = thread_read_again();
+    const int row = thread / kVectors, column = thread % kVectors * 8;
     Eight eights[kCount];
     from += row * stride + column;
     TORCH_SPE_UNROLL

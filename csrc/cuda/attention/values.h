@@ -41,8 +41,8 @@ struct ValuesShared {
 };
 
 // A block makes a tile of values of the rows of a segment. Without values (E = 0) it makes their
-// denominators alone.
-template <class Storage, class Operand, class Decay>
+// denominators alone. With at most kWide features (kOneTile) the state stays in registers.
+template <class Storage, class Operand, class Decay, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     values_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Walk walk,
                   const States<core::accumulate_t<Storage>> states,
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t e0 = tile * kWide;
   const Steps<kTokens> steps(walk, slot);
   if (steps.segment.size == 0) return;
-  const bool makes_values = values > 0, in_registers = features <= kWide;
+  const std::int64_t end_of_features = kOneTile ? kWide : features;
+  const bool makes_values = values > 0;
   const bool sums_denominators = division.by == Divide::kByDenominator;
   const bool sums_squares = division.by == Divide::kByRms || division.by == Divide::kSumSquares;
   WalkingState<T> from(states, walk.moves, slot, steps.segment.sequence, head, tile, tiles);
@@ -97,15 +98,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       TileProduct<Operand, kTokens, kTokens> weights;
       weights.clear();
       TORCH_SPE_KEEP_LOOP
-      for (std::int64_t r0 = 0; r0 < features; r0 += kWide) {
+      for (std::int64_t r0 = 0; r0 < end_of_features; r0 += kWide) {
         if (r0 > 0) __syncthreads();
         rows.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.row_x);
         if (walk.moves)
           columns.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.col_x);
-        if (step == 0 || !in_registers) {
-          if (makes_values) {
-            from.read(r0, e0, state);
-            state.store(shared.state);
+        if (step == 0 || !kOneTile) {
+          if constexpr (kOneTile) {
+            if (makes_values) {
+              from.read(r0, e0, state);
+              state.store(shared.state);
+            }
+          } else {
+            if (makes_values) from.load(r0, e0, shared.state);
           }
           if (sums_denominators) {
             z.clear();
@@ -116,29 +121,31 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           }
         }
         __syncthreads();
+        if (walk.within) {
+          weights.template multiply<kWide, Major::kDepth, Major::kDepth>(shared.row_x,
+                                                                         shared.col_x);
+          // Before the product with the state: they need not have registers at the same time.
+          if (r0 + kWide >= end_of_features) {
+            weights.store(shared.weights, [&](int row) {
+              [[maybe_unused]] const T* const between =
+                  shared.between.factors + row * shared.between.kRow;
+              return [=](int column, T value) {
+                const bool seen = !walk.masked || (walk.backwards ? column >= row : column <= row);
+                if constexpr (Decay::kFades) value *= between[column];
+                return seen ? value : T(0);
+              };
+            });
+          }
+        }
         if (makes_values)
           product.template multiply<kWide, Major::kDepth, Major::kOuter>(shared.row_x,
                                                                          shared.state);
-        if (walk.within)
-          weights.template multiply<kWide, Major::kDepth, Major::kDepth>(shared.row_x,
-                                                                         shared.col_x);
         if (sums_denominators)
           denominators.template multiply<kWide, Major::kDepth>(shared.row_x, shared.z);
       }
       if constexpr (Decay::kFades) {
         product.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
         denominators.for_each([&](int row, T& element) { element *= shared.fade[row]; });
-      }
-      if (walk.within) {
-        weights.store(shared.weights, [&](int row) {
-          [[maybe_unused]] const T* const between =
-              shared.between.factors + row * shared.between.kRow;
-          return [=](int column, T value) {
-            const bool seen = !walk.masked || (walk.backwards ? column >= row : column <= row);
-            if constexpr (Decay::kFades) value *= between[column];
-            return seen ? value : T(0);
-          };
-        });
       }
     }
     __syncthreads();  // rows have been used, and weights are there
@@ -156,33 +163,33 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       const core::Passage<T> passage =
           decay.over_chunk(steps.first_slot + steps.number(step), head);
       TORCH_SPE_KEEP_LOOP
-      for (std::int64_t r0 = 0; r0 < features; r0 += kWide) {
-        if (Decay::kFades || !in_registers) {
+      for (std::int64_t r0 = 0; r0 < end_of_features; r0 += kWide) {
+        if (Decay::kFades || !kOneTile) {
           if (r0 > 0) __syncthreads();
           decay.template load_added<kTokens>(columns, chunk, head, walk.backwards, r0, features,
                                              shared.col_x);
           __syncthreads();
         }
         if (makes_values) {
-          if (!in_registers) from.read(r0, e0, state);
+          if constexpr (!kOneTile) from.read(r0, e0, state);
           state.for_each([&](int, int, T& element) { element = core::carry(passage, 0, element); });
           state.template multiply<kTokens, Major::kOuter, Major::kOuter>(shared.col_x,
                                                                          shared.col_y);
-          if (in_registers) {
+          if constexpr (kOneTile) {
             state.store(shared.state);
           } else {
             from.write(r0, e0, state);
           }
         }
         if (sums_denominators) {
-          if (!in_registers) {
+          if constexpr (!kOneTile) {
             z.clear();
             z.for_each([&](int r, T& element) { element = from.z_at(r0 + r); });
           }
           z.for_each([&](int, T& element) { element = core::carry(passage, 0, element); });
           z.template multiply<kTokens, Major::kOuter>(shared.col_x, shared.ones);
           z.for_each([&](int r, T element) {
-            if (in_registers) {
+            if constexpr (kOneTile) {
               shared.z.set(r, element);
             } else if (r0 + r < features) {
               from.kept_z[r0 + r] = element;
@@ -275,8 +282,15 @@ void make_values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, co
   if (blocks == 0) return;
   MemoryLayout size;
   ValuesShared<Operand, Decay>{size};
-  launch(values_kernel<Storage, Operand, Decay>, grid_of(blocks), dim3(kThreads), size.size(),
-         stream, rows, columns, walk, states, other, division, out, decay);
+  const auto make = [&](auto kernel) {
+    launch(kernel, grid_of(blocks), dim3(kThreads), size.size(), stream, rows, columns, walk,
+           states, other, division, out, decay);
+  };
+  if (states.features <= kWide) {
+    make(values_kernel<Storage, Operand, Decay, true>);
+  } else {
+    make(values_kernel<Storage, Operand, Decay, false>);
+  }
 }
 
 }  // namespace torch_spe::cuda::attention

@@ -41,7 +41,7 @@ struct Steps {
 };
 
 // The state that a block takes along: where it comes from, and where it is kept on the way if it
-// has more than one tile. A thread reads what it has written itself.
+// has more than one tile.
 template <class T>
 struct WalkingState {
   const T *s, *z;      // [R, E], [R] or null
@@ -67,7 +67,21 @@ struct WalkingState {
     s = kept_s;
     z = kept_z;
   }
-  // The tile at (r0, e0), zero outside.
+  // The tile at (r0, e0) as operands in shared memory, zero outside; after a barrier that follows
+  // its last write.
+  template <class Operand>
+  TORCH_SPE_DEVICE void load(std::int64_t r0, std::int64_t e0, Operand* out) const {
+    const T* const from = s + r0 * values + e0;
+    const int rows = static_cast<int>(min_of(kWide, features - r0));
+    const int columns = static_cast<int>(min_of(kWide, values - e0));
+    const int stride = static_cast<int>(values);
+    load_state<kWide, kWide>(out, [&](int row, int column, T(&four)[4]) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        four[i] = row < rows && column + i < columns ? from[row * stride + column + i] : T(0);
+    });
+  }
+  // The same in registers; each thread reads what it has written itself.
   template <class Tile>
   TORCH_SPE_DEVICE void read(std::int64_t r0, std::int64_t e0, Tile& tile) const {
     const T* const from = s + r0 * values + e0;
@@ -100,35 +114,44 @@ struct OtherDirection {
   bool writes = false;
 };
 
-// Writes a tile of results to rows `stride` apart, 16 bytes at once where `aligned`. rows(row)
-// returns what makes a result of (column, value); `staging` is shared memory of the tile's size
-// that nobody reads any more. All threads take part; a barrier must follow before `staging` is
-// used again.
+// Copies a tile of 16-bit results from shared memory to rows `stride` apart, 16 bytes at once where
+// `aligned`.
+template <int kRows, class Storage>
+TORCH_SPE_DEVICE void write_tile(const Storage* tile, Storage* out, std::int64_t stride, int count,
+                                 int columns, bool aligned) {
+  constexpr int kRow = row_of<Storage>(kWide), kVectors = kWide / 8;
+  const int thread = thread_read_again();
+  TORCH_SPE_UNROLL
+  for (int i = 0; i < kRows * kVectors / kThreads; ++i) {
+    const int vector = thread + i * kThreads;
+    const int row = vector / kVectors, column = vector % kVectors * 8;
+    if (row >= count) continue;
+    const Storage* const from = tile + row * kRow + column;
+    Storage* const to = out + row * stride + column;
+    if (aligned && column + 8 <= columns) {
+      *reinterpret_cast<Vector<Storage>*>(to) = *reinterpret_cast<const Vector<Storage>*>(from);
+    } else {
+      for (int e = 0; e < 8; ++e) {
+        if (column + e < columns) to[e] = from[e];
+      }
+    }
+  }
+}
+
+// Writes a tile of results to rows `stride` apart. rows(row) returns what makes a result of
+// (column, value); `staging` is shared memory of the tile's size, which nobody reads but rows, each
+// element where its result is made. All threads take part; a barrier must follow before `staging`
+// is used again.
 template <int kRows, class Storage, class Product, class Rows>
 TORCH_SPE_DEVICE void write_results(Product& product, void* staging, Storage* out,
                                     std::int64_t stride, int count, int columns, bool aligned,
                                     const Rows& rows) {
   using T = core::accumulate_t<Storage>;
   if constexpr (sizeof(Storage) == 2) {
-    constexpr int kRow = row_of<Storage>(kWide), kVectors = kWide / 8;
     Storage* const tile = static_cast<Storage*>(staging);
     product.template store<Storage>(tile, rows);
     __syncthreads();
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < kRows * kVectors / kThreads; ++i) {
-      const int vector = static_cast<int>(threadIdx.x) + i * kThreads;
-      const int row = vector / kVectors, column = vector % kVectors * 8;
-      if (row >= count) continue;
-      const Storage* const from = tile + row * kRow + column;
-      Storage* const to = out + row * stride + column;
-      if (aligned && column + 8 <= columns) {
-        *reinterpret_cast<Vector<Storage>*>(to) = *reinterpret_cast<const Vector<Storage>*>(from);
-      } else {
-        for (int e = 0; e < 8; ++e) {
-          if (column + e < columns) to[e] = from[e];
-        }
-      }
-    }
+    write_tile<kRows>(tile, out, stride, count, columns, aligned);
   } else {
     product.for_each_row([&](int row) {
       const auto make = rows(row);
