@@ -98,34 +98,34 @@ struct ColumnDecay {
 };
 
 // The factors of a chunk's tokens, and of the chunk; also the zero that stands for queries where
-// there are none.
+// there are none. A thread takes one direction through a chunk of a head.
 template <class T>
-struct ChunkFactors {
-  ColumnDecay<T> decay;
-  Cut chunks;
-  std::uint64_t* zero;
-
-  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
-    if (i == 0) *zero = 0;
-    const std::int64_t head = i % decay.heads;
-    const Part chunk(chunks, i / decay.heads);
-    double sum = 0;
-    for (int row = 0; row < chunk.size; ++row) {
-      const std::int64_t n = chunk.begin + row;
-      sum += decay.steps.at(chunk.batch, n, head, 0);
-      decay.from_start[decay.index(chunk.batch, n, head)] =
-          static_cast<T>(core::exp_nonpositive(sum));
-    }
-    decay.sums[i] = sum;
-    decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
-    sum = 0;
+__global__ void __launch_bounds__(64)
+    chunk_factors_kernel(const ColumnDecay<T> decay, const Cut chunks, std::uint64_t* zero) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
+  const bool backwards = threadIdx.x >= 32;
+  if (i == 0 && !backwards) *zero = 0;
+  if (i >= chunks.slots() * decay.heads) return;
+  const std::int64_t head = i % decay.heads;
+  const Part chunk(chunks, i / decay.heads);
+  double sum = 0;
+  if (backwards) {
     for (int row = chunk.size - 1; row >= 0; --row) {
       const std::int64_t n = chunk.begin + row;
       decay.to_end[decay.index(chunk.batch, n, head)] = static_cast<T>(core::exp_nonpositive(sum));
       sum += decay.steps.at(chunk.batch, n, head, 0);
     }
+    return;
   }
-};
+  for (int row = 0; row < chunk.size; ++row) {
+    const std::int64_t n = chunk.begin + row;
+    sum += decay.steps.at(chunk.batch, n, head, 0);
+    decay.from_start[decay.index(chunk.batch, n, head)] =
+        static_cast<T>(core::exp_nonpositive(sum));
+  }
+  decay.sums[i] = sum;
+  decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
+}
 
 // The factors of a segment, and of the way from its ends to its chunks.
 template <class T>
@@ -158,19 +158,25 @@ struct SegmentFactors {
 template <class T>
 void make_decay_factors(const ColumnDecay<T>& decay, const Cut& chunks, const Cut& segments,
                         std::uint64_t* zero, Stream stream) {
-  for_each_index(chunks.slots() * decay.heads, ChunkFactors<T>{decay, chunks, zero}, stream);
+  const std::int64_t blocks = ceil_div(chunks.slots() * decay.heads, 32);
+  if (blocks > 0)
+    launch(chunk_factors_kernel<T>, grid_of(blocks), dim3(64), 0, stream, decay, chunks, zero);
   for_each_index(segments.slots() * decay.heads, SegmentFactors<T>{decay, chunks, segments},
                  stream);
 }
 
 // The factors between the tokens of a chunk, in shared memory; nothing without a decay. They may
-// lie where an operand of the same type is made of them.
-template <class Decay, class Operand>
+// lie where an operand of the same type is made of them. Rows are `kRow` apart: by default so that
+// pairs which lanes hold of a product are read without conflicts.
+template <class Operand>
+constexpr int kRowOfFactors =
+    sizeof(Operand) == 2 ? kChunk<Operand> + 8 : row_of<Operand>(kChunk<Operand>);
+template <class Decay, class Operand, int kFactorRow = kRowOfFactors<Operand>>
 struct Between {
   using T = core::accumulate_t<Operand>;
   static constexpr int kTokens = kChunk<Operand>;
   static constexpr bool kInPlace = sizeof(Operand) == sizeof(T);
-  static constexpr int kRow = kInPlace ? row_of<Operand>(kTokens) : kTokens + 1;
+  static constexpr int kRow = kFactorRow;
   T* factors;     // [token, token]
   double* steps;  // [token], exp of each step
 
@@ -189,20 +195,28 @@ struct Between {
 
   // All threads take part; a barrier must follow.
   TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head) const {
-    const int own = static_cast<int>(threadIdx.x);
-    if (own < kTokens) {
+    const int own = static_cast<int>(threadIdx.x) % kTokens;
+    const int part = static_cast<int>(threadIdx.x) / kTokens;
+    if (part == 0) {
       steps[own] =
           own < chunk.size
               ? core::exp_nonpositive(decay.steps.at(chunk.batch, chunk.begin + own, head, 0))
               : 1.0;
     }
     __syncthreads();
-    if (own >= kTokens) return;
+    // A column each: downwards from the diagonal, or upwards.
     double factor = 1;
-    factors[own * kRow + own] = 1;
-    for (int i = own + 1; i < kTokens; ++i) {
-      factor *= steps[i];
-      factors[i * kRow + own] = factors[own * kRow + i] = static_cast<T>(factor);
+    if (part == 0) {
+      factors[own * kRow + own] = 1;
+      for (int i = own + 1; i < kTokens; ++i) {
+        factor *= steps[i];
+        factors[i * kRow + own] = static_cast<T>(factor);
+      }
+    } else if (part == 1) {
+      for (int i = own - 1; i >= 0; --i) {
+        factor *= steps[i + 1];
+        factors[i * kRow + own] = static_cast<T>(factor);
+      }
     }
   }
 };

@@ -82,19 +82,21 @@ struct DecayGradientShared {
   using T = core::accumulate_t<Operand>;
   static constexpr int kTokens = kChunk<Operand>;
   static constexpr int kParts = 8;  // threads that have elements of a row
-  Operand* row_x;                   // [row, r or e]
-  Operand* col_x;                   // [column, r or e]
-  Operand* state;                   // [r, e]
-  Operand* y;                       // [row, e]
-  T* z;                             // [r]
-  T* parts;                         // [row, kParts]
-  T* z_parts;                       // [thread]
-  T* row_weight;                    // [row]
-  T* col_weight;                    // [column]
-  double* past;                     // [row]
-  double* future;                   // [column]
-  double* sums;                     // [thread]
-  Between<Decay, Operand> between;
+  // Of factors, so that a thread each may add up rows.
+  static constexpr int kFactorRow = sizeof(Operand) == 2 ? kTokens + 1 : row_of<Operand>(kTokens);
+  Operand* row_x;  // [row, r or e]
+  Operand* col_x;  // [column, r or e]
+  Operand* state;  // [r, e]
+  Operand* y;      // [row, e]
+  T* z;            // [r]
+  T* parts;        // [row, kParts]
+  T* z_parts;      // [thread]
+  T* row_weight;   // [row]
+  T* col_weight;   // [column]
+  double* past;    // [row]
+  double* future;  // [column]
+  double* sums;    // [thread]
+  Between<Decay, Operand, kFactorRow> between;
 
   TORCH_SPE_INLINE explicit DecayGradientShared(MemoryLayout& layout)
       : row_x(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),

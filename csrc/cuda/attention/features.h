@@ -91,8 +91,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
       // Padding, whatever it holds, has the gradient 0.
       shared.row_scale[thread] =
           inside && !rows.is_padding(chunk.batch, n) ? rows.scale_of(chunk.batch, n, head) : T(0);
-      const T weight =
-          inside && walk.moves ? columns.weight_of(chunk.batch, n, head) : T(0);
+      const T weight = inside && walk.moves ? columns.weight_of(chunk.batch, n, head) : T(0);
       shared.col_weight[thread] = weight;
       shared.col_weights.set(thread, weight);
       if constexpr (Decay::kFades) {

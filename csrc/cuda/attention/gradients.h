@@ -11,14 +11,15 @@ template <class Operand, class Decay>
 struct KeyGradientsShared {
   using T = core::accumulate_t<Operand>;
   static constexpr int kTokens = kChunk<Operand>;
-  Operand* row_x;                      // [row, r], then gradients
+  static_assert(kTokens == kWide);     // tiles change their use
+  Operand* row_x;                      // [row, r]
   Operand* row_y;                      // [row, e]
   Operand* col_x;                      // [column, r]
   Operand* col_y;                      // [column, e]
   Operand* state;                      // [r, e]
-  Operand* x_weights;                  // [row, column], of X
+  Operand* x_weights;                  // [row, column], of X, then gradients of values
   Operand* y_weights;                  // [row, column], of Y
-  Operand* grad_y;                     // [row, e]
+  Operand* unmapped;                   // [row, r], features as they are, then their gradients
   VectorOperand<Operand> col_weights;  // [column]
   T* col_weight;                       // [column]
   T* z;                                // [r]
@@ -33,7 +34,7 @@ struct KeyGradientsShared {
         state(layout.take<Operand>(kWide * row_of<Operand>(kWide))),
         x_weights(layout.take<Operand>(kTokens * row_of<Operand>(kTokens))),
         y_weights(layout.take<Operand>(kTokens * row_of<Operand>(kTokens))),
-        grad_y(layout.take<Operand>(kTokens * row_of<Operand>(kWide))),
+        unmapped(layout.take<Operand>(kTokens * row_of<Operand>(kWide))),
         col_weights(layout, kTokens),
         col_weight(layout.take<T>(kTokens)),
         z(layout.take<T>(kWide)),
@@ -86,6 +87,8 @@ TORCH_SPE_DEVICE void walk_keys(int block, const Tokens<Storage>& keys,
     if (thread < kWide && !has_z) shared.z[thread] = 0;
     if (has_z) z.for_each([&](int r, T& element) { shared.z[r] = element; });
     if constexpr (Decay::kFades) shared.between.fill(decay, chunk, head);
+    if (keys.map != core::FeatureMap::kIdentity)
+      keys.template copy_x<kTokens, kWide>(chunk, head, 0, features, shared.unmapped);
     keys.template load_x<kTokens, kWide>(chunk, head, 0, features, shared.row_x);
     keys.template load_y<kTokens, kWide>(chunk, head, 0, values, shared.row_y);
     if (walk.moves) {
@@ -116,38 +119,33 @@ TORCH_SPE_DEVICE void walk_keys(int block, const Tokens<Storage>& keys,
       __syncthreads();  // weights are there
     }
     {
-      TileProduct<Storage, kTokens, kWide> product;
-      product.clear();
-      product.template multiply<kWide, Major::kDepth, Major::kOuter>(shared.row_x, shared.state);
+      TileProduct<Storage, kTokens, kWide> grad_x, grad_y;
+      grad_y.clear();
+      grad_y.template multiply<kWide, Major::kDepth, Major::kOuter>(shared.row_x, shared.state);
       if constexpr (Decay::kFades)
-        product.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
+        grad_y.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
       if (walk.moves)
-        product.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.x_weights,
-                                                                         shared.col_y);
-      product.store(shared.grad_y);
-    }
-    {
-      TileProduct<Storage, kTokens, kWide> product;
-      product.clear();
-      product.template multiply<kWide, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
-      product.for_each([&](int row, int column, T& element) {
+        grad_y.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.x_weights,
+                                                                        shared.col_y);
+      grad_x.clear();
+      grad_x.template multiply<kWide, Major::kDepth, Major::kDepth>(shared.row_y, shared.state);
+      grad_x.for_each([&](int row, int column, T& element) {
         element += shared.z[column];
         if constexpr (Decay::kFades) element *= shared.fade[row];
       });
       if (walk.moves)
-        product.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.y_weights,
-                                                                         shared.col_x);
-      __syncthreads();  // rows and the state have been used
-      product.store(shared.row_x, [&](int row) {
+        grad_x.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.y_weights,
+                                                                        shared.col_x);
+      copy_async_wait();
+      __syncthreads();  // all but the tokens that the state has yet to add have been used
+      grad_y.store(shared.x_weights);
+      grad_x.store(shared.unmapped, [&](int row) {
         // Padding, whatever it holds, has the gradient 0.
-        const bool is_padding =
-            row < chunk.size && keys.is_padding(chunk.batch, chunk.begin + row);
+        const bool is_padding = row < chunk.size && keys.is_padding(chunk.batch, chunk.begin + row);
         const auto map = keys.map;
-        const Storage* const phi = shared.row_x + row * row_of<Storage>(kWide);
+        const Storage* const x = shared.unmapped + row * row_of<Storage>(kWide);
         return [=](int column, T value) {
-          if (is_padding) return T(0);
-          if (map == core::FeatureMap::kIdentity) return value;
-          return gradient_of_input(map, value, read(phi[column]));
+          return is_padding ? T(0) : gradient_of_input_at(map, value, x + column);
         };
       });
     }
@@ -170,9 +168,9 @@ TORCH_SPE_DEVICE void walk_keys(int block, const Tokens<Storage>& keys,
         z.template multiply<kTokens, Major::kOuter>(shared.col_x, shared.col_weights);
       }
     }
-    write_tile<kTokens>(shared.row_x, grad_k + first_row * features, heads * features, chunk.size,
-                        features, rows_are_aligned<Storage>(grad_k, features));
-    write_tile<kTokens>(shared.grad_y, grad_v + first_row * values, heads * values, chunk.size,
+    write_tile<kTokens>(shared.unmapped, grad_k + first_row * features, heads * features,
+                        chunk.size, features, rows_are_aligned<Storage>(grad_k, features));
+    write_tile<kTokens>(shared.x_weights, grad_v + first_row * values, heads * values, chunk.size,
                         values, rows_are_aligned<Storage>(grad_v, values));
   }
 }

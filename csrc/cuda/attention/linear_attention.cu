@@ -110,8 +110,8 @@ class AttentionPass {
     const bool own = sets_.has_own_denominator(), wants_decay = kFades && p.grad_log_decay;
     if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
     const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
-    const bool one_launch = one_launch_ && p.grad_q != nullptr && p.grad_k != nullptr &&
-                            p.grad_v != nullptr;
+    const bool one_launch =
+        one_launch_ && p.grad_q != nullptr && p.grad_k != nullptr && p.grad_v != nullptr;
     TwoStates<T> key_states;
     if (p.grad_q != nullptr || wants_decay) {
       key_states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr,
@@ -292,21 +292,19 @@ class AttentionPass {
   }
   void values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
               const TwoStates<T>& two, const RowDivision<T>& division, void* out) const {
-    walk_through(
-        rows, columns_follow, two,
-        [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
-          attention::make_values<Operand>(rows, columns, walk, states, other, division,
-                                          static_cast<Storage*>(out), decay_, stream_);
-        });
+    walk_through(rows, columns_follow, two,
+                 [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
+                   attention::make_values<Operand>(rows, columns, walk, states, other, division,
+                                                   static_cast<Storage*>(out), decay_, stream_);
+                 });
   }
   void features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
                 const TwoStates<T>& two, void* grad) const {
-    walk_through(
-        rows, columns_follow, two,
-        [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
-          attention::make_features<Operand>(rows, columns, walk, states, other,
-                                            static_cast<Storage*>(grad), decay_, stream_);
-        });
+    walk_through(rows, columns_follow, two,
+                 [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
+                   attention::make_features<Operand>(rows, columns, walk, states, other,
+                                                     static_cast<Storage*>(grad), decay_, stream_);
+                 });
   }
   void gradients(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
                  const Tokens<Storage>& keys, const States<T>& key_states,

@@ -202,8 +202,8 @@ struct Tokens {
         [&](int row, T value) { return map_feature<Storage>(map, value) * factor(row); });
   }
 
-  // x of a chunk's tokens as it is, features [r0, r0 + kColumns) of `count`; the copy may go on until
-  // copy_async_wait.
+  // x of a chunk's tokens as it is, features [r0, r0 + kColumns) of `count`; the copy may go on
+  // until copy_async_wait.
   template <int kRows, int kColumns>
   TORCH_SPE_DEVICE void copy_x(const Part& chunk, std::int64_t head, std::int64_t r0,
                                std::int64_t count, Storage* out) const {
