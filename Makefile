@@ -8,16 +8,19 @@ BIN := .venv/bin
 DEMO := build/demo
 # The environment is made again when these change: the stamp of another choice is another file.
 CHOICE := $(shell { echo '$(TORCH) $(PYTHON)'; cat pyproject.toml; } | cksum | cut -d ' ' -f 1)
+DEMO_REQUIREMENTS := .venv/demo-$(CHOICE)
+MUSIC_REQUIREMENTS := .venv/music-$(CHOICE)
 REQUIREMENTS := .venv/requirements-$(CHOICE)
 EDITABLE := .venv/editable-$(CHOICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-build test test-all bench gpu-model build format clean
+.PHONY: help demo demo-build music test test-all bench gpu-model build format clean
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
-	@echo 'make test    C++ and Python tests, format and lint'
-	@echo 'make test-all  the same, more random calls, and everything under sanitizers'
+	@echo 'make music   train on the chorales and continue some: MIDI, pictures and sound; ARGS as above'
+	@echo 'make test    C++ and Python tests, format and lint; all but the longest'
+	@echo 'make test-all  all tests, more random calls, and everything under sanitizers'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
@@ -27,11 +30,14 @@ help:
 	@echo 'TORCH=$(TORCH) and PYTHON=$(PYTHON) choose another PyTorch and Python.'
 
 demo: demo-build
-	PYTHONPATH=$(DEMO)/package $(BIN)/python examples/chorales/train.py $(ARGS)
+	PYTHONPATH=$(DEMO)/package $(BIN)/python examples/music/chorales/train.py $(ARGS)
+
+music: demo-build $(MUSIC_REQUIREMENTS)
+	PYTHONPATH=$(DEMO)/package $(BIN)/python examples/music/train.py $(ARGS)
 
 # A build and a package of its own, quickly made: for the instruction sets of this machine, and with the CUDA kernels
 # only where there is a GPU to run them. The variables of setup.py come first.
-demo-build: $(REQUIREMENTS)
+demo-build: $(DEMO_REQUIREMENTS)
 	@TORCH_SPE_CUDA=$${TORCH_SPE_CUDA-$$(nvidia-smi -L > /dev/null 2>&1 && echo AUTO || echo 0)} \
 	  TORCH_SPE_INSTRUCTION_SETS=$${TORCH_SPE_INSTRUCTION_SETS-native} \
 	  TORCH_SPE_BUILD_DIR=$${TORCH_SPE_BUILD_DIR-$(DEMO)} \
@@ -63,14 +69,22 @@ clean:
 	rm -rf .venv build dist python/*.egg-info python/torch_spe/*.so python/torch_spe/_build_info.json
 
 # pip changes nothing that already fits. Stamps of other choices go first: they would be untrue afterwards.
-$(REQUIREMENTS):
+$(DEMO_REQUIREMENTS):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'torch_spe needs Python 3.10 or later, and $(PYTHON) is not one. Name another: make PYTHON=python3.11' >&2; \
 	  exit 1; }
-	@rm -f .venv/requirements-* .venv/editable-*
+	@rm -f .venv/demo-* .venv/music-* .venv/requirements-* .venv/editable-*
 	@[ "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install 'torch==$(TORCH)' --group build --group demo
+	@touch $@
+
+$(MUSIC_REQUIREMENTS): $(DEMO_REQUIREMENTS)
+	$(BIN)/python -m pip install 'torch==$(TORCH)' --group music
+	@touch $@
+
+$(REQUIREMENTS): $(DEMO_REQUIREMENTS)
 	$(BIN)/python -m pip install 'torch==$(TORCH)' --group dev
 	@touch $@
 

@@ -73,7 +73,7 @@ part build 200 "$PYTHON" setup.py build_ext --inplace &&
 # the time costs the results of one file only. Left out are files that compute nothing on a GPU and
 # whose imports may be missing. Status 5: no test of the file has that name.
 printf '%s\n' tests/python/test_*.py |
-  grep -vE '_(benchmarks|chorales|cuda_emulation_catches|digits|experiment_tasks|experiments|packaging|source_rules|virtual_gpu_catches)\.py$' \
+  grep -vE '_(benchmarks|chorales|cuda_emulation_catches|digits|experiment_tasks|experiments|music|packaging|source_rules|virtual_gpu_catches)\.py$' \
     > "$OUT_DIR/tests.txt"
 export PYTHON OUT_DIR
 part tests 170 env OMP_NUM_THREADS=2 xargs -a "$OUT_DIR/tests.txt" -P 8 -n 1 bash -c '

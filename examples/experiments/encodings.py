@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from chorales.model import ENCODINGS as CHORALES
-from chorales.model import HEADS, WIDTH, Encoding, Sinusoids
 from experiments.softmax import SoftmaxEncoding
+from music.chorales.model import ENCODINGS as CHORALES
+from music.chorales.model import HEADS, WIDTH, Encoding, Sinusoids
 from torch_spe import ConvSPE, PositiveFeatures, RotaryPositions, SineSPE
 
 HEAD = WIDTH // HEADS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from chorales.model import WIDTH, ChoraleModel, Encoding
 from experiments.tasks import Task
+from music.chorales.model import WIDTH, ChoraleModel, Encoding
 
 
 class Classifier(ChoraleModel):

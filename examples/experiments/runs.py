@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chorales.training import bin_means, evaluate, train
 from experiments.encodings import ENCODINGS
 from experiments.models import make_model
 from experiments.tasks import TASKS, Task
+from music.chorales.training import bin_means, evaluate, train
 
 AS_TRAINED = "as trained"
 PAUSE = 2.0  # seconds between looks at what other processes do

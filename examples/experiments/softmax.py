@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from chorales.model import HEADS, WIDTH, Encoding
+from music.chorales.model import HEADS, WIDTH, Encoding
 
 
 class SoftmaxAttention(nn.Module):

@@ -11,6 +11,7 @@ from torch_spe import ConvSPE, PositiveFeatures, RotaryPositions, SineSPE
 
 # The published runs' codes.
 SINES, TAPS = 10, 128
+GRID_TAPS = 8  # of ConvSPE in two dimensions, a side
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Encoding:
     layer: dict = field(default_factory=dict)  # other arguments of SPETransformerEncoderLayer
     favor: bool = False  # positive random features, as many as realizations
     softmax: bool = False  # the yardstick: exact softmax attention
+    grid: bool = False  # positions have two dimensions: of images, read to both sides
 
     def options(self, heads: int, head: int, realizations: int) -> dict:
         """Arguments of a model's layers; a position module in it is shared by them."""
@@ -44,6 +46,14 @@ def _paper_conv(heads: int, head: int, realizations: int) -> nn.Module:
 
 def _exact(heads: int, head: int, _realizations: int) -> nn.Module:
     return SineSPE(heads, head, num_sines=1, noise="exact", init="spread")
+
+
+def _exact_grid(heads: int, head: int, _realizations: int) -> nn.Module:
+    return SineSPE(heads, head, num_sines=1, noise="exact", init="spread", ndim=2)
+
+
+def _conv_grid(heads: int, head: int, realizations: int) -> nn.Module:
+    return ConvSPE(2, heads, head, realizations, GRID_TAPS, init="delta")
 
 
 def _rotary(heads: int, head: int, _realizations: int) -> nn.Module:
@@ -75,6 +85,13 @@ ENCODINGS = {
     "paper-conv-decay": Encoding("ReLU, ConvSPE, decay", _paper_conv, layer=PAPER | DECAY),
     "default": Encoding("exact sines, decay (the default)", _exact, layer=DECAY),
     "default-data": Encoding("exact sines, decay by token", _exact, layer={"decay": "data"}),
+    "absolute-default": Encoding(
+        "absolute positions, exact sines, decay", _exact, absolute=True, layer=DECAY
+    ),
+    "grid": Encoding("exact sines in two dimensions", _exact_grid, grid=True),
+    "grid-conv": Encoding(
+        "ConvSPE in two dimensions", _conv_grid, grid=True, layer={"encode": "features"}
+    ),
     "softmax": Encoding("softmax attention, absolute positions", absolute=True, softmax=True),
     "softmax-rotary": Encoding("softmax attention, rotary", _rotary, softmax=True),
 }

@@ -200,14 +200,14 @@ PRESETS = {
     "cpu": Preset(
         _curriculum(*CPU_STAGES),
         Size(4, 64, 4, 128, pooling="first"),
-        Recipe(CPU_STAGES, 2e-3, 200),
+        Recipe(CPU_STAGES, 2e-3, 200, evaluate_count=500),
         ("default",),
     ),
     # 150 minutes of one core, less than a million parameters.
     "long": Preset(
         _curriculum(*LONG_STAGES),
         Size(6, 96, 6, 192, pooling="first"),
-        Recipe(LONG_STAGES, 1.5e-3, 400),
+        Recipe(LONG_STAGES, 1.5e-3, 400, evaluate_count=500),
         ("default",),
     ),
     "paper": Preset(

@@ -54,8 +54,9 @@ class Run:
         task = preset.load(options.data)
         torch.manual_seed(self.seed)
         model = Classifier(
-            preset.size, self.encoding, task.vocabulary, task.classes, task.length, task.towers
-        )
+            preset.size, self.encoding, task.vocabulary, task.classes, task.length, task.towers,
+            task.grid,
+        )  # fmt: skip
         training = Training(
             model, task, preset.recipe, self.seed, place, options.out / f"{self.name}.pt"
         )

@@ -30,6 +30,12 @@ class Ragged:
         tokens = np.concatenate(list(sequences)) if len(sequences) else np.zeros(0, np.uint8)
         return cls(tokens, lengths.cumsum())
 
+    @classmethod
+    def rows(cls, tokens: np.ndarray) -> Ragged:
+        """Sequences of one length, the rows of ``[count, length]``."""
+        count, length = tokens.shape
+        return cls(tokens.reshape(-1), np.arange(1, count + 1, dtype=np.int64) * length)
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -65,6 +71,11 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def some(self, index: np.ndarray) -> Part:
+        """Those of some places."""
+        inputs = tuple(Ragged.of([ragged[int(i)] for i in index]) for ragged in self.inputs)
+        return Part(inputs, self.labels[index])
 
     def batch(self, index: np.ndarray) -> Batch:
         """Some of them as tensors."""
@@ -117,6 +128,14 @@ class Task:
     length: int  # no sequence is longer
     parts: dict[str, Part]  # "train", "valid", "test"; a curriculum has more
     towers: int = 1  # sequences for each label: 2 where pairs are classified
+    grid: tuple[int, int] | None = None  # height and width of images, whose rows are read in turn
+
+
+def split(part: Part, share: float) -> dict[str, Part]:
+    """A part's examples for training and, a share drawn by chance, for validation."""
+    order = np.random.default_rng(2020).permutation(len(part))
+    cut = round(len(part) * (1 - share))
+    return {"train": part.some(order[:cut]), "valid": part.some(order[cut:])}
 
 
 def cached(path: Path, make: Callable[[], Part]) -> Part:

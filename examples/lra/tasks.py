@@ -2,7 +2,104 @@
 
 from __future__ import annotations
 
-from lra import listops
+from lra import image, listops, pathfinder, retrieval, text
+from lra.model import Size
 from lra.presets import Preset
+from lra.training import Recipe, Stage
 
-TASKS: dict[str, dict[str, Preset]] = {"listops": listops.PRESETS}
+# The encodings of the published runs, and ConvSPE with either kind of features.
+PAPER = ("paper-none", "paper-sine", "paper-conv", "favor-none", "favor-sine", "favor-conv")
+IMAGE_STEPS = 45_000 // 96  # of an epoch
+PATHFINDER_STEPS = 160_000 // 256
+
+
+def _published(steps: int, lr: float, warmup: int) -> Recipe:
+    return Recipe(
+        (Stage(steps, 8),), lr, warmup, schedule="rsqrt", weight_decay=0.1, evaluate_every=1000
+    )
+
+
+IMAGE = {
+    "cpu": Preset(
+        image.load_mnist,
+        Size(4, 64, 4, 128, directions="cross"),
+        Recipe((Stage(1600, 32),), 3e-3, 100, evaluate_every=200),
+        ("default",),
+    ),
+    "digits": Preset(
+        image.load_digits,
+        Size(4, 64, 4, 128, directions="cross"),
+        Recipe((Stage(1500, 32),), 3e-3, 100, evaluate_every=100),
+        ("default",),
+    ),
+    "paper": Preset(
+        image.load_cifar,
+        Size(1, 128, 8, 128, 32, directions="both", pooling="first", head_dim=8),
+        Recipe(
+            (Stage(200 * IMAGE_STEPS, 96),), 2.5e-4, IMAGE_STEPS, weight_decay=0.1,
+            evaluate_every=IMAGE_STEPS,
+        ),
+        PAPER,
+    ),
+}  # fmt: skip
+TEXT = {
+    "cpu": Preset(
+        text.load_library,
+        Size(4, 64, 4, 128),
+        Recipe((Stage(2000, 32),), 3e-3, 100, evaluate_every=200),
+        ("default",),
+    ),
+    "paper": Preset(
+        text.load_imdb,
+        Size(4, 256, 4, 1024, directions="both", pooling="first"),
+        _published(30_000, 0.0125, 8000),
+        PAPER,
+    ),
+}
+RETRIEVAL = {
+    "cpu": Preset(
+        retrieval.load_chorales,
+        Size(4, 64, 4, 128),
+        Recipe((Stage(2000, 32),), 3e-3, 100, evaluate_every=200),
+        ("default",),
+    ),
+    "paper": Preset(
+        retrieval.load_aan,
+        Size(4, 128, 4, 512, directions="both", pooling="first"),
+        _published(15_000, 0.005, 3000),
+        PAPER,
+    ),
+}
+PATHFINDER = {
+    "cpu": Preset(
+        pathfinder.load_small,
+        Size(6, 48, 4, 96, directions="cross"),
+        Recipe((Stage(8000, 32),), 3e-3, 200, evaluate_every=500),
+        ("default",),
+    ),
+    # 32 x 32 with the same layers; for a GPU, or a day of a CPU.
+    "large": Preset(
+        pathfinder.load,
+        Size(8, 96, 6, 192, directions="cross"),
+        Recipe((Stage(50_000, 64),), 1e-3, 1000, evaluate_every=2000),
+        ("default",),
+    ),
+    # The Arena's base configuration.
+    "paper": Preset(
+        pathfinder.load,
+        Size(2, 32, 4, 32, directions="both", pooling="first", dropout=0.1),
+        Recipe(
+            (Stage(200 * PATHFINDER_STEPS, 256),), 1e-3, PATHFINDER_STEPS, weight_decay=0.0,
+            evaluate_every=PATHFINDER_STEPS,
+        ),
+        PAPER,
+    ),
+}  # fmt: skip
+
+TASKS: dict[str, dict[str, Preset]] = {
+    "listops": listops.PRESETS,
+    "text": TEXT,
+    "retrieval": RETRIEVAL,
+    "image": IMAGE,
+    "pathfinder": PATHFINDER,
+}

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,12 @@ class Recipe:
     spe_lr_scale: float = 5.0
     clip: float = 1.0
     evaluate_every: int = 500  # steps
+    evaluate_count: int | None = None  # of the validation examples, as trained; None: all of them
+
+    @property
+    def identity(self) -> str:
+        """What must be the same for a checkpoint to go on from: when to evaluate need not."""
+        return repr(replace(self, evaluate_every=1, evaluate_count=None))
 
     @property
     def steps(self) -> int:
@@ -163,7 +169,7 @@ class Training:
         torch.save(
             {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "random": random, "state": self._state(), "recipe": repr(self.recipe),
+                "random": random, "state": self._state(), "recipe": self.recipe.identity,
             },
             unfinished,
         )  # fmt: skip
@@ -171,10 +177,10 @@ class Training:
 
     def _load(self) -> None:
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if saved["recipe"] != repr(self.recipe):
+        if saved["recipe"] != self.recipe.identity:
             raise ValueError(
                 f"{self.checkpoint} is of another recipe: finish it with that one, or remove it: "
-                f"{saved['recipe']}, got {self.recipe}"
+                f"{saved['recipe']}, got {self.recipe.identity}"
             )
         if len(saved["random"]) != self.place.ranks:
             raise ValueError(
@@ -259,7 +265,10 @@ class Training:
 
     def _evaluate(self) -> None:
         batch = 2 * self.recipe.stages[-1].batch
-        found = accuracy(self.model, self.task.parts["valid"], batch, self.place)
+        part = self.task.parts["valid"]
+        if self.recipe.evaluate_count is not None:
+            part = part.some(np.arange(min(len(part), self.recipe.evaluate_count)))
+        found = accuracy(self.model, part, batch, self.place)
         self.curve.append({"step": self.step, "valid": found})
         self.worse = 0 if found > self.best else self.worse + 1
         self.best = max(self.best, found)

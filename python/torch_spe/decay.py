@@ -160,8 +160,7 @@ def steps_between(positions: Tensor) -> Tensor:  # [B, N] -> [B, N]
     """Return the differences of positions that follow each other; the first is 0."""
     if not positions.is_floating_point():
         positions = positions.to(torch.int64)  # differences of narrow integers overflow
-    before = positions.new_zeros(len(positions), 1)
-    return torch.cat((before, positions.diff(dim=1)), dim=1)[:, : positions.shape[1]]
+    return positions.diff(dim=1, prepend=positions[:, :1])
 
 
 def check_rising(owner: str, between: Tensor) -> None:  # [B, N]

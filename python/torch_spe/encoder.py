@@ -42,6 +42,24 @@ class Encoder:
         """
         raise NotImplementedError
 
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:  # [1, X, H, D]
+        """Encode keys without a position, to which the code of every query is the same.
+
+        Args:
+            x: ``[1, X, H, D]``.
+            feature_map: as in `encode`.
+
+        Returns:
+            ``[1, X, H, num_features]``.
+
+        Raises:
+            ValueError: there is no part of the code that knows no positions, as a gate's.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: a key without a position has no code here; it is that of a "
+            "gate, which does not depend on the position"
+        )
+
     def encode_both(
         self,
         queries: Tensor,  # [B, *size, H, D]
@@ -139,6 +157,10 @@ class ScaledEncoder(Encoder):
     ) -> Tensor:
         """Encode, and multiply."""
         return self.encoder.encode(x, side, feature_map) * self.factor
+
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:
+        """Encode without a position, and multiply."""
+        return self.encoder.encode_constant(x, feature_map) * self.factor
 
     def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
         """Spread as the encoder does."""

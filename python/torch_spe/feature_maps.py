@@ -78,13 +78,27 @@ def map_features(
         Features of queries and keys, the name of the map that is still to be applied, and whether
         the features have such factors.
     """
-    if isinstance(feature_map, str):
-        return queries, keys, feature_map, False
+    return apply_drawn_map(draw_map(feature_map, queries, seed), queries, keys)
+
+
+def draw_map(
+    feature_map: FeatureMap, queries: Tensor, seed: int | Literal["fixed"] | None = None
+) -> FeatureMap:
+    """Return the map of one call; see `map_features`."""
     if isinstance(feature_map, PositiveFeatures):
         feature_map.materialize(queries.device)
         feature_map = feature_map.draw() if seed is None else feature_map.draw(seed)
-    if hasattr(feature_map, "draw"):
-        feature_map = feature_map.draw()
+    return feature_map.draw() if hasattr(feature_map, "draw") else feature_map
+
+
+def apply_drawn_map(
+    feature_map: FeatureMap,
+    queries: Tensor,  # [B, *size, H, R]
+    keys: Tensor,  # [B, *size, H, R]
+) -> tuple[Tensor, Tensor, str, bool]:  # [B, *size, H, M] twice
+    """Apply what `draw_map` returned; see `map_features`."""
+    if isinstance(feature_map, str):
+        return queries, keys, feature_map, False
     if hasattr(feature_map, "for_quotients"):
         return *feature_map.for_quotients(queries, keys), "identity", True
     return feature_map(queries), feature_map(keys), "identity", False

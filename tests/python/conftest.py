@@ -32,7 +32,11 @@ def device(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the runs of `cpu_only` tests on other devices."""
+    """Leave out the runs of `cpu_only` tests on other devices, and skip what `make test` skips."""
+    if not os.environ.get("TORCH_SPE_TEST_ALL"):
+        for item in items:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
 
     def superfluous(item):
         device = item.callspec.params.get("device", "cpu") if hasattr(item, "callspec") else "cpu"

@@ -565,6 +565,7 @@ def test_compiles_whole(options, training):
         assert_close(out, expected, torch.float32)
 
 
+@pytest.mark.long
 def test_compiles_with_the_default_backend():
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True).eval()
     fast = compiled(layer)
@@ -664,8 +665,9 @@ def test_distributed_data_parallel(tmp_path):
         ({"embed_dim": 25}, ValueError, "embed_dim must be a multiple of num_heads, got 25 and 3"),
         ({"num_heads": 0}, ValueError, "num_heads must be an integer >= 1, got 0"),
         ({"dropout": 1.5}, ValueError, "dropout must be a probability, got 1.5"),
-        ({"add_bias_kv": True}, ValueError, "add_bias_kv must be False"),
-        ({"add_zero_attn": True}, ValueError, "add_zero_attn must be False"),
+        ({"add_bias_kv": True, "position": "rotary"}, ValueError,
+         "add_bias_kv must be False unless .* got RotaryPositions without a gate"),
+        ({"add_bias_kv": True, "gated": False}, ValueError, "add_bias_kv .* got SineSPE without a"),
         ({"kdim": 0}, ValueError, "kdim must be an integer >= 1, got 0"),
         ({"position": "learned"}, ValueError, r"position must be 'fading', .*, got 'learned'"),
         ({"position": nn.Linear(1, 1)}, ValueError, "position must be"),

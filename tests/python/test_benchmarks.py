@@ -70,6 +70,7 @@ def test_every_form_of_a_decay_is_checked_and_timed(causal):
         check(case, torch.float32)
 
 
+@pytest.mark.long
 def test_layers_are_timed_with_and_without_a_decay():
     case = layer(1, 16, "cpu", torch.float32, model=32, heads=2)
     rows = measure_case(case, "cpu", 0.001, Machine("a machine", 1, 1.0, 1.0))
@@ -78,6 +79,7 @@ def test_layers_are_timed_with_and_without_a_decay():
     assert [row["implementation"] for row in rows][: len(LAYERS)] == list(LAYERS)
 
 
+@pytest.mark.long
 def test_steps_of_generation_are_timed():
     case = decode(1, 20, "cpu", torch.float32, model=16, heads=2)
     machine = Machine("a machine", 1, 1.0, 1.0)

@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from chorales import data
-from chorales.model import DEMO, ENCODINGS, ChoraleModel
-from chorales.training import bin_means, evaluate, nll, train
+from music.chorales import data
+from music.chorales.model import DEMO, ENCODINGS, ChoraleModel
+from music.chorales.training import bin_means, evaluate, nll, train
 
 # Soprano to bass, onset, end and pitch; a repeated note, a rest between notes and at the end.
 VOICES = [
@@ -191,7 +191,7 @@ def test_training_learns_and_repeats(name):
 
 
 def test_the_demo_trains_some_of_the_models():
-    from chorales.train import parse_arguments
+    from music.chorales.train import parse_arguments
 
     assert parse_arguments([]).models == list(DEMO)
     assert set(DEMO) < set(ENCODINGS)
@@ -199,7 +199,7 @@ def test_the_demo_trains_some_of_the_models():
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    from chorales import train as command
+    from music.chorales import train as command
 
     monkeypatch.setattr(data, "load", lambda: [piece(100, seed=i) for i in range(60)])
     flags = "--steps 1 --batch 1 --length 16 --test-length 64 --models rotary spe-features"

@@ -88,6 +88,7 @@ def test_values_and_gradients(form, causal, normalize, masked, packed, state):
         ))  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "packed"), [(1, False), (3, False), (1, True)])

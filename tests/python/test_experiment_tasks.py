@@ -12,11 +12,11 @@ from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from chorales import data
 from experiments.tasks import music, pixels, text
 from experiments.tasks.copying import copy_task
 from experiments.tasks.recall import Bindings, Pairs, bound_recall_task, recall_task
 from experiments.tasks.task import UNASKED
+from music.chorales import data
 
 
 def seeded(seed=0):

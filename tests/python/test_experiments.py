@@ -15,7 +15,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from chorales.model import HEADS, WIDTH, ChoraleModel
 from experiments import run as command
 from experiments import runs, tables
 from experiments.encodings import ENCODINGS
@@ -25,6 +24,7 @@ from experiments.runs import Settings, claim, load_task, plan
 from experiments.tasks import TASKS
 from experiments.tasks.copying import copy_task
 from experiments.tasks.pixels import Rows, class_measures, class_nll
+from music.chorales.model import HEADS, WIDTH, ChoraleModel
 
 EXAMPLES = Path(command.__file__).resolve().parents[1]
 
@@ -284,6 +284,7 @@ with claim(Path(sys.argv[2]), "a") as mine:
 """
 
 
+@pytest.mark.long
 def test_claims_exclude_and_end_with_their_process(tmp_path):
     with claim(tmp_path, "a") as mine:
         assert mine
@@ -339,6 +340,7 @@ def test_a_run_of_another_process_is_waited_for(tmp_path, monkeypatch):
     assert pauses == [runs.PAUSE]
 
 
+@pytest.mark.long
 def test_processes_share_the_runs(tmp_path):
     flags = "--tasks copy --encodings none --steps 1 --batch 1 --rates 1e-3 4e-3 --seeds 2"
     command_line = [sys.executable, str(EXAMPLES / "experiments" / "run.py"), *flags.split()]

@@ -176,6 +176,7 @@ def test_build_requirements_are_in_the_development_environment():
     assert set(project["build-system"]["requires"]) <= set(project["dependency-groups"]["build"])
 
 
+@pytest.mark.long
 @needs_build
 def test_import_under_another_torch_says_what_to_do(installed, tmp_path):
     shutil.copytree(installed / "torch_spe", tmp_path / "torch_spe")
@@ -204,6 +205,7 @@ def test_build_for_this_torch_and_python_is_required(tmp_path):
     _library._check_build(tmp_path, "2.11.0+cu130")
 
 
+@pytest.mark.long
 @needs_build
 def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
     prefix, build, example = tmp_path / "prefix", tmp_path / "build", tmp_path / "example"

@@ -268,6 +268,7 @@ def test_every_module_of_the_package_is_here():
     abstract = {
         Position, torch_spe.precision.Float32Module, torch_spe.positions.spe.SPE,
         torch_spe.flat_parameters.FlatParameterModule, torch_spe.attention.layers._Layer,
+        torch_spe.attention.projections.HeadProjections,
     }  # fmt: skip
     seen = {type(part) for name in MODULES for part in make(name).modules()}
     stateless = {torch_spe.positions.NoPositions}

@@ -482,6 +482,7 @@ def test_autocast():
         assert_close(out, whole(layer, x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("position", ["sine", "conv", "rotary"])
 def test_compiled(position):
     torch._dynamo.reset()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from chorales import data
-from chorales.training import nll
 from experiments.tasks.task import Task
+from music.chorales import data
+from music.chorales.training import nll
 
 SECTIONS_TO_TEST = 16  # one of a mass, and so many masses each for choosing rates and for the test
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from chorales.train import range_edges
+from music.chorales.train import range_edges
 
 BINS = 16  # of the plots
 UNASKED = -1  # the answer at positions that nothing is asked about

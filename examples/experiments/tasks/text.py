@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chorales.training import nll
 from experiments.tasks.task import Task
+from music.chorales.training import nll
 
 # Tests are not installed everywhere, and packages of others are not the library.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torch_spe import functional
 from torch_spe.attention import fading
 from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.extra_keys import ExtraKeys, attend_beside
 from torch_spe.attention.places import Places
 from torch_spe.attention.state import AttentionState
 from torch_spe.autocast import attend_in_range
 from torch_spe.encoder import Encoder
-from torch_spe.feature_maps import map_features
+from torch_spe.feature_maps import FeatureMap, apply_drawn_map, apply_feature_map, draw_map
 
 if TYPE_CHECKING:
     from torch_spe.attention.multihead import SPEMultiheadAttention
@@ -35,6 +36,7 @@ class Call:
         source: input of the keys, ``[B, M, kdim]``.
         state: of the tokens before.
         cu_seqlens: bounds of packed sequences, ``[S + 1]``.
+        extra: keys beside those of the input.
     """
 
     places: Places
@@ -43,6 +45,7 @@ class Call:
     source: Tensor
     state: AttentionState | None = None
     cu_seqlens: Tensor | None = None
+    extra: ExtraKeys | None = None
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -54,27 +57,26 @@ class Call:
             sums = self.state.sums, self.state.denominators
             arguments |= {
                 "return_state": True,
-                "initial_state": None if len(sums[0]) == 0 else sums,
+                "initial_state": None if sums[0].shape[0] == 0 else sums,
             }
         return arguments
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, **arguments: object
+        self, q: Tensor, k: Tensor, v: Tensor, extra: ExtraKeys | None, **arguments: object
     ) -> tuple[Tensor, Sums | None]:
         """Call the operator; the sums are None without a state."""
-        out = functional.linear_attention(
-            q.flatten(1, -3), k.flatten(1, -3), v, **self.arguments, **arguments
-        )
+        q, k, arguments = q.flatten(1, -3), k.flatten(1, -3), self.arguments | arguments
+        if extra is not None:
+            return attend_beside(extra, q, k, v, **arguments)
+        out = functional.linear_attention(q, k, v, **arguments)
         return (out, None) if self.state is None else out
 
-    def map_features(
-        self, layer: SPEMultiheadAttention, q: Tensor, k: Tensor
-    ) -> tuple[Tensor, Tensor, str, bool]:
-        """Apply the layer's feature map, with the rows that belong to the noise of the state."""
+    def draw_map(self, layer: SPEMultiheadAttention, q: Tensor) -> FeatureMap:
+        """Return the layer's feature map, with the rows that belong to the noise of the state."""
         if self.state is None:
-            return map_features(layer.feature_map, q, k)
+            return draw_map(layer.feature_map, q)
         seed = self.state.seed
-        return map_features(layer.feature_map, q, k, "fixed" if seed == layer.seed else seed)
+        return draw_map(layer.feature_map, q, "fixed" if seed == layer.seed else seed)
 
 
 def attend_inputs(
@@ -85,14 +87,18 @@ def attend_inputs(
     call: Call,
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Encode queries and keys, apply the feature map, and attend."""
-    encoder = draw_encoder(layer, q, k, call)
+    encoder, extra = draw_encoder(layer, q, k, call), call.extra
     log_decay = _log_decay(layer, encoder, q, call)
     q, k, _ = encoder.encode_both(q, k)
-    q, k, feature_map, scaled = call.map_features(layer, q, k)
+    drawn = call.draw_map(layer, q)
+    q, k, feature_map, scaled = apply_drawn_map(drawn, q, k)
+    if extra is not None:
+        extra = extra.encode(encoder).map(drawn)
+        q, k, feature_map = _apply_map(feature_map, q, k)
 
     def attend(v: Tensor) -> tuple[Tensor, Sums | None]:
         return call.attend(
-            q, k, v, feature_map=feature_map, eps=0.0 if scaled else layer.eps,
+            q, k, v, extra, feature_map=feature_map, eps=0.0 if scaled else layer.eps,
             log_decay=log_decay,
         )  # fmt: skip
 
@@ -108,7 +114,12 @@ def attend_features(
     output_norm: str | None = "layer",
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Apply the feature map, encode, and attend; the denominator stays un-encoded."""
-    q, k, feature_map, scaled = call.map_features(layer, q, k)
+    drawn = call.draw_map(layer, q)
+    q, k, feature_map, scaled = apply_drawn_map(drawn, q, k)
+    mapped = None
+    if call.extra is not None:
+        mapped = call.extra.map(drawn)
+        q, k, feature_map = _apply_map(feature_map, q, k)
     rms_norm = (layer.output_norm if output_norm == "layer" else output_norm) == "rms"
     # Sums of any scale are brought to that of the values first, which eps is measured by.
     normalize = scaled or not rms_norm
@@ -117,8 +128,11 @@ def attend_features(
         encoder = draw_encoder(layer, q, k, call)
         qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
         log_decay = _log_decay(layer, encoder, q, call)
-        denominator = {}
-        if normalize and (qhat is not q or khat is not k):
+        denominator, extra = {}, mapped
+        encoded = qhat is not q or khat is not k
+        if extra is not None and encoded:
+            extra = dataclasses.replace(mapped.encode(encoder), denominators=mapped.keys)
+        if normalize and encoded:
             denominator = {
                 "denominator_q": q.flatten(1, -3),
                 "denominator_k": k.flatten(1, -3),
@@ -127,14 +141,20 @@ def attend_features(
             if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
                 denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
         out, sums = call.attend(
-            qhat, khat, v, feature_map=remaining, normalize=normalize, rms_norm=not normalize,
-            eps=0.0 if scaled else layer.eps, log_decay=log_decay, **denominator,
+            qhat, khat, v, extra, feature_map=remaining, normalize=normalize,
+            rms_norm=not normalize, eps=0.0 if scaled else layer.eps, log_decay=log_decay,
+            **denominator,
         )  # fmt: skip
         if rms_norm and normalize:
             out = F.rms_norm(out, out.shape[-1:], eps=max(layer.eps, 1e-30))  # rows of 0 stay 0
         return out, sums
 
     return _attend_in_range(feature_map, q, v, attend)
+
+
+def _apply_map(feature_map: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Apply the rest of the feature map before the operator, which then has none to apply."""
+    return *(apply_feature_map(feature_map, x).to(x.dtype) for x in (q, k)), "identity"
 
 
 def _attend_in_range(

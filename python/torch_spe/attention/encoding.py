@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -130,15 +129,14 @@ def _is_unchanged(tensor: Tensor, kept: tuple[Tensor, Tensor, int, int]) -> bool
 
 
 def tensors_of(*modules: nn.Module | None) -> list[Tensor]:
-    """Return the parameters and buffers of modules."""
-    return [
-        tensor
-        for module in modules
-        if module is not None
-        for part in module.modules()
-        for tensor in itertools.chain(part._parameters.values(), part._buffers.values())
-        if tensor is not None
-    ]
+    """Return the parameters and buffers of modules; those of shared parts may occur twice."""
+    found: list[Tensor] = []
+    for module in modules:
+        if module is not None:  # not modules(), which would take most of the time of a small call
+            found += [tensor for tensor in module._parameters.values() if tensor is not None]
+            found += [tensor for tensor in module._buffers.values() if tensor is not None]
+            found += tensors_of(*module._modules.values())
+    return found
 
 
 def may_keep(tensors: Sequence[Tensor]) -> bool:

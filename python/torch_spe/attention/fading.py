@@ -121,7 +121,9 @@ def pad_to_one_length(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Append queries that nobody reads or keys that are padding: there is one order to fade in."""
     more = q.shape[1] - k.shape[1]
-    if more < 0:
+    if torch.compiler.is_exporting():  # either of them may be longer in later calls
+        q, more = F.pad(q, (0, 0, 0, 0, 0, torch.sym_max(0, -more))), torch.sym_max(0, more)
+    elif more < 0:
         return F.pad(q, (0, 0, 0, 0, 0, -more)), k, v, mask
     if mask is None:
         mask = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)

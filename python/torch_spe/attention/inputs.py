@@ -1,4 +1,4 @@
-"""Layouts and masks of the inputs of `SPEMultiheadAttention`, checked and brought to one form."""
+"""Layouts of the inputs of `SPEMultiheadAttention`, checked and brought to one form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from torch_spe.checks import check_tensor, is_integer, is_sequence, to_int
 
 OWNER = "SPEMultiheadAttention"
-# Float masks block with -inf or with a value whose exponential is 0 in every type.
-_BLOCKED = -1e4
 
 
 def to_batch_first(
@@ -100,80 +98,6 @@ def to_nested(out: Tensor, like: Tensor) -> Tensor:  # [B, N, features] -> [B, N
     """Return a padded tensor as a nested one with the lengths and layout of `like`."""
     rows = [row[: part.shape[0]] for row, part in zip(out.unbind(), like.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=like.layout)
-
-
-def find_causal(
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    length: int,
-    key_length: int,
-    batch: int,
-    num_heads: int,
-) -> bool:
-    """Say whether to attend causally, after a check that attn_mask asks for nothing else."""
-    if attn_mask is not None:
-        shapes = ((length, key_length), (batch * num_heads, length, key_length))
-        if tuple(attn_mask.shape) not in shapes:
-            raise ValueError(
-                f"{OWNER}: attn_mask must have shape {shapes[0]} or {shapes[1]}, got "
-                f"{tuple(attn_mask.shape)}"
-            )
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise TypeError(
-                f"{OWNER}: attn_mask must be bool or floating point, got {attn_mask.dtype}"
-            )
-        if not is_causal:
-            if torch.compiler.is_compiling():
-                raise ValueError(
-                    f"{OWNER}: attn_mask must come with is_causal=True under torch.compile, "
-                    "which cannot look at its entries"
-                )
-            blocked = attn_mask if attn_mask.dtype == torch.bool else attn_mask <= _BLOCKED
-            future = torch.ones(length, key_length, dtype=torch.bool, device=attn_mask.device).triu(
-                1
-            )
-            bias = attn_mask.dtype != torch.bool and bool(attn_mask.masked_fill(blocked, 0).any())
-            is_causal = not bias and length == key_length and bool((blocked == future).all())
-            if not is_causal and (bias or bool(blocked.any())):
-                raise ValueError(
-                    f"{OWNER}: attn_mask must be None or a causal mask: linear attention "
-                    "cannot apply any other; padding goes into key_padding_mask"
-                )
-    if is_causal and length != key_length:
-        raise ValueError(
-            f"{OWNER}: is_causal needs as many queries as keys, got {length} and {key_length}"
-        )
-    return is_causal
-
-
-def to_padding(
-    mask: Tensor | None, batch: int, key_length: int, layout: str
-) -> Tensor | None:  # [B, M]
-    """Return key_padding_mask as bool ``[B, M]``."""
-    if mask is None:
-        return None
-    if layout == "grid":
-        mask = mask.flatten(1)
-    expected = (key_length,) if layout == "unbatched" else (batch, key_length)
-    if tuple(mask.shape) != expected:
-        raise ValueError(
-            f"{OWNER}: key_padding_mask must have shape {expected}, got {tuple(mask.shape)}"
-        )
-    if mask.is_floating_point():
-        padding = mask <= _BLOCKED
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            other = mask.masked_fill(padding, 0)
-            if bool(other.any()):
-                value = other[other != 0][0].item()
-                raise ValueError(
-                    f"{OWNER}: a float key_padding_mask must hold 0 and -inf only, got {value}"
-                )
-        mask = padding
-    elif mask.dtype != torch.bool:
-        raise TypeError(
-            f"{OWNER}: key_padding_mask must be bool or floating point, got {mask.dtype}"
-        )
-    return mask.unsqueeze(0) if layout == "unbatched" else mask
 
 
 def check_packed(

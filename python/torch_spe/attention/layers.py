@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
 
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.multihead import SPEMultiheadAttention
 from torch_spe.attention.places import continue_places
 from torch_spe.attention.state import AttentionState
@@ -311,8 +312,8 @@ class SPETransformerDecoderLayer(_Layer):
             tgt: ``[N, B, d_model]``, or ``[B, N, d_model]`` if batch_first, or unbatched.
             memory: the same with M for N; None with a state, which has it.
             tgt_mask: None, or a causal mask; see `SPEMultiheadAttention.forward`.
-            memory_mask: must leave nothing out.
-            tgt_key_padding_mask: bool ``[B, N]``, True where a token is padding.
+            memory_mask: None, or what leaves out keys for all queries alike.
+            tgt_key_padding_mask: bool ``[B, N]``, True where a token is padding; or float.
             memory_key_padding_mask: bool ``[B, M]``; None with a state.
             tgt_is_causal: whether a token attends to those up to itself only. Default False, and
                 True with a state.
@@ -362,7 +363,8 @@ class SPETransformerDecoderLayer(_Layer):
                     attn_mask=memory_mask, is_causal=False,
                 )  # fmt: skip
             else:
-                x = self._remember(x, state, tgt_key_padding_mask)
+                masks = tgt_mask, tgt_key_padding_mask, bool(tgt_is_causal)
+                x = self._remember(x, state, *masks)
             return self.dropout2(x)
 
         tgt = self._add(tgt, attend, self.norm1)
@@ -374,15 +376,20 @@ class SPETransformerDecoderLayer(_Layer):
         self,
         x: Tensor,  # [N, B, d_model]
         state: DecoderState,
-        mask: Tensor | None,  # [B, N]
+        tgt_mask: Tensor | None,
+        tgt_key_padding_mask: Tensor | None,
+        is_causal: bool,
     ) -> Tensor:  # [N, B, d_model]
         """Attend to the state of the memory from the positions of the tokens."""
-        attention = self.multihead_attn
+        attention, tokens = self.multihead_attn, state.tokens
         along = 0 if x.dim() == 2 or not attention.batch_first else 1
-        length, batch = x.shape[along], len(state.tokens.sums)
-        places = continue_places(
-            state.tokens, batch, length, None, mask, attention._position().takes_positions
-        )
+        length, batch = x.shape[along], tokens.sums.shape[0]
+        _, padding = read_masks(
+            tgt_mask, tgt_key_padding_mask, is_causal, batch, attention.num_heads, length, length,
+            "unbatched" if x.dim() == 2 else "batch",
+        )  # fmt: skip
+        takes_positions = attention._position().takes_positions
+        places = continue_places(tokens, batch, length, None, padding, takes_positions)
         nothing = x.narrow(along, 0, 0)
         positions = {"start": places.start} if places.positions is None else {
             "positions": places.positions
@@ -404,4 +411,4 @@ class SPETransformerDecoderLayer(_Layer):
         """
         check_tensor("SPETransformerDecoderLayer", "memory", memory)
         of_memory = self.multihead_attn.memory_state(memory, memory, memory_key_padding_mask)
-        return DecoderState(self.self_attn.initial_state(len(of_memory.sums), start), of_memory)
+        return DecoderState(self.self_attn.initial_state(of_memory.sums.shape[0], start), of_memory)

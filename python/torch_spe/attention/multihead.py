@@ -12,9 +12,18 @@ from torch.nn import functional as F
 
 from torch_spe.attention import encoding, fading, inputs
 from torch_spe.attention.attend import Call, attend_features, attend_inputs
+from torch_spe.attention.extra_keys import check_bias_kv, extra_keys
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import find_places
+from torch_spe.attention.projections import HeadProjections
 from torch_spe.attention.state import AttentionState
-from torch_spe.attention.uses import shift_state, start_state, weights_of_layer
+from torch_spe.attention.uses import (
+    memory_state,
+    shift_state,
+    start_state,
+    template_of_layer,
+    weights_of_layer,
+)
 from torch_spe.checks import (
     check_choice,
     check_dtype,
@@ -32,7 +41,7 @@ from torch_spe.positions import Position
 from torch_spe.positions.registry import find_preset, make_position
 
 
-class SPEMultiheadAttention(nn.Module):
+class SPEMultiheadAttention(HeadProjections):
     r"""``nn.MultiheadAttention`` as linear attention with stochastic relative positions.
 
     Constructor, call and names of the projections follow ``nn.MultiheadAttention``: its state dict
@@ -70,19 +79,27 @@ class SPEMultiheadAttention(nn.Module):
     afterwards.)
 
     Args:
-        embed_dim: size of the model, ``num_heads * head_dim``.
+        embed_dim: size of the model.
         num_heads: attention heads H.
         dropout: probability of zeroing an entry of the heads' outputs, before the output
             projection: there is no matrix of attention weights to drop entries from.
         bias: whether the projections have one.
-        add_bias_kv: must be False.
-        add_zero_attn: must be False.
+        add_bias_kv: whether every query also sees a learned key and value, ``bias_k`` and
+            ``bias_v``, that have no position and never fade. The key is encoded by the gate's part
+            of the code, which it needs, or not at all with ``position=None``.
+        add_zero_attn: whether every query also sees a key and value of zeros, which never fades. It
+            counts in denominators only, so that it changes nothing with ``output_norm="rms"``.
         kdim: size of the keys' input; default embed_dim.
         vdim: size of the values' input; default embed_dim.
         batch_first: input ``[B, N, embed_dim]`` instead of ``[N, B, embed_dim]``. Default False, as
             in ``nn.MultiheadAttention``.
         device: of the parameters.
         dtype: of the parameters; those of positions are at least float32 (docs/precision.md).
+        head_dim: features D of a head's queries, keys and values; default ``embed_dim /
+            num_heads``, which must then be whole.
+        num_key_value_heads: heads that keys and values are projected for, a divisor of num_heads;
+            default all. Each serves as many query heads that follow each other (grouped queries),
+            which keep codes, gate and decay of their own.
         position: ``"fading"`` (`SineSPE` without noise, ``num_sines=1``, and a learned decay: the
             best in docs/experiments.md), ``"exact"`` (the same sines without a decay), ``"sine"``
             (`SineSPE` with phase noise and bandwidths, the default before version 0.2),
@@ -154,6 +171,8 @@ class SPEMultiheadAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        head_dim: int | None = None,
+        num_key_value_heads: int | None = None,
         position: str | nn.Module | None = "fading",
         encode: Literal["features", "inputs"] | None = None,
         feature_map: FeatureMap = "elu",
@@ -170,25 +189,12 @@ class SPEMultiheadAttention(nn.Module):
         decay_gate: bool = True,
         **options: object,
     ) -> None:
-        super().__init__()
         owner = "SPEMultiheadAttention"
-        embed_dim, num_heads = check_positive(owner, embed_dim=embed_dim, num_heads=num_heads)
-        if embed_dim % num_heads != 0:
-            raise ValueError(
-                f"{owner}: embed_dim must be a multiple of num_heads, got {embed_dim} and "
-                f"{num_heads}"
-            )
         check_flags(
             owner, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn,
             batch_first=batch_first, gated=gated, decay_gate=decay_gate,
         )  # fmt: skip
         check_dtype(owner, dtype)
-        for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
-            if value:
-                raise ValueError(
-                    f"{owner}: {name} must be False: linear attention has no such key, got "
-                    f"{value!r}"
-                )
         dropout, eps = (
             check_number(owner, name, value) for name, value in (("dropout", dropout), ("eps", eps))
         )
@@ -210,14 +216,19 @@ class SPEMultiheadAttention(nn.Module):
         if eval_realizations is not None:
             (eval_realizations,) = check_positive(owner, eval_realizations=eval_realizations)
 
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.head_dim = embed_dim // num_heads
-        self.kdim, self.vdim = check_positive(
-            owner,
-            kdim=embed_dim if kdim is None else kdim,
-            vdim=embed_dim if vdim is None else vdim,
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(
+            embed_dim,
+            num_heads,
+            head_dim,
+            num_key_value_heads,
+            kdim,
+            vdim,
+            bias,
+            add_bias_kv,
+            **factory,
         )
+        self.add_zero_attn = add_zero_attn
         self.dropout = dropout
         self.batch_first = batch_first
         self.encode = encode
@@ -231,25 +242,12 @@ class SPEMultiheadAttention(nn.Module):
         self.seed = check_seed(owner, seed)
         self.eps = eps
 
-        factory = {"device": device, "dtype": dtype}
-        if self.kdim == embed_dim and self.vdim == embed_dim:
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **factory))
-            for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                self.register_parameter(name, None)
-        else:
-            self.register_parameter("in_proj_weight", None)
-            self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim, **factory))
-            self.k_proj_weight = nn.Parameter(torch.empty(embed_dim, self.kdim, **factory))
-            self.v_proj_weight = nn.Parameter(torch.empty(embed_dim, self.vdim, **factory))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, **factory)) if bias else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
-
         features = self.head_dim
         if encode == "features":
             features = getattr(feature_map, "num_features", features)
         layer = {
-            "num_heads": num_heads, "in_features": features, "num_realizations": num_realizations,
-            "init": init, **factory,
+            "num_heads": self.num_heads, "in_features": features, "init": init,
+            "num_realizations": num_realizations, **factory,
         }  # fmt: skip
         self.position = make_position(owner, preset, position, layer, options)
         self.filter = None
@@ -262,9 +260,11 @@ class SPEMultiheadAttention(nn.Module):
                     self.position.check_realizations(value, owner, name)
             if self.position.code_shape is not None:
                 self.filter = SPEFilter(gated, self.position.code_shape, init=init, **factory)
+        if add_bias_kv:
+            check_bias_kv(self.position, gated)
         self.decay = fading.make_decay(
             decay, check_range(owner, decay_range), decay_gate, self._position(),
-            num_heads=num_heads, in_features=features, embed_dim=self.kdim,
+            num_heads=self.num_heads, in_features=features, embed_dim=self.kdim,
             mixes_features=encode == "inputs" and not isinstance(feature_map, str), **factory,
         )  # fmt: skip
         self.decay_gate = decay_gate
@@ -284,20 +284,6 @@ class SPEMultiheadAttention(nn.Module):
         """Draw all parameters as the constructor does, a shared position's included."""
         reset_modules(self.out_proj, self.position, self.filter, self.feature_map, self.decay)
         self._reset_projections()
-
-    @torch.no_grad()
-    def _reset_projections(self) -> None:
-        for weight in (
-            self.in_proj_weight,
-            self.q_proj_weight,
-            self.k_proj_weight,
-            self.v_proj_weight,
-        ):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
 
     def forward(
         self,
@@ -331,9 +317,11 @@ class SPEMultiheadAttention(nn.Module):
                 gets the output bias.
             need_weights: must be False: linear attention has no matrix of weights. (The default of
                 ``nn.MultiheadAttention`` is True.)
-            attn_mask: None, or a causal mask: a bool one, True above the diagonal, or a float one,
-                -inf there. With ``is_causal=True`` its entries are not looked at, as in
-                ``nn.MultiheadAttention``.
+            attn_mask: None, or a causal mask, ``[N, M]`` or ``[B * H, N, M]``: a bool one, True
+                above the diagonal, or a float one, -inf there. With ``is_causal=True`` its entries
+                are not looked at, as in ``nn.MultiheadAttention``; those of ``[B, H, N, M]``, as
+                transformers makes it (sizes of 1 stand for all), always. Keys that it leaves out
+                for all queries are padding (of 4 dimensions and bool: where it is causal).
             average_attn_weights: without effect.
             is_causal: a position attends to those up to itself only; N and M must be equal. Needs
                 no attn_mask. Default False, and True with a state.
@@ -385,10 +373,10 @@ class SPEMultiheadAttention(nn.Module):
         length, key_length = math.prod(size), math.prod(key.shape[1:-1])
         if is_causal and state is not None and key_length == 0:
             is_causal = False  # nothing but the state to attend to
-        is_causal = inputs.find_causal(
-            attn_mask, is_causal, length, key_length, batch, self.num_heads
-        )
-        mask = inputs.to_padding(key_padding_mask, batch, key_length, layout)
+        is_causal, mask = read_masks(
+            attn_mask, key_padding_mask, is_causal, batch, self.num_heads, length, key_length,
+            layout,
+        )  # fmt: skip
         inputs.check_packed(cu_seqlens, batch, length, key_length, position.ndim)
         places = find_places(
             position, batch, length, key_length, start, positions, state, mask, cu_seqlens,
@@ -408,7 +396,7 @@ class SPEMultiheadAttention(nn.Module):
                     f"token before, got lengths {key_length} and {length}"
                 )
             q, k, v, mask = fading.pad_to_one_length(q, k, v, mask)
-        call = Call(places, is_causal, mask, key, state, cu_seqlens)
+        call = Call(places, is_causal, mask, key, state, cu_seqlens, extra_keys(self))
         attend = attend_features if self.encode == "features" else attend_inputs
         out, sums = attend(self, q, k, v, call)
         out = out[:, :length]
@@ -470,22 +458,7 @@ class SPEMultiheadAttention(nn.Module):
             ValueError: the layer has a decay: a state has faded up to its last token, while queries
                 of another sequence lie anywhere.
         """
-        if self.decay is not None:
-            raise ValueError(
-                "SPEMultiheadAttention: memory_state needs decay=None (position='fading' has one): "
-                f"it is the same for queries at all positions, got decay={self.decay.kind!r}"
-            )
-        check_tensor("SPEMultiheadAttention", "key", key)
-        if key.dim() not in (2, 3):
-            raise ValueError(
-                "SPEMultiheadAttention: key must have 2 or 3 dimensions, got shape "
-                f"{tuple(key.shape)}"
-            )
-        batch = 1 if key.dim() == 2 else key.shape[0 if self.batch_first else 1]
-        query = key.new_zeros(*key.shape[:-1], self.embed_dim)
-        state = self.initial_state(batch, start)
-        _, state = self(query, key, value, key_padding_mask, is_causal=False, state=state)
-        return state
+        return memory_state(self, key, value, key_padding_mask, start)
 
     def shift(self, state: AttentionState, by: float | Sequence[float] | Tensor) -> AttentionState:
         """Return a state whose tokens lie `by` positions further: a prefix for another place.
@@ -514,7 +487,8 @@ class SPEMultiheadAttention(nn.Module):
     ) -> Tensor:  # [B, H, N, M]
         """Return the matrix that a call amounts to, to look at: of N M elements a head.
 
-        ``weights @ values`` are the heads' outputs, before the output projection. With
+        ``weights @ values`` are the heads' outputs, before the output projection. The keys of
+        ``add_bias_kv`` and ``add_zero_attn`` come last, as in ``nn.MultiheadAttention``. With
         ``output_norm="rms"`` these rows are scaled afterwards; here they are divided by the
         denominator, that is, sums of weights are near 1 where positions do not matter. Weights of
         codes with noise have noise, and may be negative.
@@ -532,23 +506,6 @@ class SPEMultiheadAttention(nn.Module):
             self, query, query if key is None else key, key_padding_mask, is_causal=is_causal,
             start=start, positions=positions, grid=grid,
         )  # fmt: skip
-
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, *size, H, head_dim]
-        heads = (self.num_heads, self.head_dim)
-        if self.in_proj_weight is not None and query is key and key is value:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-            return tuple(x.unflatten(-1, heads) for x in projected)
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(
-            F.linear(x, weight, bias).unflatten(-1, heads)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
 
     def _position(self) -> Position:
         """Return the position module, or the one that stands for None."""
@@ -572,24 +529,7 @@ class SPEMultiheadAttention(nn.Module):
 
     def template(self, max_lag: int | Sequence[int]) -> Tensor:
         """Return the layer's position kernels, gate and decay included; see `SineSPE.template`."""
-        if not self._position().has_template:
-            raise ValueError(
-                "SPEMultiheadAttention: template needs an SPE position, got "
-                f"{type(self.position).__name__}"
-            )
-        template, fades = self.position.template(max_lag), 1.0
-        if self.decay is not None:
-            if self.decay.kind == "data":
-                raise ValueError(
-                    "SPEMultiheadAttention: template needs a decay that does not depend on the "
-                    "input, got decay='data'"
-                )
-            lags = torch.arange(template.shape[-1], device=template.device)
-            lags = (lags - template.shape[-1] // 2).abs()
-            fades = (lags * self.decay().view(self.num_heads, -1, 1)).exp()
-        of_position, of_all = (1.0, fades) if self.decay_gate else (fades, 1.0)
-        template = template * of_position
-        return of_all * (template if self.filter is None else self.filter.template(template))
+        return template_of_layer(self, max_lag)
 
     def extra_repr(self) -> str:
         """Show the most telling arguments of the constructor."""

@@ -29,6 +29,10 @@ class RowEncoder(Encoder):
         """Encode; `x` has the length that the positions have, or none."""
         return _like(self.encoder.encode(_as_one(x), side, feature_map), x)
 
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:
+        """Encode without a position, as the encoder does."""
+        return self.encoder.encode_constant(x, feature_map)
+
     def encode_both(
         self, queries: Tensor, keys: Tensor, feature_map: str = "identity"
     ) -> tuple[Tensor, Tensor, str]:
@@ -67,6 +71,10 @@ class PartsEncoder(Encoder):
         """Encode every part."""
         parts = zip(self.encoders, self.take(x), strict=True)
         return self.join([encoder.encode(part, side, feature_map) for encoder, part in parts])
+
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:
+        """Encode without a position, alike for all parts: they are of one draw."""
+        return self.encoders[0].encode_constant(x, feature_map)
 
     def spread(self, values: Tensor, gate: bool = True) -> Tensor:
         """Spread as the encoders do."""

@@ -78,10 +78,10 @@ def check_state(owner: str, state: AttentionState, batch: int, device: torch.dev
             f"{owner}: state must be an AttentionState, as initial_state makes it, got "
             f"{type(state).__name__}"
         )
-    if len(state.sums) != batch:
+    if state.sums.shape[0] != batch:
         raise ValueError(
             f"{owner}: state must be one of as many sequences as the input has, {batch}, got "
-            f"{len(state.sums)}"
+            f"{state.sums.shape[0]}"
         )
     if device is not None and state.sums.device != device:
         raise ValueError(

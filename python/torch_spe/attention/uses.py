@@ -1,7 +1,8 @@
-"""What a layer's state starts from, where it is moved, and the matrix of weights to look at."""
+"""States that a layer starts from or moves, and what there is to look at: weights, template."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch_spe.attention import inputs
 from torch_spe.attention.attend import Call, attend_features, attend_inputs
 from torch_spe.attention.encoding import draw_encoder
+from torch_spe.attention.extra_keys import extra_keys
+from torch_spe.attention.masks import read_masks
 from torch_spe.attention.places import Places, find_places, starts_of_sequences
 from torch_spe.attention.state import AttentionState, check_state
 from torch_spe.checks import check_flags, check_positive, check_starts, check_tensor
@@ -43,8 +46,32 @@ def start_state(
     q, k, v = layer._project(*x)
     nothing = AttentionState(weight.new_empty(0), weight.new_empty(0), 0, seed)
     attend = attend_features if layer.encode == "features" else attend_inputs
-    _, sums = attend(layer, q, k, v, Call(Places(), True, None, x[1], nothing))
+    call = Call(Places(), True, None, x[1], nothing, extra=extra_keys(layer))
+    _, sums = attend(layer, q, k, v, call)
     return AttentionState(*sums, position, seed)
+
+
+def memory_state(
+    layer: SPEMultiheadAttention,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    start: float | Sequence[float] | Tensor,
+) -> AttentionState:
+    """Return the state of a memory; see `SPEMultiheadAttention.memory_state`."""
+    if layer.decay is not None:
+        raise ValueError(
+            f"{OWNER}: memory_state needs decay=None (position='fading' has one): it is the same "
+            f"for queries at all positions, got decay={layer.decay.kind!r}"
+        )
+    check_tensor(OWNER, "key", key)
+    if key.dim() not in (2, 3):
+        raise ValueError(f"{OWNER}: key must have 2 or 3 dimensions, got shape {tuple(key.shape)}")
+    batch = 1 if key.dim() == 2 else key.shape[0 if layer.batch_first else 1]
+    query = key.new_zeros(*key.shape[:-1], layer.embed_dim)
+    state = start_state(layer, batch, start)
+    _, state = layer(query, key, value, key_padding_mask, is_causal=False, state=state)
+    return state
 
 
 def shift_state(
@@ -96,8 +123,9 @@ def weights_of_layer(
     sizes, ndim = (layer.embed_dim, layer.kdim, layer.kdim), layer._position().ndim
     query, key, _, layout = inputs.to_batch_first(query, key, key, sizes, layer.batch_first, ndim)
     batch, length, keys = query.shape[0], query[0, ..., 0].numel(), key[0, ..., 0].numel()
-    causal = inputs.find_causal(None, is_causal, length, keys, batch, layer.num_heads)
-    mask = inputs.to_padding(key_padding_mask, batch, keys, layout)
+    causal, mask = read_masks(
+        None, key_padding_mask, is_causal, batch, layer.num_heads, length, keys, layout
+    )
     places = find_places(
         layer._position(), batch, length, keys, start, positions, None, mask, None, query.device
     )
@@ -106,11 +134,39 @@ def weights_of_layer(
     if grid is not None:
         grid = inputs.check_grid(grid, length, keys, layout, ndim)
         q, k = q.unflatten(1, grid), k.unflatten(1, grid)
-    units = torch.eye(keys, dtype=q.dtype, device=q.device).unsqueeze(1)
+    extra = extra_keys(layer)
+    more = 0 if extra is None else extra.keys.shape[1]
+    units = torch.eye(keys + more, dtype=q.dtype, device=q.device).unsqueeze(1)
     units = units.expand(batch, -1, layer.num_heads, -1)  # values: of each key, its own place
-    call = Call(places, causal, mask, key)
+    if extra is not None:
+        extra = dataclasses.replace(extra, values=units[:1, keys:])
+    call = Call(places, causal, mask, key, extra=extra)
+    units = units[:, :keys]
     if layer.encode == "features":
         out, _ = attend_features(layer, q, k, units, call, output_norm=None)
     else:
         out, _ = attend_inputs(layer, q, k, units, call)
     return out.transpose(1, 2)
+
+
+def template_of_layer(
+    layer: SPEMultiheadAttention, max_lag: int | Sequence[int]
+) -> Tensor:  # [H, D, *lags]
+    """Return the position kernels of a layer; see `SPEMultiheadAttention.template`."""
+    if not layer._position().has_template:
+        raise ValueError(
+            f"{OWNER}: template needs an SPE position, got {type(layer.position).__name__}"
+        )
+    template, fades = layer.position.template(max_lag), 1.0
+    if layer.decay is not None:
+        if layer.decay.kind == "data":
+            raise ValueError(
+                f"{OWNER}: template needs a decay that does not depend on the input, got "
+                "decay='data'"
+            )
+        lags = torch.arange(template.shape[-1], device=template.device)
+        lags = (lags - template.shape[-1] // 2).abs()
+        fades = (lags * layer.decay().view(layer.num_heads, -1, 1)).exp()
+    of_position, of_all = (1.0, fades) if layer.decay_gate else (fades, 1.0)
+    template = template * of_position
+    return of_all * (template if layer.filter is None else layer.filter.template(template))

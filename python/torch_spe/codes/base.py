@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_spe import functional
 from torch_spe.autocast import without_autocast
 from torch_spe.encoder import Encoder
+from torch_spe.feature_maps import apply_feature_map
 
 
 def code_type(parameter: Tensor) -> torch.dtype:
@@ -35,11 +36,13 @@ class Code(Encoder):
         num_features: features of an encoded query or key; R but for a code without noise.
         dtype: type of the code's elements.
         size: largest lengths (one for each dimension) of queries and keys.
+        constant: the gate's part of the code, ``[H, D, R]``, or None without a gate.
     """
 
     size: tuple[int, ...]
     num_realizations: int
     dtype: torch.dtype
+    constant: Tensor | None = None
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -68,6 +71,14 @@ class Code(Encoder):
             ``[B, *size, H, R]``.
         """
         raise NotImplementedError
+
+    @without_autocast
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:  # [1, X, H, D]
+        """Encode keys without a position by the gate's part of the code; see `Encoder`."""
+        if self.constant is None:
+            return super().encode_constant(x, feature_map)
+        x = apply_feature_map(feature_map, x).to(self.dtype)
+        return torch.einsum("bxhd,hdr->bxhr", x, self.constant)
 
     def gated(
         self,

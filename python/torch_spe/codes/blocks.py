@@ -15,7 +15,7 @@ from torch_spe.feature_maps import apply_feature_map
 if TYPE_CHECKING:
     from torch_spe.codes.convolution import ConvCode
 
-BLOCK = 32  # positions of a block; half of its time is spent on noise that the next one shares
+BLOCK = 32  # positions of a block
 MOST_BLOCKS = 8  # of sequences that stand at different positions
 
 
@@ -23,11 +23,14 @@ class CodeBlocks:
     """The codes of blocks of positions, both sides, the latest ones used.
 
     A single position would need the noise of all its taps, P as much as each of consecutive
-    positions. A block holds ``2 * BLOCK * H * D * R`` elements.
+    positions. A block holds ``2 * BLOCK * H * D * R`` elements; what the next one needs of it, the
+    taps in rows and the latest noise, ``(P + BLOCK) * H * D * (2 * BLOCK + R)``.
     """
 
     def __init__(self) -> None:
         self._blocks: dict[int, Tensor] = {}
+        self._rows: Tensor | None = None  # of taps, [H, D, 2 * BLOCK, BLOCK + P - 1]
+        self._noise: tuple[int, Tensor] | None = None  # of the latest block, from a position on
 
     def encode(
         self,
@@ -40,13 +43,43 @@ class CodeBlocks:
         number, place = divmod(code.start[0], BLOCK)
         block = self._blocks.pop(number, None)
         if block is None:
-            block = make_block(code, number * BLOCK)
+            block = self._make_block(code, number * BLOCK)
             if next(reversed(self._blocks), None) == number - 1:  # a sequence goes on from there
                 self._blocks.pop(number - 1)
             elif len(self._blocks) >= MOST_BLOCKS:
                 self._blocks.pop(next(iter(self._blocks)))
         self._blocks[number] = block  # the last one of the dictionary is the latest used
         return _apply(block[int(side == "key"), place], x.to(activation_type(x)), feature_map)
+
+    @without_autocast
+    @torch.no_grad()
+    def _make_block(self, code: ConvCode, first: int) -> Tensor:  # [2, BLOCK, H, D, R]
+        """Compute the codes of queries and keys at `BLOCK` positions from `first` on."""
+        if self._rows is None:
+            self._rows = tap_rows(code)
+        codes = self._rows @ self._noise_from(code, first)  # [H, D, 2 * BLOCK, R]
+        if code.constant is not None:
+            codes = codes + code.constant.unsqueeze(2)
+        return codes.unflatten(2, (2, BLOCK)).permute(2, 3, 0, 1, 4).contiguous()
+
+    def _noise_from(self, code: ConvCode, first: int) -> Tensor:  # [H, D, BLOCK + P - 1, R]
+        """Return the noise of a block, of which a sequence that goes on has most."""
+        taps = code.query_kernel.shape[-1]
+
+        def draw(start: int, length: int) -> Tensor:
+            return functional.conv_noise(
+                code.seed, *code.code_shape, length, code.num_realizations,
+                noise_kind=code.noise_kind, noise_stride=code.noise_stride, start=start,
+                dtype=code.dtype,
+            )  # fmt: skip
+
+        if self._noise is not None and self._noise[0] == first - BLOCK:
+            before = self._noise[1][:, :, BLOCK:]
+            noise = torch.cat((before, draw(first + taps - 1, BLOCK)), dim=2)
+        else:
+            noise = draw(first, BLOCK + taps - 1)
+        self._noise = (first, noise)
+        return noise
 
 
 @without_autocast
@@ -55,21 +88,11 @@ def _apply(code: Tensor, x: Tensor, feature_map: str) -> Tensor:  # [H, D, R], [
     return torch.matmul(mapped.transpose(0, 1), code).transpose(0, 1).unsqueeze(1).to(x.dtype)
 
 
-@without_autocast
-@torch.no_grad()
-def make_block(code: ConvCode, first: int) -> Tensor:  # [2, BLOCK, H, D, R]
-    """Compute the codes of queries and keys at `BLOCK` positions from `first` on."""
+def tap_rows(code: ConvCode) -> Tensor:  # [H, D, 2 * BLOCK, BLOCK + P - 1]
+    """Return a row of taps for each position, one further to the right than the one before."""
     kernels = torch.stack((code.query_kernel, code.key_kernel), dim=2)  # [H, D, 2, P]
     taps = kernels.shape[-1]
-    noise = functional.conv_noise(
-        code.seed, *code.code_shape, BLOCK + taps - 1, code.num_realizations,
-        noise_kind=code.noise_kind, noise_stride=code.noise_stride, start=first, dtype=code.dtype,
-    )  # fmt: skip
-    # A row of taps for each position, one further to the right than the one before: rows of P +
-    # BLOCK elements, read as rows of one less.
+    # Rows of P + BLOCK elements, read as rows of one less.
     rows = F.pad(kernels, (0, BLOCK)).unsqueeze(-2).expand(*kernels.shape[:-1], BLOCK, -1)
     rows = rows.flatten(-2)[..., : BLOCK * (BLOCK + taps - 1)].unflatten(-1, (BLOCK, -1))
-    codes = rows.flatten(2, 3) @ noise  # [H, D, 2 * BLOCK, R]
-    if code.constant is not None:
-        codes = codes + code.constant.unsqueeze(2)
-    return codes.unflatten(2, (2, BLOCK)).permute(2, 3, 0, 1, 4).contiguous()
+    return rows.flatten(2, 3).contiguous()

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe import functional
+from torch_spe.autocast import without_autocast
 from torch_spe.checks import check_lengths, check_positions, check_source
 from torch_spe.codes.base import Code, check_no_gate, code_type, gate_code, scale_constant
+from torch_spe.feature_maps import apply_feature_map
 from torch_spe.noise import STREAMS, draw_circle, draw_normal
 
 
@@ -271,6 +273,7 @@ class ExactCode(SinusoidCode):
         positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
         constant: the gate's part of the code, ``[H, D]``.
         factor: of all that is encoded.
+        is_scaled: whether amplitudes and constant have what `encode` multiplies them by.
     """
 
     freqs: Tensor
@@ -281,6 +284,7 @@ class ExactCode(SinusoidCode):
     positions: Tensor | None = None
     constant: Tensor | None = None
     factor: float = 1.0
+    is_scaled: bool = False
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -338,14 +342,33 @@ class ExactCode(SinusoidCode):
         """Return the code times a factor; see `Encoder.scaled`."""
         return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)
 
-    def _apply(self, x, side, positions, start, feature_map):
-        constant = self.constant
+    def keep(self) -> ExactCode:
+        """Return the code with its scale in the small tensors; see `Encoder.keep`."""
+        amplitudes, constant = self._scaled_tensors()
+        return dataclasses.replace(self, amplitudes=amplitudes, constant=constant, is_scaled=True)
+
+    def _scaled_tensors(self) -> tuple[Tensor, Tensor | None]:
+        if self.is_scaled:
+            return self.amplitudes, self.constant
         # R / D = blocks; the products of all R features count, not their mean.
-        blocks = 2 * self.amplitudes.shape[2] + (constant is not None)
+        blocks = 2 * self.amplitudes.shape[2] + (self.constant is not None)
         scale = blocks**0.25 * self.factor
+        return self.amplitudes * scale, scale_constant(self.constant, scale)
+
+    @without_autocast
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:  # [1, X, H, D]
+        """Encode keys without a position: the features of the gate alone; see `Encoder`."""
+        _, constant = self._scaled_tensors()
+        if constant is None:
+            return super().encode_constant(x, feature_map)
+        x = apply_feature_map(feature_map, x).to(self.dtype)
+        return F.pad(x * constant, (self.num_realizations, 0))
+
+    def _apply(self, x, side, positions, start, feature_map):
+        amplitudes, constant = self._scaled_tensors()
         return functional.sine_features(
-            x, self.freqs, self.amplitudes * scale, self.offsets if side == "query" else None,
-            None if constant is None else constant * scale, positions, start, feature_map,
+            x, self.freqs, amplitudes, self.offsets if side == "query" else None, constant,
+            positions, start, feature_map,
         )  # fmt: skip
 
 

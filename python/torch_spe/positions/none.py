@@ -23,6 +23,10 @@ class NoEncoder(Encoder):
         """Return phi(x)."""
         return apply_feature_map(feature_map, x)
 
+    def encode_constant(self, x: Tensor, feature_map: str = "identity") -> Tensor:
+        """Return phi(x): no key has a position."""
+        return apply_feature_map(feature_map, x)
+
     def spread(self, values: Tensor, gate: bool = True) -> Tensor:
         """Return the values."""
         return values

@@ -28,7 +28,7 @@ LOWEST, HIGHEST = 36, 81  # the compass of the chorales, as MIDI pitches
 REST, HOLD, FIRST_PITCH = 0, 1, 2
 VOCABULARY = FIRST_PITCH + HIGHEST - LOWEST + 1
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
+CACHE = Path(__file__).resolve().parents[3] / ".cache"
 
 
 # ---- tokens

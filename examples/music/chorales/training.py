@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from chorales.data import Windows
-from chorales.model import Encoding
+from music.chorales.data import Windows
+from music.chorales.model import Encoding
 from torch_spe import parameter_groups
 
 
@@ -44,12 +46,15 @@ def train(
     device: str = "cpu",
     progress: bool = True,
     objective: Callable[[nn.Module, Tensor], Tensor] = nll,
+    checkpoint: Path | None = None,
+    every: int = 100,
 ) -> Report:
     """Train with AdamW on random windows: a warm-up over a tenth of the steps, then a cosine to
     zero.
 
     `lr` replaces the encoding's own; `objective` gives the losses of a batch, NaN at positions that
-    have none. All encodings see the same windows for the same seed.
+    have none. All encodings see the same windows for the same seed. What a training needs to go on
+    is in the file `checkpoint`, written every so many steps: where there is one, it goes on.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, lr or encoding.lr, encoding.spe_lr_scale)
@@ -62,8 +67,14 @@ def train(
         cycle_momentum=False,
     )
     model.to(device).train()
-    losses, begin = [], time.perf_counter()
-    bar = tqdm(range(steps), encoding.label, disable=not progress, unit=" steps")
+    losses = []
+    if checkpoint is not None and checkpoint.exists():
+        losses = _resume(checkpoint, model, optimizer, schedule, generator)
+    done, begin = len(losses), time.perf_counter()
+    bar = tqdm(
+        range(done, steps), encoding.label, steps, initial=done, disable=not progress,
+        unit=" steps",
+    )  # fmt: skip
     for _ in bar:
         loss = objective(model, windows.sample(batch, generator).to(device)).nanmean()
         optimizer.zero_grad(set_to_none=True)
@@ -75,8 +86,31 @@ def train(
         schedule.step()
         losses.append(loss.item())
         bar.set_postfix(nll=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+        if checkpoint is not None and (len(losses) % every == 0 or len(losses) == steps):
+            _save(checkpoint, model, optimizer, schedule, generator, losses)
     seconds = time.perf_counter() - begin
-    return Report(losses, steps * batch * windows.length / seconds)
+    return Report(losses, (steps - done) * batch * windows.length / seconds)
+
+
+def _save(checkpoint: Path, model, optimizer, schedule, generator, losses: list[float]) -> None:
+    part = checkpoint.with_name(f"{os.getpid()}-{checkpoint.name}")
+    state = {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(), "windows": generator.get_state(),
+        "noise": torch.get_rng_state(), "losses": losses,
+    }  # fmt: skip
+    torch.save(state, part)
+    part.replace(checkpoint)
+
+
+def _resume(checkpoint: Path, model, optimizer, schedule, generator) -> list[float]:
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    generator.set_state(state["windows"])
+    torch.set_rng_state(state["noise"])
+    return state["losses"]
 
 
 @torch.inference_mode()

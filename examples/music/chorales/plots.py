@@ -9,7 +9,7 @@ import matplotlib as mpl
 import torch
 from torch import Tensor
 
-from chorales.data import BEAT, VOICES
+from music.chorales.data import BEAT, VOICES
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

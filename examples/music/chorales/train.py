@@ -1,6 +1,6 @@
 """Train small causal Transformers on Bach chorales, with and without positions and decay.
 
-    python examples/chorales/train.py --help
+    python examples/music/chorales/train.py --help
 
 The models are trained on short windows and tested on whole pieces, four times as long. What
 comes out: a table, and in the folder of `--out` the numbers as JSON, the NLL at every position,
@@ -19,13 +19,13 @@ import torch
 
 from torch_spe import SPE
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from chorales import data  # noqa: E402  (found in the folder above)
-from chorales.model import DEMO, ENCODINGS, ChoraleModel  # noqa: E402
-from chorales.plots import plot_nll, plot_templates  # noqa: E402
-from chorales.training import bin_means, evaluate, train  # noqa: E402
+from music.chorales import data  # noqa: E402  (found in the folder above)
+from music.chorales.model import DEMO, ENCODINGS, ChoraleModel  # noqa: E402
+from music.chorales.plots import plot_nll, plot_templates  # noqa: E402
+from music.chorales.training import bin_means, evaluate, train  # noqa: E402
 
 BAR = 4 * data.BEAT * data.VOICES
 TEMPLATE_LAGS = 2 * BAR

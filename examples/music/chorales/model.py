@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from chorales.data import VOCABULARY
+from music.chorales.data import VOCABULARY
 from torch_spe import ConvSPE, RotaryPositions, SineSPE, SPETransformerEncoderLayer
 
 WIDTH, HEADS, LAYERS, FEEDFORWARD = 128, 4, 2, 512

@@ -1,0 +1,73 @@
+"""Pathfinder: are the two marked ends those of one dashed contour, or of two?
+
+The statistics are those of the published generator (Kim et al. 2020) with the Arena's settings: two
+contours of 14 paddles that start 7 pixels apart, and shorter ones, brighter, that only distract;
+paddles 2 pixels long and half a pixel thick, a margin of one pixel around each; turns with a
+density of cos^2; discs of radius 1.5 on two of the four ends. Read pixel by pixel, row by row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lra.contours import Picture, marked_images
+from lra.task import Part, Ragged, Task, cached
+
+LARGE = Picture()
+SMALL = Picture(16, 4, 5.0, ((2, 2), (2, 1)))
+LARGE_COUNTS = {"train": 160_000, "valid": 20_000, "test": 20_000}
+SMALL_COUNTS = {"train": 80_000, "valid": 2_000, "test": 10_000}
+# Tokens are grey levels from 1 on, 128 of them: 0 is padding, of which there is none.
+VOCABULARY = 129
+CHUNK = 2048  # images of one seed
+
+
+def generate(count: int, seed: Sequence[int], picture: Picture = LARGE) -> Part:
+    """Images as sequences of pixels, and labels: 1 where one contour has both marks."""
+    return generate_in_parallel(count, seed, picture, workers=1)
+
+
+def generate_in_parallel(
+    count: int, seed: Sequence[int], picture: Picture, label: str = "", workers: int | None = None
+) -> Part:
+    """The same in several processes, as many as there are cores: they change no image."""
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    seeds = [(*seed, i) for i in range(len(sizes))]
+    workers = min(workers or len(os.sched_getaffinity(0)), len(sizes))
+    pool = ProcessPoolExecutor(workers, get_context("forkserver")) if workers > 1 else None
+    chunks = []
+    with pool or nullcontext(), tqdm(total=count, desc=label, disable=not label) as bar:
+        run = map if pool is None else pool.map
+        for chunk in run(marked_images, sizes, seeds, [picture] * len(sizes)):
+            chunks.append(chunk)
+            bar.update(len(chunk[1]))
+    images, labels = (np.concatenate(both) for both in zip(*chunks, strict=True))
+    return Part((Ragged.rows(1 + images.reshape(count, -1) // 2),), labels)
+
+
+def load(folder: Path, picture: Picture = LARGE, counts: dict[str, int] = LARGE_COUNTS) -> Task:
+    """The task, generated at the first call."""
+    parts = {}
+    for number, (name, count) in enumerate(counts.items()):
+        label = f"pathfinder{picture.size}-{name}-{count}"
+        parts[name] = cached(
+            folder / f"{label}.npz",
+            lambda count=count, number=number, label=label: generate_in_parallel(
+                count, (2020, number), picture, label
+            ),
+        )
+    grid = (picture.size, picture.size)
+    return Task("pathfinder", "Pathfinder", VOCABULARY, 2, picture.size**2, parts, grid=grid)
+
+
+def load_small(folder: Path) -> Task:
+    """The task at 16 x 16."""
+    return load(folder, SMALL, SMALL_COUNTS)

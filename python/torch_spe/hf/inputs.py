@@ -1,0 +1,48 @@
+"""Masks and positions as transformers gives them, for layers of linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["find_bounds", "find_padding"]
+
+
+def find_padding(mask: Tensor | None, length: int) -> Tensor | None:  # [B, N]
+    """Return where the new tokens are padding, or None where there is none.
+
+    Args:
+        mask: ``[B, M]`` with M >= N, True or 1 where a token is none, of tokens before as well.
+        length: N. A single new token is taken to be none of the padding, as elsewhere in
+            transformers.
+
+    Raises:
+        ValueError: the mask is no padding.
+    """
+    if mask is None or length == 1:
+        return None
+    if mask.dim() != 2 or mask.shape[1] < length:
+        raise ValueError(
+            "torch_spe.hf: attention_mask must be one of padding, [B, N], 1 at tokens: linear "
+            "attention has no others, and is causal without one; got shape "
+            f"{tuple(mask.shape)} for {length} tokens"
+        )
+    padding = ~mask[:, -length:].bool()
+    looking_is_cheap = padding.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if looking_is_cheap and not padding.any() else padding
+
+
+def find_bounds(
+    position_ids: Tensor | None,  # [B, N]
+    shape: Sequence[int],  # B, N, ...
+    bounds: Tensor | None,  # [S + 1]
+) -> Tensor | None:  # [S + 1]
+    """Return the bounds of sequences packed in one, which positions start again in, or None."""
+    if bounds is not None or position_ids is None or shape[0] != 1 or shape[1] == 1:
+        return bounds
+    starts = (position_ids.reshape(-1) == 0).nonzero().flatten()
+    if len(starts) < 2 or starts[0] != 0:
+        return None
+    return torch.cat((starts, starts.new_tensor([shape[1]])))

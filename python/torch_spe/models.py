@@ -1,0 +1,416 @@
+"""Small models of the layers: a causal language model that generates, and a classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree
+
+from torch_spe.attention import AttentionState, SPETransformerEncoderLayer
+from torch_spe.checks import check_flags, check_number, check_positive, check_tensor
+
+__all__ = ["ModelConfig", "ModelState", "SPECausalLM", "SPESequenceClassifier"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of a model.
+
+    Attributes:
+        vocab_size: tokens are 0 ... vocab_size - 1.
+        d_model: size of the model.
+        num_layers: Transformer layers.
+        num_heads: attention heads of each.
+        dim_feedforward: size of the hidden layer of the feed-forward parts; default 4 d_model.
+        dropout: probability, in the layers.
+        activation: of the feed-forward parts, ``"gelu"`` or ``"relu"``.
+        tie_embeddings: whether the output layer of a language model is the embedding.
+        share_position: whether all layers have one position module.
+        attention: everything else that `SPEMultiheadAttention` takes: position, decay ...
+        num_classes: of a classifier.
+    """
+
+    vocab_size: int
+    d_model: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    dim_feedforward: int | None = None
+    dropout: float = 0.0
+    activation: str = "gelu"
+    tie_embeddings: bool = True
+    share_position: bool = False
+    attention: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    num_classes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelState:
+    """What a model remembers of the tokens before; a pytree, of the same size for any length.
+
+    Attributes:
+        layers: the state of each layer.
+    """
+
+    layers: tuple[AttentionState, ...]
+
+    @property
+    def position(self) -> float | Tensor:
+        """Position of the next token: a number, of all sequences, or ``[B]``."""
+        return self.layers[0].position
+
+    def reorder(self, index: Tensor) -> ModelState:  # [B']
+        """Return the states of other sequences; see `AttentionState.reorder`."""
+        return self._map(lambda state: state.reorder(index))
+
+    def clone(self) -> ModelState:
+        """Return a copy with memory of its own."""
+        return self._map(AttentionState.clone)
+
+    def detach(self) -> ModelState:
+        """Return the state as a constant for gradients."""
+        return self._map(AttentionState.detach)
+
+    def to(self, device: torch.device | str) -> ModelState:
+        """Return the state on another device."""
+        return self._map(lambda state: state.to(device))
+
+    def _map(self, function: Callable[[AttentionState], AttentionState]) -> ModelState:
+        return ModelState(tuple(map(function, self.layers)))
+
+
+_pytree.register_dataclass(ModelState)
+torch.serialization.add_safe_globals([ModelState, ModelConfig])
+
+
+class _Model(nn.Module):
+    """Embedding, pre-norm layers and a last norm, to which each model adds its output layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"{owner}: config must be a ModelConfig, got {type(config).__name__}")
+        vocab_size, layers = check_positive(
+            owner, vocab_size=config.vocab_size, num_layers=config.num_layers
+        )
+        check_flags(
+            owner, tie_embeddings=config.tie_embeddings, share_position=config.share_position
+        )
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.layers = nn.ModuleList(self._make_layer() for _ in range(layers))
+        if config.share_position:
+            for layer in self.layers[1:]:
+                layer.self_attn.position = self.layers[0].self_attn.position
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def _make_layer(self) -> SPETransformerEncoderLayer:
+        config = self.config
+        return SPETransformerEncoderLayer(
+            config.d_model, config.num_heads, config.dim_feedforward or 4 * config.d_model,
+            config.dropout, config.activation, batch_first=True, norm_first=True,
+            **config.attention,
+        )  # fmt: skip
+
+    def _hidden(self, tokens: Tensor, padding: Tensor | None, **call: object) -> Tensor:
+        x = self.embedding(self._check_tokens(tokens))
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding, **call)
+        return self.norm(x)
+
+    def _check_tokens(self, tokens: Tensor) -> Tensor:
+        owner = type(self).__name__
+        check_tensor(owner, "tokens", tokens)
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{owner}: tokens must be int64 of shape [B, N], got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        return tokens
+
+    def save(self, path: str | Path) -> None:
+        """Write configuration and weights to a file that `load` reads."""
+        config = dataclasses.replace(self.config, attention=dict(self.config.attention))
+        torch.save({"config": config, "weights": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> _Model:
+        """Return the model that `save` wrote; nothing but data is read from the file."""
+        saved = torch.load(path, weights_only=True, map_location=device)
+        model = cls(saved["config"]).to(device)
+        model.load_state_dict(saved["weights"])
+        return model
+
+
+class SPECausalLM(_Model):
+    """A causal language model: embedding, pre-norm layers, a last norm, logits.
+
+    Args:
+        config: sizes and options.
+
+    Raises:
+        ValueError, TypeError: a size or an option is not what it must be.
+
+    Example:
+        >>> model = SPECausalLM(ModelConfig(vocab_size=100, d_model=64, num_layers=2)).eval()
+        >>> tokens = torch.randint(100, (2, 20))
+        >>> model(tokens).shape
+        torch.Size([2, 20, 100])
+        >>> model.generate(tokens, 5).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, N]
+        padding: Tensor | None = None,  # [B, N]
+        *,
+        start: float | Sequence[float] | Tensor = 0,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+    ) -> Tensor | tuple[Tensor, ModelState]:  # [B, N, vocab_size]
+        """Compute the logits of the token after each one.
+
+        Args:
+            tokens: int64 ``[B, N]``.
+            padding: bool ``[B, N]``, True at tokens that are none.
+            start: position of the first token, or ``[B]``, of each sequence; see
+                `SPEMultiheadAttention.forward`.
+            state: of the tokens before, from `initial_state` or an earlier call.
+            cu_seqlens: bounds of sequences that are packed in one.
+
+        Returns:
+            The logits; with a state, the logits and the next state.
+        """
+        if state is None:
+            hidden = self._hidden(
+                tokens, padding, is_causal=True, start=start, cu_seqlens=cu_seqlens
+            )
+            return self.head(hidden)
+        hidden, state = self._continue(tokens, padding, state, cu_seqlens)
+        return self.head(hidden), state
+
+    def _continue(
+        self, tokens: Tensor, padding: Tensor | None, state: ModelState, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        if not isinstance(state, ModelState):
+            raise TypeError(
+                "SPECausalLM: state must be a ModelState, as initial_state makes it, got "
+                f"{type(state).__name__}"
+            )
+        x, states = self.embedding(self._check_tokens(tokens)), []
+        for layer, before in zip(self.layers, state.layers, strict=True):
+            x, after = layer(x, src_key_padding_mask=padding, state=before, cu_seqlens=cu_seqlens)
+            states.append(after)
+        return self.norm(x), ModelState(tuple(states))
+
+    def initial_state(
+        self, batch: int = 1, start: float | Sequence[float] | Tensor = 0
+    ) -> ModelState:
+        """Return the state before the first token; see `SPEMultiheadAttention.initial_state`."""
+        return ModelState(tuple(layer.initial_state(batch, start) for layer in self.layers))
+
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor],  # [B, N], or B of [N_b]
+        steps: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: int | None = None,
+    ) -> Tensor:  # [B, steps]
+        """Continue prompts; see `stream`. Ends early when all sequences have come to `stop`.
+
+        Returns:
+            int64, the new tokens, at most `steps` of them; `stop` after a first one.
+        """
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        new = list(self.stream(prompt, steps, **options, generator=generator, stop=stop))
+        return torch.stack(new, dim=1)
+
+    def stream(
+        self,
+        prompt: Tensor | Sequence[Tensor],  # [B, N], or B of [N_b]
+        steps: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: int | None = None,
+    ) -> Iterator[Tensor]:  # [B]
+        """Continue prompts, in constant time and memory per token.
+
+        The model should be in eval mode, where the noise is fixed.
+
+        Args:
+            prompt: int64 ``[B, N]``, or a sequence of 1-D tensors of different lengths, at least
+                one token each.
+            steps: tokens to generate for each.
+            temperature: logits are divided by it; 0 takes the likeliest token.
+            top_k: only the k likeliest tokens.
+            top_p: only the likeliest tokens whose probabilities together reach p.
+            generator: of the draws; default PyTorch's of the device.
+            stop: a token that ends a sequence.
+
+        Yields:
+            int64 ``[B]``: the next token of each sequence.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it must be.
+        """
+        tokens, lengths = _pad(prompt)
+        steps = check_positive("generate", steps=steps)[0]
+        choose = _make_choice(temperature, top_k, top_p, generator)
+        return self._stream(tokens, lengths, steps, choose, stop)
+
+    @torch.inference_mode()
+    def _read(self, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, ModelState]:
+        """Return the logits after prompts, and the state."""
+        padding = None
+        if lengths is not None:
+            padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+        hidden, state = self._continue(tokens, padding, self.initial_state(len(tokens)), None)
+        if lengths is None:
+            return self.head(hidden[:, -1]), state
+        return self.head(
+            hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        ), state
+
+    @torch.inference_mode()
+    def _advance(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        hidden, state = self._continue(token[:, None], None, state, None)
+        return self.head(hidden[:, 0]), state
+
+    def _stream(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        steps: int,
+        choose: Callable[[Tensor], Tensor],
+        stop: int | None,
+    ) -> Iterator[Tensor]:
+        logits, state = self._read(tokens, lengths)
+        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for step in range(steps):
+            token = choose(logits)
+            if stop is not None:
+                token = token.masked_fill(ended, stop)
+                ended = ended | (token == stop)
+            yield token
+            if step + 1 == steps or (stop is not None and bool(ended.all())):
+                return
+            logits, state = self._advance(token, state)
+
+
+class SPESequenceClassifier(_Model):
+    """Attends in both directions and names the class of a sequence, from the mean over its tokens.
+
+    Args:
+        config: sizes and options; ``num_classes`` is needed.
+
+    Raises:
+        ValueError, TypeError: a size or an option is not what it must be.
+
+    Example:
+        >>> model = SPESequenceClassifier(ModelConfig(vocab_size=256, d_model=64, num_classes=10))
+        >>> model(torch.randint(256, (2, 64))).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.num_classes is None:
+            raise ValueError("SPESequenceClassifier: config must have num_classes, got None")
+        (classes,) = check_positive("SPESequenceClassifier", num_classes=config.num_classes)
+        self.head = nn.Linear(config.d_model, classes)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, N]
+        padding: Tensor | None = None,  # [B, N]
+        *,
+        start: float | Sequence[float] | Tensor = 0,
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, num_classes]
+        """Compute the logits of the classes.
+
+        Args:
+            tokens: int64 ``[B, N]``.
+            padding: bool ``[B, N]``, True at tokens that are none.
+            start: position of the first token, or ``[B]``, of each sequence.
+            grid: sizes of an image whose pixels the tokens are; see
+                `SPEMultiheadAttention.forward`.
+        """
+        hidden = self._hidden(tokens, padding, is_causal=False, start=start, grid=grid)
+        if padding is None:
+            return self.head(hidden.mean(1))
+        kept = ~padding.unsqueeze(-1)
+        return self.head(hidden.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1))
+
+
+def _pad(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return prompts in one tensor, padded on the right, and their lengths if they differ."""
+    if isinstance(prompt, Tensor):
+        if prompt.dim() != 2 or prompt.shape[1] == 0 or prompt.is_floating_point():
+            raise ValueError(
+                "generate: prompt must be int64 of shape [B, N] with N >= 1, or a list of tensors "
+                f"[N_b], got {prompt.dtype} of shape {tuple(prompt.shape)}"
+            )
+        return prompt, None
+    prompts = list(prompt)
+    for one in prompts:
+        check_tensor("generate", "prompt", one)
+        if one.dim() != 1 or len(one) == 0 or one.is_floating_point():
+            raise ValueError(
+                "generate: prompt must be int64 tensors [N_b] with N_b >= 1, got one of "
+                f"{one.dtype} and shape {tuple(one.shape)}"
+            )
+    if not prompts:
+        raise ValueError("generate: prompt must have a sequence, got an empty list")
+    lengths = torch.tensor([len(one) for one in prompts], device=prompts[0].device)
+    return nn.utils.rnn.pad_sequence(prompts, batch_first=True), lengths
+
+
+def _make_choice(
+    temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Callable[[Tensor], Tensor]:
+    """Return what draws tokens ``[B]`` from logits ``[B, vocab_size]``."""
+    temperature = check_number("generate", "temperature", temperature)
+    if not temperature >= 0:
+        raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
+    if top_k is not None:
+        (top_k,) = check_positive("generate", top_k=top_k)
+    if top_p is not None:
+        top_p = check_number("generate", "top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}")
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / temperature
+        if top_k is not None and top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+        if top_p is not None:
+            ordered, order = logits.sort(descending=True)
+            probabilities = F.softmax(ordered, -1)
+            beyond = probabilities.cumsum(-1) - probabilities >= top_p
+            logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+        return torch.multinomial(F.softmax(logits, -1), 1, generator=generator)[:, 0]
+
+    return choose

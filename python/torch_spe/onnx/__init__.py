@@ -1,0 +1,20 @@
+"""Export to ONNX, with the operator LinearAttention of opset 27; see docs/onnx.md.
+
+Needs the packages of ``pip install "torch-spe[onnx]"``.
+"""
+
+from torch_spe.onnx.exporting import export
+from torch_spe.onnx.finish import set_opset
+from torch_spe.onnx.folding import fold_constants
+from torch_spe.onnx.nodes import UnsupportedError
+from torch_spe.onnx.states import MemoryState
+from torch_spe.onnx.table import translation_table
+
+__all__ = [
+    "MemoryState",
+    "UnsupportedError",
+    "export",
+    "fold_constants",
+    "set_opset",
+    "translation_table",
+]

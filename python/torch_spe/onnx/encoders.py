@@ -1,0 +1,175 @@
+"""Translations of the encoders of queries and keys, whose codes are constants."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import opset18 as op
+from torch import Tensor
+
+from torch_spe.onnx.convolution import filter_noise
+from torch_spe.onnx.nodes import (
+    UnsupportedError,
+    apply_code,
+    apply_feature_map,
+    check_type,
+    reshape,
+    sizes,
+    tensor,
+    to_float32,
+    to_type,
+)
+from torch_spe.onnx.phases import phases
+
+_QUARTER = np.array([0.0, -0.25])  # cos(x - a quarter of a cycle) is sin(x)
+
+
+class Encoders:
+    """The translations, given the constants of a program.
+
+    Args:
+        constants: by the name of their node.
+    """
+
+    def __init__(self, constants: dict[str, Tensor]) -> None:
+        self._constants = constants
+
+    def _read(self, name: str, value: ir.Value | None) -> np.ndarray | None:
+        """Return an argument of an operator as float64."""
+        if value is None:
+            return None
+        constant = self._constants.get(value.name)
+        if constant is None:
+            raise UnsupportedError(
+                f"{name} must depend on parameters alone in an ONNX model, and the program given "
+                "to translation_table: torch_spe.onnx.export does both (or fold_constants first)"
+            )
+        return constant.detach().cpu().double().numpy()
+
+    def sine_features(
+        self, x, freqs, amplitudes, offsets=None, constant=None, positions=None, start=0.0,
+        feature_map="identity",
+    ):  # fmt: skip
+        """Translate `torch_spe.functional.sine_features`."""
+        check_type("sine_features", x)
+        freqs, amplitudes = self._read("freqs", freqs), self._read("amplitudes", amplitudes)
+        offsets, constant = self._read("offsets", offsets), self._read("constant", constant)
+        heads, features, num_sines = amplitudes.shape
+        basis = _basis(freqs, offsets, x, positions, start)
+        basis = op.Mul(basis, tensor(_by_sine(amplitudes)[:, :, None].astype(np.float32)))
+        out = _multiply(x, basis, (heads, features, num_sines), constant, feature_map)
+        return to_type(out, x.dtype)
+
+    def sine_filter(
+        self, x, freqs, weight, constant=None, positions=None, start=0.0, feature_map="identity"
+    ):
+        """Translate `torch_spe.functional.sine_filter`: the sines, and a product for each head."""
+        check_type("sine_filter", x)
+        freqs, weight = self._read("freqs", freqs), self._read("weight", weight)
+        constant = self._read("constant", constant)
+        heads, features, rows, _ = weight.shape
+        ones = None
+        weight = np.swapaxes(weight, 1, 2)  # [H, 2K, D, R]
+        if constant is not None:
+            ones = np.ones((heads, features))
+            weight = np.concatenate((weight, constant[:, None]), axis=1)
+        weight = weight.reshape(heads, -1, weight.shape[-1]).astype(np.float32)
+        basis = _basis(freqs, None, x, positions, start)
+        out = _multiply(x, basis, (heads, features, rows // 2), ones, feature_map)
+        out = op.MatMul(op.Transpose(out, perm=[0, 2, 1, 3]), tensor(weight))
+        return to_type(op.Transpose(out, perm=[0, 2, 1, 3]), x.dtype)
+
+    def phasor_filter(
+        self, x, freqs, coefficients, constant=None, positions=None, start=0.0,
+        feature_map="identity",
+    ):  # fmt: skip
+        """Translate `torch_spe.functional.phasor_filter`, with the codes in memory."""
+        check_type("phasor_filter", x)
+        freqs = self._read("freqs", freqs)
+        coefficients = self._read("coefficients", coefficients)
+        constant = self._read("constant", constant)
+        heads, features, pairs, _ = coefficients.shape
+        freqs = freqs.reshape(heads, features, pairs, 1, -1)
+        real, imaginary = np.moveaxis(coefficients, -1, 0)[..., None]
+        shifts = np.arctan2(imaginary, real) / (2 * math.pi) + _QUARTER
+        amplitudes = np.hypot(real, imaginary).astype(np.float32)
+        code = op.Mul(op.Cos(phases(freqs, shifts, x, positions, start)), tensor(amplitudes))
+        code = reshape(code, 0, heads, features, 2 * pairs)
+        if constant is not None:
+            code = op.Add(code, tensor(constant.astype(np.float32)))
+        return apply_code(x, code, feature_map)
+
+    def rotary(self, x, freqs, positions=None, start=0.0, feature_map="identity"):
+        """Translate `torch_spe.functional.rotary`."""
+        check_type("rotary", x)
+        freqs = self._read("freqs", freqs)
+        heads, pairs = freqs.shape
+        freqs = freqs.reshape(heads, pairs, 1, 1)
+        cos = op.Cos(phases(freqs, np.zeros(1), x, positions, start))
+        sin = op.Cos(phases(freqs, np.array([0.25, -0.25]), x, positions, start))
+        mapped = apply_feature_map(feature_map, to_float32(x, x.dtype))
+        mapped = reshape(mapped, 0, 0, heads, pairs, 2)
+        swapped = op.Gather(mapped, tensor([1, 0]), axis=-1)
+        out = op.Add(op.Mul(mapped, cos), op.Mul(swapped, sin))  # sin: -sin for even features
+        return to_type(reshape(out, 0, 0, heads, 2 * pairs), x.dtype)
+
+    def conv_filter(
+        self, x, kernel, noise=None, constant=None, seed=None, num_realizations=None,
+        noise_kind="gaussian", noise_stride=(), start=(), feature_map="identity",
+    ):  # fmt: skip
+        """Translate `torch_spe.functional.conv_filter`."""
+        check_type("conv_filter", x)
+        return filter_noise(
+            x, self._read("kernel", kernel), self._read("constant", constant),
+            None if seed is None else self._read_seed(seed), num_realizations, noise_kind,
+            list(noise_stride or ()), list(start or ()), feature_map,
+        )  # fmt: skip
+
+    def _read_seed(self, seed: ir.Value) -> int:
+        constant = self._constants.get(seed.name)
+        if constant is None:
+            raise UnsupportedError(
+                "seed must be a number in an ONNX model: take resample='train' or 'never'"
+            )
+        return int(constant)
+
+
+def _by_sine(values: np.ndarray) -> np.ndarray:  # [H, D, K, ...] -> [H, K, D, ...]
+    return np.swapaxes(values, 1, 2)
+
+
+def _basis(
+    freqs: np.ndarray,  # [H, D, K] or [H, D, K, ndim]
+    offsets: np.ndarray | None,  # [H, D, K]
+    x: ir.Value,  # [B, N, H, D]
+    positions: ir.Value | None,
+    start: float | ir.Value,
+) -> ir.Value:  # [N, H, K, 2, D]
+    """Return cosine and sine of every frequency."""
+    freqs = _by_sine(freqs if freqs.ndim == 4 else freqs[..., None])[:, :, None]
+    shifts = _QUARTER[:, None]
+    if offsets is not None:
+        shifts = _by_sine(offsets)[:, :, None] / (2 * math.pi) + shifts
+    return op.Cos(phases(freqs, shifts, x, positions, start))
+
+
+def _multiply(
+    x: ir.Value,  # [B, N, H, D]
+    basis: ir.Value,  # [N, H, K, 2, D]
+    shape: tuple[int, int, int],  # H, D, K
+    constant: np.ndarray | None,  # [H, D]
+    feature_map: str,
+) -> ir.Value:  # [B, N, H, 2KD] or [B, N, H, (2K + 1) D]
+    """Multiply features with their sines, and those after them with a constant."""
+    heads, features, num_sines = shape
+    rows = 2 * num_sines
+    basis = reshape(basis, 0, heads, rows, features)
+    if constant is not None:
+        size = op.Concat(sizes(basis, 0, 1), tensor([heads, 1, features]), axis=0)
+        ones = op.Expand(tensor(constant[:, None].astype(np.float32)), size)
+        basis, rows = op.Concat(basis, ones, axis=2), rows + 1
+    mapped = apply_feature_map(feature_map, to_float32(x, x.dtype))
+    out = op.Mul(op.Unsqueeze(mapped, tensor([3])), basis)
+    return reshape(out, 0, 0, heads, rows * features)
