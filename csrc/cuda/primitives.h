@@ -41,6 +41,13 @@ __device__ __forceinline__ int thread_read_again() {
   return thread;
 }
 
+// The value, as if it were read again: products with it are not kept either.
+__device__ __forceinline__ std::int64_t read_again(std::int64_t value) {
+  std::int64_t result;
+  asm volatile("mov.u64 %0, %1;" : "=l"(result) : "l"(value));
+  return result;
+}
+
 // Two values rounded into the halves of a register, the first one into the lower half, as
 // fragments of mma hold them.
 template <class T>

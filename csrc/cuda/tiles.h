@@ -141,7 +141,7 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
   constexpr int kRow = row_of<Operand>(kColumns);
   constexpr int kVector = Vector<Storage>::kSize;
   TORCH_SPE_KEEP_LOOP
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * (kColumns / kVector); i += kThreads) {
+  for (int i = thread_read_again(); i < kRows * (kColumns / kVector); i += kThreads) {
     const int m = i / (kColumns / kVector), column = i % (kColumns / kVector) * kVector;
     const Storage* const from = row(m);
     Operand* const to = out + m * kRow + column;

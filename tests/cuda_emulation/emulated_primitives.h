@@ -204,6 +204,7 @@ inline void copy_async16(void* shared, const void* global) {
   cuda_emulation::copy_async(shared, global, 16);
 }
 inline int thread_read_again() { return static_cast<int>(threadIdx.x); }
+inline std::int64_t read_again(std::int64_t value) { return value; }
 inline void copy_async_wait() { cuda_emulation::copy_async_wait(); }
 
 template <class T>

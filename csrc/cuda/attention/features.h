@@ -161,6 +161,47 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
       product.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.weights,
                                                                        shared.col_x);
 
+    if constexpr (Decay::kFades) {
+      if (other.sums != nullptr) {
+        T* const sums = other.sums + first_row * features + r0;
+        product.for_each([&](int row, int column, T& element) {
+          if (row >= chunk.size || column >= end) return;
+          T* const there = sums + row * heads * features + column;
+          if (other.writes) {
+            *there = element;
+          } else {
+            element += *there;
+          }
+        });
+      }
+    }
+    if (!other.writes) {
+      const Storage* const first_x = rows.x + chunk.batch * rows.x_strides[0] +
+                                     chunk.begin * rows.x_strides[1] + head * rows.x_strides[2] +
+                                     r0 * rows.x_strides[3];
+      const std::int64_t x_stride = read_again(rows.x_strides[3]);
+      write_results<kTokens>(
+          product, shared.row_x, grad + first_row * features + r0, heads * features, chunk.size,
+          end, rows_are_aligned<Storage>(grad, features), [&](int row) {
+            const T row_scale = shared.row_scale[row];
+            const auto map = rows.map;
+            [[maybe_unused]] const Storage* const x = first_x + row * rows.x_strides[1];
+            [[maybe_unused]] const std::int64_t stride = x_stride;
+            [[maybe_unused]] const Storage* const kept =
+                shared.row_x + row * row_of<Storage>(kWide);
+            return [=](int column, T value) {
+              if (row_scale == T(0)) return T(0);
+              const Storage* at;
+              if constexpr (Shared::kKeepsFeatures) {
+                at = kept + column;
+              } else {
+                at = x + column * stride;
+              }
+              return gradient_of_input_at(map, value, at) * row_scale;
+            };
+          });
+    }
+
     // The state passes over the chunk.
     if (walk.moves && step + 1 < steps.count) {
       const core::Passage<T> passage =
@@ -196,44 +237,6 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
       }
       from.has_moved();
     }
-
-    if constexpr (Decay::kFades) {
-      if (other.sums != nullptr) {
-        T* const sums = other.sums + first_row * features + r0;
-        product.for_each([&](int row, int column, T& element) {
-          if (row >= chunk.size || column >= end) return;
-          T* const there = sums + row * heads * features + column;
-          if (other.writes) {
-            *there = element;
-          } else {
-            element += *there;
-          }
-        });
-        if (other.writes) continue;
-      }
-    }
-    const Storage* const first_x = rows.x + chunk.batch * rows.x_strides[0] +
-                                   chunk.begin * rows.x_strides[1] + head * rows.x_strides[2] +
-                                   r0 * rows.x_strides[3];
-    write_results<kTokens>(
-        product, shared.row_x, grad + first_row * features + r0, heads * features, chunk.size, end,
-        rows_are_aligned<Storage>(grad, features), [&](int row) {
-          const T row_scale = shared.row_scale[row];
-          const auto map = rows.map;
-          [[maybe_unused]] const Storage* const x = first_x + row * rows.x_strides[1];
-          [[maybe_unused]] const std::int64_t stride = rows.x_strides[3];
-          [[maybe_unused]] const Storage* const kept = shared.row_x + row * row_of<Storage>(kWide);
-          return [=](int column, T value) {
-            if (row_scale == T(0)) return T(0);
-            const Storage* at;
-            if constexpr (Shared::kKeepsFeatures) {
-              at = kept + column;
-            } else {
-              at = x + column * stride;
-            }
-            return gradient_of_input_at(map, value, at) * row_scale;
-          };
-        });
   }
 }
 

@@ -31,7 +31,7 @@ struct States {
 template <int kRows, int kColumns, class Operand, class Elements>
 TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
   constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kFours; i += kThreads) {
+  for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) {
     core::accumulate_t<Operand> four[4];
     elements(i / kFours, i % kFours * 4, four);
     write_operands(four, out + i / kFours * kRow + i % kFours * 4);
