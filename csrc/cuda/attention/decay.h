@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(64)
   const Part chunk(chunks, i / decay.heads);
   double sum = 0;
   if (backwards) {
+    TORCH_SPE_KEEP_LOOP
     for (int row = chunk.size - 1; row >= 0; --row) {
       const std::int64_t n = chunk.begin + row;
       decay.to_end[decay.index(chunk.batch, n, head)] = static_cast<T>(core::exp_nonpositive(sum));
@@ -117,6 +118,7 @@ __global__ void __launch_bounds__(64)
     }
     return;
   }
+  TORCH_SPE_KEEP_LOOP
   for (int row = 0; row < chunk.size; ++row) {
     const std::int64_t n = chunk.begin + row;
     sum += decay.steps.at(chunk.batch, n, head, 0);

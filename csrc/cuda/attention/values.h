@@ -158,6 +158,80 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
     denominators.for_each([&](int row, T element) { shared.denominators[row] = element; });
 
+    const auto finish = [&] {
+      const int end = static_cast<int>(min_of(kWide, values - e0));
+      if constexpr (Decay::kFades) {
+        if (other.sums != nullptr || other.denominators != nullptr) {
+          T* const sums = other.sums + first_row * values + e0;
+          product.for_each([&](int row, int column, T& element) {
+            if (row >= chunk.size || column >= end) return;
+            T* const there = sums + row * heads * values + column;
+            if (other.writes) {
+              *there = element;
+            } else {
+              element += *there;
+            }
+          });
+          if (other.writes && sums_denominators && tile == 0) {
+            __syncthreads();
+            if (thread < chunk.size)
+              other.denominators[first_row + thread * heads] = shared.denominators[thread];
+          }
+          if (other.writes) return;
+        }
+      }
+      if (sums_squares) {
+        const int own = TileProduct<Operand, kTokens, kWide>::kTensorCores
+                            ? thread / 32 % 2 * 4 + thread % 4
+                            : thread % Shared::kSquares;
+        product.for_each_row([&](int row) {
+          T* const sum = shared.squares + row * Shared::kSquares + own;
+          *sum = 0;
+          return [=](int, T value) { *sum += value * value; };
+        });
+      }
+      if (division.by != Divide::kNot) {
+        __syncthreads();
+        if (thread < chunk.size) {
+          const std::int64_t i = first_row + thread * heads;
+          T divisor = 0;
+          if (sums_denominators) {
+            divisor = shared.denominators[thread];
+            if constexpr (Decay::kFades) {
+              if (other.denominators != nullptr) divisor += other.denominators[i];
+            }
+            divisor += division.eps;
+          } else if (division.by == Divide::kByGiven) {
+            divisor = division.divisor[i];
+          } else {
+            if (sums_squares) {
+              for (int j = 0; j < Shared::kSquares; ++j)
+                divisor += shared.squares[thread * Shared::kSquares + j];
+            } else {
+              for (int j = 0; j < tiles; ++j) divisor += division.squares[j * division.rows + i];
+            }
+            if (division.by == Divide::kSumSquares)
+              division.squares[tile * division.rows + i] = divisor;
+            divisor = square_root(divisor / static_cast<T>(values) + division.eps);
+          }
+          if (division.writes(tile)) division.divisor[i] = divisor;
+          const Quotient<T> quotient(divisor);
+          shared.scale[thread] = quotient.scale;
+          shared.inverse[thread] = quotient.inverse;
+        }
+        __syncthreads();
+      }
+      if (!makes_values || division.by == Divide::kSumSquares) return;
+      write_results<kTokens>(product, shared.row_x, out + first_row * values + e0, heads * values,
+                             chunk.size, end, rows_are_aligned<Storage>(out, values), [&](int row) {
+                               const bool divides = division.by != Divide::kNot && row < chunk.size;
+                               const T scale = divides ? shared.scale[row] : T(1);
+                               const T inverse = divides ? shared.inverse[row] : T(1);
+                               return [=](int, T value) { return value * scale * inverse; };
+                             });
+    };
+    finish();  // before the state passes on: they need not have registers at the same time
+
     // The state passes over the chunk.
     if (walk.moves && step + 1 < steps.count) {
       const core::Passage<T> passage =
@@ -199,77 +273,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       }
       from.has_moved();
     }
-
-    const int end = static_cast<int>(min_of(kWide, values - e0));
-    if constexpr (Decay::kFades) {
-      if (other.sums != nullptr || other.denominators != nullptr) {
-        T* const sums = other.sums + first_row * values + e0;
-        product.for_each([&](int row, int column, T& element) {
-          if (row >= chunk.size || column >= end) return;
-          T* const there = sums + row * heads * values + column;
-          if (other.writes) {
-            *there = element;
-          } else {
-            element += *there;
-          }
-        });
-        if (other.writes && sums_denominators && tile == 0) {
-          __syncthreads();
-          if (thread < chunk.size)
-            other.denominators[first_row + thread * heads] = shared.denominators[thread];
-        }
-        if (other.writes) continue;
-      }
-    }
-    if (sums_squares) {
-      const int own = TileProduct<Operand, kTokens, kWide>::kTensorCores
-                          ? thread / 32 % 2 * 4 + thread % 4
-                          : thread % Shared::kSquares;
-      product.for_each_row([&](int row) {
-        T* const sum = shared.squares + row * Shared::kSquares + own;
-        *sum = 0;
-        return [=](int, T value) { *sum += value * value; };
-      });
-    }
-    if (division.by != Divide::kNot) {
-      __syncthreads();
-      if (thread < chunk.size) {
-        const std::int64_t i = first_row + thread * heads;
-        T divisor = 0;
-        if (sums_denominators) {
-          divisor = shared.denominators[thread];
-          if constexpr (Decay::kFades) {
-            if (other.denominators != nullptr) divisor += other.denominators[i];
-          }
-          divisor += division.eps;
-        } else if (division.by == Divide::kByGiven) {
-          divisor = division.divisor[i];
-        } else {
-          if (sums_squares) {
-            for (int j = 0; j < Shared::kSquares; ++j)
-              divisor += shared.squares[thread * Shared::kSquares + j];
-          } else {
-            for (int j = 0; j < tiles; ++j) divisor += division.squares[j * division.rows + i];
-          }
-          if (division.by == Divide::kSumSquares)
-            division.squares[tile * division.rows + i] = divisor;
-          divisor = square_root(divisor / static_cast<T>(values) + division.eps);
-        }
-        if (division.writes(tile)) division.divisor[i] = divisor;
-        const Quotient<T> quotient(divisor);
-        shared.scale[thread] = quotient.scale;
-        shared.inverse[thread] = quotient.inverse;
-      }
-      __syncthreads();
-    }
-    if (!makes_values || division.by == Divide::kSumSquares) continue;
-    write_results<kTokens>(product, shared.row_x, out + first_row * values + e0, heads * values,
-                           chunk.size, end, rows_are_aligned<Storage>(out, values), [&](int row) {
-                             const bool divides = division.by != Divide::kNot && row < chunk.size;
-                             const T scale = divides ? shared.scale[row] : T(1);
-                             const T inverse = divides ? shared.inverse[row] : T(1);
-                             return [=](int, T value) { return value * scale * inverse; };
-                           });
   }
 }
 
