@@ -60,6 +60,21 @@ TORCH_SPE_DEVICE T gradient_of_input_at(FeatureMap map, T gradient, const Storag
   return gradient_of_input(map, gradient, read_feature(map, *x));
 }
 
+// elu + 1 of two elements of 16 bits in a register.
+template <class Storage>
+TORCH_SPE_DEVICE void map_elu_pair(std::uint32_t pair, float* low, float* high) {
+  const std::uint32_t negative = negative_halves(pair);
+  float low_positive, high_positive;
+  unpack_pair<Storage>(pair & negative, low, high);
+  unpack_pair<Storage>(pair & ~negative, &low_positive, &high_positive);
+  *low = fast_exp(*low) + low_positive;
+  *high = fast_exp(*high) + high_positive;
+}
+// max(x, 0) of both, NaN where x is.
+TORCH_SPE_DEVICE std::uint32_t map_relu_pair(std::uint32_t pair) {
+  return pair & ~negative_halves(pair);
+}
+
 // phi of two elements of 16 bits in a register, rounded to 16 bits again.
 template <class Storage>
 TORCH_SPE_DEVICE std::uint32_t map_feature_pair(FeatureMap map, std::uint32_t pair) {

@@ -33,6 +33,21 @@ __device__ __forceinline__ void from_float(float value, core::BFloat16* out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 }
 
+// threadIdx.x, read again wherever it is asked for: what is computed from it is not kept in
+// registers through a long loop.
+__device__ __forceinline__ int thread_read_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// The value, as if it were read again: products with it are not kept either.
+__device__ __forceinline__ std::int64_t read_again(std::int64_t value) {
+  std::int64_t result;
+  asm volatile("mov.u64 %0, %1;" : "=l"(result) : "l"(value));
+  return result;
+}
+
 // Two values rounded into the halves of a register, the first one into the lower half, as
 // fragments of mma hold them.
 template <class T>
@@ -69,6 +84,13 @@ __device__ __forceinline__ std::uint32_t high_twice(std::uint32_t pair) {
 }
 __device__ __forceinline__ std::uint32_t join_halves(std::uint16_t low, std::uint16_t high) {
   return __byte_perm(low, high, 0x5410u);
+}
+
+// All bits of a half of the register where its sign is set, none elsewhere.
+__device__ __forceinline__ std::uint32_t negative_halves(std::uint32_t pair) {
+  std::uint32_t result;  // The selector's highest bit takes the sign of a byte in place of it.
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(result) : "r"(pair));
+  return result;
 }
 
 // Products of the values in two registers, half by half.

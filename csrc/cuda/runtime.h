@@ -32,7 +32,7 @@ constexpr std::size_t kSharedGap = 32;
 // Blocks that a launch should have where sums can be cut into parts: few, so that small tensors
 // walk through the loops of large ones.
 constexpr std::int64_t kWantedBlocks = 4;
-constexpr std::int64_t kChunksOfSegment = 2;  // of linear attention
+constexpr std::int64_t kWalkingBlocks = 4;
 #define TORCH_SPE_SHARED_MEMORY(name) unsigned char* const name = ::cuda_emulation::shared_memory()
 #define TORCH_SPE_UNROLL
 #define TORCH_SPE_UNROLL_TWICE
@@ -50,7 +50,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 using Stream = cudaStream_t;
 constexpr std::size_t kSharedGap = 0;
 constexpr std::int64_t kWantedBlocks = 512;  // several for each multiprocessor of a large GPU
-constexpr std::int64_t kChunksOfSegment = 8;
+// Blocks that go through long loops: two for each multiprocessor, all at once.
+constexpr std::int64_t kWalkingBlocks = 2 * 132;
 #define TORCH_SPE_SHARED_MEMORY(name)                                      \
   extern __shared__ __align__(16) unsigned char torch_spe_shared_memory[]; \
   unsigned char* const name = torch_spe_shared_memory

@@ -118,6 +118,39 @@ class TileProduct {
     }
   }
 
+  // Writes the tile to shared memory, rows row_of<Out>(kN) apart: what rows(row) returns makes an
+  // element of (column, value).
+  template <class Out, class Rows>
+  TORCH_SPE_DEVICE void store(Out* out, const Rows& rows) {
+    constexpr int kRow = row_of<Out>(kN);
+    if constexpr (kTensorCores && sizeof(Out) == 2) {
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const int warp = static_cast<int>(threadIdx.x) / 32;
+      const int row = warp / kWarpsN * kWarpM + lane / 4;
+      const int column = warp % kWarpsN * kWarpN + lane % 4 * 2;
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        const auto make = rows(row + 8 * i);
+        Out* const to = out + (row + 8 * i) * kRow + column;
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kTilesN; ++j) {
+          const T* const pair = &sums_[i / 2 * kTilesN + j][i % 2 * 2];
+          *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
+              pack_pair<Out>(make(column + 8 * j, pair[0]), make(column + 8 * j + 1, pair[1]));
+        }
+      }
+    } else {
+      for_each_row([&](int row) {
+        const auto make = rows(row);
+        Out* const to = out + row * kRow;
+        return [=](int column, T value) { write(make(column, value), to + column); };
+      });
+    }
+  }
+  TORCH_SPE_DEVICE void store(Operand* out) {
+    store(out, [](int) { return [](int, T value) { return value; }; });
+  }
+
   // Calls function(row, column, value) for the values that this thread holds.
   template <class Function>
   TORCH_SPE_DEVICE void for_each(const Function& function) {

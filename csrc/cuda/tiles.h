@@ -140,7 +140,8 @@ TORCH_SPE_DEVICE void load_tile(Operand* out, std::int64_t columns, std::int64_t
   using T = core::accumulate_t<Storage>;
   constexpr int kRow = row_of<Operand>(kColumns);
   constexpr int kVector = Vector<Storage>::kSize;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * (kColumns / kVector); i += kThreads) {
+  TORCH_SPE_KEEP_LOOP
+  for (int i = thread_read_again(); i < kRows * (kColumns / kVector); i += kThreads) {
     const int m = i / (kColumns / kVector), column = i % (kColumns / kVector) * kVector;
     const Storage* const from = row(m);
     Operand* const to = out + m * kRow + column;

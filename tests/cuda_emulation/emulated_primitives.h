@@ -39,6 +39,10 @@ void unpack_pair(std::uint32_t pair, float* low, float* high) {
   *high = core::load(value);
 }
 
+inline std::uint32_t negative_halves(std::uint32_t pair) {
+  return (pair & 0x8000u ? 0xffffu : 0u) | (pair & 0x80000000u ? 0xffff0000u : 0u);
+}
+
 template <class T>
 std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
   float a_low, a_high, b_low, b_high;
@@ -199,6 +203,8 @@ void ldmatrix_x4(std::uint32_t (&out)[4], const void* row) {
 inline void copy_async16(void* shared, const void* global) {
   cuda_emulation::copy_async(shared, global, 16);
 }
+inline int thread_read_again() { return static_cast<int>(threadIdx.x); }
+inline std::int64_t read_again(std::int64_t value) { return value; }
 inline void copy_async_wait() { cuda_emulation::copy_async_wait(); }
 
 template <class T>

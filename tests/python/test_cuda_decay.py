@@ -173,6 +173,14 @@ def test_sizes(compare, form, shape, causal, dtype):
     case.check(compare, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_walks_of_bfloat16(compare, causal):
+    # Several segments of several chunks.
+    case = Case(torch.bfloat16, 1, 300, 1, 64, 64, form="head", steps="slow", causal=causal)
+    case.check(compare, TOLERANCES[torch.bfloat16], wanted=[0, 1, 2])
+    case.check(compare, TOLERANCES[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("norm", ["none", "rms", "own denominator"])

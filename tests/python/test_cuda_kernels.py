@@ -577,6 +577,22 @@ def test_linear_attention_with_state_and_padding(compare, feature_map, causal, n
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("form", ["aligned", "padded", "packed"])
+def test_walks_of_bfloat16(compare, form, causal):
+    # Several segments of several chunks, all gradients in one launch.
+    sizes = (64, 64) if form == "aligned" else (40, 24)
+    bounds = [0, 7, 7, 210, 300] if form == "packed" else [0, 300]
+    (q, k, v, *_), (grad, *_) = attention_inputs(torch.bfloat16, 1, 300, 300, 2, *sizes)
+    inputs, grads = attention_inputs(torch.bfloat16, len(bounds) - 1, 1, 1, 2, *sizes, state=True)
+    mask = torch.rand(1, 300, generator=torch.Generator().manual_seed(1)) < 0.3
+    function = attention(causal=causal, state=True)
+    inputs = [q, k, v, *inputs[3:], mask if form == "padded" else None]
+    if form == "packed":
+        inputs.append(torch.tensor(bounds))
+    compare(function, inputs, (grad, *grads[1:]), ATTENTION_TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 3, 3, 40], [0, 5, 39, 40]], ids=str)
 def test_linear_attention_of_packed_sequences(compare, bounds, causal):
     # States are of the sequences: their tensors come from a batch of as many.

@@ -4,7 +4,9 @@
         [--blocks N] [--json FILE] [--lines N]
 
 Operators: sine_filter, phasor_filter, sine_features, exact_sines (K = 1 and a constant), rotary,
-conv_filter, polyphase_filter, linear_attention. Shape names: B N H D R K P E stride dtype causal; defaults are those of `SHAPE`.
+conv_filter, polyphase_filter, linear_attention. Shape names: B N H D R K P E stride dtype causal
+decay; defaults are those of `SHAPE`; with decay=1 linear attention has a decay per head, which
+wants a gradient with decay=2.
 --sass names the table of sass_map.py, if not FOLDER/sass.json; without it --ptxas names the
 folder with ptxas' reports (*.ptxas), for registers and so occupancy.
 
@@ -42,7 +44,9 @@ RATES = {
 }
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 * 1024, 2048, 32
 
-SHAPE = dict(B=8, N=4096, H=8, D=64, R=64, K=10, P=128, E=64, stride=32, dtype="bfloat16", causal=1)
+SHAPE = dict(
+    B=8, N=4096, H=8, D=64, R=64, K=10, P=128, E=64, stride=32, dtype="bfloat16", causal=1, decay=0
+)  # fmt: skip
 
 
 def shape_of(items):
@@ -297,12 +301,16 @@ def make_case(operator, s):
     if operator == "linear_attention":
         q, k = (normal(B, N, H, R, dtype=dtype) for _ in range(2))
         v = normal(B, N, H, E, dtype=dtype)
+        decay = -torch.rand(H, generator=g) / 64 if s["decay"] else None
 
-        def function(q, k, v):
-            return ops.linear_attention(q, k, v, "elu", bool(s["causal"]), True, 1e-6)[0]
+        def function(q, k, v, log_decay=decay):
+            return ops.linear_attention(
+                q, k, v, "elu", bool(s["causal"]), True, 1e-6, log_decay=log_decay
+            )[0]
 
+        inputs = [q, k, v, decay] if s["decay"] == 2 else [q, k, v]
         # Chunked or recurrent: a state update and a read of it for every token.
-        return function, [q, k, v], 2 * 2 * B * N * H * R * E
+        return function, inputs, 2 * 2 * B * N * H * R * E
     x = normal(B, N, H, D, dtype=dtype)
     if operator == "sine_filter":
         freqs = torch.rand(H, D, K, generator=g).to(wide) / 2

@@ -36,6 +36,12 @@ struct NoDecay {
   TORCH_SPE_DEVICE core::Passage<T> over_chunk(std::int64_t, std::int64_t) const { return {}; }
   TORCH_SPE_DEVICE core::Passage<T> to_chunk(std::int64_t, std::int64_t, bool) const { return {}; }
   TORCH_SPE_DEVICE core::Passage<T> over_segment(std::int64_t, std::int64_t) const { return {}; }
+  template <int kTokens, class Storage, class Operand>
+  TORCH_SPE_DEVICE void load_added(const Tokens<Storage>& tokens, const Part& chunk,
+                                   std::int64_t head, bool, std::int64_t r0, std::int64_t features,
+                                   Operand* out) const {
+    tokens.template load_x<kTokens, kWide>(chunk, head, r0, features, out);
+  }
 };
 
 template <class T>
@@ -54,10 +60,7 @@ struct ColumnDecay {
   TORCH_SPE_DEVICE std::int64_t index(std::int64_t batch, std::int64_t n, std::int64_t head) const {
     return (batch * length + n) * heads + head;
   }
-  // The token's factor in what moves forwards (backwards), and in what reads that.
-  TORCH_SPE_DEVICE T added(std::int64_t i, bool backwards) const {
-    return backwards ? from_start[i] : to_end[i];
-  }
+  // The token's factor when it reads what moves forwards (backwards).
   TORCH_SPE_DEVICE T reading(std::int64_t i, bool backwards) const {
     return backwards ? to_end[i] : from_start[i];
   }
@@ -72,37 +75,59 @@ struct ColumnDecay {
   TORCH_SPE_DEVICE core::Passage<T> over_segment(std::int64_t slot, std::int64_t head) const {
     return {over_segments + slot * heads + head, 0};
   }
+  // X of a chunk's tokens with what they fade by when they are added to a state.
+  template <int kTokens, class Storage, class Operand>
+  TORCH_SPE_DEVICE void load_added(const Tokens<Storage>& tokens, const Part& chunk,
+                                   std::int64_t head, bool backwards, std::int64_t r0,
+                                   std::int64_t features, Operand* out) const {
+    tokens.template load_x<kTokens, kWide>(
+        chunk, head, r0, features, out,
+        Added{(backwards ? from_start : to_end) + index(chunk.batch, chunk.begin, head),
+              static_cast<int>(heads)});
+  }
+
+ private:
+  struct Added {
+    const T* factors;
+    int stride;
+    template <class>
+    TORCH_SPE_DEVICE T factor(int row) const {
+      return factors[row * stride];
+    }
+  };
 };
 
 // The factors of a chunk's tokens, and of the chunk; also the zero that stands for queries where
-// there are none.
+// there are none. A thread takes one direction through a chunk of a head.
 template <class T>
-struct ChunkFactors {
-  ColumnDecay<T> decay;
-  Cut chunks;
-  std::uint64_t* zero;
-
-  TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
-    if (i == 0) *zero = 0;
-    const std::int64_t head = i % decay.heads;
-    const Part chunk(chunks, i / decay.heads);
-    double sum = 0;
-    for (int row = 0; row < chunk.size; ++row) {
-      const std::int64_t n = chunk.begin + row;
-      sum += decay.steps.at(chunk.batch, n, head, 0);
-      decay.from_start[decay.index(chunk.batch, n, head)] =
-          static_cast<T>(core::exp_nonpositive(sum));
-    }
-    decay.sums[i] = sum;
-    decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
-    sum = 0;
+__global__ void __launch_bounds__(64)
+    chunk_factors_kernel(const ColumnDecay<T> decay, const Cut chunks, std::uint64_t* zero) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
+  const bool backwards = threadIdx.x >= 32;
+  if (i == 0 && !backwards) *zero = 0;
+  if (i >= chunks.slots() * decay.heads) return;
+  const std::int64_t head = i % decay.heads;
+  const Part chunk(chunks, i / decay.heads);
+  double sum = 0;
+  if (backwards) {
+    TORCH_SPE_KEEP_LOOP
     for (int row = chunk.size - 1; row >= 0; --row) {
       const std::int64_t n = chunk.begin + row;
       decay.to_end[decay.index(chunk.batch, n, head)] = static_cast<T>(core::exp_nonpositive(sum));
       sum += decay.steps.at(chunk.batch, n, head, 0);
     }
+    return;
   }
-};
+  TORCH_SPE_KEEP_LOOP
+  for (int row = 0; row < chunk.size; ++row) {
+    const std::int64_t n = chunk.begin + row;
+    sum += decay.steps.at(chunk.batch, n, head, 0);
+    decay.from_start[decay.index(chunk.batch, n, head)] =
+        static_cast<T>(core::exp_nonpositive(sum));
+  }
+  decay.sums[i] = sum;
+  decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
+}
 
 // The factors of a segment, and of the way from its ends to its chunks.
 template <class T>
@@ -135,38 +160,65 @@ struct SegmentFactors {
 template <class T>
 void make_decay_factors(const ColumnDecay<T>& decay, const Cut& chunks, const Cut& segments,
                         std::uint64_t* zero, Stream stream) {
-  for_each_index(chunks.slots() * decay.heads, ChunkFactors<T>{decay, chunks, zero}, stream);
+  const std::int64_t blocks = ceil_div(chunks.slots() * decay.heads, 32);
+  if (blocks > 0)
+    launch(chunk_factors_kernel<T>, grid_of(blocks), dim3(64), 0, stream, decay, chunks, zero);
   for_each_index(segments.slots() * decay.heads, SegmentFactors<T>{decay, chunks, segments},
                  stream);
 }
 
-// The factors between the tokens of a chunk, in shared memory; nothing without a decay.
-template <class Decay, class T, int kTokens>
+// The factors between the tokens of a chunk, in shared memory; nothing without a decay. They may
+// lie where an operand of the same type is made of them. Rows are `kRow` apart: by default so that
+// pairs which lanes hold of a product are read without conflicts.
+template <class Operand>
+constexpr int kRowOfFactors =
+    sizeof(Operand) == 2 ? kChunk<Operand> + 8 : row_of<Operand>(kChunk<Operand>);
+template <class Decay, class Operand, int kFactorRow = kRowOfFactors<Operand>>
 struct Between {
-  static constexpr int kRow = kTokens + 1;
+  using T = core::accumulate_t<Operand>;
+  static constexpr int kTokens = kChunk<Operand>;
+  static constexpr bool kInPlace = sizeof(Operand) == sizeof(T);
+  static constexpr int kRow = kFactorRow;
   T* factors;     // [token, token]
   double* steps;  // [token], exp of each step
 
   TORCH_SPE_INLINE explicit Between(MemoryLayout& layout)
-      : factors(layout.take<T>(Decay::kFades ? kTokens * kRow : 0)),
-        steps(layout.take<double>(Decay::kFades ? kTokens : 0)) {}
+      : Between(layout, layout.take<T>(Decay::kFades ? kTokens * kRow : 0)) {}
+  TORCH_SPE_INLINE Between(MemoryLayout& layout, T* place)
+      : factors(place), steps(layout.take<double>(Decay::kFades ? kTokens : 0)) {}
+  // With the factors in the place of `weights` [token, token], if possible.
+  TORCH_SPE_INLINE static Between over(MemoryLayout& layout, Operand* weights) {
+    if constexpr (kInPlace) {
+      return Between(layout, reinterpret_cast<T*>(weights));
+    } else {
+      return Between(layout);
+    }
+  }
 
   // All threads take part; a barrier must follow.
   TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head) const {
-    const int own = static_cast<int>(threadIdx.x);
-    if (own < kTokens) {
+    const int own = static_cast<int>(threadIdx.x) % kTokens;
+    const int part = static_cast<int>(threadIdx.x) / kTokens;
+    if (part == 0) {
       steps[own] =
           own < chunk.size
               ? core::exp_nonpositive(decay.steps.at(chunk.batch, chunk.begin + own, head, 0))
               : 1.0;
     }
     __syncthreads();
-    if (own >= kTokens) return;
+    // A column each: downwards from the diagonal, or upwards.
     double factor = 1;
-    factors[own * kRow + own] = 1;
-    for (int i = own + 1; i < kTokens; ++i) {
-      factor *= steps[i];
-      factors[i * kRow + own] = factors[own * kRow + i] = static_cast<T>(factor);
+    if (part == 0) {
+      factors[own * kRow + own] = 1;
+      for (int i = own + 1; i < kTokens; ++i) {
+        factor *= steps[i];
+        factors[i * kRow + own] = static_cast<T>(factor);
+      }
+    } else if (part == 1) {
+      for (int i = own - 1; i >= 0; --i) {
+        factor *= steps[i + 1];
+        factors[i * kRow + own] = static_cast<T>(factor);
+      }
     }
   }
 };

@@ -15,24 +15,88 @@
 
 namespace torch_spe::cuda::attention {
 
+// Reads the state that belongs to a row's chunk: that at its segment's start (end), carried over
+// `passage`, joined with that of the segment's tokens before (after) it.
+template <class T>
+class StateReader {
+ public:
+  TORCH_SPE_DEVICE StateReader(const States<T>& states, const Cut& chunks, const Cut& segments,
+                               std::int64_t slot, const Part& chunk, std::int64_t head,
+                               const core::Passage<T>& passage)
+      : features_(states.features), values_(states.values), passage_(passage) {
+    const std::int64_t size = states.features * states.values;
+    const std::int64_t a = slot * states.heads + head;
+    const std::int64_t segment =
+        segments.first_slot(chunk.sequence) + chunk.number * chunks.size / segments.size;
+    const std::int64_t b = segment * states.heads + head;
+    s_ = states.chunk_s + a * size;
+    s_before_ = states.segment_s + b * size;
+    if (states.segment_z != nullptr) {
+      z_ = states.chunk_z + a * states.features;
+      z_before_ = states.segment_z + b * states.features;
+    }
+    aligned_ = rows_are_aligned<T>(s_, values_) && rows_are_aligned<T>(s_before_, values_);
+  }
+  // S[r, e .. e + 3], 0 outside.
+  TORCH_SPE_DEVICE void s(std::int64_t r, std::int64_t e, T (&out)[4]) const {
+    if (r >= features_) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] = 0;
+      return;
+    }
+    four(s_ + r * values_ + e, e, out);
+    T before[4];
+    four(s_before_ + r * values_ + e, e, before);
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = core::join(passage_, r, before[i], out[i]);
+  }
+  // z[r], 0 outside.
+  TORCH_SPE_DEVICE T z(std::int64_t r) const {
+    if (r >= features_ || z_ == nullptr) return T(0);
+    return core::join(passage_, r, z_before_[r], z_[r]);
+  }
+
+ private:
+  TORCH_SPE_DEVICE void four(const T* from, std::int64_t e, T (&out)[4]) const {
+    if (aligned_ && e + 4 <= values_) {
+      struct alignas(16) Four {
+        T elements[4];
+      };
+      const Four read = *reinterpret_cast<const Four*>(from);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] = read.elements[i];
+    } else {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) out[i] = e + i < values_ ? from[i] : T(0);
+    }
+  }
+
+  const T *s_, *s_before_, *z_ = nullptr, *z_before_ = nullptr;
+  std::int64_t features_, values_;
+  core::Passage<T> passage_;
+  bool aligned_;
+};
+
 template <class Operand, class Decay>
 struct DecayGradientShared {
   using T = core::accumulate_t<Operand>;
   static constexpr int kTokens = kChunk<Operand>;
   static constexpr int kParts = 8;  // threads that have elements of a row
-  Operand* row_x;                   // [row, r or e]
-  Operand* col_x;                   // [column, r or e]
-  Operand* state;                   // [r, e]
-  Operand* y;                       // [row, e]
-  T* z;                             // [r]
-  T* parts;                         // [row, kParts]
-  T* z_parts;                       // [thread]
-  T* row_weight;                    // [row]
-  T* col_weight;                    // [column]
-  double* past;                     // [row]
-  double* future;                   // [column]
-  double* sums;                     // [thread]
-  Between<Decay, T, kTokens> between;
+  // Of factors, so that a thread each may add up rows.
+  static constexpr int kFactorRow = sizeof(Operand) == 2 ? kTokens + 1 : row_of<Operand>(kTokens);
+  Operand* row_x;  // [row, r or e]
+  Operand* col_x;  // [column, r or e]
+  Operand* state;  // [r, e]
+  Operand* y;      // [row, e]
+  T* z;            // [r]
+  T* parts;        // [row, kParts]
+  T* z_parts;      // [thread]
+  T* row_weight;   // [row]
+  T* col_weight;   // [column]
+  double* past;    // [row]
+  double* future;  // [column]
+  double* sums;    // [thread]
+  Between<Decay, Operand, kFactorRow> between;
 
   TORCH_SPE_INLINE explicit DecayGradientShared(MemoryLayout& layout)
       : row_x(layout.take<Operand>(kTokens * row_of<Operand>(kDeep))),
@@ -85,9 +149,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     if (chunk_sum != nullptr && thread == 0 && !out.adds) *chunk_sum = 0;
     return;
   }
-  const StateReader<T> state_before(states_before, true, chunks, segments, slot, chunk, head,
+  const StateReader<T> state_before(states_before, chunks, segments, slot, chunk, head,
                                     decay.to_chunk(slot, head, false));
-  const StateReader<T> state_after(states_after, true, chunks, segments, slot, chunk, head,
+  const StateReader<T> state_after(states_after, chunks, segments, slot, chunk, head,
                                    decay.to_chunk(slot, head, true));
   if (thread < kTokens) {
     const bool inside = thread < chunk.size;

@@ -1,7 +1,7 @@
 // What calls the kernels of linear attention, forward and backward, and their scratch memory.
 #include "decay_gradient.h"
 #include "feature_decay.h"
-#include "features.h"
+#include "gradients.h"
 #include "linear_attention.h"
 #include "token_sets.h"
 #include "values.h"
@@ -9,16 +9,18 @@
 namespace torch_spe::cuda {
 namespace {
 
+using attention::AttentionGradients;
 using attention::ColumnDecay;
 using attention::Cut;
 using attention::Divide;
 using attention::NoDecay;
-using attention::Result;
+using attention::OtherDirection;
 using attention::RowDivision;
 using attention::RowFactors;
 using attention::States;
 using attention::Tokens;
 using attention::TokenSets;
+using attention::Walk;
 
 // The states that rows read: from one direction and, with a decay where all tokens are seen, from
 // the other.
@@ -33,6 +35,8 @@ class AttentionPass {
  public:
   using T = core::accumulate_t<Storage>;
   static constexpr bool kFades = Decay::kFades;
+  // Whether there is a kernel that makes all gradients.
+  static constexpr bool kHasOneLaunch = std::is_same_v<Operand, Storage> && sizeof(Operand) == 2;
   std::size_t workspace_size = 0;
 
   AttentionPass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
@@ -40,6 +44,11 @@ class AttentionPass {
       : p_(p),
         // A state of keys alone is that of a causal pass.
         causal_(p.causal || (kFades && p.query_length == 0)),
+        has_chunks_(wants_decay),
+        backward_(backward),
+        one_launch_(kHasOneLaunch && backward && p.num_realizations <= attention::kWide &&
+                    p.value_features > 0 && p.value_features <= attention::kWide &&
+                    !(kFades && !causal_)),
         sets_(p),
         stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
@@ -50,8 +59,20 @@ class AttentionPass {
     if (own) denominator_keys_ = take(layout, p.denominator_features, 0, true);
     queries_ = keys_;
     denominator_queries_ = denominator_keys_;
+    if (one_launch_) queries_ = take(layout, p.num_realizations, p.value_features, !own);
     if constexpr (kFades) take_decay(layout, backward, wants_decay);
     if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
+    if (!backward && p.rms_norm && p.value_features > attention::kWide)
+      squares_ = layout.take<T>(sets_.rows() * ceil_div(p.value_features, attention::kWide));
+    if (kFades && !causal_) {
+      // Of queries and of keys, which are as many.
+      const std::int64_t rows = sets_.batch() * p.key_length * p.num_heads;
+      const std::int64_t columns =
+          max_of(p.value_features,
+                 backward ? max_of(p.num_realizations, own ? p.denominator_features : 0) : 0);
+      other_.sums = layout.take<T>(rows * columns);
+      other_.denominators = layout.take<T>(rows);
+    }
     workspace_size = layout.size();
   }
 
@@ -70,15 +91,18 @@ class AttentionPass {
       const TwoStates<T> denominators =
           make_states(sets_.denominator_keys(), false, nullptr, p_.initial_z, nullptr, p_.final_z,
                       denominator_keys_);
-      values<Result::kDivisor>(sets_.denominator_queries(), sets_.denominator_keys(), false,
-                               denominators, division, nullptr);
+      values(sets_.denominator_queries(), sets_.denominator_keys(), false, denominators, division,
+             nullptr);
       division.by = Divide::kByGiven;
     }
-    if (p_.rms_norm) {
-      values<Result::kRms>(sets_.queries(), sets_.keys(), false, sums, division, p_.out);
-    } else {
-      values<Result::kOutput>(sets_.queries(), sets_.keys(), false, sums, division, p_.out);
+    if (squares_ != nullptr) {
+      division.squares = squares_;
+      division.rows = sets_.rows();
+      division.by = Divide::kSumSquares;
+      values(sets_.queries(), sets_.keys(), false, sums, division, p_.out);
+      division.by = Divide::kBySquares;
     }
+    values(sets_.queries(), sets_.keys(), false, sums, division, p_.out);
   }
 
   void backward(const LinearAttentionBackwardParams& p) {
@@ -86,10 +110,13 @@ class AttentionPass {
     const bool own = sets_.has_own_denominator(), wants_decay = kFades && p.grad_log_decay;
     if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
     const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
+    const bool one_launch =
+        one_launch_ && p.grad_q != nullptr && p.grad_k != nullptr && p.grad_v != nullptr;
+    TwoStates<T> key_states;
     if (p.grad_q != nullptr || wants_decay) {
-      const TwoStates<T> states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z,
-                                              nullptr, nullptr, keys_);
-      if (p.grad_q != nullptr) features(queries, keys, false, states, p.grad_q);
+      key_states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr,
+                               nullptr, keys_);
+      if (p.grad_q != nullptr && !one_launch) features(queries, keys, false, key_states, p.grad_q);
     }
     void* const grad_initial_z = own ? nullptr : p.grad_initial_z;
     if (p.grad_k != nullptr || p.grad_v != nullptr || p.grad_initial_s != nullptr ||
@@ -97,9 +124,12 @@ class AttentionPass {
       const TwoStates<T> states =
           make_states(queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z,
                       p.grad_initial_s, grad_initial_z, queries_);
-      if (p.grad_k != nullptr) features(keys, queries, true, states, p.grad_k);
-      if (p.grad_v != nullptr)
-        values<Result::kOutput>(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
+      if (one_launch) {
+        gradients(p, queries, keys, key_states.states, states.states);
+      } else {
+        if (p.grad_k != nullptr) features(keys, queries, true, states, p.grad_k);
+        if (p.grad_v != nullptr) values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
+      }
     }
     if constexpr (kFades) {
       if (wants_decay) decay_gradient(p, queries, keys, keys_, queries_, false);
@@ -124,18 +154,22 @@ class AttentionPass {
     states.features = features;
     states.values = values;
     const std::int64_t size_z = p_.num_heads * features, size_s = size_z * values;
-    const std::int64_t length = max_of(p_.query_length, p_.key_length);
-    if (has_chunks()) {
-      const std::int64_t slots = sets_.cut(length, attention::kChunk<Operand>).slots();
-      states.chunk_s = layout.take<T>(slots * size_s);
-      if (has_z) states.chunk_z = layout.take<T>(slots * size_z);
+    const std::int64_t slots =
+        max_of(segments(p_.query_length).slots(), segments(p_.key_length).slots());
+    if (has_chunks_) {
+      const std::int64_t chunk_slots = cut_of_keys().slots();
+      states.chunk_s = layout.take<T>(chunk_slots * size_s);
+      if (has_z) states.chunk_z = layout.take<T>(chunk_slots * size_z);
     }
-    const std::int64_t slots = sets_.cut(length, attention::kSegment<Operand>).slots();
     states.segment_s = layout.take<T>(slots * size_s);
-    states.total_s = layout.take<T>(p_.num_sequences * size_s);
-    if (has_z) {
-      states.segment_z = layout.take<T>(slots * size_z);
-      states.total_z = layout.take<T>(p_.num_sequences * size_z);
+    if (has_z) states.segment_z = layout.take<T>(slots * size_z);
+    if (!moves()) {
+      states.total_s = layout.take<T>(p_.num_sequences * size_s);
+      if (has_z) states.total_z = layout.take<T>(p_.num_sequences * size_z);
+    }
+    if (features > attention::kWide || (backward_ && values > attention::kWide)) {
+      states.walk_s = layout.take<T>(slots * size_s);
+      if (has_z) states.walk_z = layout.take<T>(slots * size_z * max_of(1, tiles_of_values()));
     }
     return states;
   }
@@ -163,20 +197,17 @@ class AttentionPass {
     decay_.over_chunks = layout.take<T>(slots);
     decay_.before_chunks = layout.take<T>(slots);
     decay_.after_chunks = layout.take<T>(slots);
-    decay_.over_segments = layout.take<T>(
-        sets_.cut(p_.key_length, attention::kSegment<Operand>).slots() * p_.num_heads);
+    decay_.over_segments = layout.take<T>(segments(p_.key_length).slots() * p_.num_heads);
     if (!wants_gradient) return;
     // The gradient of the steps wants the states of keys and of queries.
     const bool own = sets_.has_own_denominator();
-    queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
+    if (!one_launch_) queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
     if (own) denominator_queries_ = take(layout, p_.denominator_features, 0, true);
     step_gradients_ = layout.take<double>(max_of(tokens, slots));
   }
   void make_decay_factors() const {
     if constexpr (kFades) {
-      attention::make_decay_factors(decay_, cut_of_keys(),
-                                    sets_.cut(p_.key_length, attention::kSegment<Operand>), zero_,
-                                    stream_);
+      attention::make_decay_factors(decay_, cut_of_keys(), segments(p_.key_length), zero_, stream_);
     }
   }
 
@@ -209,12 +240,12 @@ class AttentionPass {
     attention::StepGradients out;
     (p.constant_decay ? out.of_chunks : out.of_tokens) = step_gradients_;
     out.adds = adds;
-    attention::make_decay_gradient<Operand>(queries, keys, chunks(keys), segments(keys),
+    attention::make_decay_gradient<Operand>(queries, keys, chunks(keys), segments(keys.length),
                                             key_states.states, query_states.states, decay_, out,
                                             stream_);
     if (causal_) return;
     out.adds = true;
-    attention::make_decay_gradient<Operand>(keys, queries, chunks(keys), segments(keys),
+    attention::make_decay_gradient<Operand>(keys, queries, chunks(keys), segments(keys.length),
                                             query_states.others, key_states.others, decay_, out,
                                             stream_);
   }
@@ -227,39 +258,82 @@ class AttentionPass {
     if (total_s != nullptr) two.states.total_s = static_cast<T*>(total_s);
     if (total_z != nullptr) two.states.total_z = static_cast<T*>(total_z);
     const auto make = [&](bool back, const void* s, const void* z, const States<T>& states) {
-      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens), has_chunks(), back,
-                                      static_cast<const T*>(s), static_cast<const T*>(z), states,
-                                      decay_, stream_);
+      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens.length), has_chunks_,
+                                      back, static_cast<const T*>(s), static_cast<const T*>(z),
+                                      states, decay_, stream_);
     };
     make(backwards, initial_s, initial_z, two.states);
     if (kFades && !causal_) make(!backwards, nullptr, nullptr, two.others);
     return two;
   }
 
-  template <Result kResult>
+  // Walks through the rows: make(walk, states, other). Where all are seen with a decay, twice.
+  template <class Make>
+  void walk_through(const Tokens<Storage>& rows, bool columns_follow, const TwoStates<T>& two,
+                    const Make& make) const {
+    Walk walk = whole_walk(rows, columns_follow);
+    OtherDirection<T> other = other_;
+    if (kFades && !causal_) {
+      walk.backwards = !columns_follow;
+      walk.within = false;
+      other.writes = true;
+      make(walk, two.others, other);
+      walk = whole_walk(rows, columns_follow);
+      other.writes = false;
+    }
+    make(walk, two.states, other);
+  }
+  Walk whole_walk(const Tokens<Storage>& rows, bool columns_follow) const {
+    Walk walk{segments(rows.length), chunks(rows)};
+    walk.moves = walk.within = moves();
+    walk.masked = causal_;
+    walk.backwards = columns_follow;
+    return walk;
+  }
   void values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
               const TwoStates<T>& two, const RowDivision<T>& division, void* out) const {
-    attention::make_values<Operand, kResult>(rows, columns, chunks(rows), segments(columns),
-                                             causal_, columns_follow, two.states, two.others,
-                                             division, static_cast<Storage*>(out), decay_, stream_);
+    walk_through(rows, columns_follow, two,
+                 [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
+                   attention::make_values<Operand>(rows, columns, walk, states, other, division,
+                                                   static_cast<Storage*>(out), decay_, stream_);
+                 });
   }
   void features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
                 const TwoStates<T>& two, void* grad) const {
-    attention::make_features<Operand>(rows, columns, chunks(rows), segments(columns), causal_,
-                                      columns_follow, two.states, two.others,
-                                      static_cast<Storage*>(grad), decay_, stream_);
+    walk_through(rows, columns_follow, two,
+                 [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
+                   attention::make_features<Operand>(rows, columns, walk, states, other,
+                                                     static_cast<Storage*>(grad), decay_, stream_);
+                 });
   }
-  bool has_chunks() const { return causal_ || kFades; }
+  void gradients(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
+                 const Tokens<Storage>& keys, const States<T>& key_states,
+                 const States<T>& query_states) const {
+    if constexpr (kHasOneLaunch) {
+      const AttentionGradients<Storage> grads{static_cast<Storage*>(p.grad_q),
+                                              static_cast<Storage*>(p.grad_k),
+                                              static_cast<Storage*>(p.grad_v)};
+      attention::make_gradients(queries, keys, whole_walk(queries, false), whole_walk(keys, true),
+                                key_states, query_states, grads, decay_, stream_);
+    }
+  }
+  bool moves() const { return causal_ || kFades; }
+  std::int64_t tiles_of_values() const { return ceil_div(p_.value_features, attention::kWide); }
   Cut cut_of_keys() const { return sets_.cut(p_.key_length, attention::kChunk<Operand>); }
   Cut chunks(const Tokens<Storage>& tokens) const {
     return sets_.cut(tokens.length, attention::kChunk<Operand>);
   }
-  Cut segments(const Tokens<Storage>& tokens) const {
-    return sets_.cut(tokens.length, attention::kSegment<Operand>);
+  Cut segments(std::int64_t length) const {
+    const std::int64_t blocks = one_launch_ ? 2 : max_of(1, tiles_of_values());
+    const std::int64_t rows = sets_.batch() * p_.num_heads * blocks;
+    return sets_.cut(length, attention::segment_size<Operand>(rows, length));
   }
 
   const LinearAttentionParams& p_;
   bool causal_;
+  bool has_chunks_;  // states of chunks are kept, for the gradient of a decay
+  bool backward_;
+  bool one_launch_;  // sizes allow for all gradients in one launch
   std::uint64_t* zero_ = nullptr;
   TokenSets<Storage> sets_;
   Stream stream_;
@@ -268,7 +342,9 @@ class AttentionPass {
   TwoStates<T> queries_, denominator_queries_;  // in the same memory, unless both are wanted
   RowFactors<T>* factors_ = nullptr;            // [B, N, H]
   T* divisor_ = nullptr;                        // [B, N, H]
-  double* step_gradients_ = nullptr;            // [B, M, H], or [slot, H] of chunks
+  T* squares_ = nullptr;                        // [tile, B, N, H], sums
+  OtherDirection<T> other_;
+  double* step_gradients_ = nullptr;  // [B, M, H], or [slot, H] of chunks
 };
 
 // Calls function(storage, operand). float16 goes through products as tf32, which has as many bits

@@ -30,14 +30,22 @@ enum class Divide {
   kNot,
   kByDenominator,  // plus eps, which the kernel makes
   kByGiven,        // what an earlier kernel has made
-  kByRms,          // the root of the mean square plus eps
+  kByRms,          // the root of the mean square plus eps, of rows of one tile
+  kSumSquares,     // nothing: only the squares of a tile are added up
+  kBySquares,      // as by the root, from these sums
 };
 
 template <class T>
 struct RowDivision {
   Divide by = Divide::kNot;
   T eps = 0;
-  T* divisor = nullptr;  // [B, N, H], read if given, otherwise written unless null
+  T* divisor = nullptr;   // [B, N, H], read if given, otherwise written unless null
+  T* squares = nullptr;   // [tile, B, N, H], sums of squares of rows of more than one tile
+  std::int64_t rows = 0;  // B N H
+
+  TORCH_SPE_DEVICE bool writes(int tile) const {
+    return tile == 0 && divisor != nullptr && by != Divide::kByGiven && by != Divide::kSumSquares;
+  }
 };
 
 // Of a row in the backward pass, from the gradient of its output dy, its output y and the divisor

@@ -1,5 +1,5 @@
-// The states of linear attention on the device: sums over segments, scans of these, and what the
-// rows of a chunk read. Holds kernels. How two states join is core/state.h's to decide.
+// The states of linear attention on the device: sums over segments and scans of these. Holds
+// kernels. How two states join is core/state.h's to decide.
 #pragma once
 
 #include "decay.h"
@@ -11,92 +11,27 @@ namespace torch_spe::cuda::attention {
 template <class T>
 struct States {
   std::int64_t heads = 0, features = 0, values = 0;  // H, R, E
-  // Before (after) each chunk since its segment's start (end); when causal or with a decay.
+  // Before (after) each chunk since its segment's start (end).
   T* chunk_s = nullptr;  // [slot, H, R, E]
   T* chunk_z = nullptr;  // [slot, H, R], or null
   // Sums of each segment, then the state at its start (end), initial state included.
   T* segment_s = nullptr;  // [slot, H, R, E]
   T* segment_z = nullptr;  // [slot, H, R], or null
-  // Of the whole sequence, initial state included.
+  // Of the whole sequence, initial state included; null where nobody wants it.
   T* total_s = nullptr;  // [S, H, R, E]
   T* total_z = nullptr;  // [S, H, R], or null
-};
+  // Where blocks keep the state with which they walk through a segment, if it has many tiles.
+  T* walk_s = nullptr;  // [slot, H, R, E]
+  T* walk_z = nullptr;  // [slot, H, tiles, R]
 
-// Reads the state that belongs to a row's chunk: where there are states of chunks, that at its
-// segment's start (end), carried over `passage`, joined with that of the segment's tokens before
-// (after) it.
-template <class T>
-class StateReader {
- public:
-  TORCH_SPE_DEVICE StateReader(const States<T>& states, bool has_chunks, const Cut& chunks,
-                               const Cut& segments, std::int64_t slot, const Part& chunk,
-                               std::int64_t head, const core::Passage<T>& passage)
-      : features_(states.features), values_(states.values), passage_(passage) {
-    const std::int64_t size = states.features * states.values;
-    if (has_chunks) {
-      const std::int64_t a = slot * states.heads + head;
-      const std::int64_t segment =
-          segments.first_slot(chunk.sequence) + chunk.number * chunks.size / segments.size;
-      const std::int64_t b = segment * states.heads + head;
-      s_ = states.chunk_s + a * size;
-      s_before_ = states.segment_s + b * size;
-      if (states.segment_z != nullptr) {
-        z_ = states.chunk_z + a * states.features;
-        z_before_ = states.segment_z + b * states.features;
-      }
-    } else {
-      const std::int64_t a = chunk.sequence * states.heads + head;
-      s_ = states.total_s + a * size;
-      if (states.total_z != nullptr) z_ = states.total_z + a * states.features;
-    }
-    aligned_ = rows_are_aligned<T>(s_, values_) && rows_are_aligned<T>(s_before_, values_);
-  }
-  // S[r, e .. e + 3], 0 outside.
-  TORCH_SPE_DEVICE void s(std::int64_t r, std::int64_t e, T (&out)[4]) const {
-    if (r >= features_) {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) out[i] = 0;
-      return;
-    }
-    four(s_ + r * values_ + e, e, out);
-    if (s_before_ == nullptr) return;
-    T before[4];
-    four(s_before_ + r * values_ + e, e, before);
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < 4; ++i) out[i] = core::join(passage_, r, before[i], out[i]);
-  }
-  // z[r], 0 outside.
-  TORCH_SPE_DEVICE T z(std::int64_t r) const {
-    if (r >= features_ || z_ == nullptr) return T(0);
-    return z_before_ == nullptr ? z_[r] : core::join(passage_, r, z_before_[r], z_[r]);
-  }
-
- private:
-  TORCH_SPE_DEVICE void four(const T* from, std::int64_t e, T (&out)[4]) const {
-    if (aligned_ && e + 4 <= values_) {
-      struct alignas(16) Four {
-        T elements[4];
-      };
-      const Four read = *reinterpret_cast<const Four*>(from);
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) out[i] = read.elements[i];
-    } else {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) out[i] = e + i < values_ ? from[i] : T(0);
-    }
-  }
-
-  const T *s_, *s_before_ = nullptr, *z_ = nullptr, *z_before_ = nullptr;
-  std::int64_t features_, values_;
-  core::Passage<T> passage_;
-  bool aligned_;
+  TORCH_SPE_INLINE bool has_totals() const { return total_s != nullptr || total_z != nullptr; }
 };
 
 // Fills a tile of a state with operands; elements(row, column, out) gives four of a row.
 template <int kRows, int kColumns, class Operand, class Elements>
 TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
   constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kFours; i += kThreads) {
+  for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) {
     core::accumulate_t<Operand> four[4];
     elements(i / kFours, i % kFours * 4, four);
     write_operands(four, out + i / kFours * kRow + i % kFours * 4);
@@ -106,14 +41,14 @@ TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
 template <class Operand>
 struct StateShared {
   using T = core::accumulate_t<Operand>;
-  Operand* x;  // [token, r]
-  Operand* y;  // [token, e]
-  T* weight;   // [token]
+  Operand* x;                     // [token, r]
+  Operand* y;                     // [token, e]
+  VectorOperand<Operand> weight;  // [token]
 
   TORCH_SPE_INLINE explicit StateShared(MemoryLayout& layout)
       : x(layout.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
         y(layout.take<Operand>(kChunk<Operand> * row_of<Operand>(kWide))),
-        weight(layout.take<T>(kChunk<Operand>)) {}
+        weight(layout, kChunk<Operand>) {}
 };
 
 // The states of one set of tokens: a block adds up a tile of S over a segment and, where states of
@@ -139,18 +74,21 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t segment_slot = block / tiles_e / tiles_r / states.heads;
   const Part segment(segments, segment_slot);
   if (segment.size == 0) return;
+  if (!has_chunks && !states.has_totals() &&
+      segments.is_last(segment.sequence, segment.number, backwards))
+    return;  // whose sums nobody reads
   const int count = static_cast<int>(ceil_div(segment.size, kTokens));
   const std::int64_t first_slot =
       chunks.first_slot(segment.sequence) + segment.number * (segments.size / kTokens);
 
   TileProduct<Operand, kWide, kWide> product;
   product.clear();
-  T z = 0;  // of feature r0 + thread
-  const bool owns_z =
-      states.segment_z != nullptr && e0 == 0 && thread < kWide && r0 + thread < features;
+  VectorProduct<Operand, kWide> z;
+  z.clear();
+  const bool makes_z = states.segment_z != nullptr && e0 == 0;
   const auto write_state = [&](std::int64_t slot, T* s_out, T* z_out) {
-    T* const s = s_out + ((slot * states.heads + head) * features + r0) * values + e0;
     const int rows = static_cast<int>(min_of(kWide, features - r0));
+    T* const s = s_out + ((slot * states.heads + head) * features + r0) * values + e0;
     const int columns = static_cast<int>(min_of(kWide, values - e0));
     product.for_each_row([&](int row) {
       T* const to = s + row * values;
@@ -159,7 +97,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         if (column < end) to[column] = value;
       };
     });
-    if (owns_z) z_out[(slot * states.heads + head) * features + r0 + thread] = z;
+    if (makes_z) {
+      T* const to = z_out + (slot * states.heads + head) * features + r0;
+      z.for_each([&](int r, T element) {
+        if (r < rows) to[r] = element;
+      });
+    }
   };
 
   for (int i = 0; i < count; ++i) {
@@ -167,70 +110,64 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const Part chunk(chunks, slot);
     if (has_chunks) write_state(slot, states.chunk_s, states.chunk_z);
     __syncthreads();  // the tiles before have been used
-    if constexpr (Decay::kFades) {
-      const std::int64_t first = decay.index(chunk.batch, chunk.begin, head);
-      tokens.template load_x<kTokens, kWide>(
-          chunk, head, r0, features, shared.x, [&](int row, T element) {
-            return element * decay.added(first + row * states.heads, backwards);
-          });
-    } else {
-      tokens.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.x);
-    }
+    decay.template load_added<kTokens>(tokens, chunk, head, backwards, r0, features, shared.x);
     if (values > 0) tokens.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.y);
-    if (thread < kTokens) {
-      shared.weight[thread] =
-          thread < chunk.size ? tokens.weight_of(chunk.batch, chunk.begin + thread, head) : T(0);
+    if (makes_z && thread < kTokens) {
+      shared.weight.set(thread, thread < chunk.size
+                                    ? tokens.weight_of(chunk.batch, chunk.begin + thread, head)
+                                    : T(0));
     }
     __syncthreads();
     // Carried over the chunk, whose sums the product then adds to it: together that is a join.
     const core::Passage<T> passage = decay.over_chunk(slot, head);
     product.for_each(
         [&](int row, int, T& element) { element = core::carry(passage, r0 + row, element); });
-    z = core::carry(passage, r0 + thread, z);
+    z.for_each([&](int r, T& element) { element = core::carry(passage, r0 + r, element); });
     if (values > 0)
       product.template multiply<kTokens, Major::kOuter, Major::kOuter>(shared.x, shared.y);
-    if (owns_z) {
-      for (int t = 0; t < kTokens; ++t)
-        z += number_of(shared.x[t * row_of<Operand>(kWide) + thread]) * shared.weight[t];
-    }
+    if (makes_z) z.template multiply<kTokens, Major::kOuter>(shared.x, shared.weight);
   }
   write_state(segment_slot, states.segment_s, states.segment_z);
 }
 
 // Replaces the sums of segments by the state at each one's start (end, backwards), for each element
-// of the states separately, and writes the total.
+// of the states separately, and writes the total where it is wanted.
 template <class T, class Decay>
 struct Scan {
+  struct Elements {
+    std::int64_t size = 0, head_size = 1;  // elements of a state of all heads, and of one
+    const T* initial = nullptr;            // [S, size], or null
+    T* sums = nullptr;                     // [slot, size]
+    T* total = nullptr;                    // [S, size], or null
+  };
   Decay decay;
   Cut segments;
-  std::int64_t size, head_size;  // elements of a state of all heads, and of one
   bool backwards;
-  const T* initial;  // [S, size], or null
-  T* sums;           // [slot, size]
-  T* total;          // [S, size]
+  Elements s, z;
 
   TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
-    const std::int64_t sequence = i / size, element = i % size;
-    const std::int64_t length = segments.length_of(sequence);
-    const std::int64_t count = ceil_div(length, segments.size);
-    T* const own = sums + segments.first_slot(sequence) * size + element;
-    T state = initial == nullptr ? T(0) : initial[i];
-    const auto step = [&](std::int64_t j) {
-      const std::int64_t segment = backwards ? count - 1 - j : j;
-      T* const entry = own + segment * size;
-      const T sum = *entry;
-      *entry = state;
-      const core::Passage<T> passage =
-          decay.over_segment(segments.first_slot(sequence) + segment, element / head_size);
-      state = core::join(passage, 0, state, sum);
-    };
-    if constexpr (Decay::kFades) {
-      TORCH_SPE_KEEP_LOOP
-      for (std::int64_t j = 0; j < count; ++j) step(j);
+    const std::int64_t size_s = segments.sequences * s.size;
+    if (i < size_s) {
+      scan(s, i);
     } else {
-      for (std::int64_t j = 0; j < count; ++j) step(j);
+      scan(z, i - size_s);
     }
-    total[i] = state;
+  }
+  TORCH_SPE_DEVICE void scan(const Elements& own, std::int64_t i) const {
+    const std::int64_t sequence = i / own.size, element = i % own.size;
+    const std::int64_t count = ceil_div(segments.length_of(sequence), segments.size);
+    const std::int64_t first = segments.first_slot(sequence);
+    T state = own.initial == nullptr ? T(0) : own.initial[i];
+    TORCH_SPE_KEEP_LOOP
+    for (std::int64_t j = 0; j < count; ++j) {
+      const std::int64_t slot = first + (backwards ? count - 1 - j : j);
+      T* const entry = own.sums + slot * own.size + element;
+      const bool is_needed = j + 1 < count || own.total != nullptr;
+      const T sum = is_needed ? *entry : T(0);
+      *entry = state;
+      state = core::join(decay.over_segment(slot, element / own.head_size), 0, state, sum);
+    }
+    if (own.total != nullptr) own.total[i] = state;
   }
 };
 
@@ -242,22 +179,23 @@ void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& se
   const std::int64_t tiles =
       ceil_div(states.features, kWide) * max_of(1, ceil_div(states.values, kWide));
   const std::int64_t blocks = segments.slots() * states.heads * tiles;
-  if (blocks > 0) {
+  const bool is_one = segments.bounds == nullptr && segments.per_sequence() == 1;
+  if (blocks > 0 && (has_chunks || states.has_totals() || !is_one)) {
     MemoryLayout size;
     StateShared<Operand>{size};
     launch(state_kernel<Storage, Operand, Decay>, grid_of(blocks), dim3(kThreads), size.size(),
            stream, tokens, chunks, segments, has_chunks, backwards, states, decay);
   }
-  const auto scan = [&](std::int64_t head_size, const T* initial, T* sums, T* total) {
-    const std::int64_t size = states.heads * head_size;
-    for_each_index(
-        segments.sequences * size,
-        Scan<T, Decay>{decay, segments, size, head_size, backwards, initial, sums, total}, stream);
+  using Elements = typename Scan<T, Decay>::Elements;
+  const auto elements = [&](std::int64_t head_size, const T* initial, T* sums, T* total) {
+    return Elements{states.heads * head_size, head_size, initial, sums, total};
   };
+  Scan<T, Decay> scan{decay, segments, backwards, {}, {}};
   if (states.values > 0)
-    scan(states.features * states.values, initial_s, states.segment_s, states.total_s);
+    scan.s = elements(states.features * states.values, initial_s, states.segment_s, states.total_s);
   if (states.segment_z != nullptr)
-    scan(states.features, initial_z, states.segment_z, states.total_z);
+    scan.z = elements(states.features, initial_z, states.segment_z, states.total_z);
+  for_each_index(segments.sequences * (scan.s.size + scan.z.size), scan, stream);
 }
 
 }  // namespace torch_spe::cuda::attention

@@ -19,6 +19,7 @@
 
 #include "core/linear_attention.h"
 #include "row_division.h"
+#include "vector_product.h"
 
 namespace torch_spe::cuda::attention {
 
@@ -27,10 +28,16 @@ constexpr int kChunk = sizeof(Operand) == 8 ? 32 : 64;  // tokens of a tile, and
 constexpr int kWide = 64;                               // features or values of a tile of results
 constexpr int kDeep = 32;                               // of those that are summed over
 
-// Tokens between two states that are added up one after the other; states of segments are made in
-// parallel.
+// Tokens of a segment, when `rows` tiles of results have each of `length` tokens. Segments are made
+// in parallel, as many as the device has places for blocks; the tokens of all but the last one are
+// read once more, for the states in which segments start.
 template <class Operand>
-constexpr std::int64_t kSegment = kChunksOfSegment * kChunk<Operand>;
+TORCH_SPE_INLINE std::int64_t segment_size(std::int64_t rows, std::int64_t length) {
+  constexpr std::int64_t kLeastChunks = 2;
+  const std::int64_t segments = max_of(1, kWalkingBlocks / max_of(1, rows));
+  const std::int64_t chunks = ceil_div(length, kChunk<Operand>);
+  return kChunk<Operand> * max_of(kLeastChunks, ceil_div(chunks, segments));
+}
 
 // The tokens of the sequences, cut into parts of `size`: chunks or segments. Parts have slots in
 // order of the sequences. Packed sequences, whose bounds only the device knows, leave some slots
@@ -51,6 +58,10 @@ struct Cut {
   }
   TORCH_SPE_DEVICE std::int64_t length_of(std::int64_t sequence) const {
     return bounds == nullptr ? length : bounds[sequence + 1] - bounds[sequence];
+  }
+  // Whether no part comes after this one, or before it if backwards.
+  TORCH_SPE_DEVICE bool is_last(std::int64_t sequence, std::int64_t number, bool backwards) const {
+    return backwards ? number == 0 : (number + 1) * size >= length_of(sequence);
   }
   TORCH_SPE_DEVICE std::int64_t sequence_of(std::int64_t slot) const {
     if (bounds == nullptr) return slot / per_sequence();
@@ -83,11 +94,11 @@ struct Part {
             max_of(0, min_of(cut.size, cut.length_of(sequence) - number * cut.size)))) {}
 };
 
-// What becomes of tokens that are not faded.
+// The factor of tokens that are not faded.
 struct Unfaded {
   template <class T>
-  TORCH_SPE_DEVICE T operator()(int, T element) const {
-    return element;
+  TORCH_SPE_DEVICE T factor(int) const {
+    return T(1);
   }
 };
 
@@ -143,14 +154,44 @@ struct Tokens {
     return value * own.inverse;
   }
 
-  // X of a chunk's tokens, features [r0, r0 + kColumns) of `count`; fade(row, element) becomes of
-  // an element.
+  // X of a chunk's tokens, features [r0, r0 + kColumns) of `count`, each token times its factor in
+  // `fade`.
   template <int kRows, int kColumns, class Operand, class Fade = Unfaded>
   TORCH_SPE_DEVICE void load_x(const Part& chunk, std::int64_t head, std::int64_t r0,
                                std::int64_t count, Operand* out, const Fade& fade = Fade{}) const {
     const Storage* const base =
         x + chunk.batch * x_strides[0] + head * x_strides[2] + r0 * x_strides[3];
     const RowFactors<T>* const own = factors_of(chunk, head);
+    const int own_stride = static_cast<int>(heads);
+    const auto factor = [&](int row) {
+      const T faded = fade.template factor<T>(row);
+      return own == nullptr ? faded : own[row * own_stride].scale * faded;
+    };
+    if constexpr (std::is_same_v<Operand, Storage> && sizeof(Storage) == 2) {
+      if (is_whole<kRows>(chunk) && x_aligned && r0 + kColumns <= count) {
+        const Storage* const first = base + chunk.begin * x_strides[1];
+        if (map == core::FeatureMap::kElu) {
+          load_whole<kRows, kColumns>(first, x_strides[1], out, [&](int row, auto& pairs) {
+            const T times = factor(row);
+            TORCH_SPE_UNROLL
+            for (std::uint32_t& pair : pairs) {
+              T low, high;
+              map_elu_pair<Storage>(pair, &low, &high);
+              pair = pack_pair<Storage>(low * times, high * times);
+            }
+          });
+        } else {
+          const bool is_relu = map == core::FeatureMap::kRelu;
+          load_whole<kRows, kColumns>(first, x_strides[1], out, [&](int row, auto& pairs) {
+            const T times = factor(row);
+            TORCH_SPE_UNROLL
+            for (std::uint32_t& pair : pairs)
+              pair = multiply_pair(is_relu ? map_relu_pair(pair) : pair, times);
+          });
+        }
+        return;
+      }
+    }
     load_tile<kRows, kColumns, Storage>(
         out, count - r0, x_strides[3], x_aligned,
         [&](int row) {
@@ -158,10 +199,19 @@ struct Tokens {
                      ? base + (chunk.begin + row) * x_strides[1]
                      : nullptr;
         },
-        [&](int row, T value) {
-          const T mapped = select_feature<Storage>(map, value);
-          return fade(row, own == nullptr ? mapped : mapped * own[row * heads].scale);
-        });
+        [&](int row, T value) { return map_feature<Storage>(map, value) * factor(row); });
+  }
+
+  // x of a chunk's tokens as it is, features [r0, r0 + kColumns) of `count`; the copy may go on
+  // until copy_async_wait.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void copy_x(const Part& chunk, std::int64_t head, std::int64_t r0,
+                               std::int64_t count, Storage* out) const {
+    const Storage* const base = x + chunk.batch * x_strides[0] + chunk.begin * x_strides[1] +
+                                head * x_strides[2] + r0 * x_strides[3];
+    copy_tile<kRows, kColumns, Storage>(out, count - r0, x_strides[3], x_aligned, [&](int row) {
+      return row < chunk.size ? base + row * x_strides[1] : nullptr;
+    });
   }
 
   // Y of a chunk's tokens, values [e0, e0 + kColumns) of `count`.
@@ -190,6 +240,19 @@ struct Tokens {
       }
       return;
     }
+    if constexpr (std::is_same_v<Operand, Storage> && sizeof(Storage) == 2) {
+      if (is_whole<kRows>(chunk) && y_aligned && e0 + kColumns <= count) {
+        const Storage* const first = base + chunk.begin * y_strides[1];
+        const int own_stride = static_cast<int>(heads);
+        load_whole<kRows, kColumns>(first, y_strides[1], out, [&](int row, auto& pairs) {
+          if (own == nullptr) return;
+          const T inverse = own[row * own_stride].inverse;
+          TORCH_SPE_UNROLL
+          for (std::uint32_t& pair : pairs) pair = multiply_pair(pair, inverse);
+        });
+        return;
+      }
+    }
     load_tile<kRows, kColumns, Storage>(
         out, count - e0, y_strides[3], y_aligned,
         [&](int row) {
@@ -205,6 +268,40 @@ struct Tokens {
  private:
   TORCH_SPE_DEVICE const RowFactors<T>* factors_of(const Part& chunk, std::int64_t head) const {
     return factors == nullptr ? nullptr : factors + index(chunk.batch, chunk.begin, head);
+  }
+
+  // Whether nothing of a chunk's tile is zero for being padding or behind the end.
+  template <int kRows>
+  TORCH_SPE_DEVICE bool is_whole(const Part& chunk) const {
+    return chunk.size == kRows && padding == nullptr;
+  }
+  // Loads a whole tile of 16-bit elements, 8 of a row at once; make(row, pairs) replaces them.
+  template <int kRows, int kColumns, class Make>
+  TORCH_SPE_DEVICE static void load_whole(const Storage* from, std::int64_t stride, Storage* out,
+                                          const Make& make) {
+    struct alignas(16) Eight {
+      std::uint32_t pairs[4];
+    };
+    constexpr int kVectors = kColumns / 8, kStep = kThreads / kVectors, kCount = kRows / kStep;
+    static_assert(kRows % kStep == 0);
+    const int thread = thread_read_again();
+    const int row = thread / kVectors, column = thread % kVectors * 8;
+    Eight eights[kCount];
+    from += row * stride + column;
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kCount; ++i, from += kStep * stride)
+      eights[i] = *reinterpret_cast<const Eight*>(from);
+    out += row * row_of<Storage>(kColumns) + column;
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      make(row + i * kStep, eights[i].pairs);
+      *reinterpret_cast<Eight*>(out + i * kStep * row_of<Storage>(kColumns)) = eights[i];
+    }
+  }
+  TORCH_SPE_DEVICE static std::uint32_t multiply_pair(std::uint32_t pair, float factor) {
+    float low, high;
+    unpack_pair<Storage>(pair, &low, &high);
+    return pack_pair<Storage>(low * factor, high * factor);
   }
 };
 
