@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from torch_spe.attention import AttentionState, SPETransformerEncoderLayer
-from torch_spe.checks import check_flags, check_number, check_positive, check_tensor
+from torch_spe.checks import (
+    check_flags,
+    check_number,
+    check_positive,
+    check_tensor,
+    is_integer,
+)
 
 __all__ = ["ModelConfig", "ModelState", "SPECausalLM", "SPESequenceClassifier"]
 
@@ -176,7 +182,7 @@ class _Model(nn.Module):
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> _Model:
         """Return the model that `save` wrote; nothing but data is read from the file."""
         saved = torch.load(path, weights_only=True, map_location=device)
-        model = cls(saved["config"]).to(device)
+        model = cls(saved["config"]).to(device, saved["weights"]["embedding.weight"].dtype)
         model.load_state_dict(saved["weights"])
         return model
 
@@ -231,6 +237,11 @@ class SPECausalLM(_Model):
         """
         if state is None:
             return self.head(self.hidden(tokens, padding, start=start, cu_seqlens=cu_seqlens))
+        if isinstance(start, (Tensor, Sequence)) or start != 0:
+            raise ValueError(
+                "SPECausalLM: start must be 0 with a state, which holds the position, got "
+                f"{start!r}"
+            )
         hidden, state = self._continue(tokens, padding, state, cu_seqlens)
         return self.head(hidden), state
 
@@ -307,6 +318,10 @@ class SPECausalLM(_Model):
         """
         tokens, lengths = _pad(prompt)
         steps = check_positive("generate", steps=steps)[0]
+        if stop is not None and not (is_integer(stop) and 0 <= int(stop) < self.config.vocab_size):
+            raise ValueError(
+                f"generate: stop must be a token, 0 to {self.config.vocab_size - 1}, got {stop!r}"
+            )
         choose = _make_choice(temperature, top_k, top_p, generator)
         return self._stream(tokens, lengths, steps, choose, stop)
 
@@ -435,7 +450,8 @@ def _make_choice(
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if top_k is not None and top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
         if top_p is not None:

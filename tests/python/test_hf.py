@@ -271,6 +271,25 @@ def test_packed_sequences_do_not_see_each_other():
         for options in ({"position_ids": positions}, {"cu_seq_lens_q": bounds}):
             packed = model(tokens, use_cache=False, **options).logits
             assert_close(packed, torch.cat(alone, 1), torch.float32)
+    model = make_model()
+    packed = model(tokens, cu_seq_lens_q=bounds)
+    assert packed.cache is None
+    alone = [model(tokens[:, part]).logits for part in (slice(5), slice(5, 12))]
+    assert_close(packed.logits, torch.cat(alone, 1), torch.float32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(tokens, cu_seq_lens_q=bounds, cache=SPECache(model.config))
+    with pytest.raises(ValueError, match="use_cache=False"):
+        make_llama(attention={})(tokens, cu_seq_lens_q=bounds)
+
+
+def test_the_former_name_of_a_cache():
+    model, tokens = make_model(), make_tokens(2, 12)
+    cache = SPECache(model.config)
+    with torch.no_grad():
+        parts = [
+            model(tokens[:, p], past_key_values=cache).logits for p in (slice(5), slice(5, 12))
+        ]
+        assert_close(torch.cat(parts, 1), model(tokens).logits, torch.float32)
 
 
 def train(model, folder, steps, **options):

@@ -114,6 +114,16 @@ def test_saved_models_load_in_another_process(tmp_path):
     assert out.stdout.strip() == str(model.generate(prompt, 9, temperature=0)[0].tolist())
 
 
+def test_saved_models_keep_their_type(tmp_path):
+    model = make_model().bfloat16()
+    model.save(tmp_path / "model.pt")
+    loaded = SPECausalLM.load(tmp_path / "model.pt").eval()
+    assert loaded.embedding.weight.dtype == torch.bfloat16
+    prompt = torch.arange(5)[None]
+    new = [m.generate(prompt, 5, temperature=1e-40) for m in (model, loaded)]
+    assert torch.equal(*new)
+
+
 def test_models_learn():
     torch.manual_seed(0)
     model = SPECausalLM(CONFIG)
@@ -158,6 +168,14 @@ def test_classifier_leaves_padding_out():
         ),
         (lambda model: model(torch.zeros(2, 3)), "tokens"),
         (lambda model: model(torch.zeros(1, 2, dtype=torch.int64), state=3), "state"),
+        (
+            lambda model: model(
+                torch.zeros(1, 2, dtype=torch.int64), start=3, state=model.initial_state(1)
+            ),
+            "start",
+        ),
+        (lambda model: model.generate(torch.zeros(1, 2, dtype=torch.int64), 3, stop=50), "stop"),
+        (lambda model: model.generate(torch.zeros(1, 2, dtype=torch.int64), 3, stop="a"), "stop"),
         (lambda model: SPESequenceClassifier(CONFIG), "num_classes"),
         (lambda model: SPECausalLM(3), "config"),
     ],

@@ -225,6 +225,31 @@ def test_every_position_step_by_step():
                 assert_close(out, value)
 
 
+def test_denominators_are_kept_whatever_the_example_is():
+    torch.manual_seed(0)
+    layer = SPETransformerEncoderLayer(
+        WIDTH, HEADS, 16, batch_first=True, position="rotary", feature_map="relu",
+        output_norm=None, num_key_value_heads=1,
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 9, WIDTH)
+    zeros = torch.zeros(1, 1, WIDTH)
+    session = Session(torch_spe.onnx.export(layer, (zeros,), state=layer.initial_state(1)))
+    assert "past_key_values.0.denominator_state" in session.inputs
+    (out,), _ = session.steps("src", x, [4, 1, 4], session.start(3))
+    # Sums of signed rotations may cancel: beside float64.
+    exact = copy.deepcopy(layer).double()(x.double(), is_causal=True)
+    assert_close(out.double(), exact)
+
+
+def test_keys_without_a_position():
+    torch.manual_seed(0)
+    layer = SPEMultiheadAttention(WIDTH, HEADS, batch_first=True, add_bias_kv=True).eval()
+    x, y = torch.randn(2, 5, WIDTH), torch.randn(3, 9, WIDTH)
+    session = Session(torch_spe.onnx.export(layer, (x, x, x), kwargs={"is_causal": True}))
+    out = session(**dict.fromkeys(session.inputs, y))
+    assert_close(next(iter(out.values())), layer(y, y, y, is_causal=True)[0])
+
+
 def test_filtered_noise_is_that_of_the_seed():
     options = (
         {"kernel_size": 5, "num_realizations": 6, "seed": -3},

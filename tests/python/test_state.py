@@ -528,6 +528,9 @@ ERRORS = {
     "by of others": ("by", lambda a, x, s: a.shift(s, [1, 2, 3])),
     "cu_seqlens of a batch": ("cu_seqlens", lambda a, x, s: a(
         x, x, x, cu_seqlens=torch.tensor([0, 5]))),
+    "padding in packed sequences": ("key_padding_mask", lambda a, x, s: a(
+        x[:1], x[:1], x[:1], torch.zeros(1, 5, dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, 2, 5]), state=a.initial_state(2))),
     "falling": ("cu_seqlens", lambda a, x, s: a(
         x[:1], x[:1], x[:1], cu_seqlens=torch.tensor([0, 4, 2, 5]))),
     "floats": ("cu_seqlens", lambda a, x, s: a(

@@ -143,10 +143,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         if (sums_denominators)
           denominators.template multiply<kWide, Major::kDepth>(shared.row_x, shared.z);
       }
-      if constexpr (Decay::kFades) {
+      if constexpr (Decay::kFades)
         product.for_each([&](int row, int, T& element) { element *= shared.fade[row]; });
-        denominators.for_each([&](int row, T& element) { element *= shared.fade[row]; });
-      }
+      // Also where nothing fades: its parts are added up in the same order then, so that a decay of
+      // 0 changes no bit.
+      denominators.for_each([&](int row, T& element) {
+        if constexpr (Decay::kFades) element *= shared.fade[row];
+      });
     }
     __syncthreads();  // rows have been used, and weights are there
     if (walk.within) {

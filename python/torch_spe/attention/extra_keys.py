@@ -142,7 +142,7 @@ def attend_beside(
         arguments["denominator_q"] = widen(denominator_q, wide_denominator, products)
         none = denominator_k.new_zeros(*denominator_k.shape[:-1], more)
         arguments["denominator_k"] = widen(denominator_k, wide_denominator, none)
-    rows = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         dtype = torch.promote_types(v.dtype, torch.float32)
         s = v.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=dtype)

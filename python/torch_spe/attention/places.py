@@ -93,6 +93,11 @@ def find_places(
             f"long, got lengths {length} and {key_length}"
         )
     if packed:
+        if state is not None and mask is not None:
+            raise ValueError(
+                f"{OWNER}: key_padding_mask must be None with cu_seqlens and a state: leave "
+                "padding out of packed sequences"
+            )
         return packed_places(places, cu_seqlens, length, state)
     return places if state is None else dataclasses.replace(places, after=state.position)
 

@@ -34,7 +34,7 @@ class SPEConfig(PreTrainedConfig):
     """
 
     model_type = "torch_spe"
-    keys_to_ignore_at_inference = ("cache",)
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012  (a list, as Trainer adds to it)
 
     vocab_size: int = 32000
     hidden_size: int = 256

@@ -207,6 +207,11 @@ def attend(
     if cache is not None:
         if not causal:
             raise ValueError(f"attention {NAME!r} has no cache unless it is causal")
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                f"attention {NAME!r} has no cache of packed sequences: pass use_cache=False with "
+                "cu_seq_lens_q"
+            )
         out = cache.attend(layer, inputs, padding)
     else:
         bounds = None

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from torch_spe.attention import SPEMultiheadAttention, SPETransformerEncoderLayer
 from torch_spe.flat_parameters import FlatParameterModule
@@ -123,6 +124,7 @@ class SPEModel(SPEPreTrainedModel):
         """Set the embedding of the tokens."""
         self.embedding = value
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -170,16 +172,19 @@ class SPEModel(SPEPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and causal
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache, cache = False, None
-        if use_cache and cache is None:
+        bounds, padding = None, find_padding(attention_mask, hidden.shape[1])
+        if cache is None and padding is None:
+            bounds = find_bounds(position_ids, hidden.shape, kwargs.get("cu_seq_lens_q"))
+        elif kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                f"{type(self).__name__}: cu_seq_lens_q must be None with padding or a cache"
+            )
+        if use_cache and cache is None and bounds is None:
             cache = SPECache(self.config)
         if cache is not None and not causal:
             raise ValueError(
                 f"{type(self).__name__}: cache must be None, and use_cache False, unless is_causal"
             )
-        padding = find_padding(attention_mask, hidden.shape[1])
-        bounds = None
-        if cache is None and padding is None:
-            bounds = find_bounds(position_ids, hidden.shape, kwargs.get("cu_seq_lens_q"))
         between = []
         for layer in self.layers:
             between.append(hidden)
@@ -223,18 +228,21 @@ class SPEForCausalLM(SPEPreTrainedModel, GenerationMixin):
             options: of the configuration, as ``eos_token_id``.
         """
         config = SPEConfig.from_model_config(model.config, **options)
-        copy = cls(config).train(model.training)
+        weight = model.embedding.weight
+        copy = cls(config).to(weight.device, weight.dtype).train(model.training)
         copy.model.load_state_dict(_without_head(model.state_dict()))
         copy.lm_head.load_state_dict(model.head.state_dict())
         return copy
 
     def to_spe(self) -> SPECausalLM:
         """Return a copy as a model of `torch_spe.models`."""
-        copy = SPECausalLM(self.config.to_model_config()).train(self.training)
+        copy = SPECausalLM(self.config.to_model_config())
+        copy = copy.to(self.device, self.dtype).train(self.training)
         weights = {"head.weight": self.lm_head.weight, **self.model.state_dict()}
         copy.load_state_dict(weights)
         return copy
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,

@@ -107,12 +107,14 @@ class Encoders:
         freqs = self._read("freqs", freqs)
         heads, pairs = freqs.shape
         freqs = freqs.reshape(heads, pairs, 1, 1)
-        cos = op.Cos(phases(freqs, np.zeros(1), x, positions, start))
-        sin = op.Cos(phases(freqs, np.array([0.25, -0.25]), x, positions, start))
+        angles = phases(freqs, np.zeros(1), x, positions, start)
+        cos = op.Cos(angles)
+        # With one sine for both features the angle between query and key is exactly the lag's.
+        sin = op.Mul(op.Sin(angles), tensor(np.array([-1, 1], dtype=np.float32)))
         mapped = apply_feature_map(feature_map, to_float32(x, x.dtype))
         mapped = reshape(mapped, 0, 0, heads, pairs, 2)
         swapped = op.Gather(mapped, tensor([1, 0]), axis=-1)
-        out = op.Add(op.Mul(mapped, cos), op.Mul(swapped, sin))  # sin: -sin for even features
+        out = op.Add(op.Mul(mapped, cos), op.Mul(swapped, sin))
         return to_type(reshape(out, 0, 0, heads, 2 * pairs), x.dtype)
 
     def conv_filter(

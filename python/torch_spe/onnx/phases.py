@@ -25,11 +25,11 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTy
 def split_frequencies(freqs: np.ndarray, whole: bool) -> np.ndarray:  # [..., ndim] -> [C, ...]
     """Return what the columns of `split_positions` are multiplied by, as float32."""
     parts = []
-    for f in np.moveaxis(freqs, -1, 0):
-        f = f - np.rint(f)
+    for freq in np.moveaxis(freqs, -1, 0):
+        f = freq - np.rint(freq)
         g = BLOCK * f - np.rint(BLOCK * f)
         f_high, g_high = (np.rint(BLOCK * x) / BLOCK for x in (f, g))
-        parts += [f_high, f - f_high, g_high, g - g_high] + [f] * (not whole)
+        parts += [f_high, f - f_high, g_high, g - g_high] + [freq] * (not whole)
     return np.stack(parts).astype(np.float32)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_spe.attention import AttentionState, DecoderState, SPETransformerDecoderLayer
 from torch_spe.checks import check_module
@@ -33,6 +34,23 @@ class Part:
     field: str
     name: str
     changes: bool
+
+
+class _ReadDenominators(TorchDispatchMode):
+    """Collects the initial denominators that linear attention divides by, whatever comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.torch_spe.linear_attention.default:
+            names = [argument.name for argument in func._schema.arguments]
+            named = dict(zip(names, args, strict=False)) | kwargs
+            if named.get("normalize", True) and named.get("initial_z") is not None:
+                self.found.append(named["initial_z"].clone())
+        return func(*args, **kwargs)
 
 
 class Stateless(nn.Module):
@@ -84,17 +102,16 @@ class Stateful(nn.Module):
         values = [torch.ones_like(getattr(self._states[p.state], p.field)) for p in parts]
 
         def run(values: list[Tensor]) -> list[Tensor]:
-            with torch.no_grad():
-                outs = self._call(args, kwargs, positions, parts, values)
-            kept = [out for part, out in zip(parts, outs[1], strict=True) if part.field == "sums"]
-            return [out for out in _pytree.tree_leaves(outs[0]) if isinstance(out, Tensor)] + kept
+            with torch.no_grad(), _ReadDenominators() as read:
+                self._call(args, kwargs, positions, parts, values)
+            return read.found
 
         plain, used = run(values), []
         for i, part in enumerate(parts):
             if part.field == "denominators":
                 changed = run([*values[:i], 2 * values[i], *values[i + 1 :]])
                 if all(map(torch.equal, plain, changed)):
-                    continue
+                    continue  # no attention divides by it
             used.append(part)
         return used
 
