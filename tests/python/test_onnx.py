@@ -241,6 +241,17 @@ def test_denominators_are_kept_whatever_the_example_is():
     assert_close(out.double(), exact)
 
 
+def test_masks_of_pairs_and_wrong_names_are_refused():
+    layer = SPETransformerEncoderLayer(WIDTH, HEADS, batch_first=True).eval()
+    x = torch.randn(2, 5, WIDTH)
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    with pytest.raises(torch_spe.onnx.UnsupportedError, match=r"src_mask must be None.*is_causal"):
+        torch_spe.onnx.export(layer, (x,), kwargs={"src_mask": mask, "is_causal": True})
+    for names in (["a", "b"], "x", []):
+        with pytest.raises(ValueError, match="input_names must have a name for each of 1"):
+            torch_spe.onnx.export(layer, (x,), input_names=names)
+
+
 def test_keys_without_a_position():
     torch.manual_seed(0)
     layer = SPEMultiheadAttention(WIDTH, HEADS, batch_first=True, add_bias_kv=True).eval()

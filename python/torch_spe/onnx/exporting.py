@@ -87,6 +87,13 @@ def export(
         args, kwargs = _pytree.tree_map_only(
             Tensor, lambda x: _without_ones(x, _batch_first(model)), (tuple(args), kwargs)
         )
+        for name in ("attn_mask", "src_mask", "tgt_mask", "memory_mask"):
+            if isinstance(kwargs.get(name), Tensor):
+                raise UnsupportedError(
+                    f"export: {name} must be None with dynamic sizes: give is_causal=True, or "
+                    "padding as a mask [B, N] of its own, or export with dynamic=False"
+                )
+    _check_names("input_names", input_names, (args, kwargs))
     batch, length = _sizes(model, args)
     names = list(input_names or _names(model, args, kwargs))
     call, inputs, wanted = Stateless(model), (args, kwargs), []
@@ -109,6 +116,16 @@ def export(
     if path is not None:
         exported.save(path)
     return exported
+
+
+def _check_names(argument: str, names: Sequence[str] | None, values: object) -> None:
+    """Raise ValueError unless there is a name for each tensor."""
+    count = sum(isinstance(value, Tensor) for value in _pytree.tree_leaves(values))
+    if names is not None and (isinstance(names, str) or len(names) != count):
+        raise ValueError(
+            f"export: {argument} must have a name for each of {count} tensors beside the state, "
+            f"got {names!r}"
+        )
 
 
 def _trace(
