@@ -3,6 +3,7 @@
 A fault that takes three values at once to show is what `make test-all` looks for, with all runs.
 """
 
+import collections
 import itertools
 
 
@@ -10,19 +11,24 @@ def function_of(item):
     return item.nodeid.split("[")[0]
 
 
-def pairs_of(item):
-    """Pairs of the values of a test's parameters, with their names; with one, its value."""
-    values = [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
-    return set(itertools.combinations(values, 2)) or set(values)
+def values_of(item):
+    return [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
 
 
 def covering(items):
-    """A few of the runs of one test, in which each pair is that is in any of them."""
-    pairs = {item: pairs_of(item) for item in items}
-    missing = set().union(*pairs.values())
+    """A few of the runs of one test, in which each pair of values is that is in any of them."""
+    values = {item: values_of(item) for item in items}
+    pairs = {
+        item: set(itertools.combinations(values[item], 2)) or set(values[item]) for item in items
+    }
+    missing, uses = set().union(*pairs.values()), collections.Counter()
     while missing:
-        best = max(items, key=lambda item: len(pairs[item] & missing))
+        # Of those with as many new pairs the one whose values were rarest so far.
+        best = max(
+            items, key=lambda i: (len(pairs[i] & missing), -sum(uses[value] for value in values[i]))
+        )
         missing -= pairs[best]
+        uses.update(values[best])
         yield best
 
 
