@@ -13,6 +13,10 @@ MUSIC_REQUIREMENTS := .venv/music-$(CHOICE)
 REQUIREMENTS := .venv/requirements-$(CHOICE)
 EDITABLE := .venv/editable-$(CHOICE)
 
+# pip compiles no bytecode: Python does, of the modules that it loads.
+PIP := $(BIN)/python -m pip install --no-compile
+INSTALL_DEV := $(PIP) 'torch==$(TORCH)' --group dev
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-build music test test-all bench gpu-model build format clean
 
@@ -77,19 +81,21 @@ $(DEMO_REQUIREMENTS):
 	@[ "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install 'torch==$(TORCH)' --group build --group demo
+	$(PIP) 'torch==$(TORCH)' --group build --group demo
 	@touch $@
 
 $(MUSIC_REQUIREMENTS): $(DEMO_REQUIREMENTS)
-	$(BIN)/python -m pip install 'torch==$(TORCH)' --group music
+	$(PIP) 'torch==$(TORCH)' --group music
 	@touch $@
 
 $(REQUIREMENTS): $(DEMO_REQUIREMENTS)
-	$(BIN)/python -m pip install 'torch==$(TORCH)' --group dev
+	$(INSTALL_DEV)
 	@touch $@
 
-# Compiled before pip comes, which would not show how far it got.
-$(EDITABLE): $(REQUIREMENTS) setup.py
-	$(BIN)/python setup.py --quiet build_ext --inplace
+# Compiled while the rest of the environment is downloaded, and before the installation of the package, for which pip
+# would not show how far it got.
+$(EDITABLE): $(DEMO_REQUIREMENTS) setup.py
+	@[ -e $(REQUIREMENTS) ] || { $(INSTALL_DEV) && touch $(REQUIREMENTS); } & \
+	  $(BIN)/python setup.py --quiet build_ext --inplace; built=$$?; wait $$! && exit $$built
 	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	@touch $@

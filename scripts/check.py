@@ -1,8 +1,8 @@
-"""Run every test, format and lint check, and end with one summary. `make test` calls it.
+"""Run tests, format and lint checks, and end with one summary. `make test` calls it.
 
-A part that fails does not keep the others from running. Arguments go to pytest. With --all also
-what takes long: sanitizers and more random calls. With --fix, rewrites the sources in the project
-style instead.
+A part that fails does not keep the others from running. Arguments go to pytest. With --all every
+test, and what takes long: more random calls, sanitizers, PTX for a second architecture. With --fix,
+rewrites the sources in the project style instead.
 """
 
 import os
@@ -15,10 +15,18 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
+import sanitize
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("TORCH_SPE_BUILD_DIR") or ROOT / "build" / "cmake").resolve()
 CPP_FOLDERS = ("csrc", "tests", "examples")
 CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
+
+
+# A process for each core, with one thread each.
+PARALLEL = ("-n", "auto", "--dist", "worksteal")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+CUDA_TESTS = ("tests/python/test_cuda_kernels.py", "tests/python/test_cuda_decay.py")
 
 
 class Result(NamedTuple):
@@ -79,27 +87,39 @@ def cpp_tests(report, everything):
 
 
 def python_tests(report, arguments, everything):
-    # A process for each core, with one thread each.
-    parallel = ("-n", "auto", "--dist", "worksteal")
-    variables = {"OMP_NUM_THREADS": "1"}
-    if everything:
-        variables |= {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": "4000"}
+    variables = {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": "4000"} if everything else {}
     succeeded = run(
-        *(sys.executable, "-m", "pytest", f"--junitxml={report}", *parallel, *arguments),
+        *(sys.executable, "-m", "pytest", f"--junitxml={report}", *PARALLEL, *arguments),
+        **ONE_THREAD,
         **variables,
     )
     return count("Python tests", succeeded, report)
 
 
+def more_cuda_tests(name, executor, report, **variables):
+    """As many runs of the CUDA kernels as in `make test`, in another way."""
+    succeeded = run(
+        *(sys.executable, "-m", "pytest", f"--junitxml={report}", *PARALLEL),
+        *("-p", "no:cacheprovider", *CUDA_TESTS, "-k", executor),
+        **ONE_THREAD,
+        **variables,
+    )
+    return count(name, succeeded, report)
+
+
 def older_gpu_tests(report):
     """What nvcc makes of the CUDA kernels for compute_80; `make test` runs those for compute_90."""
-    succeeded = run(
-        *(sys.executable, "-m", "pytest", f"--junitxml={report}", "-n", "auto"),
-        *("tests/python/test_cuda_kernels.py", "-k", "virtual_gpu"),
-        OMP_NUM_THREADS="1",
-        TORCH_SPE_VIRTUAL_GPU="80",
+    return more_cuda_tests("compute_80", "virtual_gpu", report, TORCH_SPE_VIRTUAL_GPU="80")
+
+
+def sanitized_emulation_tests(report):
+    """The emulated kernels under AddressSanitizer and UBSan."""
+    return more_cuda_tests(
+        *("sanitized CUDA", "emulated", report),
+        TORCH_SPE_EMULATION="libtorch_spe_emulated_sanitized.so",
+        TORCH_SPE_SCHEDULES="random:2",
+        **sanitize.preloaded(),
     )
-    return count("compute_80", succeeded, report)
 
 
 def cpp_sources():
@@ -131,8 +151,8 @@ def main(arguments):
         if everything and has_nvcc():
             results.append(older_gpu_tests(Path(reports) / "compute_80.xml"))
         if everything:
-            sanitizers = (sys.executable, "scripts/sanitize.py")
-            results.append(check("sanitizers", *sanitizers))
+            results.append(sanitized_emulation_tests(Path(reports) / "sanitized.xml"))
+            results.append(check("sanitizers", sys.executable, "scripts/sanitize.py"))
     print(f"\n{'':14}{'passed':>8}{'failed':>8}{'skipped':>9}")
     for result in results:
         print(f"{result.name:14}{result.passed:8}{result.failed:8}{result.skipped:9}")

@@ -40,6 +40,11 @@ def runtime(*names):
     )
 
 
+def preloaded():
+    """Variables with which a program runs code that is compiled with the sanitizers."""
+    return {"LD_PRELOAD": runtime("libasan.so", "libubsan.so"), **OPTIONS}
+
+
 def build(folder, instruction_sets):
     """Build library, Python module and C++ tests, and return where the package lies."""
     package = folder / "package"
@@ -68,12 +73,12 @@ def main():
     package = build(folder, arguments.instruction_sets)
     if package is None:
         return 1
-    preload = {"LD_PRELOAD": runtime("libasan.so", "libubsan.so"), **OPTIONS}
     programs = run(folder / "torch_spe_tests", "--gtest_brief=1", **OPTIONS)
     python = run(
-        *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-        *("-o", f"pythonpath={package}", *arguments.tests),
-        **preload,
+        *(sys.executable, "-m", "pytest", "-x", "-n", "auto", "--dist", "worksteal"),
+        *("-p", "no:cacheprovider", "-o", f"pythonpath={package}", *arguments.tests),
+        **preloaded(),
+        OMP_NUM_THREADS="1",
         PYTHONPATH=str(package),
         TORCH_SPE_FUZZ_CALLS=str(arguments.calls),
     )

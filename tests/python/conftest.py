@@ -1,8 +1,10 @@
 """Fixtures of several test files."""
 
+import functools
 import os
 import random
 
+import pairwise
 import pytest
 import torch
 
@@ -31,21 +33,45 @@ def device(request):
     torch.set_default_device(None)
 
 
+@functools.cache
+def missing(executor):
+    """Why CUDA kernels cannot run there, if they cannot."""
+    import cuda_backends  # sets the number of threads, so only where it is wanted
+
+    if executor == "emulated" and not cuda_backends.LIBRARY.exists():
+        return f"{cuda_backends.LIBRARY.name} is not built (CMake option TORCH_SPE_TESTS)"
+    if executor == "virtual_gpu" and not cuda_backends.VIRTUAL_GPU.exists():
+        return "the virtual GPU is not built (CMake option TORCH_SPE_VIRTUAL_GPU, needs nvcc)"
+    if executor == "cuda" and not torch.cuda.is_available():
+        return "needs a GPU"
+    return None
+
+
+def parameter(item, name):
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that were asked for
 def pytest_collection_modifyitems(config, items):
-    """Leave out the runs of `cpu_only` tests on other devices, and skip what `make test` skips."""
+    """Leave out the runs of `cpu_only` tests on other devices, and what `make test` leaves out."""
+    left_out = {
+        item
+        for item in items
+        if parameter(item, "device") not in (None, "cpu") and item.get_closest_marker("cpu_only")
+    }
     if not os.environ.get("TORCH_SPE_TEST_ALL"):
         for item in items:
             if item.get_closest_marker("long") is not None:
                 item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
 
-    def superfluous(item):
-        device = item.callspec.params.get("device", "cpu") if hasattr(item, "callspec") else "cpu"
-        return device != "cpu" and item.get_closest_marker("cpu_only") is not None
+        def is_missing(item):
+            executor = parameter(item, "compare")
+            return executor is not None and missing(executor) is not None
 
-    left_out = [item for item in items if superfluous(item)]
+        left_out |= pairwise.left_out([i for i in items if i not in left_out], is_missing)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not superfluous(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
@@ -60,19 +86,15 @@ def one_thread():
 @pytest.fixture(params=["emulated", "virtual_gpu", "cuda"])
 def compare(request):
     """One of `cuda_backends.compare_*`: the CUDA kernels against those of the CPU, or a result."""
-    import cuda_backends  # sets the number of threads, so only where it is wanted
+    import cuda_backends
 
-    if request.param == "emulated":
-        if not cuda_backends.LIBRARY.exists():
-            pytest.skip(f"{cuda_backends.LIBRARY.name} is not built (CMake option TORCH_SPE_TESTS)")
-        return cuda_backends.compare_emulated
+    reason = missing(request.param)
+    if reason is not None:
+        pytest.skip(reason)
     if request.param == "virtual_gpu":
-        if not cuda_backends.VIRTUAL_GPU.exists():
-            pytest.skip(
-                "the virtual GPU is not built (CMake option TORCH_SPE_VIRTUAL_GPU, needs nvcc)"
-            )
         cuda_backends.load_virtual_gpu()  # before the test makes its tensors
-        return cuda_backends.compare_virtual
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    return cuda_backends.compare_cuda
+    return {
+        "emulated": cuda_backends.compare_emulated,
+        "virtual_gpu": cuda_backends.compare_virtual,
+        "cuda": cuda_backends.compare_cuda,
+    }[request.param]

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import numpy
+import pytest
 import torch
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -57,6 +58,22 @@ def compiled(function, **options):
             return compiled_function(*arguments, **keywords)
 
     return call
+
+
+def by_turns(first, second, name=str):
+    """Parameters for every value of one list with every one of another, which `name` writes.
+
+    `make test` runs each of the first with one of the second only, by turns.
+    """
+    return [
+        pytest.param(
+            *(a, b),
+            marks=() if i % len(second) == j else pytest.mark.long,
+            id=f"{name(a)}-{name(b)}",
+        )
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
 
 
 def golden(name):

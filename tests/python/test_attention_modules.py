@@ -13,6 +13,7 @@ import torch.multiprocessing
 from helpers import (
     assert_close,
     assert_repeats,
+    by_turns,
     compiled,
     error,
     here,
@@ -128,6 +129,8 @@ def plain_attention(layer, query, key, value, causal=False, padding=None, real=1
 
 def as_id(options):
     """Options as text, without addresses of functions: the same in every process."""
+    if isinstance(options, str):
+        return options
     return str({name: getattr(o, "__name__", o) for name, o in options.items()})
 
 
@@ -548,9 +551,11 @@ def test_dropout_acts_in_training_only():
     assert_close(make(dropout=1.0).train()(x, x, x)[0], layer.out_proj.bias.expand(x.shape))
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS[:6] + NOISES, ids=as_id)
-@pytest.mark.parametrize("training", [True, False])
-def test_compiles_whole(options, training):
+@pytest.mark.parametrize(
+    ("options", "mode"), by_turns(CONFIGURATIONS[:6] + NOISES, ["eval", "train"], as_id)
+)
+def test_compiles_whole(options, mode):
+    training = mode == "train"
     options = {"position": "sine"} | options
     layer = SPETransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, **options).train(training)
     fast = compiled(layer, backend="aot_eager")

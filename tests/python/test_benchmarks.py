@@ -59,7 +59,7 @@ def test_bytes_to_move_are_known_when_the_first_does_not_fit():
         assert found == pytest.approx(moved)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_every_form_of_a_decay_is_checked_and_timed(causal):
     case = decay(1, 40, "cpu", torch.float32, causal, heads=2, features=8, values=8)
     check(case, torch.float32)

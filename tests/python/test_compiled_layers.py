@@ -65,7 +65,7 @@ class Everything(nn.Module):
         return self.decoder(self.encoder(x, start=start), x, tgt_is_causal=True)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_one_graph_for_all_lengths_and_starts(training):
     model = Everything().train(training)
     torch._dynamo.reset()

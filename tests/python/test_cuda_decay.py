@@ -8,6 +8,7 @@ from cuda_backends import cuda_kernels, load_emulation, run
 
 from torch_spe import reference
 
+pytestmark = pytest.mark.pairwise
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 3e-6,

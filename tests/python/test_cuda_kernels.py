@@ -6,6 +6,7 @@ from cuda_backends import on, run
 
 import torch_spe
 
+pytestmark = pytest.mark.pairwise
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 3e-6,
@@ -196,18 +197,16 @@ MAPPED = {  # an operator with a shape for each of its CUDA kernels
         "odd", "several tiles", "larger batch", "grid of positions"]),
 }  # fmt: skip
 MAPPED_CASES = [(name, shape) for name, (*_, shapes) in MAPPED.items() for shape in shapes]
+MAPS = [("elu", dtype) for dtype in DTYPES] + [("relu", torch.float32), ("relu", torch.bfloat16)]
 
 
 def mapped(function, feature_map):
     return lambda *tensors: function(*tensors, feature_map=feature_map)
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "relu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("feature_map", "dtype"), MAPS, ids=str)
 @pytest.mark.parametrize(("operator", "shape"), MAPPED_CASES, ids=map(" of ".join, MAPPED_CASES))
 def test_feature_maps(compare, operator, shape, dtype, feature_map):
-    if feature_map == "relu" and dtype in (torch.float64, torch.float16):
-        pytest.skip("the other types go the same way")
     function, make, shapes, _ = MAPPED[operator]
     inputs, grad = make(dtype, *shapes[shape])
     compare(mapped(function, feature_map), inputs, grad, TOLERANCES[dtype])
@@ -369,12 +368,14 @@ def conv(noise, ndim, real, start=(), feature_map=None):
     return function
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CONV_CASES = [(name, dtype) for name in CONV_SHAPES for dtype in (torch.float64, torch.bfloat16)]
+CONV_CASES += [("odd", torch.float32), ("odd", torch.float16)]  # these go the same way
+
+
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
-@pytest.mark.parametrize("shape", CONV_SHAPES.values(), ids=CONV_SHAPES)
-def test_conv_filter(compare, shape, noise, dtype):
-    if dtype in (torch.float32, torch.float16) and shape != CONV_SHAPES["odd"]:
-        pytest.skip("the other types go the same way")
+@pytest.mark.parametrize(("name", "dtype"), CONV_CASES, ids=str)
+def test_conv_filter(compare, name, noise, dtype):
+    shape = CONV_SHAPES[name]
     inputs, grad = conv_inputs(dtype, noise, *shape)
     function = conv(noise, len(shape[1]), shape[5])
     compare(function, inputs, grad, TOLERANCES[dtype], may_launch_nothing=inputs[0].numel() == 0)
@@ -551,12 +552,15 @@ def attention(feature_map="elu", causal=False, normalize=True, state=False, eps=
 ATTENTION_TOLERANCES = {**TOLERANCES, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
+# Causal attention has as many keys as queries.
+ATTENTION_CASES = [(name, "full") for name in ATTENTION_SHAPES]
+ATTENTION_CASES += [(name, "causal") for name, s in ATTENTION_SHAPES.items() if s[1] == s[2]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES.values(), ids=ATTENTION_SHAPES)
-def test_linear_attention(compare, shape, causal, dtype):
-    if causal and shape[1] != shape[2]:
-        pytest.skip("causal attention has as many keys as queries")
+@pytest.mark.parametrize(("name", "form"), ATTENTION_CASES, ids=str)
+def test_linear_attention(compare, name, form, dtype):
+    shape, causal = ATTENTION_SHAPES[name], form == "causal"
     inputs, grads = attention_inputs(dtype, *shape)
     # With one key the output does not depend on the query, whose gradient is then only rounding.
     function = attention(causal=causal, normalize=shape[2] > 1)
@@ -564,12 +568,11 @@ def test_linear_attention(compare, shape, causal, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("feature_map", ["identity", "relu"])
+@pytest.mark.parametrize(  # the denominator of identity features may vanish
+    ("feature_map", "normalize"), [("identity", False), ("relu", False), ("relu", True)]
+)
 def test_linear_attention_with_state_and_padding(compare, feature_map, causal, normalize, dtype):
-    if feature_map == "identity" and normalize:
-        pytest.skip("the denominator may vanish")
     inputs, grads = attention_inputs(dtype, 2, 150, 150, 2, 5, 3, state=True)
     mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 0.3
     function = attention(feature_map, causal, normalize, state=True)

@@ -259,7 +259,10 @@ def test_parameter_groups():
         parameter_groups(layer, 1.0, decay_lr_scale=-1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("data", "feature") else pytest.param(k, marks=pytest.mark.long) for k in KINDS],
+)
 def test_compiles_whole(kind):
     layer = SPETransformerEncoderLayer(
         WIDTH, HEADS, 64, 0.0, batch_first=True, position="exact", decay=kind

@@ -16,7 +16,8 @@ from fuzz_calls import OPERATORS, Draw, tensors_of
 from fuzz_faults import complaint, faults
 from helpers import TOLERANCE, poisoned
 
-CALLS = int(os.environ.get("TORCH_SPE_FUZZ_CALLS", "400"))
+CALLS = int(os.environ.get("TORCH_SPE_FUZZ_CALLS", "200"))
+EMPTY_CALLS = 4 if os.environ.get("TORCH_SPE_TEST_ALL") else 2  # with the same sizes
 pytestmark = pytest.mark.usefixtures("device", "one_thread")
 with_both_seeds = pytest.mark.parametrize("seed", ["fixed seed", "fresh seed"])
 for_every_operator = pytest.mark.parametrize("operator", OPERATORS)
@@ -181,7 +182,7 @@ def test_each_dimension_empty(operator, symbol, dtype, monkeypatch):
         for size in (3, 130):
             sizes = {"N": size, "M": size, "N0": min(size, 17), "N1": 5, "N2": 4, "C0": 3, "C1": 5}
             fixed = {"B": batch, "H": 3, "D": 5, "R": 7, **sizes, symbol: 0, "dtype": dtype}
-            for index in range(4):
+            for index in range(EMPTY_CALLS):
                 draw = Draw(f"{operator} without {symbol} {dtype} {fixed} {index}", fixed)
                 check(OPERATORS[operator](draw), "this test", monkeypatch)
 

@@ -13,6 +13,7 @@ from helpers import (
     assert_at_most_twice_as_far,
     assert_close,
     assert_near,
+    by_turns,
     compiled,
     error,
     golden,
@@ -132,6 +133,7 @@ def test_odd_and_even_sizes(features, values, causal):
         compare(Case(2, 100, None, heads, features, values, causal=causal, state=True))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [1, 3, 4])
@@ -358,8 +360,7 @@ def test_opcheck(causal, packed, state):
     torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(("causal", "state"), by_turns([False, True], [False, True]))
 def test_compiles_whole_and_with_dynamic_sizes(causal, state):
     def loss(q, k, v, *initial):
         out, (s, z) = functional.linear_attention(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import error
+from helpers import by_turns, error
 from test_positions import page  # noqa: F401
 from torch import nn
 
@@ -168,8 +168,7 @@ def errors(layer, x):
     return torch.stack((gap[:500].mean(), gap[-500:].mean(), expected.abs().mean()))
 
 
-@for_every_kind
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("kind", "dtype"), by_turns(KINDS, HALVES))
 @torch.no_grad()
 def test_late_positions_are_as_exact_as_early_ones(kind, dtype, page):  # noqa: F811
     fixed = KINDS[kind]["position"] in ("user", "rotary") or kind == "exact"

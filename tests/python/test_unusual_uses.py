@@ -255,6 +255,7 @@ def train_on_one_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.long
 @cpu_only
 def test_distributed_data_parallel_with_shared_positions(tmp_path):
     with no_default_device():

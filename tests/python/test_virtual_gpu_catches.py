@@ -92,10 +92,28 @@ CASES = [
      "ERROR"),
 ]  # fmt: skip
 ALLOWED = {"float32": 1e-5, "bfloat16": 5e-2}
+# `make test` plants some of each kind; each is a process of its own.
+QUICK = {
+    ("nothing", "attention"),
+    ("barriers removed", "attention"),
+    ("waits for copies removed", "sine"),
+    ("a barrier for half a warp", "attention"),
+    ("operands of bf16 read as f16", "sine"),
+    ("misaligned access", "sine"),
+    ("a store beyond the output", "sine"),
+}
+
+
+def named(case):
+    return pytest.param(
+        case,
+        marks=() if case[:2] in QUICK else pytest.mark.long,
+        id=f"{case[0]} ({case[1]}, {case[2]})",
+    )
 
 
 @pytest.mark.skipif(not VIRTUAL_GPU.exists(), reason="the virtual GPU is not built")
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} ({c[1]}, {c[2]})")
+@pytest.mark.parametrize("case", [named(case) for case in CASES])
 def test_planted_bug(case, tmp_path):
     _, operator, dtype, change, wanted = case
     changes = 0
