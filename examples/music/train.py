@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> Path:
     for (a, b), value in zip(
         zip(result["ranges"], result["ranges"][1:], strict=False), result["nll"], strict=True
     ):
-        print(f"{a:6}-{b}: {value:.3f}")
+        print(f"{a:6}-{b}: {value:.3f}" if value == value else f"{a:6}-{b}: no piece is so long")
     chosen = pieces.test[: options.pieces]
     continue_pieces(trained, chosen, out / "continued", device=options.device)
     print(f"written to {out}; generate.py --model {out} --midi FILE continues a file of yours")

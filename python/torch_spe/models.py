@@ -265,8 +265,18 @@ class _Model(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> _Model:
-        """Return the model that `save` wrote; nothing but data is read from the file."""
+        """Return the model that `save` wrote; nothing but data is read from the file.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         saved = torch.load(path, weights_only=True, map_location=device)
+        if not isinstance(saved, dict) or saved.keys() != {"config", "weights"}:
+            found = f"the keys {list(saved)[:3]}" if isinstance(saved, dict) else type(saved)
+            raise ValueError(
+                f"{cls.__name__}: path must be a file that save has written, got {path}, which "
+                f"holds {found}"
+            )
         model = cls(saved["config"]).to(device, saved["weights"]["embedding.weight"].dtype)
         model.load_state_dict(saved["weights"])
         return model

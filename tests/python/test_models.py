@@ -178,6 +178,9 @@ def test_what_cannot_be_saved_says_so(options, name, tmp_path):
     with pytest.raises(TypeError, match=f"data .* got {name}="):
         make_model(**options).save(tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
+    torch.save({"weights": 3}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="path must be a file that save has written"):
+        SPECausalLM.load(tmp_path / "other.pt")
 
 
 def test_models_learn():
