@@ -22,7 +22,7 @@ INSTALL_DEV := $(PIP) 'torch==$(TORCH)' --group dev
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
-	@echo 'make music   train on the chorales and continue some: MIDI, pictures and sound; ARGS as above'
+	@echo 'make music   continue chorales, by the model of make demo or a new one: MIDI, pictures and sound; ARGS as above'
 	@echo 'make test    C++ and Python tests, format and lint; all but the longest'
 	@echo 'make test-all  all tests, more random calls, and everything under sanitizers'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'

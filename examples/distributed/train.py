@@ -32,37 +32,41 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from torch_spe import SPETransformerEncoderLayer, parameter_groups
+from torch_spe import parameter_groups
 from torch_spe.distributed import SPESequenceParallel
+from torch_spe.models import ModelConfig, SPECausalLM
 
 VOCABULARY = 32
 
 
-class Model(nn.Module):
+class Model(SPECausalLM):
     """A causal Transformer."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__()
         self.activation_checkpointing = options.activation_checkpointing
-        self.embedding = nn.Embedding(VOCABULARY, options.width)
-        self.layers = nn.ModuleList(
-            SPETransformerEncoderLayer(
-                options.width, options.heads, 4 * options.width, options.dropout,
-                batch_first=True, norm_first=True, position=options.position,
+        super().__init__(
+            ModelConfig(
+                VOCABULARY, options.width, options.layers, options.heads, dropout=options.dropout,
+                activation="relu", attention={"position": options.position},
             )
-            for _ in range(options.layers)
         )  # fmt: skip
-        self.norm = nn.LayerNorm(options.width)
-        self.head = nn.Linear(options.width, VOCABULARY)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, N] -> [B, N, VOCABULARY]
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            if self.activation_checkpointing:
-                x = checkpoint(layer, x, is_causal=True, use_reentrant=False)
-            else:
-                x = layer(x, is_causal=True)
-        return self.head(self.norm(x))
+    def make_head(self) -> nn.Module:
+        """The output layer, with weights of its own."""
+        return nn.Linear(self.config.d_model, VOCABULARY)
+
+    def pass_layer(
+        self,
+        number: int,
+        layer: nn.Module,
+        x: Tensor,  # [B, N, width]
+        padding: Tensor | None,
+        **call: object,
+    ) -> Tensor:  # [B, N, width]
+        """A layer, computed once more in the backward pass where that was asked for."""
+        if not self.activation_checkpointing:
+            return super().pass_layer(number, layer, x, padding, **call)
+        return checkpoint(layer, x, src_key_padding_mask=padding, use_reentrant=False, **call)
 
 
 def sequences(step: int, options: argparse.Namespace) -> Tensor:  # [batch, length + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from experiments.softmax import SoftmaxAttention
 from lra.encodings import ENCODINGS
 from lra.task import PAD, Batch
 from torch_spe import SPETransformerEncoderLayer
+from torch_spe.models import ModelConfig, SPESequenceClassifier
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,35 @@ class Size:
     head_dim: int | None = None  # of queries, keys and values; width / heads unless given
 
 
-class Classifier(nn.Module):
+class Classifier(SPESequenceClassifier):
     """Names the class of a sequence or of a pair of them."""
 
     def __init__(
         self, size: Size, encoding: str, vocabulary: int, classes: int, length: int,
         towers: int = 1, grid: tuple[int, int] | None = None,
     ):  # fmt: skip
-        super().__init__()
-        kind, self.size, self.grid = ENCODINGS[encoding], size, grid
+        self.kind, self.size, self.grid = ENCODINGS[encoding], size, grid
+        self.length, self.towers = length, towers
         # Positions of two dimensions know no order that could be causal.
-        self.directions = "both" if kind.grid else size.directions
-        if grid is None and (self.directions == "cross" or kind.grid):
+        self.directions = "both" if self.kind.grid else size.directions
+        if grid is None and (self.directions == "cross" or self.kind.grid):
             raise ValueError(f"encoding {encoding!r}, directions {size.directions!r}: not an image")
-        self.layer_grid = grid if kind.grid else None
-        self.embedding = nn.Embedding(vocabulary, size.width, padding_idx=PAD)
+        super().__init__(
+            ModelConfig(
+                vocabulary, size.width, size.layers, size.heads, size.feedforward, size.dropout,
+                num_classes=classes,
+            )
+        )  # fmt: skip
+
+    def make_embedding(self) -> nn.Module:
+        """The embedding, of zeros for the token of no content."""
+        return nn.Embedding(self.config.vocab_size, self.size.width, padding_idx=PAD)
+
+    def make_layers(self) -> Iterable[nn.Module]:
+        """The layers of the encoding, which share a position, after what comes before them."""
+        kind, size = self.kind, self.size
         self.absolute = (
-            nn.Parameter(torch.randn(length, size.width) * 0.02) if kind.absolute else None
+            nn.Parameter(torch.randn(self.length, size.width) * 0.02) if kind.absolute else None
         )
         head = size.width // size.heads
         if not kind.softmax:
@@ -58,22 +72,39 @@ class Classifier(nn.Module):
         position = options["position"]
         first = size.pooling == "first"
         self.first = nn.Parameter(torch.randn(size.width) * 0.02) if first else None
-        self.layers = nn.ModuleList(
+        layers = [
             SPETransformerEncoderLayer(
                 size.width, size.heads, size.feedforward, dropout=size.dropout, activation="gelu",
                 batch_first=True, norm_first=size.norm_first,
                 **({"position": None} if kind.softmax else options | {"head_dim": head}),
             )
             for _ in range(size.layers)
-        )  # fmt: skip
+        ]  # fmt: skip
         if kind.softmax:
-            for layer in self.layers:
+            for layer in layers:
                 layer.self_attn = SoftmaxAttention(size.width, size.heads, position)
-        self.norm = nn.LayerNorm(size.width)
-        features = size.width * (4 if towers == 2 else 1)
-        self.head = nn.Sequential(
-            nn.Linear(features, size.feedforward), nn.GELU(), nn.Linear(size.feedforward, classes)
-        )
+        return layers
+
+    def make_head(self) -> nn.Module:
+        """The output layer, with a hidden one."""
+        features, classes = self.size.width, self.config.num_classes
+        return nn.Sequential(
+            nn.Linear(features * (4 if self.towers == 2 else 1), self.size.feedforward), nn.GELU(),
+            nn.Linear(self.size.feedforward, classes),
+        )  # fmt: skip
+
+    def embed(
+        self,
+        tokens: Tensor,  # [B, N]
+        start: float | Tensor = 0,
+    ) -> Tensor:  # [B, N, width], with one more in front for pooling="first"
+        """Vectors of tokens, with absolute positions and the first one where there are some."""
+        x = super().embed(tokens, start)
+        if self.absolute is not None:
+            x = x + self.absolute[: x.shape[1]]
+        if self.first is not None:
+            x = torch.cat((self.first.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+        return x
 
     def pooled(
         self,
@@ -81,17 +112,11 @@ class Classifier(nn.Module):
         lengths: Tensor,  # [B]
     ) -> Tensor:  # [B, width]
         """One vector for each sequence."""
-        x = self.embedding(tokens)
-        if self.absolute is not None:
-            x = x + self.absolute[: x.shape[1]]
         if self.first is not None:
-            x = torch.cat((self.first.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
             lengths = lengths + 1
-        place = torch.arange(x.shape[1], device=x.device)
+        place = torch.arange(tokens.shape[1] + (self.first is not None), device=tokens.device)
         padding = place >= lengths[:, None]
-        mask = padding if bool(padding.any()) else None
-        for i, layer in enumerate(self.layers):
-            x = self._directed(i, layer, x, mask)
+        x = self.pass_layers(tokens, padding if bool(padding.any()) else None)
         if self.size.pooling == "first":
             return self.norm(x[:, 0])
         if self.size.pooling == "last":
@@ -101,30 +126,29 @@ class Classifier(nn.Module):
         x = self.norm(x).masked_fill(padding[..., None], 0)
         return x.sum(1) / lengths[:, None]
 
-    def _directed(
+    def pass_layer(
         self,
         number: int,
         layer: nn.Module,
         x: Tensor,  # [B, N, width]
-        mask: Tensor | None,  # [B, N]
+        padding: Tensor | None,  # [B, N]
+        **_same: object,
     ) -> Tensor:  # [B, N, width]
         """A layer in its direction."""
         directions = self.directions
         if directions == "both":
-            return layer(x, src_key_padding_mask=mask, is_causal=False, **self._grid())
+            grid = {"grid": self.grid} if self.kind.grid else {}
+            return layer(x, src_key_padding_mask=padding, is_causal=False, **grid)
         columns = directions == "cross" and number % 4 >= 2
         back = directions != "causal" and number % 2 == 1
         if columns:
             x = _transposed(x, *self.grid)
         if back:
-            x, mask = x.flip(1), None if mask is None else mask.flip(1)
-        x = layer(x, src_key_padding_mask=mask, is_causal=True)
+            x, padding = x.flip(1), None if padding is None else padding.flip(1)
+        x = layer(x, src_key_padding_mask=padding, is_causal=True)
         if back:
             x = x.flip(1)
         return _transposed(x, *self.grid[::-1]) if columns else x
-
-    def _grid(self) -> dict:
-        return {} if self.layer_grid is None else {"grid": self.layer_grid}
 
     def forward(self, batch: Batch) -> Tensor:  # [B, classes]
         """Logits of the classes."""

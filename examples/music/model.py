@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from music.chorales.model import ENCODINGS, ChoraleModel
 from music.pieces import Piece
 from music.presets import POSITIONS, Preset
 from music.softmax import CachedSoftmaxAttention
@@ -19,7 +20,10 @@ TIMES = 4  # the trained length, in the test and in what is generated
 
 @dataclass
 class Trained:
-    """A model and what it was trained with."""
+    """A model and what it was trained with.
+
+    `settings["demo"]` is the encoding's name, if the model is one of the demo's.
+    """
 
     model: SPECausalLM
     tokens: Tokens
@@ -59,7 +63,10 @@ def load(folder: Path, device: str = "cpu") -> Trained:
     """What `save` wrote, ready to generate."""
     settings = json.loads((folder / "settings.json").read_text())
     preset, tokens = Preset(**settings.pop("preset")), load_tokens(folder)
-    model = make_model(preset, tokens.size)
+    if "demo" in settings:
+        model = ChoraleModel(ENCODINGS[settings["demo"]])
+    else:
+        model = make_model(preset, tokens.size)
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True, map_location="cpu"))
     held_out = torch.load(folder / "held_out.pt", weights_only=True)
     pieces = [Piece(name, sequence) for name, sequence in held_out.items()]

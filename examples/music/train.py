@@ -3,8 +3,9 @@
     python examples/music/train.py --help
 
 The preset says how large the model is and how it is trained. An interrupted training goes on when
-the same command is given again. At the end a few held-out pieces are continued; generate.py
-continues others with the model.
+the same command is given again. On the chorales nothing is trained where `make demo` has left a
+model that was trained as this command would. At the end a few held-out pieces are continued;
+generate.py continues others with the model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from music.chorales.model import Encoding  # noqa: E402  (found in the folder above)
+from music.chorales.model import Encoding, load_model  # noqa: E402  (found in the folder above)
 from music.chorales.train import range_edges  # noqa: E402
 from music.chorales.training import bin_means, evaluate, train  # noqa: E402
 from music.generate import continue_pieces  # noqa: E402
@@ -28,6 +29,8 @@ from music.model import TIMES, Trained, make_model, save  # noqa: E402
 from music.pieces import Excerpts, Objective, Pieces, beginnings, chorales, midi_folder  # noqa: E402
 from music.presets import POSITIONS, PRESETS, Preset  # noqa: E402
 from music.tokens import Remi  # noqa: E402
+
+DEMO = ROOT / "runs" / "chorales" / "exact-decay.pt"  # of the demo's models the best
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--position", choices=POSITIONS, help="if not the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of weights, windows and noise")
+    parser.add_argument(
+        "--retrain", action="store_true", help="do not take the demo's model of the chorales"
+    )
     parser.add_argument("--pieces", type=int, default=3, help="held-out pieces to continue then")
     parser.add_argument(
         "--out", type=Path, help="folder; runs/music/ and the name of the data if not given"
@@ -100,7 +106,7 @@ def load_pieces(options: argparse.Namespace, preset: Preset) -> Pieces:
 def fit(
     preset: Preset, pieces: Pieces, seed: int, device: str, folder: Path
 ) -> tuple[torch.nn.Module, dict]:  # fmt: skip
-    """Train a new model; return it with the NLL by position of the held-out pieces.
+    """Train a new model; return it with what came out.
 
     In the folder is what an interrupted training goes on from, until `discard_checkpoints`.
     """
@@ -116,16 +122,41 @@ def fit(
         model, encoding, windows, preset.steps, preset.batch, preset.lr, seed, device,
         objective=objective, checkpoint=checkpoint,
     )  # fmt: skip
-    edges = range_edges(preset.length, TIMES * preset.length)
-    bins = [round(i * edges[-1] / 16) for i in range(17)]
     result = {
         "train_nll": sum(report.losses[-20:]) / len(report.losses[-20:]),
-        "tokens_per_second": report.tokens_per_second, "ranges": edges, "bins": bins,
+        "tokens_per_second": report.tokens_per_second,
     }  # fmt: skip
-    held_out = beginnings(pieces.test, edges[-1], tokens.padding)
-    values = evaluate(model, held_out, device=device, objective=objective)
-    result["nll"], result["nll_per_bin"] = bin_means(values, edges), bin_means(values, bins)
-    return model, result
+    return model, result | held_out_nll(model, preset, pieces, device)
+
+
+def take_from_demo(
+    preset: Preset, pieces: Pieces, seed: int, device: str
+) -> tuple[torch.nn.Module, dict] | None:  # fmt: skip
+    """The demo's model in place of `fit`, if there is one that was trained in the same way."""
+    if not DEMO.exists():
+        return None
+    model, settings = load_model(DEMO)
+    wanted = {
+        "steps": preset.steps, "batch": preset.batch, "length": preset.length,
+        "test_length": TIMES * preset.length, "lr": preset.lr, "seed": seed,
+    }  # fmt: skip
+    if preset.position != "fading" or preset.transpose or not wanted.items() <= settings.items():
+        return None
+    print(f"the model that the demo trained is taken, {DEMO}; --retrain trains another")
+    result = {"demo": settings["model"]} | {
+        name: settings[name] for name in ("train_nll", "tokens_per_second")
+    }
+    return model, result | held_out_nll(model, preset, pieces, device)
+
+
+def held_out_nll(model: torch.nn.Module, preset: Preset, pieces: Pieces, device: str) -> dict:
+    """The NLL of the held-out pieces in ranges of positions."""
+    edges = range_edges(preset.length, TIMES * preset.length)
+    bins = [round(i * edges[-1] / 16) for i in range(17)]
+    held_out = beginnings(pieces.test, edges[-1], pieces.tokens.padding)
+    values = evaluate(model, held_out, device=device, objective=Objective(pieces.tokens.padding))
+    nll, nll_per_bin = bin_means(values, edges), bin_means(values, bins)
+    return {"ranges": edges, "bins": bins, "nll": nll, "nll_per_bin": nll_per_bin}
 
 
 def discard_checkpoints(folder: Path) -> None:
@@ -147,7 +178,9 @@ def main(arguments: list[str] | None = None) -> Path:
         f"{len(pieces.test)} to test on; {preset.steps} steps of {preset.batch} windows of "
         f"{preset.length} tokens"
     )
-    model, result = fit(preset, pieces, options.seed, options.device, out)
+    what = preset, pieces, options.seed, options.device
+    taken = None if options.midi or options.retrain else take_from_demo(*what)
+    model, result = taken or fit(*what, out)
     settings = {"seed": options.seed, **result}
     trained = Trained(model.eval(), pieces.tokens, preset, settings, pieces.test)
     save(out, trained)
@@ -156,7 +189,7 @@ def main(arguments: list[str] | None = None) -> Path:
     for (a, b), value in zip(
         zip(result["ranges"], result["ranges"][1:], strict=False), result["nll"], strict=True
     ):
-        print(f"{a:6}-{b}: {value:.3f}")
+        print(f"{a:6}-{b}: {value:.3f}" if value == value else f"{a:6}-{b}: no piece is so long")
     chosen = pieces.test[: options.pieces]
     continue_pieces(trained, chosen, out / "continued", device=options.device)
     print(f"written to {out}; generate.py --model {out} --midi FILE continues a file of yours")

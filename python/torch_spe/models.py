@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree
 
 from torch_spe.attention import AttentionState, SPETransformerEncoderLayer
 from torch_spe.checks import (
     check_flags,
-    check_number,
     check_positive,
     check_tensor,
     is_integer,
 )
+from torch_spe.sampling import make_choice, pad_prompts
 
 __all__ = ["ModelConfig", "ModelState", "SPECausalLM", "SPESequenceClassifier"]
 
@@ -93,6 +94,55 @@ _pytree.register_dataclass(ModelState)
 torch.serialization.add_safe_globals([ModelState, ModelConfig])
 
 
+# Arguments of a layer that are those of the whole model, or that it chooses.
+RESERVED = (
+    "activation", "batch_first", "d_model", "device", "dim_feedforward", "dropout", "dtype",
+    "embed_dim", "kdim", "nhead", "norm_first", "num_heads", "vdim",
+)  # fmt: skip
+
+
+def check_config(owner: str, config: ModelConfig) -> None:
+    """Raise unless sizes and options can be; what the layers check is left to them."""
+    names = ("vocab_size", "d_model", "num_layers", "num_heads")
+    if config.dim_feedforward is not None:
+        names += ("dim_feedforward",)
+    check_positive(owner, **{name: getattr(config, name) for name in names})
+    check_flags(owner, tie_embeddings=config.tie_embeddings, share_position=config.share_position)
+    check_attention(owner, config.attention)
+
+
+def check_attention(owner: str, attention: Mapping[str, object]) -> None:
+    """Raise unless `attention` has options of the layers' attention alone."""
+    if not isinstance(attention, Mapping):
+        raise TypeError(
+            f"{owner}: attention must be a mapping of arguments of SPEMultiheadAttention, got "
+            f"{attention!r}"
+        )
+    for name in attention:
+        if name in RESERVED:
+            raise ValueError(
+                f"{owner}: attention must not have {name!r}, which the model has for all of it, "
+                f"got {attention[name]!r}"
+            )
+
+
+def check_saved(owner: str, config: ModelConfig) -> None:
+    """Raise TypeError for what a file of data cannot hold: functions, classes, modules."""
+    values = dataclasses.asdict(dataclasses.replace(config, attention={}))
+    for name, value in {**values, **config.attention}.items():
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (pickle.PickleError, AttributeError, TypeError):
+            raise TypeError(
+                f"{owner}: save writes a configuration of data (names, numbers, tensors), got "
+                f"{name}={value!r}; write model.state_dict() in its place, and make the model with "
+                "the same configuration before loading it"
+            ) from None
+
+
 class _Model(nn.Module):
     """Embedding, pre-norm layers and a last norm, to which each model adds its output layer."""
 
@@ -101,17 +151,16 @@ class _Model(nn.Module):
         owner = type(self).__name__
         if not isinstance(config, ModelConfig):
             raise TypeError(f"{owner}: config must be a ModelConfig, got {type(config).__name__}")
-        vocab_size, _ = check_positive(
-            owner, vocab_size=config.vocab_size, num_layers=config.num_layers
-        )
-        check_flags(
-            owner, tie_embeddings=config.tie_embeddings, share_position=config.share_position
-        )
+        check_config(owner, config)
         self.config = config
-        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.embedding = self.make_embedding()
         self.layers = nn.ModuleList(self.make_layers())
         self.norm = nn.LayerNorm(config.d_model)
         self.head = self.make_head()
+
+    def make_embedding(self) -> nn.Module:
+        """Make what gives the vectors of tokens; its ``weight`` may be that of the output layer."""
+        return nn.Embedding(self.config.vocab_size, self.config.d_model)
 
     def make_layers(self) -> Iterable[nn.Module]:
         """Make the layers; a subclass may make others, with the same call."""
@@ -158,10 +207,41 @@ class _Model(nn.Module):
             start: position of the first token, or ``[B]``, of each sequence.
             call: ``positions``, ``grid`` or ``cu_seqlens``; see `SPEMultiheadAttention.forward`.
         """
+        call |= {"is_causal": is_causal, "start": start}
+        return self.norm(self.pass_layers(tokens, padding, **call))
+
+    def pass_layers(
+        self,
+        tokens: Tensor,  # [B, N]
+        padding: Tensor | None,  # [B, N]
+        *,
+        start: float | Sequence[float] | Tensor = 0,
+        **call: object,
+    ) -> Tensor:  # [B, N, d_model]
+        """Return what the last layer gives, before the last norm; arguments as in `hidden`."""
         x = self.embed(self._check_tokens(tokens), start)
-        for layer in self.layers:
-            x = layer(x, src_key_padding_mask=padding, is_causal=is_causal, start=start, **call)
-        return self.norm(x)
+        for number, layer in enumerate(self.layers):
+            x = self.pass_layer(number, layer, x, padding, start=start, **call)
+        return x
+
+    def pass_layer(
+        self,
+        number: int,
+        layer: nn.Module,
+        x: Tensor,  # [B, N, d_model]
+        padding: Tensor | None,  # [B, N]
+        **call: object,
+    ) -> Tensor:  # [B, N, d_model]
+        """Pass the input through one layer; a subclass may do it in another way.
+
+        Args:
+            number: of the layer, from 0.
+            layer: to call.
+            x: its input.
+            padding: bool ``[B, N]``, True at tokens that are none.
+            call: other arguments of `hidden`.
+        """
+        return layer(x, src_key_padding_mask=padding, **call)
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
         owner = type(self).__name__
@@ -174,14 +254,29 @@ class _Model(nn.Module):
         return tokens
 
     def save(self, path: str | Path) -> None:
-        """Write configuration and weights to a file that `load` reads."""
+        """Write configuration and weights to a file that `load` reads.
+
+        Raises:
+            TypeError: the configuration holds a function, a class or a module.
+        """
+        check_saved(type(self).__name__, self.config)
         config = dataclasses.replace(self.config, attention=dict(self.config.attention))
         torch.save({"config": config, "weights": self.state_dict()}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> _Model:
-        """Return the model that `save` wrote; nothing but data is read from the file."""
+        """Return the model that `save` wrote; nothing but data is read from the file.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         saved = torch.load(path, weights_only=True, map_location=device)
+        if not isinstance(saved, dict) or saved.keys() != {"config", "weights"}:
+            found = f"the keys {list(saved)[:3]}" if isinstance(saved, dict) else type(saved)
+            raise ValueError(
+                f"{cls.__name__}: path must be a file that save has written, got {path}, which "
+                f"holds {found}"
+            )
         model = cls(saved["config"]).to(device, saved["weights"]["embedding.weight"].dtype)
         model.load_state_dict(saved["weights"])
         return model
@@ -248,22 +343,42 @@ class SPECausalLM(_Model):
     def _continue(
         self, tokens: Tensor, padding: Tensor | None, state: ModelState, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, ModelState]:
-        if not isinstance(state, ModelState):
-            raise TypeError(
-                "SPECausalLM: state must be a ModelState, as initial_state makes it, got "
-                f"{type(state).__name__}"
-            )
+        self._check_state(state)
         x, states = self.embed(self._check_tokens(tokens), state.position), []
         for layer, before in zip(self.layers, state.layers, strict=True):
             x, after = layer(x, src_key_padding_mask=padding, state=before, cu_seqlens=cu_seqlens)
             states.append(after)
         return self.norm(x), ModelState(tuple(states))
 
+    def _check_state(self, state: ModelState) -> None:
+        if not isinstance(state, ModelState):
+            raise TypeError(
+                "SPECausalLM: state must be a ModelState, as initial_state makes it, got "
+                f"{type(state).__name__}"
+            )
+        if len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"SPECausalLM: state must be one of {len(self.layers)} layers, got "
+                f"{len(state.layers)}"
+            )
+
     def initial_state(
         self, batch: int = 1, start: float | Sequence[float] | Tensor = 0
     ) -> ModelState:
         """Return the state before the first token; see `SPEMultiheadAttention.initial_state`."""
         return ModelState(tuple(layer.initial_state(batch, start) for layer in self.layers))
+
+    def shift(self, state: ModelState, by: float | Sequence[float] | Tensor) -> ModelState:
+        """Return a state whose tokens lie `by` positions further: a prefix for another place.
+
+        Args:
+            state: of this model.
+            by: a number of positions, or ``[B]``, of each sequence; see
+                `SPEMultiheadAttention.shift`.
+        """
+        self._check_state(state)
+        pairs = zip(self.layers, state.layers, strict=True)
+        return ModelState(tuple(layer.shift(before, by) for layer, before in pairs))
 
     def generate(
         self,
@@ -316,13 +431,13 @@ class SPECausalLM(_Model):
         Raises:
             ValueError, TypeError: an argument is not what it must be.
         """
-        tokens, lengths = _pad(prompt)
+        tokens, lengths = pad_prompts(prompt)
         steps = check_positive("generate", steps=steps)[0]
         if stop is not None and not (is_integer(stop) and 0 <= int(stop) < self.config.vocab_size):
             raise ValueError(
                 f"generate: stop must be a token, 0 to {self.config.vocab_size - 1}, got {stop!r}"
             )
-        choose = _make_choice(temperature, top_k, top_p, generator)
+        choose = make_choice(temperature, top_k, top_p, generator)
         return self._stream(tokens, lengths, steps, choose, stop)
 
     @torch.inference_mode()
@@ -398,7 +513,8 @@ class SPESequenceClassifier(_Model):
 
         Args:
             tokens: int64 ``[B, N]``.
-            padding: bool ``[B, N]``, True at tokens that are none.
+            padding: bool ``[B, N]``, True at tokens that are none; or float, -inf there and 0
+                elsewhere.
             start: position of the first token, or ``[B]``, of each sequence.
             grid: sizes of an image whose pixels the tokens are; see
                 `SPEMultiheadAttention.forward`.
@@ -406,59 +522,5 @@ class SPESequenceClassifier(_Model):
         hidden = self.hidden(tokens, padding, is_causal=False, start=start, grid=grid)
         if padding is None:
             return self.head(hidden.mean(1))
-        kept = ~padding.unsqueeze(-1)
+        kept = (padding == 0).unsqueeze(-1)
         return self.head(hidden.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1))
-
-
-def _pad(prompt: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return prompts in one tensor, padded on the right, and their lengths if they differ."""
-    if isinstance(prompt, Tensor):
-        if prompt.dim() != 2 or prompt.shape[1] == 0 or prompt.is_floating_point():
-            raise ValueError(
-                "generate: prompt must be int64 of shape [B, N] with N >= 1, or a list of tensors "
-                f"[N_b], got {prompt.dtype} of shape {tuple(prompt.shape)}"
-            )
-        return prompt, None
-    prompts = list(prompt)
-    for one in prompts:
-        check_tensor("generate", "prompt", one)
-        if one.dim() != 1 or len(one) == 0 or one.is_floating_point():
-            raise ValueError(
-                "generate: prompt must be int64 tensors [N_b] with N_b >= 1, got one of "
-                f"{one.dtype} and shape {tuple(one.shape)}"
-            )
-    if not prompts:
-        raise ValueError("generate: prompt must have a sequence, got an empty list")
-    lengths = torch.tensor([len(one) for one in prompts], device=prompts[0].device)
-    return nn.utils.rnn.pad_sequence(prompts, batch_first=True), lengths
-
-
-def _make_choice(
-    temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Callable[[Tensor], Tensor]:
-    """Return what draws tokens ``[B]`` from logits ``[B, vocab_size]``."""
-    temperature = check_number("generate", "temperature", temperature)
-    if not temperature >= 0:
-        raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
-    if top_k is not None:
-        (top_k,) = check_positive("generate", top_k=top_k)
-    if top_p is not None:
-        top_p = check_number("generate", "top_p", top_p)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"generate: top_p must be above 0 and at most 1, got {top_p}")
-
-    def choose(logits: Tensor) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-        if top_k is not None and top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-        if top_p is not None:
-            ordered, order = logits.sort(descending=True)
-            probabilities = F.softmax(ordered, -1)
-            beyond = probabilities.cumsum(-1) - probabilities >= top_p
-            logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-        return torch.multinomial(F.softmax(logits, -1), 1, generator=generator)[:, 0]
-
-    return choose

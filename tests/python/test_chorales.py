@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from music.chorales import data
-from music.chorales.model import DEMO, ENCODINGS, ChoraleModel
+from music.chorales.model import DEMO, ENCODINGS, ChoraleModel, load_model
 from music.chorales.training import bin_means, evaluate, nll, train
 
 # Soprano to bass, onset, end and pitch; a repeated note, a rest between notes and at the end.
@@ -213,6 +213,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "chorales_nll.png").stat().st_size > 0
     assert (tmp_path / "chorales_templates.png").stat().st_size > 0
     assert "SineSPE on the features" in capsys.readouterr().out
+    model, settings = load_model(tmp_path / "rotary.pt")
+    assert (settings["model"], settings["steps"], settings["seed"]) == ("rotary", 1, 0)
+    assert settings["train_nll"] == result["rows"][0]["train_nll"]
+    values = evaluate(model, data.beginnings(data.split(data.load(), 64)["test"], 64))
+    assert bin_means(values, [0, 16, 32, 64]) == pytest.approx(result["rows"][0]["nll"], rel=1e-4)
     # Templates of layers with a decay show it; a default run has rows for the four models.
     command.main([*flags.split()[:-3], "--out", str(tmp_path / "demo")])
     result = json.loads((tmp_path / "demo" / "result.json").read_text())

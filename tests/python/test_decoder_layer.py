@@ -72,6 +72,20 @@ def test_pieces_are_the_whole(kind, norm_first):
             assert_close(torch.cat(outs, dim=1), expected, rtol=1e-3, atol=5e-5)
 
 
+def test_a_state_moves_beside_the_memory():
+    layer, by = make(position="exact"), torch.tensor([40, 3])
+    x, memory = torch.randn(2, 12, DIM), torch.randn(2, 9, DIM)
+    with torch.no_grad():
+        _, state = layer(x[:, :8], state=layer.initial_state(memory))
+        _, expected = layer(x[:, :8], state=layer.initial_state(memory, start=by))
+        moved = layer.shift(state, by)
+        outs = [layer(x[:, 8:], state=s)[0] for s in (moved, expected, state)]
+    assert_close(outs[0], outs[1], rtol=1e-3, atol=5e-5)
+    assert not torch.allclose(outs[0], outs[2], atol=1e-3)
+    with pytest.raises(TypeError, match="must be a DecoderState"):
+        layer.shift(state.tokens, by)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_other_layouts(batched):
     layer = make(batch_first=False, **KINDS["sine"])

@@ -10,7 +10,12 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from torch_spe import PositiveFeatures, SPEMultiheadAttention, plots
+from torch_spe import (
+    PositiveFeatures,
+    SPEMultiheadAttention,
+    SPETransformerEncoderLayer,
+    plots,
+)
 
 pytestmark = pytest.mark.cpu_only
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
@@ -72,6 +77,32 @@ def test_weights_make_the_output(kind, causal):
         if layer.output_norm == "rms":
             out = F.rms_norm(out, out.shape[-1:], eps=1e-30)
         assert_close(layer.out_proj(out.flatten(-2)), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_weights_of_an_encoder_layer_make_its_output(norm_first, batch_first):
+    torch.manual_seed(0)
+    layer = SPETransformerEncoderLayer(
+        16, 2, 32, norm_first=norm_first, batch_first=batch_first, output_norm=None
+    ).eval()
+    torch.nn.init.normal_(layer.norm1.weight)
+    x, padding = torch.randn(2, 9, 16), torch.arange(9) >= torch.tensor([[9], [6]])
+    src = x if batch_first else x.transpose(0, 1)
+    with torch.no_grad():
+        expected = layer(src, src_key_padding_mask=padding, is_causal=True, start=3)
+        weights = layer.attention_weights(src, padding, is_causal=True, start=3)
+        assert weights.shape == (2, 2, 9, 9)
+        inner = layer.norm1(x) if norm_first else x
+        v = inner @ layer.self_attn.in_proj_weight[32:].T + layer.self_attn.in_proj_bias[32:]
+        out = torch.einsum("bhnm,bmhe->bnhe", weights, v.unflatten(-1, (2, 8)))
+        x = x + layer.self_attn.out_proj(out.flatten(-2))
+        x = x if norm_first else layer.norm1(x)
+        x = x + layer._feed_forward(layer.norm2(x) if norm_first else x)
+        x = x if norm_first else layer.norm2(x)
+        assert_close(x if batch_first else x.transpose(0, 1), expected, rtol=1e-2, atol=1e-3)
+    if importlib.util.find_spec("matplotlib") is not None:
+        plots.plot_attention(weights[1]).canvas.draw()
 
 
 def test_weights_without_positions_sum_to_one():

@@ -2,8 +2,8 @@
 
 import copy
 import os
-import subprocess
-import sys
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from transformers import (  # noqa: E402
     LlamaConfig,
 )
 
+import torch_spe  # noqa: E402
 import torch_spe.hf.cache as caches  # noqa: E402
 from torch_spe.hf import (  # noqa: E402
     SPECache,
@@ -65,8 +66,13 @@ def assert_greedy(model, prompt, new):
 
 
 def test_the_package_imports_no_transformers():
-    program = "import sys, torch_spe, torch_spe.models; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    package = Path(torch_spe.__file__).parent
+    for file in package.rglob("*.py"):
+        if file.parent != package / "hf":
+            found = re.search(
+                r"^\s*(from|import) (transformers|torch_spe\.hf)", file.read_text(), re.M
+            )
+            assert not found, file
 
 
 KINDS = [{}, {"position": "sine"}, {"position": "conv"}, {"position": "paper", "decay": "data"}]
@@ -110,6 +116,25 @@ def test_padding_does_not_count(side):
         assert torch.equal(unused, new)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_mask_of_one_token_at_a_time(linear):
+    attention = {"position": "sine"}
+    model = make_llama(attention=attention) if linear else make_model(attention=attention)
+    tokens, mask = make_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :3] = 0
+    outs, cache = [], SPECache(model.config)
+    with torch.no_grad():
+        for n in range(9):
+            outs.append(
+                model(tokens[:, n : n + 1], attention_mask=mask[:, : n + 1], cache=cache).logits
+            )
+        out = torch.cat(outs, 1)
+        assert_close(out[:1], model(tokens[:1], use_cache=False).logits, torch.float32)
+        assert_close(out[1:, 3:], model(tokens[1:, 3:], use_cache=False).logits, torch.float32)
+    state = cache.layers[1].recurrent_states[2]
+    assert state.tolist() == [9, 6]
+
+
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_beams": 2, "do_sample": 1}]
 )
@@ -141,6 +166,25 @@ def test_assisted_decoding_gives_the_greedy_tokens(kind, linear, monkeypatch):
     options = {"do_sample": False, "max_new_tokens": 25}
     new = model.generate(prompt, **options)
     assert torch.equal(model.generate(prompt, **options, **ASSISTED[kind]()), new)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 24}, {"assistant_model": None}])
+def test_drafts_may_be_longer_than_what_is_kept_of_a_prompt(options, monkeypatch):
+    monkeypatch.setattr(caches, "KEPT", 4)
+    model, prompt = make_model(), make_tokens(1, 9).repeat(1, 4)
+    plain = {"do_sample": False, "max_new_tokens": 40}
+    if "assistant_model" in options:
+        draft = make_model(seed=1)
+        draft.generation_config.num_assistant_tokens = 12
+        draft.generation_config.assistant_confidence_threshold = 0
+        options = {"assistant_model": draft}
+        with pytest.raises(
+            ValueError, match=r"between -4 and 0.* cache=SPECache\(config, kept=n\)"
+        ):
+            model.generate(prompt, **plain, **options)
+        options["cache"] = SPECache(model.config, kept=14)
+    new = model.generate(prompt, **plain, **options)
+    assert torch.equal(new, model.generate(prompt, **plain))
 
 
 def test_a_cropped_cache_is_that_of_the_tokens_that_are_left(monkeypatch):
@@ -278,8 +322,30 @@ def test_packed_sequences_do_not_see_each_other():
     assert_close(packed.logits, torch.cat(alone, 1), torch.float32)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(tokens, cu_seq_lens_q=bounds, cache=SPECache(model.config))
-    with pytest.raises(ValueError, match="use_cache=False"):
-        make_llama(attention={})(tokens, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="cache must be None with sequences packed"):
+        model(tokens, position_ids=positions, cache=SPECache(model.config))
+    for options in ({"position_ids": positions}, {"cu_seq_lens_q": bounds}):
+        with pytest.raises(ValueError, match="use_cache=False"):
+            make_llama(attention={})(tokens, **options)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_packed_sequences_with_padding_are_as_alone(linear):
+    model = make_llama(attention={}) if linear else make_model()
+    tokens, mask = make_tokens(1, 16), torch.ones(1, 16, dtype=torch.int64)
+    mask[:, :2] = mask[:, 14:] = 0
+    positions = torch.tensor([[0, 0, *range(5), *range(7), 0, 0]])
+    with torch.no_grad():
+        packed = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for part in (slice(2, 7), slice(7, 14)):
+            alone = model(tokens[:, part], use_cache=False).logits
+            assert_close(packed[:, part], alone, torch.float32)
+        # Positions of one sequence that is padded on the left: no bounds.
+        positions = torch.tensor([[0, 0, *range(14)]])
+        mask[:, 14:] = 1
+        left = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        alone = model(tokens[:, 2:], use_cache=False).logits
+        assert_close(left[:, 2:], alone, torch.float32)
 
 
 def test_the_former_name_of_a_cache():
@@ -322,6 +388,49 @@ def test_a_trainer_trains(linear, tmp_path):
         again = train(loaded, tmp_path, 12)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
         assert again.state.global_step == 12
+
+
+@pytest.mark.parametrize("kind", ["model", "linear", "classifier"])
+def test_a_trainer_evaluates_and_predicts(kind, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    if kind == "classifier":
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(make_config(num_labels=3)).eval()
+    else:
+        model = make_llama(attention={}) if kind == "linear" else make_model()
+    tokens, mask = make_tokens(5, 8), torch.ones(5, 8, dtype=torch.int64)
+    mask[1, :3] = 0
+    labels = torch.arange(5) % 3 if kind == "classifier" else tokens.masked_fill(mask == 0, -100)
+    data = [
+        {"input_ids": x, "attention_mask": m, "labels": y}
+        for x, m, y in zip(tokens, mask, labels, strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        tmp_path, per_device_eval_batch_size=3, use_cpu=True, report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, eval_dataset=data,
+        compute_metrics=lambda found: {"right": (found.predictions.argmax(-1) == 0).mean()},
+    )  # fmt: skip
+    with torch.no_grad():
+        options = {} if kind == "classifier" else {"use_cache": False}
+        parts = [
+            model(tokens[p], attention_mask=mask[p], labels=labels[p], **options)
+            for p in (slice(3), slice(3, 5))
+        ]
+    metrics = trainer.evaluate()
+    expected = (3 * parts[0].loss + 2 * parts[1].loss) / 5
+    if kind == "classifier":
+        assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert 0 < metrics["eval_loss"] < 10
+    assert 0 <= metrics["eval_right"] <= 1
+    predicted = trainer.predict(data)
+    assert predicted.label_ids.shape == labels.shape
+    logits = torch.from_numpy(predicted.predictions)
+    expected = torch.cat([part.logits for part in parts])
+    kept = torch.ones(5, dtype=torch.bool) if kind == "classifier" else mask.bool()
+    assert_close(logits[kept], expected[kept], torch.float32)
 
 
 def test_a_classifier():
@@ -406,6 +515,25 @@ def test_errors(tmp_path):
         model(tokens, cache=transformers.StaticCache(llama.config, max_cache_len=9))
     with pytest.raises(TypeError, match="attention must hold what JSON can"):
         make_config(attention={"feature_map": torch.relu})
+    with pytest.raises(TypeError, match="linearize: attention must hold what JSON can"):
+        linearize(make_llama(), feature_map=torch.relu)
+    for name, value, message in (
+        ("position", "exact", "pass attention="),
+        ("num_sines", 3, "pass attention="),
+        ("kernel_size", 3, "pass attention="),
+        ("d_model", 64, "has the name 'hidden_size'"),
+        ("hidden_size", 3.5, "hidden_size must be an integer"),
+        ("vocab_size", 0, "vocab_size must be an integer"),
+        ("attention", {"num_heads": 3}, "must not have 'num_heads'"),
+        ("attention", {"device": "cpu"}, "must not have 'device'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config(**{name: value})
+    with pytest.raises(TypeError, match="attention must be a mapping"):
+        make_config(attention="exact")
+    assert make_config(attention=None).attention == {}
+    with pytest.raises(ValueError, match="kept must be an integer"):
+        SPECache(model.config, kept=0)
     with pytest.raises(ValueError, match="share_position"):
         SPEConfig.from_model_config(ModelConfig(50, share_position=True))
     with pytest.raises(ValueError, match="is_causal"):

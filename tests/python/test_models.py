@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_close
 
+from torch_spe import SineSPE
 from torch_spe.models import ModelConfig, ModelState, SPECausalLM, SPESequenceClassifier
 
 pytestmark = pytest.mark.cpu_only
@@ -98,6 +99,46 @@ def test_state_has_one_size():
     assert state.clone().detach().to("cpu").position == 120
 
 
+def test_a_prefix_serves_at_another_place():
+    model = make_model({"position": "exact", "decay": "learned"})
+    tokens = torch.randint(50, (2, 12))
+    by = torch.tensor([1000, -7])
+    with torch.no_grad():
+        _, state = model(tokens[:, :9], state=model.initial_state(2))
+        moved = model.shift(state, by)
+        _, expected = model(tokens[:, :9], state=model.initial_state(2, start=by))
+        assert moved.position.tolist() == expected.position.tolist() == [1009, 2]
+        for one, two in zip(moved.layers, expected.layers, strict=True):
+            assert_close(one.sums, two.sums, torch.float32)
+        rest = [model(tokens[:, 9:], state=s)[0] for s in (moved, expected)]
+        assert_close(*rest, torch.float32)
+        assert_close(rest[0], model(tokens)[:, 9:], torch.float32)
+    with pytest.raises(ValueError, match="cannot be moved to other positions"):
+        make_model({"position": "sine"}).shift(make_model({"position": "sine"}).initial_state(1), 3)
+    with pytest.raises(ValueError, match="state must be one of 2 layers"):
+        model.shift(ModelState(state.layers[:1]), 3)
+
+
+@pytest.mark.parametrize("attention", [{}, {"position": "sine"}, {"position": "conv"}], ids=str)
+def test_packed_sequences_with_padding_are_as_alone(attention):
+    model, tokens = make_model(attention), torch.randint(50, (1, 20))
+    bounds = torch.tensor([0, 8, 13, 20])
+    padding = torch.zeros(1, 20, dtype=torch.bool)
+    padding[:, 6:8] = padding[:, 17:] = True
+    with torch.no_grad():
+        packed = model(tokens, padding, cu_seqlens=bounds)
+        for part in (slice(0, 6), slice(8, 13), slice(13, 17)):
+            assert_close(packed[:, part], model(tokens[:, part]), torch.float32)
+        changed = tokens.masked_fill(padding, 3)
+        assert torch.equal(model(changed, padding, cu_seqlens=bounds)[~padding], packed[~padding])
+        state = model.initial_state(3)
+        out, state = model(tokens, state=state, cu_seqlens=bounds)
+        assert state.position.tolist() == [8, 5, 7]
+        assert_close(out, model(tokens, cu_seqlens=bounds), torch.float32)
+    with pytest.raises(ValueError, match="leave padding out of packed"):
+        model(tokens, padding, state=state, cu_seqlens=bounds)
+
+
 def test_saved_models_load_in_another_process(tmp_path):
     model = make_model({"position": "exact", "decay": "learned"}, share_position=True)
     prompt = torch.arange(5)[None]
@@ -122,6 +163,24 @@ def test_saved_models_keep_their_type(tmp_path):
     prompt = torch.arange(5)[None]
     new = [m.generate(prompt, 5, temperature=1e-40) for m in (model, loaded)]
     assert torch.equal(*new)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"attention": {"feature_map": torch.relu}}, "feature_map"),
+        ({"attention": {"position": SineSPE}}, "position"),
+        ({"attention": {"position": SineSPE(2, 16, noise="exact")}}, "position"),
+        ({"activation": lambda x: x.relu()}, "activation"),
+    ],
+)
+def test_what_cannot_be_saved_says_so(options, name, tmp_path):
+    with pytest.raises(TypeError, match=f"data .* got {name}="):
+        make_model(**options).save(tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+    torch.save({"weights": 3}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="path must be a file that save has written"):
+        SPECausalLM.load(tmp_path / "other.pt")
 
 
 def test_models_learn():
@@ -151,6 +210,8 @@ def test_classifier_leaves_padding_out():
         assert_close(out[1:], model(tokens[1:, :5]), torch.float32)
         tokens[1, 5:] = 0
         assert torch.equal(model(tokens, padding), out)
+        floats = torch.zeros(2, 12).masked_fill(padding, -torch.inf)
+        assert torch.equal(model(tokens, floats), out)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +219,7 @@ def test_classifier_leaves_padding_out():
     [
         (lambda model: model.generate(torch.zeros(1, 0, dtype=torch.int64), 3), "prompt"),
         (lambda model: model.generate([], 3), "prompt"),
+        (lambda model: model.generate(torch.zeros(0, 2, dtype=torch.int64), 3), "prompt"),
         (lambda model: model.generate([torch.zeros(2)], 3), "prompt"),
         (lambda model: model.generate(torch.zeros(1, 2, dtype=torch.int64), 0), "steps"),
         (lambda model: model.generate(torch.zeros(1, 2, dtype=torch.int64), 3, top_k=0), "top_k"),
@@ -178,6 +240,13 @@ def test_classifier_leaves_padding_out():
         (lambda model: model.generate(torch.zeros(1, 2, dtype=torch.int64), 3, stop="a"), "stop"),
         (lambda model: SPESequenceClassifier(CONFIG), "num_classes"),
         (lambda model: SPECausalLM(3), "config"),
+        (lambda model: make_model(d_model=32.0), "d_model must be an integer >= 1, got 32.0"),
+        (lambda model: make_model(num_heads=0), "num_heads"),
+        (lambda model: make_model(dim_feedforward=0), "dim_feedforward"),
+        (lambda model: SPECausalLM(ModelConfig(50, attention=None)), "attention must be a mapping"),
+        (lambda model: make_model({"batch_first": False}), "must not have 'batch_first'"),
+        (lambda model: make_model({"dtype": torch.float64}), "must not have 'dtype'"),
+        (lambda model: model.shift(3, 3), "state must be a ModelState"),
     ],
 )
 def test_errors(call, message):

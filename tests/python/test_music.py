@@ -1,5 +1,6 @@
 """The music example: tokens and MIDI, measures, pictures and sound, training and continuing."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("miditok")
 from music import compare, generate, measures, model, sound  # noqa: E402
 from music import train as command  # noqa: E402
 from music.chorales import data  # noqa: E402
+from music.chorales.model import ENCODINGS, ChoraleModel, save_model  # noqa: E402
 from music.chorales.training import train  # noqa: E402
 from music.pieces import Excerpts, Objective, Piece, Pieces, beginnings, midi_folder  # noqa: E402
 from music.presets import COMPARED, POSITIONS, PRESETS, Preset  # noqa: E402
@@ -334,6 +336,40 @@ def test_from_a_folder_of_midi_to_a_continuation(folder, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         generate.main(["--model", str(tmp_path)])
     assert "--model: no model in" in capsys.readouterr().err
+
+
+def test_the_model_of_the_demo_is_taken(tmp_path, monkeypatch, capsys):
+    demo = tmp_path / "exact-decay.pt"
+    preset = dataclasses.replace(TINY, lr=8e-3)
+    torch.manual_seed(0)
+    chorale = ChoraleModel(ENCODINGS["exact-decay"])
+    trained = {
+        "model": "exact-decay", "steps": 2, "batch": 2, "length": 32, "test_length": 128,
+        "lr": 8e-3, "seed": 0, "train_nll": 3.0, "tokens_per_second": 1.0,
+    }  # fmt: skip
+    save_model(demo, chorale, trained)
+    parts = [[Piece(f"{i}", torch.arange(200) % 40)] for i in range(3)]
+    monkeypatch.setattr(command, "DEMO", demo)
+    monkeypatch.setattr(command, "chorales", lambda length: Pieces("", FourParts(), *parts))
+    monkeypatch.setitem(command.PRESETS, "chorales", preset)
+    flags = ["--out", str(tmp_path / "model"), "--pieces", "0"]
+    out = command.main(flags)
+    assert f"the demo trained is taken, {demo}" in capsys.readouterr().out
+    taken = model.load(out)
+    prompt = torch.arange(8)[None]
+    new = chorale.eval().generate(prompt, 5, temperature=0)
+    assert torch.equal(taken.model.generate(prompt, 5, temperature=0), new)
+    assert taken.settings["train_nll"] == 3
+    command.main([*flags, "--retrain"])
+    assert "is taken" not in capsys.readouterr().out
+    assert "demo" not in model.load(out).settings
+    pieces = Pieces("", FourParts(), *parts)
+    for other in ({"steps": 1}, {"length": 16}, {"lr": 1e-3}, {"position": "rotary"}):
+        changed = dataclasses.replace(preset, **other)
+        assert command.take_from_demo(changed, pieces, 0, "cpu") is None
+    assert command.take_from_demo(preset, pieces, 1, "cpu") is None  # another seed
+    monkeypatch.setattr(command, "DEMO", tmp_path / "nothing.pt")
+    assert command.take_from_demo(preset, pieces, 0, "cpu") is None
 
 
 def test_the_comparison(tmp_path, monkeypatch, capsys):

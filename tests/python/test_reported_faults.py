@@ -147,6 +147,21 @@ def test_nested_tensors(layout, is_causal):
         assert x.grad.to_padded_tensor(0.0).isfinite().all()
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_whole_layer_takes_jagged_tensors(norm_first):
+    torch.manual_seed(0)
+    layer = SPETransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, norm_first=norm_first)
+    rows = [torch.randn(n, 32) for n in (3, 5, 1)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged).requires_grad_()
+    out = layer(x, is_causal=True)
+    for got, row in zip(out.unbind(), rows, strict=True):
+        assert torch.allclose(got, layer(row[None], is_causal=True)[0], atol=1e-5)
+    (out * out).sum().backward()
+    assert all(gradient.abs().sum() > 0 for gradient in x.grad.unbind())
+    _, state = layer.eval()(x, state=layer.initial_state(3))
+    assert state.position.tolist() == [3, 5, 1]
+
+
 def test_errors_of_nested_tensors():
     rows = [torch.randn(n, E) for n in (7, 2)]
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -146,3 +147,16 @@ class ChoraleModel(SPECausalLM):
         if not isinstance(start, int):
             raise ValueError(f"start must be an integer with added positions, got {start!r}")
         return x + self.added(start + tokens.shape[1])[start:]
+
+
+def save_model(file: Path, model: ChoraleModel, settings: dict) -> None:
+    """Write a model's weights and how they were trained; `settings["model"]` names its encoding."""
+    torch.save({"weights": model.state_dict(), "settings": settings}, file)
+
+
+def load_model(file: Path) -> tuple[ChoraleModel, dict]:
+    """What `save_model` wrote."""
+    saved = torch.load(file, weights_only=True, map_location="cpu")
+    model = ChoraleModel(ENCODINGS[saved["settings"]["model"]])
+    model.load_state_dict(saved["weights"])
+    return model, saved["settings"]

@@ -3,8 +3,8 @@
     python examples/music/chorales/train.py --help
 
 The models are trained on short windows and tested on whole pieces, four times as long. What
-comes out: a table, and in the folder of `--out` the numbers as JSON, the NLL at every position,
-and the learned position kernels.
+comes out: a table, and in the folder of `--out` the models, the numbers as JSON, the NLL at every
+position, and the learned position kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from music.chorales import data  # noqa: E402  (found in the folder above)
-from music.chorales.model import DEMO, ENCODINGS, ChoraleModel  # noqa: E402
+from music.chorales.model import DEMO, ENCODINGS, ChoraleModel, save_model  # noqa: E402
 from music.chorales.plots import plot_nll, plot_templates  # noqa: E402
 from music.chorales.training import bin_means, evaluate, train  # noqa: E402
 
@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     ranges = range_edges(options.length, options.test_length)
     bins = [*range(0, options.test_length, BAR), options.test_length]
     rows, templates = [], {}
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         encoding = ENCODINGS[name]
         lr = options.lr or encoding.lr
@@ -93,6 +94,14 @@ def main(arguments: list[str] | None = None) -> None:
             model, encoding, windows, options.steps, batch=options.batch, lr=lr, seed=options.seed,
             device=options.device,
         )  # fmt: skip
+        train_nll = sum(report.losses[-20:]) / len(report.losses[-20:])
+        settings = {
+            "model": name, "steps": options.steps, "batch": options.batch,
+            "length": options.length, "test_length": options.test_length, "lr": lr,
+            "seed": options.seed, "train_nll": train_nll,
+            "tokens_per_second": report.tokens_per_second,
+        }  # fmt: skip
+        save_model(options.out / f"{name}.pt", model, settings)
         for realizations in encoding.eval_realizations:
             values = evaluate(model, held_out, device=options.device, realizations=realizations)
             rows.append(
@@ -101,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "label": encoding.label
                     + (f", R = {realizations} in the test" if realizations else ""),
                     "lr": lr,
-                    "train_nll": sum(report.losses[-20:]) / len(report.losses[-20:]),
+                    "train_nll": train_nll,
                     "nll": bin_means(values, ranges),
                     "nll_per_bar": bin_means(values, bins),
                     "nll_per_piece": [bin_means(piece[None], ranges) for piece in values],
@@ -114,7 +123,6 @@ def main(arguments: list[str] | None = None) -> None:
             templates[encoding.label] = template.detach().cpu()
 
     print_table(rows, ranges)
-    options.out.mkdir(parents=True, exist_ok=True)
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
     result = {
         "settings": settings,
@@ -141,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
             "Learned position kernels of the last layer, gate included "
             "(4 tokens: a sixteenth, 16: a beat, 64: a bar of 4/4)",
         )
-    print(f"written to {options.out}: result.json and pictures")
+    print(f"written to {options.out}: models, result.json and pictures")
 
 
 def print_table(rows: list[dict], ranges: list[int]) -> None:

@@ -95,7 +95,14 @@ def from_nested(
 
 
 def to_nested(out: Tensor, like: Tensor) -> Tensor:  # [B, N, features] -> [B, N_b, features]
-    """Return a padded tensor as a nested one with the lengths and layout of `like`."""
+    """Return a padded tensor as a nested one with the lengths and layout of `like`.
+
+    A jagged one shares the offsets, without which the two could not be added.
+    """
+    if like.layout == torch.jagged and like.lengths() is None:
+        lengths = like.offsets().diff().unsqueeze(1)
+        kept = torch.arange(out.shape[1], device=out.device) < lengths
+        return torch.nested.nested_tensor_from_jagged(out[kept], like.offsets())
     rows = [row[: part.shape[0]] for row, part in zip(out.unbind(), like.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=like.layout)
 

@@ -177,6 +177,33 @@ class SPETransformerEncoderLayer(_Layer):
         """Return the state at other positions; see `SPEMultiheadAttention.shift`."""
         return self.self_attn.shift(state, by)
 
+    def attention_weights(
+        self,
+        src: Tensor,  # [N, B, d_model]
+        src_key_padding_mask: Tensor | None = None,  # [B, N]
+        *,
+        is_causal: bool = False,
+        start: float | Sequence[float] | Tensor = 0,
+        positions: Tensor | None = None,  # [N], [N, ndim], [B, N] or [B, N, ndim]
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:  # [B, H, N, N]
+        """Compute the matrix of the self-attention; see `SPEMultiheadAttention.attention_weights`.
+
+        Args:
+            src: input of the layer, as in `forward`; with `norm_first` the weights are those of the
+                normalized input.
+            src_key_padding_mask: as in `forward`.
+            is_causal: as in `forward`.
+            start: as in `forward`.
+            positions: as in `forward`.
+            grid: as in `forward`.
+        """
+        check_tensor("SPETransformerEncoderLayer", "src", src)
+        return self.self_attn.attention_weights(
+            self.norm1(src) if self.norm_first else src, key_padding_mask=src_key_padding_mask,
+            is_causal=is_causal, start=start, positions=positions, grid=grid,
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecoderState:
@@ -412,3 +439,20 @@ class SPETransformerDecoderLayer(_Layer):
         check_tensor("SPETransformerDecoderLayer", "memory", memory)
         of_memory = self.multihead_attn.memory_state(memory, memory, memory_key_padding_mask)
         return DecoderState(self.self_attn.initial_state(of_memory.sums.shape[0], start), of_memory)
+
+    def shift(self, state: DecoderState, by: float | Sequence[float] | Tensor) -> DecoderState:
+        """Return the state as if `start` of `initial_state` had been `by` more.
+
+        The memory stays where it is. Exact for this layer; inputs of further layers depend on where
+        the tokens stand beside the memory.
+
+        Args:
+            state: of this layer.
+            by: a number of positions, or ``[B]``; see `SPEMultiheadAttention.shift`.
+        """
+        if not isinstance(state, DecoderState):
+            raise TypeError(
+                "SPETransformerDecoderLayer: state must be a DecoderState, as initial_state makes "
+                f"it, got {type(state).__name__}"
+            )
+        return DecoderState(self.self_attn.shift(state.tokens, by), state.memory)

@@ -13,11 +13,12 @@ from transformers.cache_utils import (
 )
 
 from torch_spe.attention import AttentionState, SPEMultiheadAttention
+from torch_spe.checks import check_positive
 
 __all__ = ["SPECache", "SPECacheLayer", "layer_of", "prepare_cache"]
 
-# What a recording cache keeps of a prompt: it goes back by fewer tokens than that. A call of
-# assisted decoding takes back those of one draft.
+# What a recording cache keeps of its first call, a prompt with a draft: it goes back by as many
+# tokens. Of later calls, which are drafts, it keeps everything up to the next crop.
 KEPT = 512
 
 
@@ -34,9 +35,10 @@ class SPECacheLayer(LinearAttentionLayer, CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, **kwargs: object) -> None:
+    def __init__(self, kept: int | None = None) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=3)
+        self.kept = KEPT if kept is None else kept
         self.seed: int | None = None
         self.num_tokens = 0
         self._before: AttentionState | None = None  # the state before the window
@@ -53,8 +55,8 @@ class SPECacheLayer(LinearAttentionLayer, CacheLayerMixin):
         length = inputs[0].shape[1]
         if self._behind:
             self._catch_up(layer)
+        early = length - self.kept if self.record_past and self.num_tokens == 0 else 0
         self.num_tokens += length
-        early = length - KEPT if self.record_past and not self._window else 0
         if early <= 0:
             return self._advance(layer, inputs, padding, self.record_past)
         # Of a long prompt only the last tokens are kept.
@@ -124,7 +126,8 @@ class SPECacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if not 0 <= remove <= kept:
             raise ValueError(
                 f"SPECache: tokens_to_remove must be between {-kept} and 0, the tokens since the "
-                f"last crop, got {tokens_to_remove}"
+                f"last crop (of the first call {self.kept}: pass cache=SPECache(config, kept=n) to "
+                f"keep n), got {tokens_to_remove}"
             )
         self.num_tokens -= remove
         if remove == 0:
@@ -205,6 +208,8 @@ class SPECache(DynamicCache):
 
     Args:
         config: of a model of `torch_spe.hf`, or of one that `linearize` has changed.
+        kept: tokens of the first call that `crop` can remove, after `activate_past_recording`;
+            default 512. `generate` takes as many as its draft has.
 
     Example:
         >>> from torch_spe.hf import SPEConfig, SPEForCausalLM
@@ -215,8 +220,10 @@ class SPECache(DynamicCache):
         20
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        Cache.__init__(self, layers=[SPECacheLayer() for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: PreTrainedConfig, kept: int | None = None) -> None:
+        if kept is not None:
+            (kept,) = check_positive("SPECache", kept=kept)
+        Cache.__init__(self, layers=[SPECacheLayer(kept) for _ in range(config.num_hidden_layers)])
 
 
 def layer_of(cache: Cache, index: int) -> SPECacheLayer:
@@ -258,7 +265,8 @@ def prepare_cache(
             f"{type(model).__name__}: cache_implementation must be None: a state has one size "
             f"anyway, got {generation_config.cache_implementation!r}"
         )
-    cache = SPECache(model.config)
+    draft = generation_config.prompt_lookup_num_tokens or 0
+    cache = SPECache(model.config, max(KEPT, draft + 1))
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs["cache"] = cache

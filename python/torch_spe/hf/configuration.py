@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
-from torch_spe.models import ModelConfig
+from torch_spe.attention import SPEMultiheadAttention
+from torch_spe.checks import check_positive
+from torch_spe.models import ModelConfig, check_attention
+from torch_spe.positions.registry import PRESETS
 
 __all__ = ["SPEConfig"]
+
+
+# Names of `ModelConfig`, and what transformers calls them.
+RENAMED = {
+    "d_model": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "dim_feedforward": "intermediate_size", "activation": "hidden_act",
+    "tie_embeddings": "tie_word_embeddings", "num_classes": "num_labels",
+}  # fmt: skip
 
 
 class SPEConfig(PreTrainedConfig):
@@ -31,6 +44,7 @@ class SPEConfig(PreTrainedConfig):
 
     Raises:
         TypeError: `attention` holds what JSON cannot.
+        ValueError: a size cannot be, or an argument is one of `attention` or has another name here.
     """
 
     model_type = "torch_spe"
@@ -52,15 +66,19 @@ class SPEConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
-        self.attention = dict(self.attention or {})
-        try:
-            json.dumps(self.attention)
-        except TypeError as error:
-            raise TypeError(
-                f"SPEConfig: attention must hold what JSON can, as names and numbers: {error}"
-            ) from None
+        _check_names(kwargs)
+        self.attention = {} if self.attention is None else self.attention
+        check_attention("SPEConfig", self.attention)
+        self.attention = dict(self.attention)
+        check_json("SPEConfig", self.attention)
         if self.intermediate_size is None:
+            check_positive("SPEConfig", hidden_size=self.hidden_size)
             self.intermediate_size = 4 * self.hidden_size
+        check_positive(
+            "SPEConfig", vocab_size=self.vocab_size, hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers, num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+        )  # fmt: skip
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -95,3 +113,35 @@ class SPEConfig(PreTrainedConfig):
             activation=self.hidden_act, tie_embeddings=self.tie_word_embeddings,
             attention=dict(self.attention),
         )  # fmt: skip
+
+
+def check_json(owner: str, attention: Mapping[str, object]) -> None:
+    """Raise TypeError for options that a config.json cannot hold."""
+    try:
+        json.dumps(attention)
+    except TypeError as error:
+        raise TypeError(
+            f"{owner}: attention must hold what JSON can, as names and numbers: {error}"
+        ) from None
+
+
+def _check_names(given: dict[str, object]) -> None:
+    """Raise ValueError for options that transformers would keep and nothing would read."""
+    factories = [preset.factory for preset in PRESETS.values()]
+    of_attention = {
+        name
+        for function in (SPEMultiheadAttention, *factories)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind != parameter.VAR_KEYWORD
+    } - {"dtype", "device"}
+    for name, value in given.items():
+        if name in RENAMED:
+            raise ValueError(
+                f"SPEConfig: {name} has the name {RENAMED[name]!r} in transformers, got "
+                f"{name}={value!r}"
+            )
+        if name in of_attention:
+            raise ValueError(
+                f"SPEConfig: {name} is an option of the attention: pass "
+                f"attention={{{name!r}: {value!r}}}, got {name}={value!r}"
+            )

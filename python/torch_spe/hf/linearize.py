@@ -20,7 +20,9 @@ from transformers import (
 
 from torch_spe.attention import SPEMultiheadAttention
 from torch_spe.hf.cache import SPECacheLayer, layer_of, prepare_cache
+from torch_spe.hf.configuration import check_json
 from torch_spe.hf.inputs import find_bounds, find_padding
+from torch_spe.models import check_attention
 
 __all__ = ["LinearizedAttention", "linearize", "load_linearized"]
 
@@ -101,6 +103,7 @@ def linearize(model: PreTrainedModel, **attention: object) -> PreTrainedModel:
 
     Raises:
         ValueError: the model has no such attention.
+        TypeError: an option is what JSON cannot hold, and the model's configuration neither.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,6 +115,8 @@ def linearize(model: PreTrainedModel, **attention: object) -> PreTrainedModel:
         >>> model.generate(torch.randint(100, (1, 10)), max_new_tokens=5).shape
         torch.Size([1, 15])
     """
+    check_attention("linearize", attention)
+    check_json("linearize", attention)
     modules = [m for m in model.modules() if _is_attention(m)]
     if not modules or not model._can_set_attn_implementation():
         raise ValueError(
@@ -204,22 +209,21 @@ def attend(
     inputs = tuple(x.transpose(1, 2).flatten(2) for x in (query, key, value))
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    bounds = find_bounds(
+        kwargs.get("position_ids"), inputs[0].shape, kwargs.get("cu_seq_lens_q"), padding
+    )
     if cache is not None:
         if not causal:
             raise ValueError(f"attention {NAME!r} has no cache unless it is causal")
-        if kwargs.get("cu_seq_lens_q") is not None:
+        if bounds is not None:
             raise ValueError(
                 f"attention {NAME!r} has no cache of packed sequences: pass use_cache=False with "
-                "cu_seq_lens_q"
+                "cu_seq_lens_q, or with position_ids that start again from 0"
             )
         out = cache.attend(layer, inputs, padding)
     else:
-        bounds = None
-        if padding is None:
-            bounds = find_bounds(
-                kwargs.get("position_ids"), inputs[0].shape, kwargs.get("cu_seq_lens_q")
-            )
-        state = None if padding is None else layer.initial_state(len(query))
+        plain = padding is None or bounds is not None
+        state = None if plain else layer.initial_state(len(query))
         out, _ = layer(
             *inputs, key_padding_mask=padding, is_causal=causal, state=state, cu_seqlens=bounds
         )
@@ -229,8 +233,11 @@ def attend(
 def padding_mask(
     batch_size: int, q_length: int, *args: object, attention_mask: Tensor | None = None, **kwargs
 ) -> Tensor | None:  # [B, N]
-    """Return the mask of the new tokens, for transformers' AttentionMaskInterface."""
-    return None if attention_mask is None else attention_mask[:, -q_length:]
+    """Return the mask of the new tokens, for transformers' AttentionMaskInterface.
+
+    Asked for once in a call, so that layers need not look at the mask of a single token again.
+    """
+    return None if find_padding(attention_mask, q_length) is None else attention_mask[:, -q_length:]
 
 
 AttentionInterface.register(NAME, attend)

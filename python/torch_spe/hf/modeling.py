@@ -54,7 +54,8 @@ class SPEDecoderLayer(GradientCheckpointingLayer, SPETransformerEncoderLayer):
                 layer = layer_of(cache, self.layer_idx)
                 return self.dropout1(layer.attend(self.self_attn, (x, x, x), padding))
             # With a state padding does not count in the positions, wherever it is.
-            state = None if padding is None else self.self_attn.initial_state(len(x))
+            plain = padding is None or bounds is not None
+            state = None if plain else self.self_attn.initial_state(len(x))
             x, _ = self.self_attn(
                 x, x, x, key_padding_mask=padding, is_causal=is_causal, state=state,
                 cu_seqlens=bounds,
@@ -145,7 +146,7 @@ class SPEModel(SPEPreTrainedModel):
             attention_mask: ``[B, N]``, 0 at tokens that are padding, wherever they are; with a
                 cache also of the tokens before.
             position_ids: looked at only to find sequences packed in one, whose positions start
-                again from 0 (one row, no mask, no cache). Otherwise positions follow from the mask.
+                again from 0 (one row, no cache). Otherwise positions follow from the mask.
             cache: `SPECache` of the tokens before, or an empty `DynamicCache`.
             inputs_embeds: in place of input_ids.
             use_cache: whether to return a cache. Default: that of the configuration in eval mode,
@@ -172,12 +173,12 @@ class SPEModel(SPEPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and causal
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache, cache = False, None
-        bounds, padding = None, find_padding(attention_mask, hidden.shape[1])
-        if cache is None and padding is None:
-            bounds = find_bounds(position_ids, hidden.shape, kwargs.get("cu_seq_lens_q"))
-        elif kwargs.get("cu_seq_lens_q") is not None:
+        padding = find_padding(attention_mask, hidden.shape[1])
+        bounds = find_bounds(position_ids, hidden.shape, kwargs.get("cu_seq_lens_q"), padding)
+        if bounds is not None and cache is not None:
             raise ValueError(
-                f"{type(self).__name__}: cu_seq_lens_q must be None with padding or a cache"
+                f"{type(self).__name__}: cache must be None with sequences packed in one, whose "
+                "bounds are cu_seq_lens_q, or position_ids that start again from 0"
             )
         if use_cache and cache is None and bounds is None:
             cache = SPECache(self.config)
