@@ -33,6 +33,7 @@ def load(name):
     return module
 
 
+@pytest.mark.long
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
