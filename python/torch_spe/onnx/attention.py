@@ -45,6 +45,12 @@ def linear_attention(
             "linear_attention: cu_seqlens must be None in an ONNX model, which has no packed "
             "sequences; pad them to one length and give key_padding_mask"
         )
+    for name, x in (("q", q), ("v", v)):
+        if not all(isinstance(size, int) for size in x.shape[2:]):
+            raise UnsupportedError(
+                f"linear_attention: {name} must have heads and features that are fixed in an ONNX "
+                f"model, got shape {x.shape}; export with dynamic='batch' or False"
+            )
     dtype, values = q.dtype, v.shape[3]
     decay = None if log_decay is None else _steps(log_decay, q)
     no_keys = k.shape[1] == 0

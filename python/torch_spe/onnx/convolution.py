@@ -13,7 +13,7 @@ from torch_spe.onnx.noise import conv_noise
 def filter_noise(
     x: ir.Value,  # [B, *size, H, D]
     kernel: np.ndarray,  # [H, D, *P]
-    constant: np.ndarray | None,  # [H, D, R]
+    constant: ir.Value | None,  # [H, D, R]
     seed: int | None,
     num_realizations: int,
     noise_kind: str,
@@ -47,7 +47,7 @@ def filter_noise(
     code = op.Transpose(code, perm=[*range(2, 2 + ndim), 1, 0])
     code = reshape(code, -1, heads, features, num_realizations)
     if constant is not None:
-        code = op.Add(code, tensor(constant.astype(np.float32)))
+        code = op.Add(code, constant)
     if ndim == 1:
         return apply_code(x, code, feature_map)
     flat = op.Reshape(x, op.Concat(sizes(x, 0, 1), tensor([-1, heads, features]), axis=0))

@@ -10,6 +10,7 @@ from onnxscript import opset18 as op
 from torch import Tensor
 
 from torch_spe.onnx.convolution import filter_noise
+from torch_spe.onnx.gaussian import GaussianNoise, write_noise
 from torch_spe.onnx.nodes import (
     UnsupportedError,
     apply_code,
@@ -31,10 +32,15 @@ class Encoders:
 
     Args:
         constants: by the name of their node.
+        noises: that they were made of.
     """
 
-    def __init__(self, constants: dict[str, Tensor]) -> None:
-        self._constants = constants
+    def __init__(
+        self,
+        constants: dict[str, Tensor] | None = None,
+        noises: list[GaussianNoise] | None = None,
+    ) -> None:
+        self._constants, self._noises = constants or {}, noises or []
 
     def _read(self, name: str, value: ir.Value | None) -> np.ndarray | None:
         """Return an argument of an operator as float64."""
@@ -47,6 +53,30 @@ class Encoders:
                 "to translation_table: torch_spe.onnx.export does both (or fold_constants first)"
             )
         return constant.detach().cpu().double().numpy()
+
+    def _write(self, array: np.ndarray) -> ir.Value:
+        """Return an array in float32, or what makes it of noise, whichever is smaller."""
+        value = write_noise(array, self._noises)
+        return tensor(array.astype(np.float32)) if value is None else value
+
+    def _table(
+        self,
+        weight: np.ndarray,  # [H, D, 2K, R]
+        constant: np.ndarray | None,  # [H, D, R]
+    ) -> ir.Value:  # [H, 2K D, R] or [H, (2K + 1) D, R]
+        """Return what encodes the products of features with sines, and with 1."""
+        arrays = [weight] if constant is None else [weight, constant]
+        parts = [write_noise(array, self._noises) for array in arrays]
+        heads, features, _, num_realizations = weight.shape
+        if all(part is None for part in parts):
+            rows = [array.reshape(heads, features, -1, num_realizations) for array in arrays]
+            table = np.swapaxes(np.concatenate(rows, axis=2), 1, 2)
+            return tensor(table.reshape(heads, -1, num_realizations).astype(np.float32))
+        rows = [
+            reshape(self._write(array), heads, features, -1, num_realizations) for array in arrays
+        ]
+        table = rows[0] if len(rows) == 1 else op.Concat(*rows, axis=2)
+        return reshape(op.Transpose(table, perm=[0, 2, 1, 3]), heads, -1, num_realizations)
 
     def sine_features(
         self, x, freqs, amplitudes, offsets=None, constant=None, positions=None, start=0.0,
@@ -70,15 +100,11 @@ class Encoders:
         freqs, weight = self._read("freqs", freqs), self._read("weight", weight)
         constant = self._read("constant", constant)
         heads, features, rows, _ = weight.shape
-        ones = None
-        weight = np.swapaxes(weight, 1, 2)  # [H, 2K, D, R]
-        if constant is not None:
-            ones = np.ones((heads, features))
-            weight = np.concatenate((weight, constant[:, None]), axis=1)
-        weight = weight.reshape(heads, -1, weight.shape[-1]).astype(np.float32)
+        table = self._table(weight, constant)
+        ones = None if constant is None else np.ones((heads, features))
         basis = _basis(freqs, None, x, positions, start)
         out = _multiply(x, basis, (heads, features, rows // 2), ones, feature_map)
-        out = op.MatMul(op.Transpose(out, perm=[0, 2, 1, 3]), tensor(weight))
+        out = op.MatMul(op.Transpose(out, perm=[0, 2, 1, 3]), table)
         return to_type(op.Transpose(out, perm=[0, 2, 1, 3]), x.dtype)
 
     def phasor_filter(
@@ -98,7 +124,7 @@ class Encoders:
         code = op.Mul(op.Cos(phases(freqs, shifts, x, positions, start)), tensor(amplitudes))
         code = reshape(code, 0, heads, features, 2 * pairs)
         if constant is not None:
-            code = op.Add(code, tensor(constant.astype(np.float32)))
+            code = op.Add(code, self._write(constant))
         return apply_code(x, code, feature_map)
 
     def rotary(self, x, freqs, positions=None, start=0.0, feature_map="identity"):
@@ -124,7 +150,8 @@ class Encoders:
         """Translate `torch_spe.functional.conv_filter`."""
         check_type("conv_filter", x)
         return filter_noise(
-            x, self._read("kernel", kernel), self._read("constant", constant),
+            x, self._read("kernel", kernel),
+            None if constant is None else self._write(self._read("constant", constant)),
             None if seed is None else self._read_seed(seed), num_realizations, noise_kind,
             list(noise_stride or ()), list(start or ()), feature_map,
         )  # fmt: skip

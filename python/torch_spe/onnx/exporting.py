@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch._dynamo.exc import UserError
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree
 
 from torch_spe.attention import SPEMultiheadAttention
 from torch_spe.checks import check_choice, check_module
-from torch_spe.onnx.finish import merge_constants, name_dimensions, set_opset
+from torch_spe.onnx.finish import merge_constants, name_dimensions, remove_records, set_opset
 from torch_spe.onnx.folding import fold_constants
+from torch_spe.onnx.gaussian import keep_noise
 from torch_spe.onnx.nodes import UnsupportedError
+from torch_spe.onnx.shapes import OpenSizes, is_layer, layout_of, named_arguments, without_ones
 from torch_spe.onnx.states import (
     PAST,
     POSITIONS,
@@ -39,7 +44,8 @@ def export(
     *,
     kwargs: dict[str, object] | None = None,
     state: object = None,
-    dynamic: bool = True,
+    dynamic: bool | Literal["batch"] = True,
+    batch_first: bool | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     domain: str = "",
@@ -47,18 +53,24 @@ def export(
     """Export a model with this library's layers to ONNX, for inference.
 
     Causal attention becomes the operator LinearAttention of opset 27, everything else ordinary
-    nodes; codes, with the noise of the layers' seed, become constants. See docs/onnx.md.
+    nodes; codes become constants, and the noise of the layers' seed as well, or nodes that make it,
+    whichever is smaller. See docs/onnx.md.
 
     Args:
         model: in eval mode, in float32 or float16.
         args: an example of the arguments of a call. Tensors have the batch first and the length
-            second (the other way round for a layer without ``batch_first``).
+            second, or as `batch_first` says; those of a layer may be unbatched.
         path: of the file, if one is to be written.
-        kwargs: an example of arguments by name. Tensors among them become inputs as well.
+        kwargs: an example of arguments by name. Tensors among them become inputs as well, and so
+            does a list of positions as ``start``; all else is a constant of the ONNX model.
         state: an example, such as ``model.initial_state(1)``. The ONNX model then has the state as
             inputs and outputs, and continues a sequence by any number of tokens;
             ``model(*args, state=state)`` must return a tuple, the next state last.
-        dynamic: whether inputs of the ONNX model have any batch and length, or those of `args`.
+        dynamic: whether inputs of the ONNX model have any batch and length (True), any batch and
+            the length of `args` (``"batch"``, also where ``grid`` is given), or the sizes of `args`
+            (False).
+        batch_first: whether inputs of the model have the batch first; default what a layer says,
+            and True for a model of one's own.
         input_names: of args and then kwargs; default those of the parameters of ``model.forward``.
         output_names: of the outputs before the state; default ``output``, or ``output_0``, ...
         domain: of the operator: that of ONNX, or ``"com.microsoft"``, where ONNX Runtime has an
@@ -81,51 +93,109 @@ def export(
     """
     check_module("export", "model", model)
     check_choice("export", "domain", domain, ("", "com.microsoft"))
-    kwargs = dict(kwargs or {})
+    check_choice("export", "dynamic", dynamic, (True, False, "batch"))
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"export: args must be a tuple, got {type(args).__name__}")
+    args, kwargs = tuple(args), dict(kwargs or {})
     _check_options(model, kwargs)
+    if dynamic and kwargs.get("grid") is not None:
+        dynamic = "batch"  # the length is that of the grid
+    layout = layout_of(model, args, batch_first, dynamic)
+    if layout.ndim == 1 and isinstance(kwargs.get("start"), Sequence) and len(kwargs["start"]) > 1:
+        kwargs["start"] = torch.tensor(kwargs["start"])
     if dynamic:
-        args, kwargs = _pytree.tree_map_only(
-            Tensor, lambda x: _without_ones(x, _batch_first(model)), (tuple(args), kwargs)
+        _check_masks(kwargs)
+        named = named_arguments(model, args, kwargs)
+        values = [without_ones(layout, name, value) for name, value in named]
+        args, kwargs = (
+            tuple(values[: len(args)]),
+            dict(zip(kwargs, values[len(args) :], strict=True)),
         )
-        for name in ("attn_mask", "src_mask", "tgt_mask", "memory_mask"):
-            if isinstance(kwargs.get(name), Tensor):
-                raise UnsupportedError(
-                    f"export: {name} must be None with dynamic sizes: give is_causal=True, or "
-                    "padding as a mask [B, N] of its own, or export with dynamic=False"
-                )
-    _check_names("input_names", input_names, (args, kwargs))
-    batch, length = _sizes(model, args)
+        layout = layout_of(model, args, batch_first, dynamic)
+    _check_names("input_names", input_names, _count((args, kwargs)), "tensors beside the state")
     names = list(input_names or _names(model, args, kwargs))
     call, inputs, wanted = Stateless(model), (args, kwargs), []
     if state is not None:
-        call = Stateful(model, repeat_state(state, batch), args, kwargs)
-        inputs = (args, kwargs, call.positions(batch, length), call.values())
+        call = _with_state(model, repeat_state(state, layout.batch), args, kwargs, batch_first)
+        inputs = (args, kwargs, call.positions(layout.batch, layout.length), call.values())
         names += [POSITIONS, *(PAST + part.name for part in call.parts)]
         wanted = [PRESENT + part.name for part in call.parts if part.changes]
-    shapes = _dynamic_shapes(inputs, batch, length, _batch_first(model)) if dynamic else None
-    program = _trace(call, inputs, shapes)
-    count = sum(name is not None for name in program.graph_signature.user_outputs) - len(wanted)
-    if output_names is None and isinstance(model, MemoryState):
-        output_names = model.names
-    elif output_names is None:
+    sizes = OpenSizes(layout)
+    shapes = _dynamic_shapes(sizes, model, inputs)
+    with torch.no_grad():
+        count = _count(call(*inputs)) - len(wanted)  # its errors come before those of the exporter
+    if output_names is None:
         output_names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+        output_names = model.names if isinstance(model, MemoryState) else output_names
+    _check_names("output_names", output_names, count, "outputs beside the state")
+    program = _trace(call, inputs, shapes if dynamic else None)
     exported = _translate(program, names, [*output_names, *wanted])
     set_opset(exported, domain)
-    if dynamic:
-        name_dimensions(exported, shapes)
+    name_dimensions(exported, sizes.of_tensors)
     if path is not None:
         exported.save(path)
     return exported
 
 
-def _check_names(argument: str, names: Sequence[str] | None, values: object) -> None:
+def _count(values: object) -> int:
+    return sum(isinstance(value, Tensor) for value in _pytree.tree_leaves(values))
+
+
+def _check_names(argument: str, names: Sequence[str] | None, count: int, what: str) -> None:
     """Raise ValueError unless there is a name for each tensor."""
-    count = sum(isinstance(value, Tensor) for value in _pytree.tree_leaves(values))
-    if names is not None and (isinstance(names, str) or len(names) != count):
+    if names is not None and (
+        isinstance(names, str) or len(names) != count or len(set(names)) != count
+    ):
         raise ValueError(
-            f"export: {argument} must have a name for each of {count} tensors beside the state, "
-            f"got {names!r}"
+            f"export: {argument} must have a name of its own for each of {count} {what}, got "
+            f"{names!r}"
         )
+
+
+def _check_masks(kwargs: dict[str, object]) -> None:
+    """Raise ValueError for masks of pairs."""
+    for name in ("attn_mask", "src_mask", "tgt_mask", "memory_mask"):
+        if isinstance(kwargs.get(name), Tensor):
+            raise UnsupportedError(
+                f"export: {name} must be None with dynamic sizes: give is_causal=True, or "
+                "padding as a mask [B, N] of its own, or export with dynamic=False"
+            )
+
+
+def _with_state(
+    model: nn.Module, state: object, args: tuple[object, ...], kwargs: dict[str, object],
+    batch_first: bool | None,
+) -> Stateful:  # fmt: skip
+    try:
+        return Stateful(model, state, args, kwargs)
+    except ValueError as error:
+        attentions = [m for m in model.modules() if isinstance(m, SPEMultiheadAttention)]
+        if (
+            batch_first is None
+            and not is_layer(model)
+            and not all(a.batch_first for a in attentions)
+        ):
+            raise UnsupportedError(
+                "export: batch_first must be given for a model whose layers have the length first, "
+                f"False if its inputs have it first as well; taken as True: {error}"
+            ) from error
+        raise
+
+
+def _dynamic_shapes(
+    sizes: OpenSizes, model: nn.Module, inputs: tuple[object, ...]
+) -> tuple[object, ...]:
+    """Return the argument ``dynamic_shapes`` of ``torch.export.export``."""
+    args, kwargs, *of_state = inputs
+    shapes = [sizes.of(name, value) for name, value in named_arguments(model, args, kwargs)]
+    shapes = (
+        tuple(shapes[: len(args)]),
+        dict(zip(kwargs, shapes[len(args) :], strict=True)),
+    )
+    if not of_state:
+        return shapes
+    positions, parts = of_state
+    return *shapes, sizes.of_positions(positions), sizes.of_parts(parts)
 
 
 def _trace(
@@ -134,6 +204,12 @@ def _trace(
     try:
         with torch.no_grad():
             program = torch.export.export(call, inputs, dynamic_shapes=shapes, strict=False)
+    except UserError as error:  # sizes that are constants of the model
+        raise UnsupportedError(
+            "export: args and kwargs must be of sizes that may all vary, but for those alike in "
+            "the example: take another example, or give dynamic='batch' or False, or batch_first "
+            f"of the model; the exporter found: {error}"
+        ) from error
     except (GuardOnDataDependentSymNode, TypeError) as error:  # positions read from a tensor
         if any(isinstance(module, ConvSPE) for module in call.modules()):
             raise UnsupportedError(
@@ -160,7 +236,10 @@ def _translate(
             cause = cause.__cause__
         raise
     merge_constants(exported)
-    exported.optimize()
+    # As ``exported.optimize()``, which would make noise constant.
+    optimizer.optimize_ir(exported.model, should_fold=keep_noise)
+    onnx_fusions.fuse(exported.model)
+    remove_records(exported)
     return exported
 
 
@@ -189,71 +268,10 @@ def _check_options(model: nn.Module, kwargs: dict[str, object]) -> None:
             )
 
 
-def _roles(x: Tensor, batch_first: bool) -> list[str]:
-    """Return what the dimensions of an input are, but for the features."""
-    roles = ["length", "batch"] if x.dim() > 2 and not batch_first else ["batch", "length"]
-    return [*roles, *(f"size_{i}" for i in range(2, x.dim() - 1))][: x.dim()]
-
-
-def _without_ones(x: Tensor, batch_first: bool) -> Tensor:
-    """Return an example whose batch and length tracing does not take for constants."""
-    sizes = {"batch": 2, "length": 3}
-    repeats = [1] * x.dim()
-    for i, role in enumerate(_roles(x, batch_first)):
-        repeats[i] = sizes.get(role, 2) if x.shape[i] == 1 else 1
-    return x.repeat(repeats)
-
-
-def _dynamic_shapes(
-    inputs: tuple[object, ...], batch: int, length: int, batch_first: bool
-) -> tuple[object, ...]:
-    """Return the sizes that inputs may have: those alike in the example are alike in all calls."""
-    known = {("batch", batch): Dim("batch", min=1), ("length", length): Dim("length", min=1)}
-
-    def dimensions(x: object) -> dict[int, Dim] | None:
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            return None
-        roles = _roles(x, batch_first)
-        if x.dim() == 1 and x.shape[0] == length:
-            roles = ["length"]
-        return {
-            i: known.setdefault((role, x.shape[i]), Dim(f"{role}_{x.shape[i]}", min=1))
-            for i, role in enumerate(roles)
-        }
-
-    *of_call, parts = inputs if len(inputs) == 4 else (*inputs, None)
-    args, kwargs, *positions = (_pytree.tree_map(dimensions, part) for part in of_call)
-    if parts is None:
-        return args, kwargs
-    return args, kwargs, *positions, [{0: known["batch", batch]}] * len(parts)
-
-
-def _batch_first(model: nn.Module) -> bool:
-    """Say whether the batch is the first dimension of the model's inputs."""
-    attention = getattr(model, "self_attn", model)
-    if isinstance(model, MemoryState):
-        return model.batch_first
-    return not isinstance(attention, SPEMultiheadAttention) or attention.batch_first
-
-
-def _sizes(model: nn.Module, args: tuple[object, ...]) -> tuple[int, int]:
-    """Return batch and length of the example."""
-    first = next((x for x in _pytree.tree_leaves(args) if isinstance(x, Tensor)), None)
-    if first is None or first.dim() < 2:
-        raise ValueError(
-            "export: args must be a tuple whose first tensor has a batch and a length, got "
-            f"{'no tensor' if first is None else f'shape {tuple(first.shape)}'}"
-        )
-    sizes = first.shape[0], first.shape[1]
-    return sizes if _batch_first(model) else sizes[::-1]
-
-
 def _names(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[str]:
     """Return a name for each tensor among the arguments."""
-    parameters = list(inspect.signature(model.forward).parameters)
-    parameters += [f"input_{i}" for i in range(len(parameters), len(args))]
     names = []
-    for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
-        count = sum(isinstance(x, Tensor) for x in _pytree.tree_leaves(value))
+    for name, value in named_arguments(model, args, kwargs):
+        count = _count(value)
         names += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
     return names

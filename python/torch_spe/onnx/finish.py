@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from torch.utils import _pytree
 
 OPSET = 27  # that of LinearAttention
 
@@ -22,9 +21,18 @@ def merge_constants(program: torch.onnx.ONNXProgram) -> None:
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
+        common.DeduplicateHashedInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
     )(program.model)
+
+
+def remove_records(program: torch.onnx.ONNXProgram) -> None:
+    """Remove what the exporter notes beside each node, such as lines of source files.
+
+    Args:
+        program: changed in place.
+    """
+    common.ClearMetadataAndDocStringPass()(program.model)
 
 
 def set_opset(program: torch.onnx.ONNXProgram, domain: str = "") -> torch.onnx.ONNXProgram:
@@ -40,25 +48,22 @@ def set_opset(program: torch.onnx.ONNXProgram, domain: str = "") -> torch.onnx.O
     nodes = [node for node in program.model.graph.all_nodes() if node.op_type == "LinearAttention"]
     for node in nodes:
         node.domain, node.version = domain, None
-    if domain:
-        program.model.opset_imports[domain] = 1
-    elif nodes:
-        program.model.opset_imports[""] = OPSET
+    if nodes:
+        program.model.opset_imports[domain] = 1 if domain else OPSET
     return program
 
 
-def name_dimensions(program: torch.onnx.ONNXProgram, shapes: object) -> None:
-    """Give the sizes of inputs and outputs, which the exporter numbers, the names of `shapes`.
+def name_dimensions(
+    program: torch.onnx.ONNXProgram, dimensions: Sequence[dict[int, torch.export.Dim]]
+) -> None:
+    """Give the sizes of inputs and outputs, which the exporter numbers, names.
 
     Args:
         program: changed in place.
-        shapes: the argument ``dynamic_shapes`` of ``torch.export.export``.
+        dimensions: open dimensions of each input.
     """
     graph, names = program.model.graph, {}
-    leaves = _pytree.tree_leaves(shapes, is_leaf=lambda x: x is None or _is_dimensions(x))
-    dimensions = [leaf for leaf in leaves if leaf is not None]
-    inputs = [value for value in graph.inputs if len(value.shape) > 0]
-    for value, named in zip(inputs, dimensions, strict=True):
+    for value, named in zip(graph.inputs, dimensions, strict=True):
         for i, dim in named.items():
             size = value.shape[i]
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
@@ -75,10 +80,6 @@ def name_dimensions(program: torch.onnx.ONNXProgram, shapes: object) -> None:
     for value in _values(graph):
         if value.shape is not None:
             value.shape = ir.Shape([rename(size) for size in value.shape])
-
-
-def _is_dimensions(value: object) -> bool:
-    return isinstance(value, dict) and len(value) > 0 and all(isinstance(key, int) for key in value)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

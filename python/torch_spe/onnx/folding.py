@@ -9,6 +9,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from torch_spe.onnx.gaussian import NOISE, GaussianNoise
+
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # What torch.export records beside the computation.
 _RECORDS = (
@@ -44,7 +46,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
         The program.
     """
     _remove_records(program.graph)
-    values = constants_of(program)
+    values, noises = constants_of(program), {}
     folded = _find_codes(program.graph, set(values))
     for node in folded:
         arguments, named = fx.map_arg(
@@ -52,6 +54,11 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
         )
         with torch.no_grad():
             values[node.name] = node.target(*arguments, **named)
+        if node.target is torch.ops.torch_spe.conv_noise.default:
+            noise = GaussianNoise.of_call(values[node.name], *arguments, **named)
+            if noise is not None:  # that of one seed once, however many layers have it
+                noises[noise.seed, noise.first, noise.values.shape] = noise
+    program.graph_module.meta[NOISE] = list(noises.values())
     for node in folded:
         value = values[node.name]
         if isinstance(value, Tensor) and any(user not in folded for user in node.users):

@@ -129,8 +129,14 @@ class Stateful(nn.Module):
                 z = sums.new_zeros(sums.shape[:2] + example.denominators.shape[2:])
             states.append(AttentionState(sums, z, first, example.seed))
         state = _pytree.tree_unflatten(states, self._tree)
-        *outs, after = self.model(*args, state=state, **kwargs)
+        result = self.model(*args, state=state, **kwargs)
+        *outs, after = result if isinstance(result, tuple) else (result,)
         after = _pytree.tree_leaves(after, is_leaf=_is_state)
+        if len(after) != len(states) or not all(map(_is_state, after)):
+            raise TypeError(
+                "export: model must return a tuple when given a state, with the next one last, of "
+                f"the same structure, got {type(result).__name__}"
+            )
         return tuple(outs), [getattr(after[part.state], part.field) for part in parts]
 
     def forward(
@@ -186,18 +192,14 @@ class MemoryState(nn.Module):
             f"{PAST}{i}.encoder.{name}" for i in range(len(layers)) for name in _PARTS.values()
         ]
 
-    @property
-    def batch_first(self) -> bool:
-        """Whether the memory has the batch first."""
-        return self._attentions[0].batch_first
-
     def forward(
         self,
-        memory: Tensor,  # [M, B, d_model]
-        memory_key_padding_mask: Tensor | None = None,  # [B, M]
+        memory: Tensor,  # [M, B, d_model], [B, M, d_model] or [M, d_model]
+        memory_key_padding_mask: Tensor | None = None,  # [B, M] or [M]
     ) -> list[Tensor]:  # [B, H, R, E], [B, H, F], for each layer
         """Return the states of the memory."""
-        batch, parts = memory.shape[0 if self.batch_first else 1], []
+        batch_first, parts = self._attentions[0].batch_first, []
+        batch = 1 if memory.dim() == 2 else memory.shape[0 if batch_first else 1]
         for attention, start in zip(self._attentions, self._starts, strict=True):
             zeros = (
                 torch.zeros(batch, *part.shape[1:], dtype=part.dtype, device=part.device)
