@@ -122,6 +122,26 @@ def compare_layers(names, calls):
             compare(layer, reference, call, name)
 
 
+def compare_mesh():
+    """Data x sequence: noise is one along a sequence, and another in each row of the mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    layer = make(LAYERS["sine"]).train()
+    parallelize_module(layer, mesh["sequence"], SPESequenceParallel(equal_lengths=True))
+    whole = torch.randn(1, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    row, column = mesh.get_coordinate()
+    torch.manual_seed(dist.get_rank())
+    x = whole[:, 4 * column : 4 * column + 4]
+    out = layer(x, x, x, is_causal=True)[0].detach()
+    rows = []  # the whole sequence's output, as the first rank's noise of each row makes it
+    for data in range(2):
+        layer_of_one = make(LAYERS["sine"], resample="never").train()
+        torch.manual_seed(2 * data)
+        layer_of_one.seed = draw_seed(None, "cpu").item()
+        rows.append(layer_of_one(whole, whole, whole, is_causal=True)[0].detach())
+    assert error(rows[0], rows[1]) > 1e-3
+    assert error(out, rows[row][:, 4 * column : 4 * column + 4]) < 1e-9
+
+
 def compare_in_training(names):
     """Noise: that of the seed that the first rank draws, whatever the others' generators hold."""
     for name in names:
@@ -274,6 +294,7 @@ def everything(ranks):
         check_errors()
     else:
         compare_layers(["default", "sine", "data"], CALLS)
+        compare_mesh()
     compare_grids()
 
 
