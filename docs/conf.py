@@ -49,7 +49,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 
-autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
+autodoc_default_options = {"members": True, "exclude-members": "extra_repr, config_class"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "description"
@@ -142,7 +142,13 @@ def add_shapes(app, what, name, thing, options, lines):
     lines[place:place] = ["", *entry, ""] if not fields else [*entry]
 
 
+def link_pages(app, what, name, thing, options, lines):
+    """Turn names of pages, as docstrings have them, into links."""
+    lines[:] = [re.sub(r"\bdocs/(\w+)\.md", r":doc:`/\1`", line) for line in lines]
+
+
 def setup(app):
     """Connect what is added to Sphinx."""
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-docstring", add_shapes, priority=900)
+    app.connect("autodoc-process-docstring", link_pages, priority=900)

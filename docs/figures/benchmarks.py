@@ -48,7 +48,9 @@ def label_bars(axes, bars, texts):
 
 
 def show_time(ms):
-    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms"
+    if ms >= 1000:
+        return f"{ms / 1000:.1f} s"
+    return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms" if ms >= 0.95 else f"{ms:.2f} ms"
 
 
 def show_memory(megabytes):
@@ -124,6 +126,39 @@ def draw_attention(folder):
     save(figure, folder, "benchmark_attention")
 
 
+GENERATION = {
+    "torch_spe": ('torch_spe, "fading"', BLUE),
+    "(softmax attention with a cache)": ("softmax attention with a cache", ORANGE),
+    "(nn.MultiheadAttention, all keys projected again)": ("nn.MultiheadAttention, no cache", GREY),
+}
+
+
+def draw_generation(folder):
+    """Time of one more token, by how many there are before it."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 3))
+    rows = rows_of("decode")
+    for implementation, (label, color) in GENERATION.items():
+        points = sorted(
+            (row["N"], row["forward ms"]) for row in rows if row["implementation"] == implementation
+        )
+        axes.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
+        for length, ms in points:
+            axes.annotate(
+                show_time(ms), (length, ms), (0, 7 if ms > 0.3 else -14), ha="center",
+                textcoords="offset points",
+                fontsize=9, color=color,
+            )  # fmt: skip
+    lengths = sorted({row["N"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}".replace(",", " ") for length in lengths])
+    axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens before this one", ylabel="milliseconds", ylim=(0.1, 8000))
+    axes.legend(loc="upper left")
+    axes.grid(axis="y", color="0.92")
+    save(figure, folder, "benchmark_generation")
+
+
 def draw(folder):
     draw_encoders(folder)
     draw_attention(folder)
+    draw_generation(folder)
