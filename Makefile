@@ -18,13 +18,14 @@ PIP := $(BIN)/python -m pip install --no-compile
 INSTALL_DEV := $(PIP) 'torch==$(TORCH)' --group dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-build music test test-all bench gpu-model build format clean
+.PHONY: help demo demo-build music test test-all docs bench gpu-model build format clean
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
 	@echo 'make music   continue chorales, by the model of make demo or a new one: MIDI, pictures and sound; ARGS as above'
 	@echo 'make test    C++ and Python tests, format and lint; all but the longest'
 	@echo 'make test-all  all tests, more random calls, and everything under sanitizers'
+	@echo 'make docs    the documentation as a site, in build/docs'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
@@ -52,6 +53,10 @@ test: build
 
 test-all: build
 	@$(BIN)/python scripts/check.py --all $(ARGS)
+
+docs: build
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+	@echo 'open build/docs/index.html'
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -40,7 +40,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:
+def apply_feature_map(feature_map: FeatureMap, x: Tensor) -> Tensor:  # [...] -> [...]
     """Compute phi(x).
 
     Args:

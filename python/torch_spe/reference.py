@@ -131,7 +131,10 @@ def gated_code(
     return torch.sqrt(1 - share) * code + torch.sqrt(share) * noise / scale
 
 
-def apply_code(x: Tensor, code: Tensor) -> Tensor:
+def apply_code(
+    x: Tensor,  # [B, N, H, D]
+    code: Tensor,  # [N, H, D, R]
+) -> Tensor:  # [B, N, H, R]
     """Encode `x` ``[B, N, H, D]`` with a code ``[N, H, D, R]``; the result is ``[B, N, H, R]``."""
     return torch.einsum("bnhd,nhdr->bnhr", x, code)
 

@@ -1,9 +1,4 @@
-"""docs/generation.md runs; weights to look at are those of the layer."""
-
-import importlib.util
-import os
-import re
-from pathlib import Path
+"""Weights to look at are those of the layer."""
 
 import pytest
 import torch
@@ -18,34 +13,6 @@ from torch_spe import (
 )
 
 pytestmark = pytest.mark.cpu_only
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
-
-
-PAGE_PARTS = re.split(r"(?=^## )", PAGE.read_text(), flags=re.MULTILINE)
-OF_TRANSFORMERS = "## Hugging Face transformers\n"
-
-
-def run_page(parts):
-    torch.manual_seed(0)
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", "".join(parts), flags=re.DOTALL):
-        exec(block, names)
-
-
-def test_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_page(part for part in PAGE_PARTS if not part.startswith(OF_TRANSFORMERS))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
-def test_the_part_on_transformers_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    parts = [part for part in PAGE_PARTS if part.startswith(OF_TRANSFORMERS)]
-    assert parts
-    run_page(["```python\nimport torch\n```\n", *parts])
-
-
 LAYERS = {
     "default": {},
     "exact, decay": {"position": "exact", "decay": "learned"},

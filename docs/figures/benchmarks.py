@@ -1,0 +1,164 @@
+"""The figures of benchmarks/results, drawn."""
+
+import json
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from style import BLUE, GREEN, GREY, ORANGE, WIDTH, save
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+PASSES = {"forward": "forward", "forward+backward": "forward and backward"}
+
+# A row: its name; the file, the case, ours, the published code.
+PUBLISHED, GAUSSIAN = "(published code)", "(published code, Gaussian noise)"
+ENCODERS = (
+    ("SineSPE, Gaussian noise", "sine", "SineSPE, Gaussian noise", "torch_spe", "published code"),
+    ("SineSPE, phase noise", "phasor", "SineSPE, phase noise", "torch_spe", GAUSSIAN),
+    ("ConvSPE, Gaussian noise", "conv", "ConvSPE", "torch_spe", PUBLISHED),
+    ("ConvSPE, signs, stride 64", "conv", "ConvSPE", "torch_spe, signs, s = 64", PUBLISHED),
+)
+ATTENTION = {
+    "torch_spe": ("torch_spe", BLUE),
+    "idiap/fast-transformers": ("fast-transformers", GREEN),
+    "(softmax attention)": ("softmax attention", ORANGE),
+}
+
+
+def rows_of(name):
+    return json.loads((RESULTS / f"cpu_{name}.json").read_text())["rows"]
+
+
+def value_of(name, case, implementation, column, **sizes):
+    (row,) = [
+        row
+        for row in rows_of(name)
+        if row["case"] == case
+        and row["implementation"] == implementation
+        and all(row[size] == value for size, value in sizes.items())
+    ]
+    return row[column]
+
+
+def label_bars(axes, bars, texts):
+    for bar, text in zip(bars, texts, strict=True):
+        axes.annotate(
+            text, (bar.get_width(), bar.get_y() + bar.get_height() / 2), (4, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+
+
+def show_time(ms):
+    if ms >= 1000:
+        return f"{ms / 1000:.1f} s"
+    return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms" if ms >= 0.95 else f"{ms:.2f} ms"
+
+
+def show_memory(megabytes):
+    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"
+
+
+def draw_encoders(folder, batch=1):
+    """Time and peak memory beside the published code, forward and backward."""
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.9), sharey=True)
+    columns = (
+        ("ms", "time, logarithmic", show_time),
+        ("MB", "peak memory, logarithmic", show_memory),
+    )
+    for axes, (unit, title, show) in zip(panels, columns, strict=True):
+        values = [
+            [
+                value_of(name, case, who, f"forward+backward {unit}", B=batch)
+                for _, name, case, *pair in ENCODERS
+                for who in (pair[side],)
+            ]
+            for side in (0, 1)
+        ]
+        for side, (color, label) in enumerate(((BLUE, "torch_spe"), (GREY, "published code"))):
+            places = [row + 0.37 * side for row in range(len(ENCODERS))]
+            bars = axes.barh(places, values[side], 0.34, color=color, label=label, log=True)
+            texts = [show(value) for value in values[side]]
+            if side == 0:
+                ratios = [b / a for a, b in zip(*values, strict=True)]
+                texts = [
+                    f"{text}  ({ratio:.0f} x)" for text, ratio in zip(texts, ratios, strict=True)
+                ]
+            label_bars(axes, bars, texts)
+        axes.set_title(title, loc="left")
+        axes.set_xlim(right=max(map(max, values)) * 12)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xticks([])
+        axes.xaxis.minorticks_off()
+    panels[0].set_yticks([row + 0.18 for row in range(len(ENCODERS))], [row[0] for row in ENCODERS])
+    panels[0].tick_params(axis="y", length=0)
+    panels[0].invert_yaxis()
+    panels[1].tick_params(axis="y", length=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    save(figure, folder, "benchmark_encoders")
+
+
+def draw_attention(folder):
+    """Causal linear attention beside another implementation and softmax attention, by length."""
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharey=True)
+    rows = rows_of("attention")
+    for axes, (column, title) in zip(panels, PASSES.items(), strict=True):
+        for implementation, (label, color) in ATTENTION.items():
+            points = sorted(
+                (row["N"], row[f"{column} ms"])
+                for row in rows
+                if row["implementation"] == implementation
+            )
+            axes.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
+            length, ms = points[-1]
+            axes.annotate(
+                show_time(ms), (length, ms), (6, 0), textcoords="offset points", va="center",
+                fontsize=9, color=color,
+            )  # fmt: skip
+        lengths = sorted({row["N"] for row in rows})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.xaxis.minorticks_off()
+        axes.set(xlim=(lengths[0] * 0.8, lengths[-1] * 2.2), xlabel="tokens")
+        axes.set_title(title, loc="left")
+        axes.grid(axis="y", color="0.92")
+    panels[0].set_ylabel("milliseconds")
+    panels[0].set_yticks([1, 10, 100], ["1", "10", "100"])
+    panels[0].legend(loc="upper left")
+    save(figure, folder, "benchmark_attention")
+
+
+GENERATION = {
+    "torch_spe": ('torch_spe, "fading"', BLUE),
+    "(softmax attention with a cache)": ("softmax attention with a cache", ORANGE),
+    "(nn.MultiheadAttention, all keys projected again)": ("nn.MultiheadAttention, no cache", GREY),
+}
+
+
+def draw_generation(folder):
+    """Time of one more token, by how many there are before it."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 3))
+    rows = rows_of("decode")
+    for implementation, (label, color) in GENERATION.items():
+        points = sorted(
+            (row["N"], row["forward ms"]) for row in rows if row["implementation"] == implementation
+        )
+        axes.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
+        for length, ms in points:
+            axes.annotate(
+                show_time(ms), (length, ms), (0, 7 if ms > 0.3 else -14), ha="center",
+                textcoords="offset points",
+                fontsize=9, color=color,
+            )  # fmt: skip
+    lengths = sorted({row["N"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}".replace(",", " ") for length in lengths])
+    axes.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens before this one", ylabel="milliseconds", ylim=(0.1, 8000))
+    axes.legend(loc="upper left")
+    axes.grid(axis="y", color="0.92")
+    save(figure, folder, "benchmark_generation")
+
+
+def draw(folder):
+    draw_encoders(folder)
+    draw_attention(folder)
+    draw_generation(folder)
