@@ -96,8 +96,12 @@ def sdist(tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    sources = (ROOT / "python/torch_spe").rglob("*.py")
-    modules = {str(path.relative_to(ROOT / "python")) for path in sources}
+    sources = (ROOT / "python/torch_spe").rglob("*.py*")
+    modules = {
+        str(path.relative_to(ROOT / "python"))
+        for path in sources
+        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+    }
     compiled = {f"torch_spe/_C{EXTENSION_SUFFIXES[0]}", "torch_spe/libtorch_spe.so"}
     package = {name for name in names if name.startswith("torch_spe/")}
     assert package == modules | compiled | {"torch_spe/_build_info.json"}
@@ -139,6 +143,7 @@ def test_sdist_holds_all_that_the_build_reads(sdist):
     needed = {path for path in own if path.parts[0] not in ("build", "tests", ".venv")}
     assert len(needed) > 20
     assert [path for path in sorted(needed) if not (sdist / path).is_file()] == []
+    assert (sdist / "python/torch_spe/py.typed").is_file()
     assert list(sdist.rglob("*.so")) == list(sdist.rglob("_build_info.json")) == []
 
 
