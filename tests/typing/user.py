@@ -1,4 +1,4 @@
-"""A user's script, which a type checker reads and Python runs: `mypy` with pyproject.toml's options.
+"""A user's script: a type checker reads it (`mypy`, configured in pyproject.toml), Python runs it.
 
 `assert_type` says what a checker must know of the results; a comment that ignores an error stands
 where it must find one (one that is not needed is an error too).
@@ -46,7 +46,7 @@ def layers() -> Tensor:
     state = layer.initial_state(1, start=5)
     assert_type(state, AttentionState)
     assert_type(state.clone().to("cpu"), AttentionState)
-    out, state = layer(x, state=state)
+    layer(x, state=state)
     optimizer = torch.optim.AdamW(parameter_groups(layer, lr=1e-3, decay_lr_scale=5))
     optimizer.step()
     y: Tensor = layer(x, is_causal=True)
