@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --no-compile
 INSTALL_DEV := $(PIP) 'torch==$(TORCH)' --group dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-build music test test-all docs bench gpu-model build format clean
+.PHONY: help demo demo-build music test test-all docs bench gpu-model build wheel release format clean
 
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
@@ -29,6 +29,8 @@ help:
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
+	@echo 'make wheel   a manylinux wheel in dist, installed and run; ARGS="--cuda --python python3.12" for more'
+	@echo 'make release  checks version, changelog and tag, builds what would be uploaded, and ends there'
 	@echo 'make format  rewrite sources in the project style'
 	@echo 'make clean   remove what was built, and .venv'
 	@echo
@@ -70,6 +72,13 @@ gpu-model: build
 
 build: $(EDITABLE)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+# The instruction sets of setup.py: all, unless TORCH_SPE_INSTRUCTION_SETS names some.
+wheel: $(REQUIREMENTS)
+	@$(BIN)/python scripts/make_wheel.py $(ARGS)
+
+release: $(REQUIREMENTS)
+	@$(BIN)/python scripts/release.py $(ARGS)
 
 format: $(REQUIREMENTS)
 	@$(BIN)/python scripts/check.py --fix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: Any) -> bool:
     """Say whether `value` is an integer of any kind, and not a bool.
 
     Python's, NumPy's, a symbolic one, an integer array or tensor of no dimension: what PyTorch

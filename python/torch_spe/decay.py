@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class Decay(FlatParameterModule):
             if value is not None:
                 check_positive("Decay", **{name: value})
         self.in_features = self.embed_dim = None
-        factory = {"device": device, "dtype": parameter_type(dtype)}
+        factory: dict[str, Any] = {"device": device, "dtype": parameter_type(dtype)}
         shape = (self.num_heads,)
         if kind == "feature":
             (self.in_features,) = check_positive("Decay", in_features=in_features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class FlatParameterModule(Float32Module):
         super().__init__()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def register_flat_parameter(self, name: str, shape: Sequence[int], **factory: object) -> None:
+    def register_flat_parameter(self, name: str, shape: Sequence[int], **factory: Any) -> None:
         """Add a parameter, without values, whose attribute is a `flat_parameter`.
 
         Args:

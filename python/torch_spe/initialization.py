@@ -28,7 +28,8 @@ def reset_modules(*modules: object) -> None:
     for module in modules:
         if not isinstance(module, nn.Module):
             continue
-        if callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
         else:
             reset_modules(*module.children())

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class ModelConfig:
     activation: str = "gelu"
     tie_embeddings: bool = True
     share_position: bool = False
-    attention: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_classes: int | None = None
 
 
@@ -396,7 +397,7 @@ class SPECausalLM(_Model):
         Returns:
             int64, the new tokens, at most `steps` of them; `stop` after a first one.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         new = list(self.stream(prompt, steps, **options, generator=generator, stop=stop))
         return torch.stack(new, dim=1)
 

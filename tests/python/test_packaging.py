@@ -96,8 +96,12 @@ def sdist(tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    sources = (ROOT / "python/torch_spe").rglob("*.py")
-    modules = {str(path.relative_to(ROOT / "python")) for path in sources}
+    sources = (ROOT / "python/torch_spe").rglob("*.py*")
+    modules = {
+        str(path.relative_to(ROOT / "python"))
+        for path in sources
+        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+    }
     compiled = {f"torch_spe/_C{EXTENSION_SUFFIXES[0]}", "torch_spe/libtorch_spe.so"}
     package = {name for name in names if name.startswith("torch_spe/")}
     assert package == modules | compiled | {"torch_spe/_build_info.json"}
@@ -139,6 +143,7 @@ def test_sdist_holds_all_that_the_build_reads(sdist):
     needed = {path for path in own if path.parts[0] not in ("build", "tests", ".venv")}
     assert len(needed) > 20
     assert [path for path in sorted(needed) if not (sdist / path).is_file()] == []
+    assert (sdist / "python/torch_spe/py.typed").is_file()
     assert list(sdist.rglob("*.so")) == list(sdist.rglob("_build_info.json")) == []
 
 
@@ -186,7 +191,9 @@ def test_import_under_another_torch_says_what_to_do(installed, tmp_path):
     output = run(sys.executable, "-c", code, env=env, cwd=tmp_path, status=1)
     assert output.splitlines()[-1] == (
         f"ImportError: torch_spe was built for torch 1.2.3, but torch {torch.__version__} is "
-        "installed; rebuild it in its source tree with 'pip install --no-build-isolation --no-deps "
+        "installed; take the wheel whose version ends in "
+        f"+torch{torch.__version__.split('+')[0]}.cpu, rebuild it in its source tree with "
+        "'pip install --no-build-isolation --no-deps "
         "--no-cache-dir --force-reinstall .' ('make build' in a clone), or install the other torch "
         "with 'pip install torch==1.2.3'"
     )
@@ -202,7 +209,26 @@ def test_build_for_this_torch_and_python_is_required(tmp_path):
         _library._check_build(tmp_path, "2.12.0")
     (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
     _library._check_build(tmp_path, "2.11.0")
-    _library._check_build(tmp_path, "2.11.0+cu130")
+    _library._check_build(tmp_path, "2.11.0+cu130", "13.0")
+
+
+def test_import_errors_name_the_wheel(tmp_path):
+    info = tmp_path / "_build_info.json"
+    (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    for cuda, torch_cuda, version in (
+        ("", "13.0", "torch2.12.0.cpu"),
+        ("13.0", None, "torch2.12.0.cpu"),
+        ("13.0", "13.2", "torch2.12.0.cu132"),
+    ):
+        info.write_text(json.dumps({"torch": "2.11.0", "cuda": cuda}))
+        with pytest.raises(ImportError, match=re.escape(f"ends in +{version}, rebuild it")):
+            _library._check_build(tmp_path, "2.12.0+local", torch_cuda)
+    info.write_text('{"torch": "2.11.0", "cuda": "13.0"}')
+    _library._check_build(tmp_path, "2.11.0+cu132", "13.2")  # minor versions are compatible
+    with pytest.raises(ImportError, match=r"without CUDA; .* ends in \+torch2\.11\.0\.cpu"):
+        _library._check_build(tmp_path, "2.11.0+cpu", None)
+    with pytest.raises(ImportError, match=r"for CUDA 12\.9; .* ends in \+torch2\.11\.0\.cu129"):
+        _library._check_build(tmp_path, "2.11.0+cu129", "12.9")
 
 
 @pytest.mark.long

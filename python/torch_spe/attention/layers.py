@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class _Layer(EagerModule):
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        attention_options: dict[str, object],
+        attention_options: dict[str, Any],
     ) -> None:
         super().__init__()
         owner = type(self).__name__
@@ -54,7 +55,7 @@ class _Layer(EagerModule):
         if not callable(activation):
             check_choice(owner, "activation", activation, ("relu", "gelu"))
             activation = getattr(F, activation)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.self_attn = SPEMultiheadAttention(
             d_model, nhead, dropout=dropout, bias=bias, batch_first=batch_first, **factory,
             **attention_options,
@@ -127,7 +128,7 @@ class SPETransformerEncoderLayer(_Layer):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **attention_options: object,
+        **attention_options: Any,
     ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
@@ -289,8 +290,8 @@ class SPETransformerDecoderLayer(_Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        memory_options: dict[str, object] | None = None,
-        **attention_options: object,
+        memory_options: dict[str, Any] | None = None,
+        **attention_options: Any,
     ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
@@ -310,7 +311,7 @@ class SPETransformerDecoderLayer(_Layer):
                 "memory is the same for queries at all positions, got "
                 f"decay={memory_options['decay']!r}"
             )
-        factory = {"device": device, "dtype": dtype, "decay": None}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype, "decay": None}
         self.multihead_attn = SPEMultiheadAttention(
             d_model, nhead, dropout=dropout, bias=bias, batch_first=batch_first,
             **(factory | memory_options),

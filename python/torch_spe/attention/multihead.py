@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +217,7 @@ class SPEMultiheadAttention(HeadProjections):
         if eval_realizations is not None:
             (eval_realizations,) = check_positive(owner, eval_realizations=eval_realizations)
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             embed_dim,
             num_heads,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,7 +68,7 @@ class HeadProjections(EagerModule):
                 f"{OWNER}: num_key_value_heads must divide num_heads, got "
                 f"{self.num_key_value_heads} and {num_heads}"
             )
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         queries, keys, values = self._widths()
         if self.kdim == embed_dim and self.vdim == embed_dim:
             self.in_proj_weight = nn.Parameter(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from torch_spe.checks import is_integer
 
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-_KINDS = {
+_KINDS: dict[str, tuple[Any, str]] = {
     "bool": ((bool, int), "a bool"),
     "str": (str, "a string"),
 }
@@ -38,10 +38,10 @@ def names_arguments(function: Function) -> Function:
                 raise
             raise explanation from error
 
-    return call
+    return cast(Function, call)
 
 
-def plain_number(value: object) -> object:
+def plain_number(value: Any) -> Any:
     """Return a number of NumPy or a tensor as Python's, within 64 bits; anything else as it is."""
     if isinstance(value, (float, torch.SymInt, torch.SymFloat)) or torch.compiler.is_compiling():
         return value
@@ -74,7 +74,7 @@ def _explain(function: Callable, args: tuple, kwargs: dict) -> Exception | None:
     return None
 
 
-def _find_mismatch(annotation: str, value: object) -> str | None:
+def _find_mismatch(annotation: str, value: Any) -> str | None:
     """Say what `value` should have been and what it is; None if its kind is right."""
     got = f", got {type(value).__name__}"
     if annotation == "tuple[Tensor, Tensor] | None":

@@ -2,11 +2,79 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from torch_spe import _library  # noqa: F401
 from torch_spe.functional.arguments import names_arguments
+
+
+@overload
+def linear_attention(
+    q: Tensor,  # [B, N, H, R]
+    k: Tensor,  # [B, M, H, R]
+    v: Tensor,  # [B, M, H, E]
+    *,
+    feature_map: str = "elu",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,  # [B, M]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    initial_state: tuple[Tensor, Tensor] | None = None,  # S [B, H, R, E], z [B, H, F]
+    return_state: Literal[False] = False,
+    denominator_q: Tensor | None = None,  # [B, N, H, F]
+    denominator_k: Tensor | None = None,  # [B, M, H, F]
+    denominator_feature_map: str = "identity",
+    rms_norm: bool = False,
+    log_decay: Tensor | None = None,  # [H], [H, R], [B, N, H] or [B, N, H, R]
+) -> Tensor: ...  # [B, N, H, E]
+
+
+@overload
+def linear_attention(
+    q: Tensor,  # [B, N, H, R]
+    k: Tensor,  # [B, M, H, R]
+    v: Tensor,  # [B, M, H, E]
+    *,
+    feature_map: str = "elu",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,  # [B, M]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    initial_state: tuple[Tensor, Tensor] | None = None,  # S [B, H, R, E], z [B, H, F]
+    return_state: Literal[True],
+    denominator_q: Tensor | None = None,  # [B, N, H, F]
+    denominator_k: Tensor | None = None,  # [B, M, H, F]
+    denominator_feature_map: str = "identity",
+    rms_norm: bool = False,
+    log_decay: Tensor | None = None,  # [H], [H, R], [B, N, H] or [B, N, H, R]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # [B, N, H, E], state
+
+
+@overload
+def linear_attention(
+    q: Tensor,  # [B, N, H, R]
+    k: Tensor,  # [B, M, H, R]
+    v: Tensor,  # [B, M, H, E]
+    *,
+    feature_map: str = "elu",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,  # [B, M]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    initial_state: tuple[Tensor, Tensor] | None = None,  # S [B, H, R, E], z [B, H, F]
+    return_state: bool,
+    denominator_q: Tensor | None = None,  # [B, N, H, F]
+    denominator_k: Tensor | None = None,  # [B, M, H, F]
+    denominator_feature_map: str = "identity",
+    rms_norm: bool = False,
+    log_decay: Tensor | None = None,  # [H], [H, R], [B, N, H] or [B, N, H, R]
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
 
 @names_arguments

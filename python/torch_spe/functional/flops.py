@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -26,50 +27,48 @@ def _count(batch: int, length: int, codes: float, batched: float) -> int:
 
 
 @register_flop_formula(_ops.sine_filter)
-def _sine_filter(x: Shape, freqs: Shape, weight: Shape, *_: object, **__: object) -> int:
+def _sine_filter(x: Shape, freqs: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     batch, length, heads, features = x
     codes = heads * features * weight[3]
     return _count(batch, length, 2 * codes * weight[2], 2 * codes)
 
 
 @register_flop_formula(_ops.sine_filter_backward)
-def _sine_filter_backward(grad_out: Shape, *arguments: object, **__: object) -> int:
+def _sine_filter_backward(grad_out: Shape, *arguments: Any, **__: Any) -> int:
     return 2 * _sine_filter(*arguments)
 
 
 @register_flop_formula(_ops.phasor_filter)
-def _phasor_filter(x: Shape, freqs: Shape, *_: object, **__: object) -> int:
+def _phasor_filter(x: Shape, freqs: Shape, *_: Any, **__: Any) -> int:
     batch, length, heads, features = x
     pairs = heads * features * freqs[2]
     return _count(batch, length, 7 * pairs, 4 * pairs)
 
 
 @register_flop_formula(_ops.phasor_filter_backward)
-def _phasor_filter_backward(
-    grad_out: Shape, x: Shape, freqs: Shape, *_: object, **__: object
-) -> int:
+def _phasor_filter_backward(grad_out: Shape, x: Shape, freqs: Shape, *_: Any, **__: Any) -> int:
     batch, length, heads, features = x
     pairs = heads * features * freqs[2]
     return _count(batch, length, 21 * pairs, 8 * pairs)
 
 
 @register_flop_formula(_ops.sine_features)
-def _sine_features(x: Shape, freqs: Shape, *_: object, **__: object) -> int:
+def _sine_features(x: Shape, freqs: Shape, *_: Any, **__: Any) -> int:
     return math.prod(x) * (2 * freqs[2] + 1)
 
 
 @register_flop_formula(_ops.sine_features_backward)
-def _sine_features_backward(grad_out: Shape, *arguments: object, **__: object) -> int:
+def _sine_features_backward(grad_out: Shape, *arguments: Any, **__: Any) -> int:
     return 2 * _sine_features(*arguments)
 
 
 @register_flop_formula(_ops.rotary)
-def _rotary(x: Shape, *_: object, **__: object) -> int:
+def _rotary(x: Shape, *_: Any, **__: Any) -> int:
     return 3 * math.prod(x)
 
 
 @register_flop_formula(_ops.rotary_backward)
-def _rotary_backward(grad_out: Shape, x: Shape, *_: object, **__: object) -> int:
+def _rotary_backward(grad_out: Shape, x: Shape, *_: Any, **__: Any) -> int:
     return 2 * _rotary(x)
 
 
@@ -83,8 +82,8 @@ def _conv_filter(
     num_realizations: int | None = None,
     noise_kind: str = "gaussian",
     noise_stride: Sequence[int] = (),
-    *_: object,
-    **__: object,
+    *_: Any,
+    **__: Any,
 ) -> int:
     batch, *size, heads, features = x
     realizations = noise[-1] if noise is not None else num_realizations
@@ -94,7 +93,7 @@ def _conv_filter(
 
 
 @register_flop_formula(_ops.conv_filter_backward)
-def _conv_filter_backward(grad_out: Shape, *arguments: object, **__: object) -> int:
+def _conv_filter_backward(grad_out: Shape, *arguments: Any, **__: Any) -> int:
     return 2 * _conv_filter(*arguments)
 
 
@@ -113,8 +112,8 @@ def _linear_attention(
     initial_z: Shape | None = None,
     return_state: bool = False,
     denominator_q: Shape | None = None,
-    *_: object,
-    **__: object,
+    *_: Any,
+    **__: Any,
 ) -> int:
     # The state by keys and values, and the queries by the state; the denominator is one value more.
     columns = q[3] * v[3] + (0 if not normalize else (denominator_q or q)[3])
@@ -128,19 +127,19 @@ def _linear_attention_backward(
     grad_z: Shape | None,
     out: Shape | None,
     divisor: Shape | None,
-    *arguments: object,
-    **__: object,
+    *arguments: Any,
+    **__: Any,
 ) -> int:
     return 2 * _linear_attention(*arguments)
 
 
 @register_flop_formula(_ops.linear_attention_state)
-def _linear_attention_state(k: Shape, v: Shape, *_: object, **__: object) -> int:
+def _linear_attention_state(k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(k) * (v[3] + 1)
 
 
 @register_flop_formula(_ops.linear_attention_state_backward)
 def _linear_attention_state_backward(
-    grad_s: Shape | None, grad_z: Shape | None, *arguments: object, **__: object
+    grad_s: Shape | None, grad_z: Shape | None, *arguments: Any, **__: Any
 ) -> int:
     return 2 * _linear_attention_state(*arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class ConvSPE(SPE):
         self.noise = noise
         self.init = init
         shape = (*self.code_shape, *self.kernel_size)
-        factory = {"device": device, "dtype": parameter_type(dtype)}
+        factory: dict[str, Any] = {"device": device, "dtype": parameter_type(dtype)}
         self.register_flat_parameter("query_kernel", shape, **factory)
         self.register_flat_parameter("key_kernel", shape, **factory)
         self.reset_parameters()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class RotaryPositions(Position):
         self.frequencies = frequencies
         self.base = base
         shape = (num_heads, in_features // 2)
-        factory = {"device": device, "dtype": parameter_type(dtype)}
+        factory: dict[str, Any] = {"device": device, "dtype": parameter_type(dtype)}
         if frequencies == "learned":
             self.register_flat_parameter("freqs", shape, **factory)
         else:

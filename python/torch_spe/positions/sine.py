@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ class SineSPE(SPE):
         self.num_sines = num_sines
         self.init = init
         shape = (*self.code_shape, num_sines)
-        factory = {"device": device, "dtype": parameter_type(dtype)}
+        factory: dict[str, Any] = {"device": device, "dtype": parameter_type(dtype)}
         axes = () if self.ndim == 1 else (self.ndim,)
         self.register_flat_parameter("freqs", (*shape, *axes), **factory)
         self.register_flat_parameter("offsets", shape, **factory)

@@ -1,0 +1,5 @@
+from typing import Any
+
+STREAMS: dict[str, int]
+
+def build_info() -> dict[str, Any]: ...

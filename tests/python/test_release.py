@@ -1,0 +1,141 @@
+"""Scripts that make releases and wheels: what they check, and one wheel from beginning to end."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TODAY = date(2026, 11, 26)
+CHANGELOG = (
+    "# Changelog\n\n## [1.2.3] - 2026-11-26\n\n### Added\n- A thing.\n\n## [1.2.2] - 2026-01-01\n"
+)
+
+
+def load(name):
+    """Import a script, without leaving its folder on the path."""
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sys.path[:] = before
+    return script
+
+
+release = load("release")
+wheel = load("make_wheel")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A repository that is ready for release."""
+    (tmp_path / "VERSION").write_text("1.2.3\n")
+    (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
+    for command in (
+        ("init", "--quiet"),
+        ("config", "user.name", "someone"),
+        ("config", "user.email", "someone@example.org"),
+        ("add", "."),
+        ("commit", "--quiet", "--message", "First"),
+    ):
+        release.git(tmp_path, *command)
+    return tmp_path
+
+
+def test_a_tree_that_is_ready(tree):
+    assert release.check_release(tree, TODAY) == []
+    release.git(tree, "tag", "v1.2.3")
+    assert release.check_release(tree, TODAY) == []
+
+
+def test_a_tag_of_another_commit_and_changes(tree):
+    release.git(tree, "tag", "-a", "v1.2.3", "-m", "torch_spe 1.2.3")
+    (tree / "new").touch()
+    assert release.check_release(tree, TODAY) == [
+        "the tree has changes that are not committed: ?? new"
+    ]
+    release.git(tree, "add", ".")
+    release.git(tree, "commit", "--quiet", "--message", "Second")
+    (problem,) = release.check_release(tree, TODAY)
+    assert problem.startswith("the tag v1.2.3 exists and is another commit")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("2026-11-26", "unreleased", "expected the date of the release, such as 2026-11-26, got"),
+        ("2026-11-26", "2026-11-27", "2026-11-27 is in the future"),
+        ("[1.2.3]", "[1.2.4]", "the first entry must be [1.2.3], got '[1.2.4] - 2026-11-26'"),
+        ("- A thing.\n", "", "the entry of 1.2.3 is empty"),
+        ("[1.2.2]", "[1.2.3]", "two entries for 1.2.3"),
+        ("## [", "# [", "no entry"),
+    ],
+)
+def test_entries_of_the_changelog(old, new, problem):
+    (found,) = release.check_changelog(CHANGELOG.replace(old, new), "1.2.3", TODAY)
+    assert found.startswith("CHANGELOG.md: ")
+    assert problem in found
+
+
+@pytest.mark.parametrize("version", ["1.2", "v1.2.3", "1.2.3+cpu", "1.2.3-rc1", ""])
+def test_versions(version):
+    assert release.check_version("1.2.3") == release.check_version("1.2.3rc1") == []
+    (problem,) = release.check_version(version)
+    assert repr(version) in problem
+
+
+def test_labels_of_a_wheel():
+    assert wheel.local_version("2.11.0+cu130", "13.0") == "torch2.11.0.cu130"
+    assert wheel.local_version("2.11.0+cu130", None) == "torch2.11.0.cpu"
+    metadata = (
+        "Metadata-Version: 2.4\nName: torch-spe\nVersion: 1.2.3\nRequires-Dist: torch>=2.11\n"
+        'Requires-Dist: torchcodec; extra == "video"\n\nText: Version: 1.2.3\n'
+    )
+    changed = wheel.relabel_metadata(metadata, "1.2.3+torch2.11.0.cpu", "2.11.0+cu130")
+    assert changed == metadata.replace(
+        "\nVersion: 1.2.3\n", "\nVersion: 1.2.3+torch2.11.0.cpu\n"
+    ).replace("torch>=2.11", "torch==2.11.0")
+    with pytest.raises(wheel.Error, match="METADATA: expected"):
+        wheel.relabel_metadata(metadata.replace("torch>=2.11", "numpy"), "1.2.3+x", "2.11.0")
+    tagged = wheel.relabel_tags(
+        "Wheel-Version: 1.0\nTag: cp311-cp311-linux_x86_64\n\n", {"cp312", "cp310"}
+    )
+    assert tagged == (
+        "Wheel-Version: 1.0\nTag: cp310-none-linux_x86_64\nTag: cp312-none-linux_x86_64\n\n"
+    )
+
+
+def test_a_python_without_headers_is_refused(tmp_path):
+    tag, suffix, _ = wheel.probe(sys.executable)
+    assert tag == f"cp3{sys.version_info.minor}"
+    assert suffix.startswith(f".cpython-3{sys.version_info.minor}")
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho \'["cpython", "312", ".so", "{tmp_path}"]\'\n')
+    fake.chmod(0o755)
+    with pytest.raises(wheel.Error, match=r"no Python\.h"):
+        wheel.probe(fake)
+    fake.write_text('#!/bin/sh\necho \'["pypy", "311", ".so", "/"]\'\n')
+    with pytest.raises(wheel.Error, match=r"expected CPython 3\.10 or later, got pypy 311"):
+        wheel.probe(fake)
+
+
+@pytest.mark.long
+def test_a_wheel_is_built_installed_and_run(tmp_path):
+    output = subprocess.run(
+        [sys.executable, "scripts/make_wheel.py", "--out", tmp_path],
+        cwd=ROOT,
+        env={"TORCH_SPE_INSTRUCTION_SETS": "native", **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert output.returncode == 0, output.stdout
+    (built,) = tmp_path.iterdir()
+    version = (ROOT / "VERSION").read_text().strip()
+    assert built.name.startswith(f"torch_spe-{version}+torch2.")
+    assert f".cpu-cp3{sys.version_info.minor}-none-manylinux" in built.name
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", built], check=True)
