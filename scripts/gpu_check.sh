@@ -76,10 +76,11 @@ printf '%s\n' tests/python/test_*.py |
   grep -vE '_(benchmarks|chorales|cuda_emulation_catches|digits|experiment_tasks|experiments|music|packaging|source_rules|virtual_gpu_catches)\.py$' \
     > "$OUT_DIR/tests.txt"
 export PYTHON OUT_DIR
+export TORCH_SPE_TEST_ALL=1 TORCH_SPE_FUZZ_CALLS=400  # all combinations of parameters
 part tests 170 env OMP_NUM_THREADS=2 xargs -a "$OUT_DIR/tests.txt" -P 8 -n 1 bash -c '
   report=$OUT_DIR/$(basename "$1" .py)
   timeout --foreground --signal=INT --kill-after=3 165 \
-    "$PYTHON" -m pytest "$1" -vv -k "cuda and not emulated and not virtual_gpu" -p no:cacheprovider --tb=short \
+    "$PYTHON" -m pytest "$1" -vv -m "not long" -k "cuda and not emulated and not virtual_gpu" -p no:cacheprovider --tb=short \
     --junitxml="$report.xml" > "$report.log" 2>&1
   status=$?
   echo "$(tail -n 1 "$report.log") $1"

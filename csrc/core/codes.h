@@ -112,7 +112,7 @@ struct SineCodeBackwardParams : SineCodeParams {
 // Sine `index` of [H, D, K].
 template <class T, int kLanes>
 TORCH_SPE_INLINE void make_sine_code(const SineCodeParams& p, std::int64_t index, int lane) {
-  const std::int64_t real = p.num_realizations, at = index * 2 * real;
+  const std::int64_t realizations = p.num_realizations, at = index * 2 * realizations;
   for (std::int64_t axis = lane; axis < p.ndim; axis += kLanes) {
     const std::int64_t i = index * p.ndim + axis;
     p.cycles[i] = cycles_of(axis, static_cast<const T*>(p.freqs)[i]);
@@ -122,19 +122,19 @@ TORCH_SPE_INLINE void make_sine_code(const SineCodeParams& p, std::int64_t index
   const T* __restrict__ const noise = static_cast<const T*>(p.noise) + at;
   T* __restrict__ const query = static_cast<T*>(p.query_weight) + at;
   T* __restrict__ const key = static_cast<T*>(p.key_weight) + at;
-  for (std::int64_t r = lane; r < real; r += kLanes) {
-    const T re = amplitude * noise[r], im = amplitude * noise[real + r];
+  for (std::int64_t r = lane; r < realizations; r += kLanes) {
+    const T re = amplitude * noise[r], im = amplitude * noise[realizations + r];
     key[r] = re;
-    key[real + r] = im;
+    key[realizations + r] = im;
     query[r] = cos * re + sin * im;
-    query[real + r] = cos * im - sin * re;
+    query[realizations + r] = cos * im - sin * re;
   }
 }
 
 template <class T, int kLanes, class Sum>
 TORCH_SPE_INLINE void make_sine_code_backward(const SineCodeBackwardParams& p, std::int64_t index,
                                               int lane, const Sum& sum) {
-  const std::int64_t real = p.num_realizations, at = index * 2 * real;
+  const std::int64_t realizations = p.num_realizations, at = index * 2 * realizations;
   for (std::int64_t axis = lane; axis < p.ndim && p.grad_freqs != nullptr; axis += kLanes) {
     const std::int64_t i = index * p.ndim + axis;
     static_cast<T*>(p.grad_freqs)[i] = static_cast<T>(
@@ -147,29 +147,29 @@ TORCH_SPE_INLINE void make_sine_code_backward(const SineCodeBackwardParams& p, s
   const T* __restrict__ const key = static_cast<const T*>(p.grad_key_weight) + at;
   // Gradients of amplitude times noise.
   const auto grad_re = [&](std::int64_t r) {
-    return key[r] + cos * query[r] - sin * query[real + r];
+    return key[r] + cos * query[r] - sin * query[realizations + r];
   };
   const auto grad_im = [&](std::int64_t r) {
-    return key[real + r] + sin * query[r] + cos * query[real + r];
+    return key[realizations + r] + sin * query[r] + cos * query[realizations + r];
   };
   if (p.grad_gains != nullptr) {
-    const T total = sum(lane_sum<T, kLanes>(lane, real, [&](std::int64_t r) {
-      return grad_re(r) * noise[r] + grad_im(r) * noise[real + r];
+    const T total = sum(lane_sum<T, kLanes>(lane, realizations, [&](std::int64_t r) {
+      return grad_re(r) * noise[r] + grad_im(r) * noise[realizations + r];
     }));
     if (lane == 0) static_cast<T*>(p.grad_gains)[index] = total * sine.amplitude_derivative;
   }
   if (p.grad_offsets != nullptr) {
-    const T total = sum(lane_sum<T, kLanes>(lane, real, [&](std::int64_t r) {
-      const T re = noise[r], im = noise[real + r];
-      return query[r] * (cos * im - sin * re) - query[real + r] * (cos * re + sin * im);
+    const T total = sum(lane_sum<T, kLanes>(lane, realizations, [&](std::int64_t r) {
+      const T re = noise[r], im = noise[realizations + r];
+      return query[r] * (cos * im - sin * re) - query[realizations + r] * (cos * re + sin * im);
     }));
     if (lane == 0) static_cast<T*>(p.grad_offsets)[index] = total * sine.amplitude;
   }
   if (p.grad_noise != nullptr) {
     T* __restrict__ const grad_noise = static_cast<T*>(p.grad_noise) + at;
-    for (std::int64_t r = lane; r < real; r += kLanes) {
+    for (std::int64_t r = lane; r < realizations; r += kLanes) {
       grad_noise[r] = sine.amplitude * grad_re(r);
-      grad_noise[real + r] = sine.amplitude * grad_im(r);
+      grad_noise[realizations + r] = sine.amplitude * grad_im(r);
     }
   }
 }
@@ -329,13 +329,14 @@ TORCH_SPE_INLINE void gate_code_backward(const GateCodeBackwardParams& p, std::i
   const T gate = static_cast<const T*>(p.gate)[index];
   const T off = sigmoid(-gate), on = sigmoid(gate);
   const T coded = square_root(off), constant = square_root(on) * static_cast<T>(p.scale);
-  const std::int64_t at = index * p.size, real = p.num_realizations, noise_at = index * real;
+  const std::int64_t at = index * p.size, realizations = p.num_realizations,
+                     noise_at = index * realizations;
   if (p.grad_query != nullptr)
     scale_row<T, kLanes>(coded, p.grad_gated_query, at, p.size, p.grad_query, lane);
   if (p.grad_key != nullptr)
     scale_row<T, kLanes>(coded, p.grad_gated_key, at, p.size, p.grad_key, lane);
   if (p.grad_noise != nullptr)
-    scale_row<T, kLanes>(constant, p.grad_constant, noise_at, real, p.grad_noise, lane);
+    scale_row<T, kLanes>(constant, p.grad_constant, noise_at, realizations, p.grad_noise, lane);
   if (p.grad_gate == nullptr) return;
   const auto product = [&](const void* a, const void* b, std::int64_t begin, std::int64_t size) {
     const T* const left = static_cast<const T*>(a) + begin;
@@ -344,7 +345,7 @@ TORCH_SPE_INLINE void gate_code_backward(const GateCodeBackwardParams& p, std::i
   };
   const T of_code = product(p.grad_gated_query, p.query, at, p.size) +
                     product(p.grad_gated_key, p.key, at, p.size);
-  const T of_constant = product(p.grad_constant, p.noise, noise_at, real);
+  const T of_constant = product(p.grad_constant, p.noise, noise_at, realizations);
   const T total = sum((constant * off * of_constant - coded * on * of_code) / 2);
   if (lane == 0) static_cast<T*>(p.grad_gate)[index] = total;
 }

@@ -62,8 +62,8 @@ def test_contours_have_the_published_statistics(drawings):
     assert np.allclose(apart, picture.seed_distance)
     way = paddles[:, :length, 1] - paddles[:, :length, 0]
     angles = np.arctan2(way[..., 0], way[..., 1])
-    rows = (np.diff(angles) + np.pi) % (2 * np.pi) - np.pi
-    assert np.abs(rows).max() <= np.pi / 2
+    turns = (np.diff(angles) + np.pi) % (2 * np.pi) - np.pi
+    assert np.abs(turns).max() <= np.pi / 2
     # Of all that are drawn; which of them fit, the others decide.
     drawn = contours.turns(np.random.default_rng(0), (20_000,))
     assert np.mean(drawn**2) == pytest.approx(np.pi**2 / 12 - 0.5, rel=0.03)
@@ -266,8 +266,8 @@ def test_reading_columns_is_reading_the_rows_of_the_transposed_image():
     for number in range(2):
         layer = model.layers[number]
         columns = model.pass_layer(number + 2, layer, pixels.flatten(1, 2), None)
-        rows = other.pass_layer(number, layer, pixels.transpose(1, 2).flatten(1, 2), None)
-        back = rows.unflatten(1, (8, 6)).transpose(1, 2).flatten(1, 2)
+        rotated = other.pass_layer(number, layer, pixels.transpose(1, 2).flatten(1, 2), None)
+        back = rotated.unflatten(1, (8, 6)).transpose(1, 2).flatten(1, 2)
         assert torch.equal(columns, back)
         assert not torch.allclose(
             columns, model.pass_layer(number, layer, pixels.flatten(1, 2), None)

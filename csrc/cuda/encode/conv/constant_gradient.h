@@ -34,14 +34,14 @@ struct ConstantGradientShared {
 template <class Operand>
 struct ConstantGradientBlocks {
   using Shape = ConstantGradientShape<Operand>;
-  std::int64_t tokens, tiles, feature_tiles, real_tiles, segments, constants;
+  std::int64_t tokens, tiles, feature_tiles, realization_tiles, segments, constants;
 
   TORCH_SPE_INLINE explicit ConstantGradientBlocks(const core::ConvFilterParams& p)
       : tokens(p.batch * p.size[0] * p.size[1] * p.size[2]),
         tiles(ceil_div(tokens, Shape::kTokens)),
         feature_tiles(ceil_div(p.in_features, Shape::kFeatures)),
-        real_tiles(ceil_div(p.num_realizations, Shape::kReal)),
-        segments(num_segments(p.num_heads * feature_tiles * real_tiles, tiles)),
+        realization_tiles(ceil_div(p.num_realizations, Shape::kReal)),
+        segments(num_segments(p.num_heads * feature_tiles * realization_tiles, tiles)),
         constants(p.num_heads * p.in_features * p.num_realizations) {}
   std::int64_t num_parts() const { return segments * constants; }
 };
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   MemoryLayout layout(memory);
   const ConstantGradientShared<Operand> shared(layout);
   std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % blocks.real_tiles * Shape::kReal;
-  block /= blocks.real_tiles;
+  const std::int64_t r0 = block % blocks.realization_tiles * Shape::kReal;
+  block /= blocks.realization_tiles;
   const std::int64_t d0 = block % blocks.feature_tiles * Shape::kFeatures;
   block /= blocks.feature_tiles;
   const std::int64_t head = block % p.num_heads, segment = block / p.num_heads;
@@ -147,7 +147,7 @@ void launch_constant_gradient(const core::ConvFilterBackwardParams& p, double* p
   MemoryLayout size;
   ConstantGradientShared<Operand>{size};
   launch(conv_constant_gradient_kernel<Storage, Operand>,
-         grid_of(blocks.real_tiles * blocks.feature_tiles * p.num_heads * blocks.segments),
+         grid_of(blocks.realization_tiles * blocks.feature_tiles * p.num_heads * blocks.segments),
          dim3(kThreads), size.size(), stream, p, blocks, parts);
   sum_parts(parts, blocks.segments, blocks.constants,
             static_cast<core::accumulate_t<Storage>*>(p.grad_constant), stream);

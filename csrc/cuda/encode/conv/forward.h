@@ -42,13 +42,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   MemoryLayout layout(memory);
   const Shared shared(layout);
   const LineTiles<kTokens> tiles(p);
-  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kReal);
+  const std::int64_t realizations = p.num_realizations,
+                     realization_tiles = ceil_div(realizations, kReal);
   const std::int64_t batch_tiles = ceil_div(p.batch, kRows);
   const std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % real_tiles * kReal;
-  const std::int64_t b0 = block / real_tiles % batch_tiles * kRows;
-  const std::int64_t tile = block / real_tiles / batch_tiles % tiles.count;
-  LineTile place = tiles.place(tile, block / real_tiles / batch_tiles / tiles.count, 0);
+  const std::int64_t r0 = block % realization_tiles * kReal;
+  const std::int64_t b0 = block / realization_tiles % batch_tiles * kRows;
+  const std::int64_t tile = block / realization_tiles / batch_tiles % tiles.count;
+  LineTile place = tiles.place(tile, block / realization_tiles / batch_tiles / tiles.count, 0);
   const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(p.x_strides);
 
   ConvCodeTile<Storage, Operand, Tile> codes(p);
@@ -86,12 +87,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   codes.for_each_place([&](int token, int r) {
     TORCH_SPE_UNROLL
     for (int b = 0; b < kRows; ++b) {
-      if (b0 + b < p.batch && place.n0 + token < p.size[2] && r0 + r < real) {
+      if (b0 + b < p.batch && place.n0 + token < p.size[2] && r0 + r < realizations) {
         const std::int64_t n =
             (((b0 + b) * p.size[0] + place.i0) * p.size[1] + place.i1) * p.size[2] + place.n0 +
             token;
-        write(sums[b][i],
-              static_cast<Storage*>(p.out) + (n * p.num_heads + place.head) * real + r0 + r);
+        write(sums[b][i], static_cast<Storage*>(p.out) +
+                              (n * p.num_heads + place.head) * realizations + r0 + r);
       }
     }
     ++i;

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   MemoryLayout layout(memory);
   const Shared shared(layout);
   const LineTiles<kTokens> tiles(p);
-  const std::int64_t real = p.num_realizations,
+  const std::int64_t realizations = p.num_realizations,
                      batch_tiles = ceil_div(p.batch, kInputGradientBatch);
   const std::int64_t block = blockIdx.x;
   const std::int64_t d = block % p.in_features;
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   ConvCodeTile<Storage, Operand, Tile> codes(p);
   T sums[kInputGradientBatch / kParts] = {};
-  for (std::int64_t r0 = 0; r0 < real; r0 += kReal) {
+  for (std::int64_t r0 = 0; r0 < realizations; r0 += kReal) {
     codes.make(shared, place, r0,
                [&](int t, int r, T code) { shared.codes[t * Shared::kRow + r] = code; });
     __syncthreads();
-    const int count = static_cast<int>(min_of(kReal, real - r0));
+    const int count = static_cast<int>(min_of(kReal, realizations - r0));
     TORCH_SPE_KEEP_LOOP
     for (int r = 0; r < count; r += kVector) {
       T code[kVector];

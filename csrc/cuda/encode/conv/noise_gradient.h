@@ -21,11 +21,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t size1 = p.size[1] + p.kernel_size[1] - 1;
   const std::int64_t size2 = p.size[2] + p.kernel_size[2] - 1;
   const LineTiles<kTokens> tiles(size0, size1, size2);
-  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kReal);
+  const std::int64_t realizations = p.num_realizations,
+                     realization_tiles = ceil_div(realizations, kReal);
   const std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % real_tiles * kReal;
-  const std::int64_t tile = block / real_tiles % tiles.count;
-  const std::int64_t feature = block / real_tiles / tiles.count;
+  const std::int64_t r0 = block % realization_tiles * kReal;
+  const std::int64_t tile = block / realization_tiles % tiles.count;
+  const std::int64_t feature = block / realization_tiles / tiles.count;
   const LineTile noise = tiles.place(tile, feature / p.in_features, feature % p.in_features);
 
   TileProduct<Operand, kTokens, kReal> product;
@@ -51,9 +52,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
   }
   product.for_each([&](int token, int r, T value) {
-    if (noise.n0 + token >= size2 || r0 + r >= real) return;
+    if (noise.n0 + token >= size2 || r0 + r >= realizations) return;
     const std::int64_t position = ((feature * size0 + noise.i0) * size1 + noise.i1) * size2;
-    write_as(p.noise_dtype, value, p.grad_noise, (position + noise.n0 + token) * real + r0 + r);
+    write_as(p.noise_dtype, value, p.grad_noise,
+             (position + noise.n0 + token) * realizations + r0 + r);
   });
 }
 

@@ -119,8 +119,8 @@ class NoiseStreams {
       const int d = i / runs;
       const std::int64_t r = (first_run + i % runs) * kRun;
       const bool inside = feature + d < p_.in_features;
-      const int real = static_cast<int>(inside ? max_of(0, min_of(kRun, p_.num_realizations - r))
-                                               : 0);  // that exist
+      const int realizations = static_cast<int>(
+          inside ? max_of(0, min_of(kRun, p_.num_realizations - r)) : 0);  // that exist
       const int from = static_cast<int>(max_of(0, begin - r));
       const int to = static_cast<int>(min_of(kRun, end - r));
       const int index = static_cast<int>(r + from - begin), first_class = index % s;
@@ -133,7 +133,8 @@ class NoiseStreams {
         signs = next_signs;
         TORCH_SPE_UNROLL
         for (int e = 0; e < 4; ++e) normals[e] = next_normals[e];
-        if (real > 0) make_run<kRun>(feature + d, period + j + 1, r, &next_signs, next_normals);
+        if (realizations > 0)
+          make_run<kRun>(feature + d, period + j + 1, r, &next_signs, next_normals);
         if (j < 0) continue;
         // One stretch for each group that the run has realizations of.
         int c = first_class, next = to;
@@ -147,18 +148,20 @@ class NoiseStreams {
             TORCH_SPE_UNROLL
             for (int k = 0; k < kRun; ++k) {
               if (k >= first && k < last)
-                stream[u + k] = k < real ? pack_pair<Storage>(normals[k], next_normals[k]) : 0u;
+                stream[u + k] =
+                    k < realizations ? pack_pair<Storage>(normals[k], next_normals[k]) : 0u;
             }
           } else {
-            const int last_real = static_cast<int>(min_of(last, real));
+            const int last_there = static_cast<int>(min_of(last, realizations));
             // The signs of number k in the highest bits of both halves.
             std::uint32_t low = rotate(signs, first + 17), high = rotate(next_signs, first + 1);
-            for (int k = first; k < last_real; ++k) {
+            for (int k = first; k < last_there; ++k) {
               stream[u + k] = ones ^ (low & 0x8000u) ^ (high & 0x80000000u);
               low = rotate(low, 1);
               high = rotate(high, 1);
             }
-            for (int k = static_cast<int>(max_of(first, real)); k < last; ++k) stream[u + k] = 0;
+            for (int k = static_cast<int>(max_of(first, realizations)); k < last; ++k)
+              stream[u + k] = 0;
           }
         }
       }
