@@ -41,7 +41,7 @@ class InPyTorch:
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
         with torch.inference_mode():
-            logits, self.state = self.model(torch.tensor([tokens]), self.state)
+            logits, self.state = self.model(torch.tensor([tokens]), state=self.state)
         return logits[0, -1]
 
 

@@ -144,6 +144,8 @@ def test_masks_of_pairs_and_wrong_names_are_refused():
     mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
     with pytest.raises(torch_spe.onnx.UnsupportedError, match=r"src_mask must be None.*is_causal"):
         torch_spe.onnx.export(layer, (x,), kwargs={"src_mask": mask, "is_causal": True})
+    with pytest.raises(torch_spe.onnx.UnsupportedError, match="attn_mask must be None"):
+        torch_spe.onnx.export(layer.self_attn, (x, x, x, None, False, mask))
     for argument in ("input_names", "output_names"):
         for names in (["a", "b"], "x", []):
             text = f"{argument} must have a name of its own for each of 1"

@@ -57,6 +57,14 @@ def test_music_is_written_without_pytorch(tmp_path):
     assert len(score.parts) == 4
 
 
+def test_what_is_compared_is_the_model():
+    torch.manual_seed(0)
+    model = ChoraleModel(ENCODINGS["exact-decay"]).eval()
+    in_pytorch = load("compare").InPyTorch(model)
+    in_pytorch([1, 2])
+    assert torch.allclose(in_pytorch([3]), model(torch.tensor([[1, 2, 3]]))[0, -1], atol=1e-4)
+
+
 def test_notes_and_lengths():
     generate = load("generate")
     tokens = [38, 33, 30, 14, 1, 1, 1, 1, 0, 40, 1, 1]

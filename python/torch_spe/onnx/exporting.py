@@ -94,6 +94,7 @@ def export(
     check_module("export", "model", model)
     check_choice("export", "domain", domain, ("", "com.microsoft"))
     check_choice("export", "dynamic", dynamic, (True, False, "batch"))
+    check_choice("export", "batch_first", batch_first, (None, True, False))
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"export: args must be a tuple, got {type(args).__name__}")
     args, kwargs = tuple(args), dict(kwargs or {})
@@ -104,8 +105,8 @@ def export(
     if layout.ndim == 1 and isinstance(kwargs.get("start"), Sequence) and len(kwargs["start"]) > 1:
         kwargs["start"] = torch.tensor(kwargs["start"])
     if dynamic:
-        _check_masks(kwargs)
         named = named_arguments(model, args, kwargs)
+        _check_masks(named)
         values = [without_ones(layout, name, value) for name, value in named]
         args, kwargs = (
             tuple(values[: len(args)]),
@@ -152,10 +153,11 @@ def _check_names(argument: str, names: Sequence[str] | None, count: int, what: s
         )
 
 
-def _check_masks(kwargs: dict[str, object]) -> None:
+def _check_masks(named: list[tuple[str, object]]) -> None:
     """Raise ValueError for masks of pairs."""
-    for name in ("attn_mask", "src_mask", "tgt_mask", "memory_mask"):
-        if isinstance(kwargs.get(name), Tensor):
+    for name, value in named:
+        masks = ("attn_mask", "src_mask", "tgt_mask", "memory_mask")
+        if name in masks and isinstance(value, Tensor):
             raise UnsupportedError(
                 f"export: {name} must be None with dynamic sizes: give is_causal=True, or "
                 "padding as a mask [B, N] of its own, or export with dynamic=False"

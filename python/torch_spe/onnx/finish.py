@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 import torch
 
 OPSET = 27  # that of LinearAttention
+MERGED = 2**20  # elements of the largest constants that are looked at for equal ones
 
 
 def merge_constants(program: torch.onnx.ONNXProgram) -> None:
@@ -21,7 +22,7 @@ def merge_constants(program: torch.onnx.ONNXProgram) -> None:
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateHashedInitializersPass(),
+        common.DeduplicateInitializersPass(size_limit=MERGED),
         common.CommonSubexpressionEliminationPass(),
     )(program.model)
 
