@@ -1,5 +1,7 @@
 """Weights to look at are those of the layer."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch.nn import functional as F

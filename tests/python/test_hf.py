@@ -227,14 +227,19 @@ def test_a_cropped_cache_is_that_of_the_tokens_that_are_left(monkeypatch):
             plain.crop(-1)
 
 
-def test_the_cache_has_one_size():
-    model, cache, sizes = make_model(), None, set()
+def states_of(layer):
+    return layer.recurrent_states.values()
+
+
+def test_the_cache_has_one_size_and_place():
+    model, cache, sizes, addresses = make_model(), None, set(), set()
     with torch.inference_mode():
         for length in (1, 40, 7):
             cache = model(make_tokens(1, length), cache=cache).cache
-            sizes.add(sum(s.numel() for x in cache.layers for s in x.recurrent_states.values()))
+            sizes.add(sum(s.numel() for x in cache.layers for s in states_of(x)))
+            addresses.add(tuple(s.data_ptr() for x in cache.layers for s in states_of(x)))
             assert not any(x._window for x in cache.layers)
-    assert len(sizes) == 1
+    assert len(sizes) == len(addresses) == 1
     assert cache.get_seq_length() == 48
 
 
