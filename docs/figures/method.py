@@ -27,7 +27,7 @@ def draw_codes(folder):
     def codes(realizations):  # -> [N, R] twice
         with torch.no_grad():
             pair = spe((1, length), realizations, seed=5).materialize()
-        # As in the paper: the library's are smaller by R^(1/4), which spares a division later.
+        # As in the paper: the library's are smaller by R^(1/4), which saves a division later.
         return [code[0, :, 0, 0] * realizations**0.25 for code in pair]
 
     figure, (above, below) = plt.subplots(2, figsize=(WIDTH, 5))

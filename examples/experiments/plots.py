@@ -68,11 +68,13 @@ def _plot_positions(path: Path, task: Task, rows: list[dict], note: str) -> None
         title: [row for row in rows if family_of(row["encoding"]) == title] for title in FAMILIES
     }
     panels = {title: found for title, found in panels.items() if found}
+    # One below the other, as wide as a page, so that it can be read on a phone too.
+    heights = [2.7 + 0.17 * len(found) for found in panels.values()]
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(max(5.2 * len(panels), 8), 8), sharey=True, squeeze=False,
-        layout="constrained",
+        len(panels), 1, figsize=(6.4, 0.6 + sum(heights)), height_ratios=heights, sharey=True,
+        squeeze=False, layout="constrained",
     )  # fmt: skip
-    for axes, (title, found) in zip(grid[0], panels.items(), strict=True):
+    for axes, (title, found) in zip(grid[:, 0], panels.items(), strict=True):
         axes.axvspan(0, task.length, color="0.93", zorder=0)
         axes.axvline(task.length, color="0.3", linestyle="--", linewidth=1)
         colors = {}
@@ -93,11 +95,11 @@ def _plot_positions(path: Path, task: Task, rows: list[dict], note: str) -> None
             axes.axhline(task.chance, color="0.5", linewidth=1, linestyle="-.", label="a guess")
         axes.set(title=title, xlabel="position (tokens)", xlim=(0, task.test_length))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    grid[0, 0].set_ylabel("NLL (nats per token)")
+        axes.set_ylabel("NLL (nats per token)")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
     figure.suptitle(
-        f"{task.title}\ntest sequences, trained on {task.length} tokens, {note}: mean and range",
-        fontsize=11,
+        f"{task.title}: test sequences, trained on {task.length} tokens\n{note}: mean and range",
+        fontsize=10,
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -83,12 +83,11 @@ def plot_by_position(
     note: str,
 ) -> None:
     """Draw panels of lines over positions, the trained length marked."""
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     count = -(-len(panels) // columns)
     figure, grid = plt.subplots(
-        count, columns, figsize=(4.2 * columns + 2.2, 3.5 * count), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+        count, columns, figsize=(7, 2.6 * count + 0.9), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
@@ -105,7 +104,7 @@ def plot_by_position(
         for axes in grid.flat
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside right center")
+    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=2)
     figure.suptitle(note, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
