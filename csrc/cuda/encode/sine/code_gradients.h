@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const auto feature = [&] {
     return place.head * read_again(p.in_features) + d0 + thread_read_again() / kLanes;
   };
-  const bool exists = d0 + warp < features;
+  const auto exists = [&] { return d0 + thread_read_again() / kLanes < features; };
   const bool whole = r0 + kCodeReal <= real && d0 + kGradientFeatures <= features;
 
   const auto own_thread = [] { return static_cast<std::uint32_t>(thread_read_again()); };
@@ -236,14 +236,16 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         for (int e = 0; e < 4; ++e) out[e][2 * i + j] = pack_pair<Storage>(sums[0][e], sums[1][e]);
       }
     }
-    Storage* const to = shared.code + (8 * feature_half + 2 * member) * Shared::kFeature +
-                        (16 * real_part + group) * Shared::kCodeRow + 8 * half;
-    struct alignas(16) Words {
-      std::uint32_t of[4];
+    struct alignas(16) Eight {
+      std::uint32_t pairs[4];
     };
+    constexpr int kRowEights = Shared::kCodeRow / 8, kFeatureEights = Shared::kFeature / 8;
+    Eight* const to = reinterpret_cast<Eight*>(shared.code) +
+                      (8 * feature_half + 2 * member) * kFeatureEights +
+                      (16 * real_part + group) * kRowEights + half;
     TORCH_SPE_UNROLL
     for (int e = 0; e < 4; ++e)
-      *reinterpret_cast<Words*>(to + e % 2 * Shared::kFeature + e / 2 * 8 * Shared::kCodeRow) = {
+      to[e % 2 * kFeatureEights + e / 2 * 8 * kRowEights] = {
           {out[e][0], out[e][1], out[e][2], out[e][3]}};
   };
 
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       for (int half = 0; half < 2; ++half) {
         const int r = r0 + 16 * depth + 8 * half + 2 * member;
         weight[i][depth][half] =
-            exists && sine < sines && r < real
+            exists() && sine < sines && r < real
                 ? *reinterpret_cast<const std::uint32_t*>(
                       static_cast<const Storage*>(p.weight) +
                       ((feature() * sines + sine) * 2 + part) * p.num_realizations + r)
@@ -364,10 +366,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     if (n0 % WalkingPhase::kExactPositions == 0 || tile == 0) {
       TORCH_SPE_UNROLL
       for (int i = 0; i < kSines; ++i) {
-        const int sine = Columns::sine(2 * i, group);
+        const std::uint32_t lane = own_thread() % kLanes;
+        const int sine = Columns::sine(2 * i, lane / 4);
         phases[i] = {};
-        if (exists && sine < sines)
-          phases[i].set(p.freqs[feature() * sines + sine], p.start, n0 + 2 * member);
+        if (exists() && sine < sines)
+          phases[i].set(p.freqs[feature() * sines + sine], p.start, n0 + 2 * (lane % 4));
       }
     }
     __syncthreads();  // the gradients of the codes are there
@@ -377,7 +380,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     n0 = next_n0;
   }
 
-  if (!exists) return;
+  if (!exists()) return;
   const std::int64_t all = place.segment * p.num_heads * p.in_features + feature();
   TORCH_SPE_UNROLL
   for (int i = 0; i < kEights; ++i) {
