@@ -1,8 +1,11 @@
 // Launches of the sine filter's kernels: for 16-bit storage at consecutive positions those of
-// encode/sine/codes*.h where batch rows share codes, or of encode/sine/steps*.h; else the general
+// encode/sine/code*.h where batch rows share codes, or of encode/sine/steps*.h; else the general
 // ones. The backward pass is cut into segments of the
 // tokens; each writes its part of the sums over them.
+#include "encode/sine/code_gradients.h"
 #include "encode/sine/codes_forward.h"
+#include "encode/sine/codes_input_gradient.h"
+#include "encode/sine/few_parts.h"
 #include "encode/sine/general_forward.h"
 #include "encode/sine/general_input_gradient.h"
 #include "encode/sine/general_weight_gradient.h"
@@ -55,6 +58,7 @@ std::int64_t weight_gradient_segments(const SineFilterParams& p) {
 template <class Operand>
 struct SineBackwardWorkspace {
   using T = core::accumulate_t<Operand>;
+  bool codes;
   std::int64_t input_gradient_segments, weight_gradient_segments, position_parts;
   std::int64_t num_freqs, num_weights, num_constants, num_positions;
   double *freqs = nullptr, *positions = nullptr;
@@ -62,8 +66,12 @@ struct SineBackwardWorkspace {
   std::size_t size = 0;
 
   SineBackwardWorkspace(const SineFilterBackwardParams& p, void* memory)
-      : input_gradient_segments(cuda::input_gradient_segments<Operand>(p)),
-        weight_gradient_segments(cuda::weight_gradient_segments<Operand>(p)),
+      : codes(backward_runs_on_codes<Operand>(p)),
+        input_gradient_segments(codes ? SineCodeGradientsPlace::segments(p) *
+                                            SineCodesPlace::real_tiles(p)
+                                      : cuda::input_gradient_segments<Operand>(p)),
+        weight_gradient_segments(codes ? SineCodeGradientsPlace::segments(p)
+                                       : cuda::weight_gradient_segments<Operand>(p)),
         position_parts(
             TokenTiles(p.batch, p.length, SineInputGradientShape<Operand>::kTokens).batch_tiles *
             p.num_heads * SineFeatureGroups<SineInputGradientShape<Operand>::kColumns>(p).count),
@@ -125,12 +133,37 @@ void launch_weight_gradient(const SineFilterBackwardParams& p,
          p, workspace.weight_gradient_segments, workspace.weight, workspace.constant);
 }
 
+template <class Storage, int kEights = 1>
+void launch_codes_backward(const SineFilterBackwardParams& p,
+                           const SineBackwardWorkspace<Storage>& workspace, Stream stream) {
+  if constexpr (kEights < kMostCodeEights) {
+    if (sine_code_eights(p) > kEights)
+      return launch_codes_backward<Storage, kEights + 1>(p, workspace, stream);
+  }
+  if (p.grad_x != nullptr) {
+    MemoryLayout size;
+    SineCodesShared<Storage>{size, p};
+    launch(sine_codes_input_gradient_kernel<Storage, kEights>, grid_of(SineCodesPlace::count(p, 1)),
+           dim3(kCodeThreads), size.size(), stream, p);
+  }
+  if (workspace.freqs == nullptr && workspace.weight == nullptr) return;
+  MemoryLayout size;
+  SineCodeGradientsShared<Storage>{size};
+  launch(sine_code_gradients_kernel<Storage, kEights>,
+         grid_of(workspace.weight_gradient_segments * SineCodeGradientsPlace::sums(p)),
+         dim3(kGradientThreads), size.size(), stream, p, workspace.weight_gradient_segments,
+         workspace.freqs, workspace.weight, workspace.constant);
+}
+
 template <class Storage, class Operand>
 void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
   using T = core::accumulate_t<Storage>;
   const SineBackwardWorkspace<Operand> workspace(p, memory);
+  if constexpr (sizeof(Storage) == 2) {
+    if (workspace.codes) launch_codes_backward<Storage>(p, workspace, stream);
+  }
   if (p.grad_x != nullptr || p.grad_freqs != nullptr || p.grad_positions != nullptr) {
-    launch_input_gradient<Storage>(p, workspace, stream);
+    if (!workspace.codes) launch_input_gradient<Storage>(p, workspace, stream);
     if (p.grad_freqs != nullptr)
       sum_parts(workspace.freqs, workspace.input_gradient_segments, workspace.num_freqs,
                 p.grad_freqs, stream);
@@ -139,13 +172,13 @@ void backward(const SineFilterBackwardParams& p, void* memory, Stream stream) {
                 p.grad_positions, stream);
   }
   if (p.grad_weight == nullptr && p.grad_constant == nullptr) return;
-  launch_weight_gradient<Storage>(p, workspace, stream);
+  if (!workspace.codes) launch_weight_gradient<Storage>(p, workspace, stream);
   if (p.grad_weight != nullptr)
-    sum_parts(workspace.weight, workspace.weight_gradient_segments, workspace.num_weights,
-              static_cast<T*>(p.grad_weight), stream);
+    sum_weight_parts(workspace.weight, workspace.weight_gradient_segments, workspace.num_weights,
+                     static_cast<T*>(p.grad_weight), stream);
   if (p.grad_constant != nullptr)
-    sum_parts(workspace.constant, workspace.weight_gradient_segments, workspace.num_constants,
-              static_cast<T*>(p.grad_constant), stream);
+    sum_weight_parts(workspace.constant, workspace.weight_gradient_segments,
+                     workspace.num_constants, static_cast<T*>(p.grad_constant), stream);
 }
 
 template <class Storage, int kEights = 1>
@@ -155,8 +188,9 @@ void launch_codes_forward(const SineFilterParams& p, Stream stream) {
   }
   MemoryLayout size;
   SineCodesShared<Storage>{size, p};
-  launch(sine_codes_forward_kernel<Storage, kEights>, grid_of(SineCodesPlace::count(p)),
-         dim3(kCodeThreads), size.size(), stream, p);
+  launch(sine_codes_forward_kernel<Storage, kEights>,
+         grid_of(SineCodesPlace::count(p, SineCodesPlace::real_tiles(p))), dim3(kCodeThreads),
+         size.size(), stream, p);
 }
 
 template <class Storage, class Operand>

@@ -41,6 +41,8 @@ SINE_SHAPES = {
     "odd batch": (5, 90, 1, 17, 1, 130, True),
     "shared codes": (9, 40, 1, 12, 10, 72, True),
     "fewer shared codes": (5, 35, 2, 10, 6, 24, False),
+    "gradients of shared codes": (9, 40, 2, 24, 10, 72, True),
+    "gradients of fewer shared codes": (5, 35, 1, 16, 7, 24, True),
     "more sines than the sums of a block": (2, 20, 1, 9, 230, 9, True),
     "grid of positions": (2, 21, 2, 3, 2, 6, True, 2),
 }

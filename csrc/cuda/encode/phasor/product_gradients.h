@@ -27,8 +27,9 @@ struct PhasorGradientTiles {
         feature_tiles(ceil_div(p.in_features, kGradientFeatures)),
         real_tiles(ceil_div(2 * p.num_pairs, kGradientReal)) {
     const std::int64_t blocks = max_of(1, p.num_heads * feature_tiles * real_tiles);
+    // At most three blocks of a multiprocessor, all at once: more segments are more sums to add.
     const std::int64_t wanted =
-        max_of(ceil_div(kWantedBlocks, blocks), ceil_div(p.length, kLongestSegment));
+        max_of(kWalkingBlocks * 3 / 2 / blocks, ceil_div(p.length, kLongestSegment));
     segments = max_of(1, min_of(tokens.position_tiles, wanted));
     per_segment = ceil_div(tokens.position_tiles, segments);
   }

@@ -35,10 +35,11 @@ struct SineCodesPlace {
   TORCH_SPE_INLINE static std::int64_t real_tiles(const SineFilterParams& p) {
     return ceil_div(p.num_realizations, kCodeReal);
   }
-  TORCH_SPE_INLINE static std::int64_t count(const SineFilterParams& p) {
-    return position_tiles(p) * batch_tiles(p) * real_tiles(p) * p.num_heads;
+  // Of blocks, where the realizations are in `real_tiles` tiles.
+  TORCH_SPE_INLINE static std::int64_t count(const SineFilterParams& p, std::int64_t real_tiles) {
+    return position_tiles(p) * batch_tiles(p) * real_tiles * p.num_heads;
   }
-  TORCH_SPE_DEVICE explicit SineCodesPlace(const SineFilterParams& p) {
+  TORCH_SPE_DEVICE SineCodesPlace(const SineFilterParams& p, std::int64_t real_tiles) {
     std::uint32_t block = blockIdx.x;
     const auto take = [&](std::int64_t count) {
       const auto size = static_cast<std::uint32_t>(count);
@@ -48,7 +49,7 @@ struct SineCodesPlace {
     };
     position_tile = take(position_tiles(p));
     batch_tile = take(batch_tiles(p));
-    real_tile = take(real_tiles(p));
+    real_tile = take(real_tiles);
     head = block;
   }
   TORCH_SPE_DEVICE std::int64_t n0() const { return std::int64_t{position_tile} * kCodePositions; }
@@ -94,8 +95,8 @@ TORCH_SPE_INLINE bool runs_on_codes(const SineFilterParams& p) {
          static_cast<std::int64_t>(size.size()) <= kMostShared;
 }
 
-// Makes the codes of a head, realizations [r0, r0 + 64), of 8 features at a time: each warp those
-// of one, at the 32 positions of the block.
+// Makes the codes of a head, 64 realizations of 8 features at a time: each warp those of one
+// feature, at the 32 positions of the block.
 template <class Storage, int kEights>
 class SineCodes {
  public:
@@ -117,14 +118,16 @@ class SineCodes {
       shared.zero[i].bits = 0;
   }
 
-  // Starts to copy the weights of the warp's one of features [d0, d0 + 8), for make() to wait for.
-  TORCH_SPE_DEVICE void bring_weights(int d0) const {
+  // Starts to copy the weights of the warp's one of features [d0, d0 + 8), 64 realizations from
+  // r0 + further on, for make() to wait for.
+  TORCH_SPE_DEVICE void bring_weights(int d0, std::uint32_t further = 0) const {
     const int d = d0 + warp();
-    const bool exists = d < features() && column_ < p_.num_realizations;
+    const std::uint32_t column = column_ + further;
+    const bool exists = d < features() && column < p_.num_realizations;
     const std::int64_t feature = head_ * p_.in_features + d, real = p_.num_realizations;
     Storage* to = own_weight_ + lane() / 8 * Shared::kRow + lane() % 8 * 8;
     const Storage* from = static_cast<const Storage*>(p_.weight) +
-                          (feature * 2 * sines() + lane() / 8) * real + column_;
+                          (feature * 2 * sines() + lane() / 8) * real + column;
     TORCH_SPE_KEEP_LOOP
     for (int row = lane() / 8; row < 2 * sines(); row += 4) {
       copy_row(exists, from, to);
@@ -132,7 +135,7 @@ class SineCodes {
       to += 4 * Shared::kRow;
     }
     if (p_.constant != nullptr && lane() < 8)
-      copy_row(exists, static_cast<const Storage*>(p_.constant) + feature * real + column_,
+      copy_row(exists, static_cast<const Storage*>(p_.constant) + feature * real + column,
                own_weight_ + 2 * sines() * Shared::kRow + lane() * 8);
   }
 

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   const Shared shared(layout, p);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
   const int group = lane / 4, member = lane % 4;
-  const SineCodesPlace place(p);
+  const SineCodesPlace place(p, SineCodesPlace::real_tiles(p));
   const std::int64_t n0 = place.n0(), b0 = place.b0(), r0 = place.r0(), head = place.head;
   const SineCodes<Storage, kEights> codes(p, shared, head, n0, r0);
   codes.bring_weights(0);
