@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,12 +154,13 @@ def _translate(
             output_names=outputs, opset_version=CONVERTED, optimize=False, verbose=False,
         )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = error
+        cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, UnsupportedError):
                 raise UnsupportedError(str(cause)) from error
             cause = cause.__cause__
         raise
+    assert exported is not None  # a program, not a file
     merge_constants(exported)
     exported.optimize()
     return exported
@@ -205,7 +207,7 @@ def _without_ones(x: Tensor, batch_first: bool) -> Tensor:
 
 
 def _dynamic_shapes(
-    inputs: tuple[object, ...], batch: int, length: int, batch_first: bool
+    inputs: tuple[Any, ...], batch: int, length: int, batch_first: bool
 ) -> tuple[object, ...]:
     """Return the sizes that inputs may have: those alike in the example are alike in all calls."""
     known = {("batch", batch): Dim("batch", min=1), ("length", length): Dim("length", min=1)}

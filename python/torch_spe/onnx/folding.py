@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -51,7 +52,8 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
             (node.args, node.kwargs), lambda argument: values[argument.name]
         )
         with torch.no_grad():
-            values[node.name] = node.target(*arguments, **named)
+            target: Any = node.target
+            values[node.name] = target(*arguments, **named)
     for node in folded:
         value = values[node.name]
         if isinstance(value, Tensor) and any(user not in folded for user in node.users):
