@@ -1,6 +1,5 @@
 """Builds the compiled part of torch_spe with CMake. Everything else stands in pyproject.toml."""
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,16 +18,32 @@ NO_TORCH = """
 torch_spe is compiled against the PyTorch that you use; this build does not see any.
 
   pip install torch                            # unless you have it
+  pip install .
+
+With a tool that builds in an environment elsewhere, such as uv:
+
   pip install "setuptools>=77" "cmake>=3.26" ninja
   pip install --no-build-isolation .
-
-Without --no-build-isolation pip builds in an empty environment, without your torch.
 """
+
+
+def _torch_folder():
+    """Return the folder of the torch in use, or None.
+
+    The environment in which pip builds is that of the interpreter, with its packages hidden: torch
+    is where they are, and only its headers and libraries are needed.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is not None:
+        return Path(spec.origin).parent
+    folders = (Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib"))
+    return next((folder for folder in folders if (folder / "version.py").is_file()), None)
+
 
 # A source distribution needs no torch; everything that ends in an installation does. Said before
 # pip downloads torch as a dependency.
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
-if BUILDS & set(sys.argv) and importlib.util.find_spec("torch") is None:
+if BUILDS & set(sys.argv) and _torch_folder() is None:
     sys.exit(NO_TORCH)
 
 
@@ -78,7 +93,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_INSTALL_MESSAGE=LAZY",
             "-DTORCH_SPE_PYTHON=ON",
             f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DTORCH_SPE_TORCH_DIR={Path(importlib.util.find_spec('torch').origin).parent}",
+            f"-DTORCH_SPE_TORCH_DIR={_torch_folder()}",
             f"-DTORCH_SPE_CUDA={os.environ.get('TORCH_SPE_CUDA', 'AUTO')}",
             f"-DTORCH_SPE_INSTRUCTION_SETS={_instruction_sets()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
@@ -90,7 +105,7 @@ class CMakeBuild(build_ext):
         variables = ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CUDACXX")
         cuda = [os.environ.get(name) for name in variables]
         cuda.append(shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"))
-        versions = [sys.version, importlib.metadata.version("torch")]
+        versions = [sys.version, (_torch_folder() / "version.py").read_text()]
         state = json.dumps([arguments, versions, cuda])
         if configured.is_file() and configured.read_text() == state:
             return

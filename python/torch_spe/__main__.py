@@ -1,5 +1,7 @@
 """``python -m torch_spe``: what is installed, in lines to read and to paste into a report."""
 
+from typing import Any
+
 import torch
 
 from torch_spe import build_info
@@ -7,7 +9,7 @@ from torch_spe import build_info
 
 def main() -> None:
     """Print the build information."""
-    info = build_info()
+    info: dict[str, Any] = build_info()
     architectures = " ".join(info["cuda_architectures"])
     cuda = f"{info['cuda']} ({architectures})" if info["cuda"] else "CPU only"
     for name, value in (

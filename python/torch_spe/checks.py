@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -114,17 +114,19 @@ def check_positive(owner: str, **values: int) -> tuple[int, ...]:
 
 def check_sizes(owner: str, name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Return one integer of at least 1 for each dimension, from one for all or one each."""
+    sizes: tuple[Any, ...]
     sizes = (value,) * ndim if is_integer(value) or not is_sequence(value) else tuple(value)
     if len(sizes) != ndim:
         raise ValueError(
             f"{owner}: {name} must be a number or {ndim} of them (ndim), got {value!r}"
         )
-    return tuple(check_positive(owner, **{name: size})[0] for size in sizes)
+    of_name: list[dict[str, Any]] = [{name: size} for size in sizes]
+    return tuple(check_positive(owner, **named)[0] for named in of_name)
 
 
 def check_lags(owner: str, max_lag: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Return one largest lag for each dimension, from one for all or one each."""
-    lags = tuple(max_lag) if is_sequence(max_lag) else (max_lag,) * ndim
+    lags: tuple[Any, ...] = tuple(max_lag) if is_sequence(max_lag) else (max_lag,) * ndim
     if len(lags) != ndim or any(not is_integer(lag) or lag < 0 for lag in lags):
         raise ValueError(
             f"{owner}: max_lag must be an integer >= 0 or {ndim} of them (ndim), got {max_lag!r}"
@@ -153,7 +155,7 @@ def check_starts(
     owner: str, start: float | Sequence[float], ndim: int, name: str = "start"
 ) -> tuple[float, ...]:
     """Return one first position for each dimension, from one for all or one each."""
-    starts = tuple(start) if is_sequence(start) else (start,) * ndim
+    starts: tuple[Any, ...] = tuple(start) if is_sequence(start) else (start,) * ndim
     if len(starts) != ndim:
         raise ValueError(
             f"{owner}: {name} must be a number or {ndim} numbers (ndim), got {start!r}"
@@ -171,14 +173,15 @@ def _is_finite(value: object) -> bool:
 
 def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:
     """Return one first position for each dimension, after a check that they are whole."""
-    starts = tuple(start) if is_sequence(start) else (start,) * ndim
-    starts = tuple(check_number(owner, "start", first) for first in starts)
-    whole = all(not isinstance(n, float) or n.is_integer() for n in starts)
-    if len(starts) != ndim or not whole:
+    starts: tuple[Any, ...] = tuple(start) if is_sequence(start) else (start,) * ndim
+    numbers: list[Any] = [check_number(owner, "start", first) for first in starts]
+    whole = all(not isinstance(n, float) or n.is_integer() for n in numbers)
+    if len(numbers) != ndim or not whole:
         raise ValueError(
             f"{owner}: start must be a whole number or {ndim} of them (ndim), got {start!r}"
         )
-    return tuple(n if isinstance(n, (int, torch.SymInt)) else int(n) for n in starts)
+    integers: list[Any] = [n if isinstance(n, (int, torch.SymInt)) else int(n) for n in numbers]
+    return tuple(integers)
 
 
 def check_consecutive(owner: str, positions: Tensor | None) -> None:
@@ -291,7 +294,7 @@ def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: 
         )
 
 
-def is_sequence(value: object) -> bool:
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     """Say whether `value` is a sequence: a list, a tuple, a NumPy array of one dimension."""
     if isinstance(value, Sequence):
         return not isinstance(value, (str, bytes))

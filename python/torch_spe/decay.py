@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,14 +88,14 @@ class Decay(FlatParameterModule):
         factory: dict[str, Any] = {"device": device, "dtype": parameter_type(dtype)}
         shape = (self.num_heads,)
         if kind == "feature":
-            (self.in_features,) = check_positive("Decay", in_features=in_features)
+            (self.in_features,) = check_positive("Decay", in_features=cast(Any, in_features))
             shape = (self.num_heads, self.in_features)
         if kind == "fixed":
             self.register_buffer("rate", torch.empty(shape, **factory))
         else:
             self.register_flat_parameter("rate", shape, **factory)
         if kind == "data":
-            (self.embed_dim,) = check_positive("Decay", embed_dim=embed_dim)
+            (self.embed_dim,) = check_positive("Decay", embed_dim=cast(Any, embed_dim))
             self.register_flat_parameter("weight", (self.num_heads, self.embed_dim), **factory)
         self.reset_parameters()
 
@@ -125,6 +125,7 @@ class Decay(FlatParameterModule):
         check_not_nan("Decay", rate=rate)
         if self.kind == "data":
             check_tensor("Decay", "x", x)
+            assert x is not None
             if x.shape[-1] != self.embed_dim:
                 raise ValueError(
                     f"Decay: x must end in embed_dim = {self.embed_dim}, got shape {tuple(x.shape)}"

@@ -294,6 +294,7 @@ class PositiveFeatures(EagerModule):
         self.resample = resample
         self.seed = seed = check_seed("PositiveFeatures", seed)
         like = torch.empty(0, device=device, dtype=dtype or torch.get_default_dtype())
+        self.weight: Tensor
         self.register_buffer("weight", self._rows(like, seed), persistent=False)
 
     @torch.no_grad()

@@ -263,7 +263,9 @@ class SPESoftmaxFilter(SPEFilter):
             x.to(variances.dtype) if isinstance(x, Tensor) and x.dtype.itemsize < 4 else x
             for x in (queries, keys)
         ]
-        encoded = super().forward(*wide, code, noise=noise, generator=generator, seed=seed)
+        encoded = super().forward(
+            wide[0], wide[1], code, noise=noise, generator=generator, seed=seed
+        )
         if self.gate is not None:
             gate = self.gate.to(variances.dtype).sigmoid()
             variances = (1 - gate) * variances + gate
@@ -277,7 +279,8 @@ class SPESoftmaxFilter(SPEFilter):
         if scaled:
             phi_q, phi_k = query_exponential(q), key_exponential(k, squares[1])
             return phi_q.to(ranged_type(queries.dtype)), phi_k.to(ranged_type(keys.dtype))
-        return tuple(
+        phi_q, phi_k = (
             (bounded_exponential(x - square, like.dtype) / math.sqrt(num_features)).to(like.dtype)
             for x, square, like in zip((q, k), squares, (queries, keys), strict=True)
         )
+        return phi_q, phi_k

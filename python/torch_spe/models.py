@@ -155,7 +155,7 @@ class _Model(nn.Module):
         check_config(owner, config)
         self.config = config
         self.embedding = self.make_embedding()
-        self.layers = nn.ModuleList(self.make_layers())
+        self.layers: Any = nn.ModuleList(self.make_layers())
         self.norm = nn.LayerNorm(config.d_model)
         self.head = self.make_head()
 
@@ -163,11 +163,16 @@ class _Model(nn.Module):
         """Make what gives the vectors of tokens; its ``weight`` may be that of the output layer."""
         return nn.Embedding(self.config.vocab_size, self.config.d_model)
 
+    def make_head(self) -> nn.Module:
+        """Make the output layer."""
+        raise NotImplementedError
+
     def make_layers(self) -> Iterable[nn.Module]:
         """Make the layers; a subclass may make others, with the same call."""
-        config, first = self.config, None
+        config = self.config
+        first: Any = None
         for _ in range(config.num_layers):
-            layer = SPETransformerEncoderLayer(
+            layer: Any = SPETransformerEncoderLayer(
                 config.d_model, config.num_heads, config.dim_feedforward or 4 * config.d_model,
                 config.dropout, config.activation, batch_first=True, norm_first=True,
                 **config.attention,

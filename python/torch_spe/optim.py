@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from torch_spe.checks import check_module, check_number
@@ -55,7 +57,7 @@ def parameter_groups(
         if not value > 0:
             raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"name": "model", "params": trained, "lr": lr}]
+    groups: list[dict[str, Any]] = [{"name": "model", "params": trained, "lr": lr}]
     for name, hook, scale in (
         ("positions", "position_parameters", spe_lr_scale),
         ("decays", "decay_parameters", decay_lr_scale),

@@ -217,6 +217,11 @@ def decay_factors(log_decay: Tensor) -> tuple[Tensor, Tensor]:  # [B, H, W, N, N
     return (lags + lags.mT).exp(), steps.cumsum(-1).exp()
 
 
+def _row(state: tuple[Tensor, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    s, z = state
+    return s[i : i + 1], z[i : i + 1]
+
+
 def linear_attention(
     q: Tensor,  # [B, N, H, R]
     k: Tensor,  # [B, M, H, R]
@@ -240,18 +245,20 @@ def linear_attention(
         log_decay = log_decay.to(q.dtype).expand(*k.shape[:3], log_decay.shape[-1])
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        outs, states = [], []
+        outs: list[Tensor] = []
+        states: list[tuple[Tensor, Tensor]] = []
         for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
             piece = slice(begin, end)
             out, state = linear_attention(
                 q[:, piece], k[:, piece], v[:, piece], feature_map, causal, normalize, eps,
                 None if key_padding_mask is None else key_padding_mask[:, piece], None,
-                None if initial_state is None else tuple(s[i : i + 1] for s in initial_state),
+                None if initial_state is None else _row(initial_state, i),
                 None if log_decay is None else log_decay[:, piece],
             )  # fmt: skip
             outs.append(out)
             states.append(state)
-        return torch.cat(outs, dim=1), tuple(torch.cat(s) for s in zip(*states, strict=True))
+        s, z = (torch.cat(parts) for parts in zip(*states, strict=True))
+        return torch.cat(outs, dim=1), (s, z)
     phi = FEATURE_MAPS[feature_map]
     q, k = phi(q), phi(k)
     if key_padding_mask is not None:

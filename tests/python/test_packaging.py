@@ -160,20 +160,35 @@ def test_sdist_configures_without_a_cuda_toolkit(sdist, tmp_path):
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_building_without_torch_says_what_to_do(kind, tmp_path):
-    # The environment that pip's build isolation makes: the build requirements, and no torch.
-    isolated = tmp_path / "isolated"
-    isolated.mkdir()
-    for package in (setuptools, _distutils_hack):
-        folder = Path(package.__file__).parent
-        (isolated / folder.name).symlink_to(folder)
-    code = (
-        f"import sys; sys.path.insert(0, {str(isolated)!r})\n"
-        "from setuptools import build_meta\n"
-        f"build_meta.prepare_metadata_for_build_{kind}({str(tmp_path)!r})\n"
-    )
-    output = run(sys.executable, "-I", "-S", "-c", code, cwd=ROOT, status=1)
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty")
+    output = prepare_metadata(tmp_path / "empty/bin/python", kind, tmp_path, status=1)
     assert "pip install --no-build-isolation ." in output
     assert "Traceback" not in output
+
+
+def prepare_metadata(python, kind, folder, **options):
+    """Do what pip does first, in the environment that it makes: build requirements and no torch."""
+    isolated = folder / "isolated"
+    isolated.mkdir()
+    folders = [Path(package.__file__).parent for package in (setuptools, _distutils_hack)]
+    folders += Path(setuptools.__file__).parent.parent.glob("setuptools-*.dist-info")
+    for source in folders:
+        (isolated / source.name).symlink_to(source)
+    code = (
+        "import importlib.util, sys\n"
+        "hidden = [path for path in sys.path if 'site-packages' not in path]\n"
+        f"sys.path[:] = [{str(isolated)!r}, *hidden]\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "from setuptools import build_meta\n"
+        f"build_meta.prepare_metadata_for_build_{kind}({str(folder)!r})\n"
+    )
+    return run(python, "-I", "-c", code, cwd=ROOT, **options)
+
+
+def test_build_isolation_finds_the_torch_in_use(tmp_path):
+    prepare_metadata(sys.executable, "wheel", tmp_path)
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    assert "Requires-Dist: torch>=" in metadata.read_text()
 
 
 def test_build_requirements_are_in_the_development_environment():

@@ -54,7 +54,7 @@ WRONG = {
     "float | Sequence[float]": STARTS,
     "float | Sequence[float] | Tensor": [*STARTS[:-1], torch.ones(9)],
     "DecoderState": ["wrong", 3, STATE_OF_ANOTHER],
-    "dict[str, object]": ["wrong", 3, [1]],
+    "dict[str, Any]": ["wrong", 3, [1]],
     "AttentionState": ["wrong", 3, (torch.ones(2), torch.ones(2))],
     "Sequence[int]": SIZES,
     "tuple[int, int]": [*SIZES, [1], [0, 4]],

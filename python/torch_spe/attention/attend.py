@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,9 +54,9 @@ class Call:
     operator: Callable[..., Tensor] = functional.linear_attention
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """Those of `functional.linear_attention`."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "causal": self.causal, "key_padding_mask": self.mask, "cu_seqlens": self.cu_seqlens
         }  # fmt: skip
         if self.state is not None:
@@ -79,7 +79,7 @@ class Call:
         q, k, arguments = q.flatten(1, -3), k.flatten(1, -3), self.arguments | arguments
         if extra is not None:
             return attend_beside(extra, q, k, v, **arguments)
-        out = self.operator(q, k, v, **arguments)
+        out: Any = self.operator(q, k, v, **arguments)
         return (out, None) if self.state is None else out
 
     def draw_map(self, layer: SPEMultiheadAttention, q: Tensor) -> FeatureMap:
@@ -143,7 +143,7 @@ def attend_features(
         log_decay = _log_decay(layer, encoder, q, call)
         denominator, extra = {}, mapped
         encoded = qhat is not q or khat is not k
-        if extra is not None and encoded:
+        if extra is not None and mapped is not None and encoded:
             extra = dataclasses.replace(mapped.encode(encoder), denominators=mapped.keys)
         if normalize and encoded:
             denominator = {
@@ -167,7 +167,8 @@ def attend_features(
 
 def _apply_map(feature_map: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, str]:
     """Apply the rest of the feature map before the operator, which then has none to apply."""
-    return *(apply_feature_map(feature_map, x).to(x.dtype) for x in (q, k)), "identity"
+    q, k = (apply_feature_map(feature_map, x).to(x.dtype) for x in (q, k))
+    return q, k, "identity"
 
 
 def _attend_in_range(

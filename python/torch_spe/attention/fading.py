@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ def make_decay(
     in_features: int,
     embed_dim: int,
     mixes_features: bool,
-    device: object,
-    dtype: object,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
 ) -> Decay | None:
     """Make the decay of a layer.
 
@@ -57,7 +58,7 @@ def make_decay(
         return None
     if isinstance(decay, str) and decay in KINDS:
         decay = Decay(
-            num_heads, decay, in_features=in_features, embed_dim=embed_dim,
+            num_heads, cast(Any, decay), in_features=in_features, embed_dim=embed_dim,
             decay_range=RANGE if decay_range is None else decay_range, device=device, dtype=dtype,
         )  # fmt: skip
     elif not isinstance(decay, Decay):
@@ -118,6 +119,7 @@ def steps_of_call(
     if between is None and (places.positions is None or places.consecutive):
         return steps
     if between is None:
+        assert places.positions is not None
         positions = places.positions if places.each else places.positions.unsqueeze(0)
         between = steps_between(positions.squeeze(-1) if positions.dim() == 3 else positions)
     check_rising(OWNER, between)

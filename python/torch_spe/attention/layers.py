@@ -153,7 +153,7 @@ class SPETransformerEncoderLayer(_Layer):
         Returns:
             The output; with a state, the output and the next state.
         """
-        after = None
+        after: Any = None
 
         def attend(x: Tensor) -> Tensor:
             nonlocal after
@@ -374,7 +374,7 @@ class SPETransformerDecoderLayer(_Layer):
                     f"{tuple(value.shape)}"
                 )
         tokens = None if state is None else state.tokens
-        after = None
+        after: Any = None
 
         def attend(x: Tensor) -> Tensor:
             nonlocal after

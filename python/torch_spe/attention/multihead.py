@@ -400,10 +400,11 @@ class SPEMultiheadAttention(HeadProjections):
             q, k, v, mask = fading.pad_to_one_length(q, k, v, mask)
         call = Call(places, is_causal, mask, key, state, cu_seqlens, extra_keys(self))
         attend = attend_features if self.encode == "features" else attend_inputs
+        sums: Any  # (S, z), where there is a state
         out, sums = attend(self, q, k, v, call)
         out = out[:, :length]
         if state is not None:
-            state = AttentionState(*sums, places.after, state.seed)
+            state = AttentionState(sums[0], sums[1], places.after, state.seed)
         if self.output_norm == "rms" and self.encode == "inputs":
             out = F.rms_norm(out, out.shape[-1:], eps=self.eps)
         out = F.dropout(out.flatten(-2), self.dropout, self.training)

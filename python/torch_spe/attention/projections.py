@@ -34,6 +34,9 @@ class HeadProjections(EagerModule):
     and ``bias_v``, ``[1, 1, G D]``; the module ``out_proj``, from ``H D`` to embed_dim.
     """
 
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -119,16 +122,18 @@ class HeadProjections(EagerModule):
         widths = self._widths()
         if self.in_proj_weight is not None and query is key and key is value:
             joint = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            return tuple(self._split_heads(x) for x in joint.split(widths, dim=-1))
+            q, k, v = (self._split_heads(x) for x in joint.split(widths, dim=-1))
+            return q, k, v
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.split(widths)
         else:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(widths)
-        return tuple(
+        q, k, v = (
             self._split_heads(F.linear(x, weight, bias))
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
+        return q, k, v
 
     def _split_heads(self, x: Tensor) -> Tensor:  # [..., H D] or [..., G D] -> [..., H, D]
         """Return the heads of a projection; those of fewer keys and values, one for each query."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -44,18 +44,19 @@ def start_state(
         )
     position, weight = starts_of_sequences(batch, 1, start), layer.out_proj.weight
     if position is None:
-        (position,) = check_starts(OWNER, start, 1)
+        (position,) = check_starts(OWNER, cast(Any, start), 1)
     else:
         position = position.to(weight.device)
-    seed = layer.seed if layer._fixes_noise() else draw_seed(None, weight.device).item()
+    seed = layer.seed if layer._fixes_noise() else int(draw_seed(None, weight.device).item())
     # A call without tokens knows the sizes, whatever the layer is made of.
     x = [weight.new_empty(batch, 0, size) for size in (layer.embed_dim, layer.kdim, layer.vdim)]
     q, k, v = layer._project(*x)
     nothing = AttentionState(weight.new_empty(0), weight.new_empty(0), 0, seed)
     attend = attend_features if layer.encode == "features" else attend_inputs
     call = Call(Places(), True, None, x[1], nothing, extra=extra_keys(layer))
+    sums: Any
     _, sums = attend(layer, q, k, v, call)
-    return AttentionState(*sums, position, seed)
+    return AttentionState(sums[0], sums[1], position, seed)
 
 
 def memory_state(
@@ -91,7 +92,7 @@ def shift_state(
     batch, device = len(state.sums), state.sums.device
     rows = starts_of_sequences(batch, 1, by, "by")
     if rows is None:
-        (by,) = check_starts(OWNER, by, 1, "by")
+        (by,) = check_starts(OWNER, cast(Any, by), 1, "by")
         rows = torch.full((batch,), by, dtype=torch.float64, device=device)
     else:
         by = rows = rows.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,9 +40,17 @@ class Code(Encoder):
     """
 
     size: tuple[int, ...]
-    num_realizations: int
-    dtype: torch.dtype
     constant: Tensor | None = None
+
+    if TYPE_CHECKING:  # a field of some codes, a property of others
+
+        @property
+        def num_realizations(self) -> int:
+            """Realizations R of the noise."""
+
+        @property
+        def dtype(self) -> torch.dtype:
+            """Type of the code's elements."""
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -50,7 +58,7 @@ class Code(Encoder):
         raise NotImplementedError
 
     @property
-    def num_features(self) -> int:
+    def num_features(self) -> int:  # type: ignore[override]
         """Features of an encoded query or key."""
         return self.num_realizations
 
@@ -83,7 +91,7 @@ class Code(Encoder):
     def gated(
         self,
         gate: Tensor,  # [H, D]
-        noise: Tensor | None,  # [H, D, R]
+        noise: Any,  # [H, D, R], or None where the code has none
     ) -> Code:
         """Return the sum of this code and a position-independent one.
 
@@ -98,7 +106,7 @@ class Code(Encoder):
 
     def draw_gate_noise(
         self, generator: torch.Generator | None = None, seed: int | None = None
-    ) -> Tensor:  # [H, D, R]
+    ) -> Tensor | None:  # [H, D, R]
         """Draw the noise of the gate, from the seed, the generator, or PyTorch's own."""
         raise NotImplementedError
 
@@ -113,9 +121,8 @@ class Code(Encoder):
         units = torch.eye(features, dtype=self.dtype, device=self._device)
         units = units.reshape(features, *(1 for _ in self.size), 1, features)
         units = units.expand(-1, *self.size, heads, -1)
-        return tuple(
-            self.encode(units, side).movedim(0, -2).unsqueeze(0) for side in ("query", "key")
-        )
+        query, key = self.encode(units, "query"), self.encode(units, "key")
+        return query.movedim(0, -2).unsqueeze(0), key.movedim(0, -2).unsqueeze(0)
 
     @property
     def _device(self) -> torch.device:

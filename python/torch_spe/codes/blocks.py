@@ -64,11 +64,12 @@ class CodeBlocks:
 
     def _noise_from(self, code: ConvCode, first: int) -> Tensor:  # [H, D, BLOCK + P - 1, R]
         """Return the noise of a block, of which a sequence that goes on has most."""
-        taps = code.query_kernel.shape[-1]
+        taps, seed = code.query_kernel.shape[-1], code.seed
+        assert seed is not None
 
         def draw(start: int, length: int) -> Tensor:
             return functional.conv_noise(
-                code.seed, *code.code_shape, length, code.num_realizations,
+                seed, *code.code_shape, length, code.num_realizations,
                 noise_kind=code.noise_kind, noise_stride=code.noise_stride, start=start,
                 dtype=code.dtype,
             )  # fmt: skip

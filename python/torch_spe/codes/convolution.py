@@ -45,7 +45,7 @@ class ConvCode(Code):
     start: tuple[int, ...]
     num_realizations: int
     seed: Tensor | None = None
-    noise_kind: str = "gaussian"
+    noise_kind: Literal["gaussian", "rademacher"] = "gaussian"
     noise_stride: tuple[int, ...] = (1,)
     noise: Tensor | None = None
     constant: Tensor | None = None
@@ -144,6 +144,7 @@ class ConvCode(Code):
 
     def _noise(self, size: tuple[int, ...]) -> Tensor:
         """Return the given noise that codes of this size need."""
+        assert self.noise is not None
         noise = self.noise
         for i, (length, taps) in enumerate(zip(size, self.key_kernel.shape[2:], strict=True)):
             noise = noise.narrow(2 + i, 0, length + taps - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class SinusoidCode(Code):
         owner = f"{type(self).__name__}.at"
         size = self.size if size is None else check_lengths(owner, size)
         start = check_positions(owner, size, len(self.start), self.freqs.device, start, positions)
-        return dataclasses.replace(self, start=start, positions=positions, size=size)
+        changed: dict[str, Any] = {"start": start, "positions": positions, "size": size}
+        return dataclasses.replace(cast(Any, self), **changed)
 
     def encode(
         self, x: Tensor, side: Literal["query", "key"], feature_map: str = "identity"
@@ -297,7 +298,7 @@ class ExactCode(SinusoidCode):
         return 2 * self.amplitudes.shape[1] * self.amplitudes.shape[2]
 
     @property
-    def num_features(self) -> int:
+    def num_features(self) -> int:  # type: ignore[override]
         """Features of an encoded query or key: 2KD, and with a gate (2K + 1)D."""
         gate_features = 0 if self.constant is None else self.amplitudes.shape[1]
         return self.num_realizations + gate_features

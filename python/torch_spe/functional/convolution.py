@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ def conv_noise(
     )  # fmt: skip
 
 
-def _integers(owner: str, name: str, value: int | Sequence[int]) -> list[int]:
+def _integers(owner: str, name: str, value: Any) -> list[int]:
     """Return one integer or several as a list."""
     if is_integer(value):
         return [to_int(value)]

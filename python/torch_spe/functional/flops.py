@@ -86,7 +86,7 @@ def _conv_filter(
     **__: Any,
 ) -> int:
     batch, *size, heads, features = x
-    realizations = noise[-1] if noise is not None else num_realizations
+    realizations = noise[-1] if noise is not None else num_realizations or 0
     taps = math.prod(kernel[2:]) / math.prod(noise_stride)  # that meet noise
     codes = heads * features * realizations
     return _count(batch, math.prod(size), 2 * codes * taps, 2 * codes)

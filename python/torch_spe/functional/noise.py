@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,12 @@ from torch_spe.checks import is_integer, to_int
 from torch_spe.functional.arguments import names_arguments, type_name
 
 
+@overload
+def seed_tensor(owner: str, seed: int | Tensor, device: torch.device | str | None) -> Tensor: ...
+@overload
+def seed_tensor(
+    owner: str, seed: int | Tensor | None, device: torch.device | str | None
+) -> Tensor | None: ...
 def seed_tensor(
     owner: str, seed: int | Tensor | None, device: torch.device | str | None
 ) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -87,7 +89,8 @@ class SPECacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def _state(self, layer: SPEMultiheadAttention, batch: int) -> AttentionState:
         if not self.has_previous_state[0]:
             return layer.initial_state(batch, torch.zeros(batch, dtype=torch.int64))
-        return AttentionState(*(self.recurrent_states[i] for i in range(3)), self.seed)
+        s, z, position = (self.recurrent_states[i] for i in range(3))
+        return AttentionState(s, z, position, cast(int, self.seed))
 
     def _store(self, state: AttentionState) -> None:
         position = torch.as_tensor(state.position, device=state.sums.device)
@@ -143,6 +146,7 @@ class SPECacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 self._window.append((inputs, padding))
             remove -= min(length, remove)
         self._behind = True
+        assert self._before is not None
         self._store(self._before)
         if not self._window:
             self._forget()

@@ -111,7 +111,7 @@ class SPEConfig(PreTrainedConfig):
             num_layers=self.num_hidden_layers, num_heads=self.num_attention_heads,
             dim_feedforward=self.intermediate_size, dropout=self.dropout,
             activation=self.hidden_act, tie_embeddings=self.tie_word_embeddings,
-            attention=dict(self.attention),
+            attention=dict(self.attention or {}),
         )  # fmt: skip
 
 

@@ -231,12 +231,13 @@ def _translate(
             output_names=outputs, opset_version=CONVERTED, optimize=False, verbose=False,
         )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = error
+        cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, UnsupportedError):
                 raise UnsupportedError(str(cause)) from error
             cause = cause.__cause__
         raise
+    assert exported is not None  # a program, not a file
     merge_constants(exported)
     # As ``exported.optimize()``, which would make noise constant.
     optimizer.optimize_ir(exported.model, should_fold=keep_noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -53,7 +54,8 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
             (node.args, node.kwargs), lambda argument: values[argument.name]
         )
         with torch.no_grad():
-            values[node.name] = node.target(*arguments, **named)
+            target: Any = node.target
+            values[node.name] = target(*arguments, **named)
         if node.target is torch.ops.torch_spe.conv_noise.default:
             noise = GaussianNoise.of_call(values[node.name], *arguments, **named)
             if noise is not None:  # that of one seed once, however many layers have it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -100,7 +101,7 @@ def _philox(counter: Sequence[ir.Value], seed: int) -> tuple[ir.Value, ...]:
             op.BitwiseXor(op.BitwiseXor(high0, counter[3]), _unsigned(keys[1])), low0,
         )  # fmt: skip
         keys = [(key + step) & _MASK for key, step in zip(keys, _STEPS, strict=True)]
-    return counter
+    return tuple(counter)
 
 
 def _normals(words: Sequence[ir.Value]) -> ir.Value:  # [..., blocks, 4]
@@ -144,7 +145,8 @@ def _periods(
     ndim, periods, present = len(axes), [], None
     block = _SHIFT << 28 | ndim << 24
     words = _philox_of_sources(sources[:, 0], block, seed)
-    classes, rest = [], np.arange(num_realizations)
+    classes: list[np.ndarray] = []
+    rest = np.arange(num_realizations)
     for stride in reversed(strides):
         classes.insert(0, rest % stride)
         rest = rest // stride
@@ -161,7 +163,7 @@ def _periods(
 
 def _philox_of_sources(sources: np.ndarray, block: int, seed: int) -> list[np.ndarray]:
     """Return the words of counters (0, 0, source, block), as integers."""
-    words = [0, 0, sources.astype(object), block]
+    words: list[Any] = [0, 0, sources.astype(object), block]
     keys = [seed & _MASK, seed >> 32 & _MASK]
     for _ in range(_ROUNDS):
         product0, product1 = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,23 +202,23 @@ class MemoryState(nn.Module):
         batch_first, parts = self._attentions[0].batch_first, []
         batch = 1 if memory.dim() == 2 else memory.shape[0 if batch_first else 1]
         for attention, start in zip(self._attentions, self._starts, strict=True):
-            zeros = (
+            zeros = [
                 torch.zeros(batch, *part.shape[1:], dtype=part.dtype, device=part.device)
                 for part in (start.sums, start.denominators)
-            )
+            ]
             queries = torch.zeros_like(memory)
             _, state = attention(
                 queries, memory, memory, memory_key_padding_mask, is_causal=False,
-                state=AttentionState(*zeros, 0, start.seed),
+                state=AttentionState(zeros[0], zeros[1], 0, start.seed),
             )  # fmt: skip
             parts += [state.sums, state.denominators]
         return parts
 
 
-def repeat_state(state: object, batch: int) -> object:
+def repeat_state(state: Any, batch: int) -> Any:
     """Return the example of a state for a batch, where it is one of a single sequence."""
 
-    def repeat(state: object) -> object:
+    def repeat(state: Any) -> Any:
         if _is_state(state) and len(state.sums) == 1:
             return state.reorder(torch.zeros(batch, dtype=torch.int64))
         return state

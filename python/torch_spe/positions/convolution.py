@@ -114,7 +114,7 @@ class ConvSPE(SPE):
         self.reset_parameters()
 
     @classmethod
-    def for_layer(cls, num_heads: int, in_features: int, *, init: str, **options: object) -> SPE:
+    def for_layer(cls, num_heads: int, in_features: int, *, init: str, **options: Any) -> Any:
         """Make the module for a layer, where ``"delta"`` is called ``"spread"``."""
         init = "delta" if init == "spread" else init
         return super().for_layer(num_heads, in_features, init=init, **options)

@@ -133,7 +133,7 @@ class Position(FlatParameterModule):
         return list(self.parameters())
 
 
-def factory_options(factory: Callable[..., Position]) -> list[str]:
+def factory_options(factory: Callable[..., Position | None]) -> list[str]:
     """Return the names of the options of a class or function that makes position modules."""
     return [
         name

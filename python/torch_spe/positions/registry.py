@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
-
-from torch import nn
+from typing import Any, Literal, cast
 
 from torch_spe.checks import check_choice
 from torch_spe.positions.convolution import ConvSPE
@@ -29,9 +27,9 @@ class Preset:
         decay: the same.
     """
 
-    factory: Callable[..., Position]
+    factory: Callable[..., Position | None]
     encode: str = "features"
-    init: str = "spread"
+    init: Literal["spread", "published"] = "spread"
     decay: str | None = None
 
 
@@ -142,8 +140,8 @@ def find_preset(owner: str, position: object) -> Preset:
 
 
 def make_position(
-    owner: str, preset: Preset, position: object, layer: dict[str, object], options: dict
-) -> nn.Module | None:
+    owner: str, preset: Preset, position: object, layer: dict[str, Any], options: dict
+) -> Position | None:
     """Make the position module of a layer.
 
     Args:
@@ -167,9 +165,10 @@ def make_position(
         )
     if layer["num_realizations"] is None:
         layer = layer | {"num_realizations": DEFAULT_REALIZATIONS}
-    factory = preset.factory
+    factory: Any = preset.factory
+    made: Position | None
     if isinstance(factory, type):
-        made = factory.for_layer(**layer, **options)
+        made = cast(Any, factory).for_layer(**layer, **options)
     else:
         layer = layer | {"dtype": parameter_type(layer["dtype"])}
         made = call_factory(factory, layer, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -51,9 +51,10 @@ class SineParameters(NamedTuple):
         """Device of the parameters."""
         return self.gains.device
 
-    def wide(self) -> list[Tensor]:
+    def wide(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return frequencies' logits, offsets and gains in the type of a code's elements."""
-        return [p.to(code_type(p)) for p in self[:3]]
+        freqs, offsets, gains = (p.to(code_type(p)) for p in self[:3])
+        return freqs, offsets, gains
 
 
 class SineSPE(SPE):
@@ -297,7 +298,7 @@ class SineSPE(SPE):
             fields = self._phase_fields(parameters, noise)
             return PhaseCode(*fields, size, start, positions, parameters.gains)
         fields, gate_noise = self._dense_fields(
-            parameters, num_realizations, noise, generator, seed
+            parameters, num_realizations, cast(Any, noise), generator, seed
         )
         return SineCode(*fields, size, start, positions, parameters.gains, gate_noise)
 
@@ -307,6 +308,7 @@ class SineSPE(SPE):
         dtype = parameters.dtype
         bandwidths = deviates = None
         if parameters.bandwidths is not None:
+            assert noise.deviate is not None
             bandwidths, deviates = parameters.bandwidths.to(dtype), noise.deviate.to(dtype)
         # A pair has the mean of squares of its amplitude's, and stands for all K sines.
         return functional.phase_code(

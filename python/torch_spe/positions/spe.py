@@ -31,7 +31,7 @@ class SPE(Position):
             type(self).__name__, num_heads=num_heads, in_features=in_features,
             num_realizations=num_realizations, ndim=ndim,
         )  # fmt: skip
-        self.code_shape = (self.num_heads, self.in_features)
+        self.code_shape: tuple[int, int] = (self.num_heads, self.in_features)
 
     def forward(
         self,
@@ -87,5 +87,6 @@ class SPE(Position):
                 )
             num_realizations = given
         if num_realizations is None:
+            assert self.num_realizations is not None
             return self.num_realizations
         return check_positive(owner, num_realizations=num_realizations)[0]
