@@ -154,7 +154,7 @@ class _Model(nn.Module):
             raise TypeError(f"{owner}: config must be a ModelConfig, got {type(config).__name__}")
         check_config(owner, config)
         self.config = config
-        self.embedding = self.make_embedding()
+        self.embedding: Any = self.make_embedding()
         self.layers: Any = nn.ModuleList(self.make_layers())
         self.norm = nn.LayerNorm(config.d_model)
         self.head = self.make_head()
@@ -202,7 +202,7 @@ class _Model(nn.Module):
         *,
         is_causal: bool = True,
         start: float | Sequence[float] | Tensor = 0,
-        **call: object,
+        **call: Any,
     ) -> Tensor:  # [B, N, d_model]
         """Return what the last layer gives, normalized.
 

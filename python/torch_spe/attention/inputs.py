@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,10 +100,11 @@ def to_nested(out: Tensor, like: Tensor) -> Tensor:  # [B, N, features] -> [B, N
 
     A jagged one shares the offsets, without which the two could not be added.
     """
-    if like.layout == torch.jagged and like.lengths() is None:
-        lengths = like.offsets().diff().unsqueeze(1)
+    jagged: Any = like
+    if like.layout == torch.jagged and jagged.lengths() is None:
+        lengths = jagged.offsets().diff().unsqueeze(1)
         kept = torch.arange(out.shape[1], device=out.device) < lengths
-        return torch.nested.nested_tensor_from_jagged(out[kept], like.offsets())
+        return torch.nested.nested_tensor_from_jagged(out[kept], jagged.offsets())
     rows = [row[: part.shape[0]] for row, part in zip(out.unbind(), like.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=like.layout)
 

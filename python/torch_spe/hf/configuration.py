@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -127,7 +128,7 @@ def check_json(owner: str, attention: Mapping[str, object]) -> None:
 
 def _check_names(given: dict[str, object]) -> None:
     """Raise ValueError for options that transformers would keep and nothing would read."""
-    factories = [preset.factory for preset in PRESETS.values()]
+    factories: list[Any] = [preset.factory for preset in PRESETS.values()]
     of_attention = {
         name
         for function in (SPEMultiheadAttention, *factories)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from onnxscript import optimizer
@@ -102,8 +102,9 @@ def export(
     if dynamic and kwargs.get("grid") is not None:
         dynamic = "batch"  # the length is that of the grid
     layout = layout_of(model, args, batch_first, dynamic)
-    if layout.ndim == 1 and isinstance(kwargs.get("start"), Sequence) and len(kwargs["start"]) > 1:
-        kwargs["start"] = torch.tensor(kwargs["start"])
+    start = kwargs.get("start")
+    if layout.ndim == 1 and isinstance(start, Sequence) and len(start) > 1:
+        kwargs["start"] = torch.tensor(start)
     if dynamic:
         named = named_arguments(model, args, kwargs)
         _check_masks(named)
@@ -185,7 +186,7 @@ def _with_state(
 
 
 def _dynamic_shapes(
-    sizes: OpenSizes, model: nn.Module, inputs: tuple[object, ...]
+    sizes: OpenSizes, model: nn.Module, inputs: tuple[Any, ...]
 ) -> tuple[object, ...]:
     """Return the argument ``dynamic_shapes`` of ``torch.export.export``."""
     args, kwargs, *of_state = inputs

@@ -50,6 +50,8 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     values, noises = constants_of(program), {}
     folded = _find_codes(program.graph, set(values))
     for node in folded:
+        arguments: Any
+        named: Any
         arguments, named = fx.map_arg(
             (node.args, node.kwargs), lambda argument: values[argument.name]
         )

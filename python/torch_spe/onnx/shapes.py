@@ -114,7 +114,7 @@ def without_ones(layout: Layout, name: str, value: object) -> object:
     def repeat(x: Tensor) -> Tensor:
         sizes = {"batch": 2, "length": 3}
         repeats = [
-            sizes.get(role, 2) if size == 1 and layout.is_open(role) else 1
+            sizes.get(str(role), 2) if size == 1 and layout.is_open(role) else 1
             for role, size in zip(layout.roles(name, x), x.shape, strict=True)
         ]
         return x.repeat(repeats)
@@ -133,8 +133,9 @@ class OpenSizes:
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._layout, self.of_tensors = layout, []
-        self._known = {
+        self._layout = layout
+        self.of_tensors: list[dict[int, Dim]] = []
+        self._known: dict[tuple[str | None, int], Dim] = {
             ("batch", layout.batch): Dim("batch", min=1),
             ("length", layout.length): Dim("length", min=1),
         }
