@@ -142,16 +142,15 @@ def symbols(library, kind):
 def check_libraries(files, torch_lib, cuda):
     """Raise unless libraries link to torch and the system alone, the CPU's to nothing of CUDA."""
     allowed = {*TORCH_LIBRARIES, "libtorch_spe.so", *["libc10_cuda.so"] * bool(cuda)}
-    provided = set()
-    for name in TORCH_LIBRARIES:
-        provided |= symbols(torch_lib / name, "defined")
     for file in files:
         for library in needed(file):
             if library not in allowed and not SYSTEM_LIBRARIES.fullmatch(library):
                 raise Error(f"{file.name} links to {library}")
     if cuda:
         return
-    provided |= set().union(*(symbols(file, "defined") for file in files))
+    provided = set()
+    for file in (*files, *(torch_lib / name for name in TORCH_LIBRARIES)):
+        provided |= symbols(file, "defined")
     for file in files:
         # C++ symbols of torch, which a CPU build has too: none of libtorch_cuda or libc10_cuda.
         names = ("c10", "at", "torch", "caffe2")

@@ -129,7 +129,8 @@ def main():
         return 1
     print("release: built, checked and tried; nothing was uploaded. What is left:")
     print(f"  git tag -a v{version} -m 'torch_spe {version}' && git push origin v{version}")
-    print(f"  python -m twine upload {' '.join(map(str, files))}")
+    print(f"  python -m twine upload {files[0]}")
+    print(f"  {files[1].name} beside the tag: PyPI takes no local versions")
     return 0
 
 

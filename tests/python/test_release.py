@@ -123,6 +123,17 @@ def test_a_python_without_headers_is_refused(tmp_path):
         wheel.probe(fake)
 
 
+def test_a_library_of_cuda_is_found(tmp_path):
+    source = tmp_path / "empty.cpp"
+    source.touch()
+    runtime, library = tmp_path / "libcudart.so.13", tmp_path / "libtorch_spe.so"
+    compiler = (os.environ.get("CXX", "c++"), "-shared", source, "-o")
+    wheel.run(*compiler, runtime, "-Wl,-soname,libcudart.so.13")
+    wheel.run(*compiler, library, "-Wl,--no-as-needed", runtime)
+    with pytest.raises(wheel.Error, match=r"libtorch_spe\.so links to libcudart\.so\.13"):
+        wheel.check_libraries([library], tmp_path, cuda=False)
+
+
 @pytest.mark.long
 def test_a_wheel_is_built_installed_and_run(tmp_path):
     output = subprocess.run(
