@@ -4,13 +4,14 @@
 
 Each PTX instruction gets a line number of its own, ptxas keeps line numbers, and nvdisasm prints
 them. Writes FOLDER/sass.json: for each module's kernels the registers and, for each PTX instruction,
-the opcodes with how often each stands for one execution. MODULE (sine_filter) renews the kernels
-of these modules alone. nvdisasm comes with the CUDA toolkit; Triton's package brings one too. Where ptxas copied a loop's body (more
-loads, stores, special functions or tensor-core instructions of a PTX instruction than one), each
-copy counts in part.
+the opcodes with how often each stands for one execution. Modules that have not changed since are
+kept; MODULE (sine_filter): only these. nvdisasm comes with the CUDA toolkit; Triton's package brings
+one too. Where ptxas copied a loop's body (more loads, stores, special functions or tensor-core
+instructions of a PTX instruction than one), each copy counts in part.
 """
 
 import collections
+import hashlib
 import importlib.util
 import json
 import os
@@ -194,16 +195,20 @@ def main():
     if not arguments.nvdisasm or not arguments.ptxas:
         raise SystemExit("sass_map.py: no nvdisasm or ptxas was found: name them")
     table = arguments.folder / "sass.json"
-    everything = {}
+    everything = json.loads(table.read_text()) if table.exists() else {}
     for path in sorted(arguments.folder.glob("*.ptx")):
         if arguments.modules and path.stem not in arguments.modules:
             continue
+        # ptxas takes minutes: a module that is in the table and has not changed stays.
+        state = f"{arguments.arch} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        stamp = arguments.folder / "sass" / f"{path.stem}.sha256"
+        if path.stem in everything and stamp.exists() and stamp.read_text() == state:
+            continue
         found = map_module(path, arguments)
         everything[path.stem] = found
+        table.write_text(json.dumps(everything))
+        stamp.write_text(state)
         print(path.name, len(found), "kernels", flush=True)
-    if arguments.modules and table.exists():
-        everything = {**json.loads(table.read_text()), **everything}
-    table.write_text(json.dumps(everything))
 
 
 if __name__ == "__main__":
