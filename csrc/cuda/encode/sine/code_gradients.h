@@ -36,14 +36,17 @@ struct SineCodeGradientsShared {
   TORCH_SPE_DEVICE static int place(int b, int eight) { return (eight ^ b) * 8; }
 };
 
-// Whether this kernel and sine_codes_input_gradient_kernel serve.
+// Whether this kernel and sine_codes_input_gradient_kernel serve. With few sines or rows those of
+// steps*.h execute fewer instructions: theirs grow with the product of both.
 template <class Storage>
 TORCH_SPE_INLINE bool backward_runs_on_codes(const SineFilterBackwardParams& p) {
   const auto is_short = [](const std::int64_t (&strides)[4]) {  // offsets within a tile
     constexpr std::int64_t kMost = (std::int64_t{1} << 31) / (2 * kGradientPositions);
     return strides[0] < kMost && strides[1] < kMost && strides[0] > -kMost && strides[1] > -kMost;
   };
-  return runs_on_codes<Storage>(p) && is_aligned<Storage>(p.x, p.x_strides) &&
+  return runs_on_codes<Storage>(p) &&
+         p.batch * (p.num_sines + 1) >= 2 * kCodeBatch * SineCodesPlace::batch_tiles(p) &&
+         is_aligned<Storage>(p.x, p.x_strides) &&
          is_aligned<Storage>(p.grad_out, p.grad_out_strides) && is_short(p.x_strides) &&
          is_short(p.grad_out_strides);
 }
