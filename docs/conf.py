@@ -28,7 +28,7 @@ CONTENTS = {
         "reference/tools",
     ],
     "Evidence": ["experiments", "benchmarks", "chorales", "music", "digits", "lra"],
-    "Inside": ["method", "cuda"],
+    "Inside": ["method", "cuda", "abi"],
 }  # fmt: skip
 
 extensions = [

@@ -224,13 +224,16 @@ def test_packages_of_aotinductor(tmp_path):
     from torch.utils.cpp_extension import include_paths
 
     library, of_torch = ROOT / "python/torch_spe", Path(torch.__file__).parent / "lib"
+    linked = ["torch_spe", "torch", "torch_cpu", "c10"]
+    if (of_torch / "libc10_cuda.so").exists():  # which the library needs if it has CUDA kernels
+        linked.append("c10_cuda")
     program = tmp_path / "run_package"
     subprocess.run(
         [compiler, "-std=c++20", str(ROOT / "examples/cpp/run_package.cpp"), "-o", str(program),
          *(f"-isystem{path}" for path in include_paths()), f"-I{ROOT / 'csrc/include'}",
          *(f"-L{path}" for path in (library, of_torch)), "-Wl,--no-as-needed",
          *(f"-Wl,-rpath,{path}" for path in (library, of_torch)),
-         *(f"-l{name}" for name in ("torch_spe", "torch", "torch_cpu", "c10"))],
+         *(f"-l{name}" for name in linked)],
         check=True,
     )  # fmt: skip
     printed = subprocess.run(

@@ -132,7 +132,7 @@ def test_every_public_name_is_in_the_reference():
     assert (public_names("torch_spe") - modules) | public <= listed
     functions = ast.parse((ROOT / "python/torch_spe/reference.py").read_text()).body
     names = [one.name for one in functions if isinstance(one, ast.FunctionDef)]
-    assert {f"torch_spe.reference.{name}" for name in names} <= listed
+    assert {f"torch_spe.reference.{name}" for name in names if name[0] != "_"} <= listed
 
 
 def test_the_reference_has_shapes(monkeypatch):
