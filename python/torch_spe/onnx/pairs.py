@@ -23,8 +23,8 @@ from torch_spe.onnx.multiples import NEAR
 from torch_spe.onnx.nodes import tensor
 from torch_spe.onnx.phases import MadeFrequencies
 
-# Bytes of constants from which on codes are made: what the nodes take that make them.
-LARGE = 24000
+# Bytes of the nodes that make phases, and deviates of a dimension.
+_NODES, _NODES_OF_DEVIATES = 11_500, 9_500
 # By how much runtimes may differ in deviates before they are rounded to float32; they differ in
 # logarithms, and in fused multiply-adds.
 _MARGIN = 1e-14
@@ -172,6 +172,15 @@ class PhaseCode:
                 return PhaseCode(noise, cycles, base, deviations)
         return None
 
+    def is_smaller(self) -> bool:
+        """Return whether nodes, and constants of places, are smaller than constants of pairs."""
+        heads, features, pairs, ndim = self.freqs.shape
+        size = (
+            heads * features * (24 * ndim + 24)
+        )  # bytes of a pair, or a place, in queries and keys
+        nodes = _NODES + _NODES_OF_DEVIATES * self.noise.deviates.shape[3]
+        return nodes + size * self.noise.num_sines < size * pairs
+
     def frequencies(self) -> np.ndarray | MadeFrequencies:  # [H, D, G or 1, K, 1] of them
         """Return the frequencies by place."""
         heads, features, num_sines, ndim = self.base.shape
@@ -213,10 +222,9 @@ def write_pairs(
     freqs = freqs.reshape(heads, features, num_pairs, -1)
     points = coefficients[..., 0] + 1j * coefficients[..., 1]
     quarter = np.array([0.0, -0.25])  # cos(x - a quarter of a cycle) is sin(x)
-    size = 4 * points.size * (6 * freqs.shape[-1] + 3)
     for code in codes:
         noise = code.noise
-        if size < LARGE or not np.array_equal(code.freqs, freqs):
+        if not (np.array_equal(code.freqs, freqs) and code.is_smaller()):
             continue
         points_of_noise = noise.by_place(np.exp(2j * math.pi * noise.phases.astype(np.float64)))
         by_place = noise.by_place(points)
