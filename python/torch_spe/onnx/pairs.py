@@ -3,7 +3,7 @@
 Pairs of realizations take turns at the K places of a feature, each of one sine: pair i is at place
 i mod K. The pairs of a place differ in their noise, a phase and a deviate of the frequency. Both
 are computed in float64 as by `torch_spe.functional.phase_noise` and rounded to float32 where it
-rounds: frequencies, which far positions multiply, are the same to the last bit but one of float64.
+rounds, so that frequencies, which far positions multiply, are as exact as those of constants.
 """
 
 from __future__ import annotations
@@ -168,16 +168,15 @@ class PhaseCode:
             base = parts[:, :, 0]
             back = parts - base[:, :, None]
             back = back.reshape(*back.shape[:2], -1, back.shape[-1])[:, :, : cycles.shape[2]]
-            if np.abs(back).max(initial=0) <= 2**-52:
+            if np.abs(back).max(initial=0) <= 2**-52 * np.abs(cycles).max(initial=1):
                 return PhaseCode(noise, cycles, base, deviations)
         return None
 
     def is_smaller(self) -> bool:
         """Return whether nodes, and constants of places, are smaller than constants of pairs."""
         heads, features, pairs, ndim = self.freqs.shape
-        size = (
-            heads * features * (24 * ndim + 24)
-        )  # bytes of a pair, or a place, in queries and keys
+        # Bytes of a pair, or a place: frequencies, and what queries and keys have of their own.
+        size = heads * features * (24 * ndim + 24)
         nodes = _NODES + _NODES_OF_DEVIATES * self.noise.deviates.shape[3]
         return nodes + size * self.noise.num_sines < size * pairs
 
