@@ -170,6 +170,18 @@ def test_filtered_noise_is_that_of_the_seed():
             assert_close(out, value)
 
 
+def test_nodes_make_phase_noise():
+    options = {"position": "sine", "num_sines": 3, "num_realizations": 80}
+    layer = Stack(options, dim_feedforward=16).layers[0]
+    example, start = torch.randn(2, 5, WIDTH), torch.tensor([0, 3])
+    program = torch_spe.onnx.export(layer, (example,), kwargs={"start": start})
+    session, x = Session(program), torch.randn(2, 7, WIDTH)
+    assert session.nodes.count("TopK") == 2  # of the strata that deviates are in
+    # Far away the last bit of a frequency in float32 is more than a cycle.
+    start = torch.tensor([0, FARTHER])
+    assert_close(session(src=x, start=start)["output"], layer(x, start=start))
+
+
 def test_both_directions_with_padding():
     options = (
         {"position": "exact", "decay": "feature", "output_norm": None, "eps": 0.0},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx_models import (
     FAR,
+    FARTHER,
     HEADS,
     WIDTH,
     Session,
@@ -311,6 +312,25 @@ def test_gaussian_noise_takes_little_space(noise):
     x = torch.randn(3, 7, WIDTH)
     for out, value in zip(Session(program)(x=x).values(), layers(x), strict=True):
         assert_close(out, value)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_phase_noise_takes_little_space(half):
+    # 3 sines on 128 pairs; the second layer's frequencies have no deviates.
+    options = {"position": "sine", "num_sines": 3, "num_realizations": 256}
+    layers = Stack({}, {"bandwidth": False}, dim_feedforward=16, **options)
+    layers = layers.half() if half else layers
+    x = torch.randn(2, 7, WIDTH).to(torch.float16 if half else torch.float32)
+    kwargs = {"is_causal": True, "start": torch.tensor([0, 3])}
+    program = torch_spe.onnx.export(layers, (x[:, :5],), kwargs=kwargs)
+    frequencies = 4 * 6 * WIDTH * 128
+    constants = 4 * sum(p.numel() for p in layers.parameters())
+    assert len(program.model_proto.SerializeToString()) < constants + 2 * frequencies
+    # Where the last bits of float32 in a frequency are whole cycles.
+    kwargs["start"] = torch.tensor([FAR, FARTHER])
+    outs = Session(program)(x=x, start=kwargs["start"]).values()
+    for out, value in zip(outs, layers(x, **kwargs), strict=True):
+        assert_close(out, value, 2e-3 if half else 1e-4)
 
 
 def test_images_of_one_size():

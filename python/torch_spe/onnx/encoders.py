@@ -10,7 +10,7 @@ from onnxscript import opset18 as op
 from torch import Tensor
 
 from torch_spe.onnx.convolution import filter_noise
-from torch_spe.onnx.gaussian import GaussianNoise, write_noise
+from torch_spe.onnx.multiples import write_multiple
 from torch_spe.onnx.nodes import (
     UnsupportedError,
     apply_code,
@@ -22,7 +22,9 @@ from torch_spe.onnx.nodes import (
     to_float32,
     to_type,
 )
+from torch_spe.onnx.pairs import write_pairs
 from torch_spe.onnx.phases import phases
+from torch_spe.onnx.seeds import SeededValues
 
 _QUARTER = np.array([0.0, -0.25])  # cos(x - a quarter of a cycle) is sin(x)
 
@@ -32,15 +34,15 @@ class Encoders:
 
     Args:
         constants: by the name of their node.
-        noises: that they were made of.
+        seeded: noise that they were made of.
     """
 
     def __init__(
         self,
         constants: dict[str, Tensor] | None = None,
-        noises: list[GaussianNoise] | None = None,
+        seeded: SeededValues | None = None,
     ) -> None:
-        self._constants, self._noises = constants or {}, noises or []
+        self._constants, self._seeded = constants or {}, seeded or SeededValues()
 
     def _read(self, name: str, value: ir.Value | None) -> np.ndarray | None:
         """Return an argument of an operator as float64."""
@@ -56,7 +58,7 @@ class Encoders:
 
     def _write(self, array: np.ndarray) -> ir.Value:
         """Return an array in float32, or what makes it of noise, whichever is smaller."""
-        value = write_noise(array, self._noises)
+        value = write_multiple(array, self._seeded.multiples)
         return tensor(array.astype(np.float32)) if value is None else value
 
     def _table(
@@ -66,7 +68,7 @@ class Encoders:
     ) -> ir.Value:  # [H, 2K D, R] or [H, (2K + 1) D, R]
         """Return what encodes the products of features with sines, and with 1."""
         arrays = [weight] if constant is None else [weight, constant]
-        parts = [write_noise(array, self._noises) for array in arrays]
+        parts = [write_multiple(array, self._seeded.multiples) for array in arrays]
         heads, features, _, num_realizations = weight.shape
         if all(part is None for part in parts):
             rows = [array.reshape(heads, features, -1, num_realizations) for array in arrays]
@@ -116,13 +118,12 @@ class Encoders:
         freqs = self._read("freqs", freqs)
         coefficients = self._read("coefficients", coefficients)
         constant = self._read("constant", constant)
-        heads, features, pairs, _ = coefficients.shape
-        freqs = freqs.reshape(heads, features, pairs, 1, -1)
-        real, imaginary = np.moveaxis(coefficients, -1, 0)[..., None]
-        shifts = np.arctan2(imaginary, real) / (2 * math.pi) + _QUARTER
-        amplitudes = np.hypot(real, imaginary).astype(np.float32)
-        code = op.Mul(op.Cos(phases(freqs, shifts, x, positions, start)), tensor(amplitudes))
-        code = reshape(code, 0, heads, features, 2 * pairs)
+        heads, features, count, _ = coefficients.shape
+        pairs = write_pairs(freqs, coefficients, self._seeded.codes)
+        code = op.Cos(phases(pairs.freqs, pairs.shifts, x, positions, start))
+        code = reshape(op.Mul(code, pairs.amplitudes), 0, heads, features, -1)
+        if pairs.count > count:  # the last places are of no pair
+            code = op.Slice(code, tensor([0]), tensor([2 * count]), tensor([-1]))
         if constant is not None:
             code = op.Add(code, self._write(constant))
         return apply_code(x, code, feature_map)

@@ -17,9 +17,9 @@ from torch.utils import _pytree
 
 from torch_spe.attention import SPEMultiheadAttention
 from torch_spe.checks import check_choice, check_module
+from torch_spe.onnx.counter import keep_noise
 from torch_spe.onnx.finish import merge_constants, name_dimensions, remove_records, set_opset
 from torch_spe.onnx.folding import fold_constants
-from torch_spe.onnx.gaussian import keep_noise
 from torch_spe.onnx.nodes import UnsupportedError
 from torch_spe.onnx.shapes import OpenSizes, is_layer, layout_of, named_arguments, without_ones
 from torch_spe.onnx.states import (

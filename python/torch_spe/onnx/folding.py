@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from torch_spe.onnx.gaussian import NOISE, GaussianNoise
+from torch_spe.onnx.seeds import SeededValues
 
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # What torch.export records beside the computation.
@@ -47,7 +47,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
         The program.
     """
     _remove_records(program.graph)
-    values, noises = constants_of(program), {}
+    values, seeded = constants_of(program), SeededValues()
     folded = _find_codes(program.graph, set(values))
     for node in folded:
         arguments: Any
@@ -58,11 +58,8 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
         with torch.no_grad():
             target: Any = node.target
             values[node.name] = target(*arguments, **named)
-        if node.target is torch.ops.torch_spe.conv_noise.default:
-            noise = GaussianNoise.of_call(values[node.name], *arguments, **named)
-            if noise is not None:  # that of one seed once, however many layers have it
-                noises[noise.seed, noise.first, noise.values.shape] = noise
-    program.graph_module.meta[NOISE] = list(noises.values())
+        seeded.add(node.target, values[node.name], arguments, named)
+    seeded.leave_in(program)
     for node in folded:
         value = values[node.name]
         if isinstance(value, Tensor) and any(user not in folded for user in node.users):

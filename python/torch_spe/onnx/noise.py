@@ -1,24 +1,21 @@
 """The noise of `torch_spe.functional.conv_filter`, made by nodes: any length, nothing stored.
 
-The same counters and words as in csrc/core/noise.h, in uint64; logarithm, cosine and sine are those
-of the runtime, so that values agree to rounding and not to the last bit.
+The words are those of csrc/core/noise.h; logarithm, cosine and sine are those of the runtime, so
+that values agree to rounding and not to the last bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18 as op
 
+from torch_spe.onnx.counter import low_word, philox, philox_of_sources, shift_right, unsigned
 from torch_spe.onnx.nodes import reshape, tensor
 
-_MASK = 2**32 - 1
-_MULTIPLIERS, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
 _SHIFT = 2  # the purpose of a shift, beside the kinds of noise
 _BLOCKS = {"gaussian": (0, 4), "rademacher": (1, 128)}  # purpose, realizations of a block
 
@@ -47,8 +44,8 @@ def conv_noise(
     present = None
     if max(strides) > 1:
         axes, present = _periods(axes, seed, sources, strides, num_realizations)
-    counter = (*_position_words(axes), _unsigned(sources), _unsigned(blocks))
-    words = _philox(counter, seed)
+    counter = (*_position_words(axes), unsigned(sources), unsigned(blocks))
+    words = philox(counter, seed)
     values = _normals(words) if noise_kind == "gaussian" else _signs(words)
     count = len(blocks) * per_block
     values = reshape(values, *[0] * ndim, len(sources), count)
@@ -60,60 +57,32 @@ def conv_noise(
     return op.Where(present, values, tensor(0.0))
 
 
-def _unsigned(value: np.ndarray | int) -> ir.Value:
-    return tensor(np.asarray(value).astype(np.uint64))
-
-
-def _shift_right(x: ir.Value, bits: int) -> ir.Value:
-    return op.BitShift(x, _unsigned(bits), direction="RIGHT")
-
-
-def _low(x: ir.Value) -> ir.Value:
-    return op.BitwiseAnd(x, _unsigned(_MASK))
-
-
 def _position_words(axes: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
     """Return the first two words of a counter, from positions in two's complement."""
     axes = [op.Cast(axis, to=ir.DataType.UINT64) for axis in axes]
     if len(axes) == 1:
-        return _low(axes[0]), _shift_right(axes[0], 32)
+        return low_word(axes[0]), shift_right(axes[0], 32)
     if len(axes) == 2:
-        return _low(axes[1]), _low(axes[0])
+        return low_word(axes[1]), low_word(axes[0])
     low, position = 2**21 - 1, None
     for axis in axes:
-        axis = op.BitwiseAnd(axis, _unsigned(low))
+        axis = op.BitwiseAnd(axis, unsigned(low))
         if position is not None:
-            axis = op.BitwiseOr(op.Mul(position, _unsigned(2**21)), axis)
+            axis = op.BitwiseOr(op.Mul(position, unsigned(2**21)), axis)
         position = axis
-    return _low(position), _shift_right(position, 32)
-
-
-def _philox(counter: Sequence[ir.Value], seed: int) -> tuple[ir.Value, ...]:
-    """Philox4x32-10."""
-    keys = [seed & _MASK, seed >> 32 & _MASK]
-    for _ in range(_ROUNDS):
-        products = [
-            op.Mul(counter[2 * i], _unsigned(factor)) for i, factor in enumerate(_MULTIPLIERS)
-        ]
-        (high0, low0), (high1, low1) = ((_shift_right(x, 32), _low(x)) for x in products)
-        counter = (
-            op.BitwiseXor(op.BitwiseXor(high1, counter[1]), _unsigned(keys[0])), low1,
-            op.BitwiseXor(op.BitwiseXor(high0, counter[3]), _unsigned(keys[1])), low0,
-        )  # fmt: skip
-        keys = [(key + step) & _MASK for key, step in zip(keys, _STEPS, strict=True)]
-    return tuple(counter)
+    return low_word(position), shift_right(position, 32)
 
 
 def _normals(words: Sequence[ir.Value]) -> ir.Value:  # [..., blocks, 4]
     """Make two normals of each pair of words, by the method of Box and Muller."""
     values = []
     for radius, angle in (words[:2], words[2:]):
-        uniform = op.Cast(_shift_right(radius, 1), to=ir.DataType.FLOAT)
+        uniform = op.Cast(shift_right(radius, 1), to=ir.DataType.FLOAT)
         uniform = op.Mul(op.Add(uniform, tensor(0.5)), tensor(2.0**-31))
         length = op.Sqrt(op.Mul(op.Log(uniform), tensor(-2.0)))
         # Odd multiples of 2^-26 of a cycle.
-        part = op.Mul(_shift_right(angle, 7), _unsigned(2))
-        upper = op.Mul(op.BitwiseAnd(_shift_right(angle, 29), _unsigned(1)), _unsigned(2**24))
+        part = op.Mul(shift_right(angle, 7), unsigned(2))
+        upper = op.Mul(op.BitwiseAnd(shift_right(angle, 29), unsigned(1)), unsigned(2**24))
         part = op.Sub(op.Cast(part, to=ir.DataType.INT64), op.Cast(upper, to=ir.DataType.INT64))
         part = op.Cast(op.Add(part, tensor(1)), to=ir.DataType.FLOAT)
         turn = op.Mul(part, tensor(2 * math.pi / 2**26))
@@ -125,12 +94,12 @@ def _signs(words: Sequence[ir.Value]) -> ir.Value:  # [..., blocks, 128]
     """Make a sign of each bit, the lowest first."""
     bits = op.Concat(
         *(
-            op.BitShift(op.Unsqueeze(x, tensor([-1])), _unsigned(np.arange(32)), direction="RIGHT")
+            op.BitShift(op.Unsqueeze(x, tensor([-1])), unsigned(np.arange(32)), direction="RIGHT")
             for x in words
         ),
         axis=-1,
     )
-    bits = op.Cast(op.BitwiseAnd(bits, _unsigned(1)), to=ir.DataType.FLOAT)
+    bits = op.Cast(op.BitwiseAnd(bits, unsigned(1)), to=ir.DataType.FLOAT)
     return op.Sub(tensor(1.0), op.Mul(bits, tensor(2.0)))
 
 
@@ -144,7 +113,7 @@ def _periods(
     """Return the periods of polyphase noise in place of positions, and which values there are."""
     ndim, periods, present = len(axes), [], None
     block = _SHIFT << 28 | ndim << 24
-    words = _philox_of_sources(sources[:, 0], block, seed)
+    words = philox_of_sources(sources[:, 0], block, seed)
     classes: list[np.ndarray] = []
     rest = np.arange(num_realizations)
     for stride in reversed(strides):
@@ -159,17 +128,3 @@ def _periods(
         fits = op.Equal(remainder, tensor(kind.astype(np.int64)))
         present = fits if present is None else op.And(present, fits)
     return periods, present
-
-
-def _philox_of_sources(sources: np.ndarray, block: int, seed: int) -> list[np.ndarray]:
-    """Return the words of counters (0, 0, source, block), as integers."""
-    words: list[Any] = [0, 0, sources.astype(object), block]
-    keys = [seed & _MASK, seed >> 32 & _MASK]
-    for _ in range(_ROUNDS):
-        product0, product1 = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
-        words = [
-            (product1 >> 32) ^ words[1] ^ keys[0], product1 & _MASK,
-            (product0 >> 32) ^ words[3] ^ keys[1], product0 & _MASK,
-        ]  # fmt: skip
-        keys = [(key + step) & _MASK for key, step in zip(keys, _STEPS, strict=True)]
-    return [np.broadcast_to(np.asarray(word, dtype=object), sources.shape) for word in words]

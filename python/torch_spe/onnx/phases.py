@@ -13,8 +13,10 @@ multiplied by f itself.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,16 +29,54 @@ _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, *_HALVES)
 
 
-def split_frequencies(freqs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+@dataclasses.dataclass(frozen=True)
+class MadeFrequencies:
+    """Frequencies that nodes make.
+
+    Attributes:
+        columns: float64, those of each dimension of positions.
+        shape: of each.
+    """
+
+    columns: list[ir.Value]
+    shape: tuple[int, ...]
+
+
+def split_frequencies(freqs: np.ndarray | ir.Value) -> list[tuple[ir.Value, ir.Value]]:
     """Return what each digit is multiplied by, the lowest first: coarse multiples, and rests."""
     parts, multiple = [], freqs
     for _ in range(DIGITS):
         # Exact in float64: a power of 2 times what is left without whole cycles.
-        multiple = multiple - np.rint(multiple)
-        coarse = np.rint(BLOCK * multiple) / BLOCK
-        parts.append((coarse.astype(np.float32), (multiple - coarse).astype(np.float32)))
-        multiple = BLOCK * multiple
+        multiple = _without_cycles(multiple)
+        coarse = _scaled(_rounded(_scaled(multiple, BLOCK)), 1 / BLOCK)
+        parts.append((_narrow(coarse), _narrow(_difference(multiple, coarse))))
+        multiple = _scaled(multiple, BLOCK)
     return parts
+
+
+# Of constants, which are computed at once, or of what nodes make, in float64.
+
+
+def _rounded(x: np.ndarray | ir.Value) -> np.ndarray | ir.Value:
+    return op.Round(x) if isinstance(x, ir.Value) else np.rint(x)
+
+
+def _scaled(x: np.ndarray | ir.Value, factor: float) -> np.ndarray | ir.Value:
+    return op.Mul(x, tensor(np.array(float(factor)))) if isinstance(x, ir.Value) else x * factor
+
+
+def _difference(x: np.ndarray | ir.Value, y: np.ndarray | ir.Value) -> np.ndarray | ir.Value:
+    return op.Sub(x, y) if isinstance(x, ir.Value) else x - y
+
+
+def _without_cycles(x: np.ndarray | ir.Value) -> np.ndarray | ir.Value:
+    return _difference(x, _rounded(x))
+
+
+def _narrow(x: np.ndarray | ir.Value) -> ir.Value:
+    if isinstance(x, ir.Value):
+        return op.Cast(x, to=ir.DataType.FLOAT)
+    return tensor(x.astype(np.float32))
 
 
 def split_positions(positions: ir.Value) -> list[ir.Value]:
@@ -51,14 +91,19 @@ def split_positions(positions: ir.Value) -> list[ir.Value]:
 
 
 def phases(
-    freqs: np.ndarray,  # float64 [*sizes, ndim]
-    shifts: np.ndarray,  # cycles, [*sizes] or what broadcasts with it
+    freqs: np.ndarray | MadeFrequencies,  # float64 [*sizes, ndim], or [*sizes] for each dimension
+    shifts: np.ndarray | ir.Value,  # cycles, [*sizes] or what broadcasts with it
     x: ir.Value,  # [B, N, H, D]
     positions: ir.Value | None,  # [N] or [N, ndim]
     start: float | ir.Value,
 ) -> ir.Value:  # [N, *sizes]
     """Return ``2 pi (freqs position + shifts)``, but for whole cycles."""
-    *shape, ndim = freqs.shape
+    columns: list[Any]
+    if isinstance(freqs, MadeFrequencies):
+        columns, shape = freqs.columns, freqs.shape
+    else:
+        columns, shape = list(np.moveaxis(freqs, -1, 0)), freqs.shape[:-1]
+    ndim, before = len(columns), []
     if positions is None:
         length = op.Squeeze(sizes(x, 1, 2), tensor([0]))
         positions = op.Range(tensor(0), length, tensor(1))
@@ -67,26 +112,29 @@ def phases(
             dtype = ir.DataType.DOUBLE if start.dtype in _FLOATS else ir.DataType.INT64
             positions = op.Add(op.Cast(positions, to=dtype), op.Cast(start, to=dtype))
             positions.dtype = dtype
-        else:
-            shifts = shifts + freqs[..., 0] * start
-    dtype, columns = positions.dtype, reshape(positions, -1, ndim)
-    cycles = []
-    for i in range(ndim):
-        column = columns
+        elif isinstance(columns[0], np.ndarray) and isinstance(shifts, np.ndarray):
+            shifts = shifts + columns[0] * start
+        elif start:
+            before.append(_narrow(_without_cycles(_scaled(columns[0], start))))
+    dtype, rows, cycles = positions.dtype, reshape(positions, -1, ndim), []
+    for i, column in enumerate(columns):
+        row = rows
         if ndim > 1:
-            column = op.Slice(columns, tensor([i]), tensor([i + 1]), tensor([1]))
-        cycles.append(_cycles(column, dtype, freqs[..., i].reshape(-1)))
-    cycles = reshape(functools.reduce(op.Add, cycles), 0, *shape)
-    shifts = (shifts - np.rint(shifts)).astype(np.float32)
-    if shifts.any():
-        cycles = op.Add(cycles, tensor(shifts))
-    return op.Mul(cycles, tensor(2 * math.pi))
+            row = op.Slice(rows, tensor([i]), tensor([i + 1]), tensor([1]))
+        flat = column.reshape(-1) if isinstance(column, np.ndarray) else reshape(column, -1)
+        cycles.append(_cycles(row, dtype, flat))
+    total = reshape(functools.reduce(op.Add, cycles), 0, *shape)
+    if isinstance(shifts, ir.Value):
+        before.append(shifts)
+    elif (whole := _without_cycles(shifts).astype(np.float32)).any():
+        before.append(tensor(whole))
+    return op.Mul(functools.reduce(op.Add, before, total), tensor(2 * math.pi))
 
 
 def _cycles(
     positions: ir.Value,  # [N, 1]
     dtype: ir.DataType,
-    freqs: np.ndarray,  # [S]
+    freqs: np.ndarray | ir.Value,  # [S]
 ) -> ir.Value:  # [N, S]
     """Return ``freqs position``, but for whole cycles."""
     products = []
@@ -95,10 +143,10 @@ def _cycles(
             positions = op.Cast(positions, to=ir.DataType.FLOAT)
         whole = op.Floor(positions)
         rest = op.Cast(op.Sub(positions, whole), to=ir.DataType.FLOAT)
-        products.append(op.Mul(rest, tensor(freqs.astype(np.float32))))
+        products.append(op.Mul(rest, _narrow(freqs)))
         positions = whole
     digits, parts = split_positions(positions), split_frequencies(freqs)
-    coarse = [op.Mul(x, tensor(f)) for x, (f, _) in zip(digits, parts, strict=True)]
+    coarse = [op.Mul(x, f) for x, (f, _) in zip(digits, parts, strict=True)]
     coarse = functools.reduce(op.Add, coarse)
-    products += [op.Mul(x, tensor(f)) for x, (_, f) in zip(digits, parts, strict=True)]
+    products += [op.Mul(x, f) for x, (_, f) in zip(digits, parts, strict=True)]
     return op.Add(op.Sub(coarse, op.Round(coarse)), functools.reduce(op.Add, products))

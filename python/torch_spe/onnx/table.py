@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from torch_spe.onnx import attention
 from torch_spe.onnx.encoders import Encoders
 from torch_spe.onnx.folding import constants_of
-from torch_spe.onnx.gaussian import noise_of
 from torch_spe.onnx.nodes import UnsupportedError
+from torch_spe.onnx.seeds import seeded_values
 
 # They make codes and noise, which `fold_constants` replaces unless each call draws them anew.
 _OF_CODES = (
@@ -27,7 +27,9 @@ def translation_table(program: ExportedProgram | None = None) -> dict[Callable, 
         program: what is exported, of `fold_constants`. The translations of encoders need its
             constants; without it there are those of attention alone.
     """
-    encoders = Encoders() if program is None else Encoders(constants_of(program), noise_of(program))
+    encoders = (
+        Encoders() if program is None else Encoders(constants_of(program), seeded_values(program))
+    )
     translations = (
         attention.linear_attention, attention.linear_attention_state, encoders.sine_features,
         encoders.sine_filter, encoders.phasor_filter, encoders.rotary, encoders.conv_filter,

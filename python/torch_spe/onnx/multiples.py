@@ -1,4 +1,4 @@
-"""Gaussian noise of constants, made by nodes where that takes less space.
+"""Constants that are multiples of noise, made by nodes where that takes less space.
 
 Weights of sines are a matrix for every frequency times its noise, those of a gate a factor times
 it. The noise has most of the elements, and is a function of the seed: a file needs the matrices.
@@ -7,26 +7,27 @@ it. The noise has most of the elements, and is a function of the seed: a file ne
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
-from torch.export import ExportedProgram
 
+from torch_spe.onnx.counter import Use, pair_words, uniform
 from torch_spe.onnx.nodes import reshape, tensor
 from torch_spe.onnx.noise import conv_noise
 
-NOISE = "torch_spe_noise"  # where `fold_constants` leaves it in the meta data of a program
 # Elements of a constant from which on its noise is made: nodes that make it take as many bytes.
 LARGE = 4096
 # A constant is what nodes make if it is this near, as rounding to float32 leaves it.
-_NEAR = 1e-6
+NEAR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussianNoise:
-    """Noise that constants of a program were made of.
+    """Normal noise that constants of a program were made of.
 
     Attributes:
         seed: of it.
@@ -59,14 +60,47 @@ class GaussianNoise:
         return op.Transpose(noise, perm=[1, 2, 0, 3])
 
 
-def noise_of(program: ExportedProgram) -> list[GaussianNoise]:
-    """Return the noise that `fold_constants` found in a program."""
-    return program.graph_module.meta.get(NOISE, [])
+@dataclasses.dataclass(frozen=True)
+class CircleNoise:
+    """Noise on the circle, for the gate of a code of phase noise.
+
+    Attributes:
+        seed: of it.
+        stream: of the seed.
+        values: float64 ``[H, D, 1, R]``.
+    """
+
+    seed: int
+    stream: int
+    values: np.ndarray
+
+    @staticmethod
+    def of_call(
+        values: torch.Tensor, seed: torch.Tensor, num_heads: int, in_features: int, num_pairs: int,
+        stream: int = 0, dtype: str = "float32",
+    ) -> CircleNoise:  # fmt: skip
+        """Return the noise of a call of ``circle_noise``."""
+        return CircleNoise(int(seed), stream, values.detach().cpu().double().numpy()[:, :, None])
+
+    def node(self) -> ir.Value:  # [H, D, 1, R]
+        """Make the values by nodes."""
+        heads, features, _, num_realizations = self.values.shape
+        blocks = np.arange(-(-num_realizations // 8))  # of four points
+        words = pair_words(self.seed, self.stream, (heads, features), blocks, Use.CIRCLE)
+        cycles = op.Concat(*(op.Unsqueeze(uniform(x), tensor([-1])) for x in words), axis=-1)
+        angle = op.Mul(op.Cast(op.Sub(cycles, tensor(np.array(0.5))), to=1), tensor(2 * math.pi))
+        # Half a cycle away.
+        points = [op.Mul(f(angle), tensor(-math.sqrt(2))) for f in (op.Cos, op.Sin)]
+        points = op.Concat(*(op.Unsqueeze(x, tensor([-1])) for x in points), axis=-1)
+        values = reshape(points, heads, features, 1, 8 * len(blocks))
+        if 8 * len(blocks) > num_realizations:
+            values = op.Slice(values, tensor([0]), tensor([num_realizations]), tensor([-1]))
+        return values
 
 
-def write_noise(
+def write_multiple(
     array: np.ndarray,  # [H, D, R] or [H, D, 2K, R]
-    noises: list[GaussianNoise],
+    noises: Iterable[GaussianNoise | CircleNoise],
 ) -> ir.Value | None:
     """Return a constant as matrices times noise that nodes make, if it is large and of that kind.
 
@@ -85,13 +119,7 @@ def write_noise(
             continue
         values = noise.values.reshape(shape)
         matrices = rows.reshape(shape) @ np.linalg.pinv(values)
-        if np.abs(matrices @ values - rows.reshape(shape)).max() <= _NEAR * np.abs(rows).max():
+        if np.abs(matrices @ values - rows.reshape(shape)).max() <= NEAR * np.abs(rows).max():
             made = reshape(noise.node(), *shape)
             return reshape(op.MatMul(tensor(matrices.astype(np.float32)), made), *array.shape)
     return None
-
-
-def keep_noise(node: ir.Node) -> bool | None:
-    """Return the argument ``should_fold`` of the optimizer: not what noise starts with."""
-    to = node.attributes.get("to") if node.op_type == "Cast" else None
-    return False if to is not None and to.as_int() == ir.DataType.UINT64 else None
