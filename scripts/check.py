@@ -87,7 +87,10 @@ def cpp_tests(report, everything):
 
 
 def python_tests(report, arguments, everything):
-    variables = {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": "4000"} if everything else {}
+    variables = {}
+    if everything:
+        calls = os.environ.get("TORCH_SPE_FUZZ_CALLS", "4000")
+        variables = {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": calls}
     succeeded = run(
         *(sys.executable, "-m", "pytest", f"--junitxml={report}", *PARALLEL, *arguments),
         **ONE_THREAD,
