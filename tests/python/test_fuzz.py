@@ -153,11 +153,11 @@ def check(call, repeat, monkeypatch):
             return
         change = torch.finfo(narrow or least_exact).eps * min(1, attempt)
         tried = converted(call.arguments, narrow, change)
-        exact = composition(converted(tried, torch.float64))
+        of_tried = composition(converted(tried, torch.float64))
         for context in (contextlib.nullcontext, subnormals_as_zeros):
             with context():
                 theirs = composition(tried)
-            theirs = [factor * difference(*pair) for pair in zip(theirs, exact, strict=True)]
+            theirs = [factor * difference(*pair) for pair in zip(theirs, of_tried, strict=True)]
             limits = [max(pair) for pair in zip(limits, theirs, strict=True)]
     raise AssertionError(f"errors {errors}, at most {limits}" + about)
 
