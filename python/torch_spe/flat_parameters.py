@@ -22,7 +22,7 @@ class FlatParameterView(Tensor):
     """
 
     # As nn.Parameter has it: operators return plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
     # torch.nn.utils.parametrize would make a buffer of any other tensor, and train it no more; a
     # parameter that is no leaf it refuses.
     _is_param = True
@@ -55,7 +55,8 @@ class FlatParameterView(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return Tensor.data.__get__(self)
+        data: Any = Tensor.data
+        return data.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -71,10 +72,10 @@ class FlatParameterView(Tensor):
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]):
         return self._stored.register_post_accumulate_grad_hook(lambda _: hook(self))
 
-    def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return memo.setdefault(id(self), self._parameter())
 
-    def __reduce_ex__(self, protocol: int) -> object:
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         return self._parameter().__reduce_ex__(protocol)
 
     def _parameter(self) -> nn.Parameter:
@@ -101,7 +102,7 @@ def flat_parameter(name: str) -> property:
     return property(lambda module: module._in_shape(name), assign, delete)
 
 
-def _flattened(value: Tensor, like: Tensor) -> Tensor:
+def _flattened(value: Tensor, like: Any) -> Tensor:
     """Return what a checkpoint holds in the shape of the parameter, and sharded like it."""
     if not hasattr(value, "full_tensor"):
         return value.reshape(like.shape)
@@ -149,7 +150,7 @@ class FlatParameterModule(Float32Module):
 
     def _view(self, name: str, stored: Tensor | None) -> Tensor | None:
         view = self._shaped(name, stored)
-        if view is stored or torch.compiler.is_compiling():
+        if view is None or view is stored or torch.compiler.is_compiling():
             return view
         if type(stored) is nn.Parameter and type(view) is Tensor:  # not under modes such as fakes
             view = view.as_subclass(FlatParameterView)

@@ -69,8 +69,7 @@ class Call:
 
     def on_ranks(self, layer: SPEMultiheadAttention, q: Tensor) -> Call:
         """Return the call of a layer whose sequence is cut over ranks; else this one."""
-        ranks = getattr(layer, "_ranks", None)  # of `distributed.SPESequenceParallel`
-        return self if ranks is None else ranks.join(layer, self, q)
+        return self if layer._ranks is None else layer._ranks.join(layer, self, q)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, extra: ExtraKeys | None, **arguments: object

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from torch_spe.attention.places import Places
 from torch_spe.attention.rows import RowEncoder, group_rows, group_segments
+from torch_spe.codes import Code
 from torch_spe.encoder import Encoder
 from torch_spe.noise import draw_seed
 from torch_spe.positions import NoPositions, Position
@@ -29,7 +30,7 @@ NO_POSITIONS = NoPositions()
 LONG = 16
 
 # Returns an encoder for lengths, a first position, and positions.
-Draw = Callable[[Sequence[int], object, Tensor | None], Encoder]
+Draw = Callable[[Sequence[int], Any, Tensor | None], Encoder]
 
 
 def draw_encoder(
@@ -47,7 +48,7 @@ def draw_encoder(
     else:
         seed = layer.seed if layer._fixes_noise() else call.seed
         if seed is None and (call.places.each or call.cu_seqlens is not None):
-            seed = draw_seed(None, q.device).item()  # of several draws
+            seed = cast(int, draw_seed(None, q.device).item())  # of several draws
     trained = used = position.num_realizations
     if trained is not None:
         trained = used = layer.num_realizations or trained
@@ -55,19 +56,21 @@ def draw_encoder(
             used = layer.eval_realizations
     gate = None if position.code_shape is None else layer.filter
 
-    def make(size: Sequence[int], start: object, positions: Tensor | None) -> Encoder:
+    def make(size: Sequence[int], start: Any, positions: Tensor | None) -> Encoder:
         encoder = position.draw(size, used, seed=seed, start=start, positions=positions)
         if gate is not None:
-            encoder = gate.gate_code(encoder, seed=seed)
+            encoder = gate.gate_code(cast(Code, encoder), seed=seed)
         if layer.encode == "inputs":
             # Entries shrink as R grows; the feature map has learned their size in training.
-            return encoder if used == trained else encoder.scaled((used / trained) ** 0.25)
+            if used is None or trained is None or used == trained:
+                return encoder
+            return encoder.scaled((used / trained) ** 0.25)
         if encoder.num_features is None:
             return encoder
         # qhat . khat / sqrt(R) estimates sum_d phi(q)_d P_d phi(k)_d / sqrt(D).
         return encoder.scaled((q.shape[-1] / encoder.num_features) ** 0.25)
 
-    def draw(size: Sequence[int], start: object, positions: Tensor | None) -> Encoder:
+    def draw(size: Sequence[int], start: Any, positions: Tensor | None) -> Encoder:
         if seed is None or layer.position is None:
             return make(size, start, positions)
         settings = (position, gate, used, trained, seed, layer.encode, q.shape[-1])
@@ -78,10 +81,10 @@ def draw_encoder(
 
 def _keep(
     layer: SPEMultiheadAttention,
-    settings: tuple[object, ...],
+    settings: tuple[Any, ...],
     make: Draw,
     size: Sequence[int],
-    start: object,
+    start: Any,
     positions: Tensor | None,
 ) -> Encoder:
     """Return an encoder of a fixed noise, made anew only where something has changed."""
@@ -97,7 +100,9 @@ def _keep(
         if encoder.at(start, positions, size) is None:
             return encoder
         layer._kept = kept = KeptEncoder(encoder, settings, tensors)
-    return kept.encoder.at(start, positions, size)
+    there = kept.encoder.at(start, positions, size)
+    assert there is not None  # what has no other positions is not kept
+    return there
 
 
 class KeptEncoder:
@@ -180,9 +185,10 @@ def encoder_at(
         bounds: of packed sequences.
         draw: draws for lengths, a first position, and positions.
     """
-    start, positions = places.start, places.positions
+    start, positions = cast(Any, places.start), places.positions
     if bounds is not None and not position.takes_positions:
         lengths, firsts = bounds.diff().tolist(), bounds[:-1].tolist()
+        assert positions is not None  # packed sequences have some
         starts = [
             positions[first].item() if n > 0 else 0
             for n, first in zip(lengths, firsts, strict=True)

@@ -9,7 +9,7 @@ with them: they fade or not, are packed or not, and go into the state as they wo
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def attend_beside(
     cu_seqlens: Tensor | None = None,
     denominator_q: Tensor | None = None,  # [B, N, H, F]
     denominator_k: Tensor | None = None,  # [B, M, H, F]
-    **arguments: object,
+    **arguments: Any,
 ) -> tuple[Tensor, Sums | None]:  # [B, N, H, E]
     """Call `torch_spe.functional.linear_attention` with the keys; all features are mapped before.
 
@@ -123,8 +123,7 @@ def attend_beside(
         The output and the state, None if not asked for; of the keys of the input alone.
     """
     more, features = extra.keys.shape[1], q.shape[-1]
-    own = denominator_q is not None
-    of_denominator = denominator_q.shape[-1] if own else features
+    of_denominator = features if denominator_q is None else denominator_q.shape[-1]
     width, wide_denominator = features, of_denominator
     if log_decay is not None:  # the extra features do not fade, so that each has a step of its own
         width = wide_denominator = max(width, wide_denominator)
@@ -135,8 +134,10 @@ def attend_beside(
     def widen(x: Tensor, width: int, last: Tensor) -> Tensor:
         return torch.cat((F.pad(x, (0, width - x.shape[-1])), last), dim=-1)
 
-    if own:
+    if denominator_q is not None:
         keys = extra.denominators
+        assert keys is not None
+        assert denominator_k is not None
         keys = F.pad(keys, (0, of_denominator - keys.shape[-1]))
         products = _products(denominator_q, keys)
         arguments["denominator_q"] = widen(denominator_q, wide_denominator, products)

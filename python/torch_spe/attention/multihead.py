@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from torch_spe.filters import SPEFilter
 from torch_spe.initialization import reset_modules
 from torch_spe.positions import Position
 from torch_spe.positions.registry import find_preset, make_position
+
+if TYPE_CHECKING:
+    from torch_spe.distributed.layers import SequenceRanks
 
 
 class SPEMultiheadAttention(HeadProjections):
@@ -157,6 +160,7 @@ class SPEMultiheadAttention(HeadProjections):
     _qkv_same_embed_dim = False
     # The encoder of the fixed noise, see encoding.KeptEncoder; of this object alone.
     _kept: encoding.KeptEncoder | None = None
+    _ranks: SequenceRanks | None = None  # of `distributed.SPESequenceParallel`
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ def find_places(
         cu_seqlens: of the call.
         device: of the inputs.
     """
-    packed = cu_seqlens is not None
     if state is not None:
-        check_state(OWNER, state, len(cu_seqlens) - 1 if packed else batch, device)
+        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        check_state(OWNER, state, sequences, device)
         if position.ndim > 1:
             raise ValueError(
                 f"{OWNER}: state must be None with positions of {position.ndim} dimensions (ndim), "
@@ -83,7 +84,7 @@ def find_places(
             raise ValueError(
                 f"{OWNER}: start must be 0 with a state, which holds the position, got {start!r}"
             )
-        if not packed:
+        if cu_seqlens is None:
             return continue_places(state, batch, length, positions, mask, position.takes_positions)
     places = given_places(batch, length, position.ndim, start, positions)
     if places.each and key_length not in (length, 0):
@@ -92,7 +93,7 @@ def find_places(
             f"{OWNER}: {name} must be those of all sequences unless query and key are equally "
             f"long, got lengths {length} and {key_length}"
         )
-    if packed:
+    if cu_seqlens is not None:
         if state is not None and mask is not None:
             raise ValueError(
                 f"{OWNER}: key_padding_mask must be None with cu_seqlens and a state: leave "
@@ -181,6 +182,7 @@ def continue_places(
     device = state.sums.device
     first = torch.as_tensor(first, device=device).expand(batch).unsqueeze(1)  # [B, 1]
     if positions is None:
+        assert mask is not None
         real = ~mask
         counts = real.cumsum(1)
         used, after = first + (counts - 1), first[:, 0] + real.sum(1)
@@ -244,7 +246,7 @@ def packed_places(
         return dataclasses.replace(
             places, between=between.masked_fill(index == starts, 0).unsqueeze(0)
         )
-    first = places.start if state is None else state.position
+    first: Any = places.start if state is None else state.position
     after = first + bounds.diff() if state is not None else 0
     if isinstance(first, Tensor):
         first = first[sequence] if first.dim() else first

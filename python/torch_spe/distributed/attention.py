@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch import distributed as dist
 
@@ -13,6 +15,7 @@ from torch_spe.distributed.exchange import (
     sequence_start,
     state_before,
     sum_of_states,
+    whole_group,
 )
 from torch_spe.distributed.passing import piece_backwards, piece_forwards
 
@@ -87,18 +90,18 @@ def linear_attention(
         >>> dist.destroy_process_group()
     """
     check_group("linear_attention")
-    of_keys = {
+    of_keys: dict[str, Any] = {
         "feature_map": feature_map, "denominator_k": denominator_k,
         "denominator_feature_map": denominator_feature_map,
         "key_padding_mask": key_padding_mask, "log_decay": log_decay,
     }  # fmt: skip
-    others = {
+    others: dict[str, Any] = {
         "normalize": normalize, "eps": eps, "denominator_q": denominator_q, "rms_norm": rms_norm,
         "causal": causal,
     }  # fmt: skip
     if dist.get_world_size(group) == 1:
         return functional.linear_attention(q, k, v, cu_seqlens=cu_seqlens, **of_keys, **others)
-    group = dist.group.WORLD if group is None else group
+    group = whole_group(group)
     bounds = None
     if cu_seqlens is not None:
         start = sequence_start(k.shape[1], group) if start is None else start
@@ -114,7 +117,7 @@ def linear_attention(
     right = None
     if not causal:
         right = state_before(piece_backwards(k, v, bounds, **of_keys), group, reverse=True)
-    if log_decay is not None and not causal:
+    if log_decay is not None and right is not None:
         return attend_to_both_sides(q, k, v, left, right, bounds, **of_keys, **others)
     if bounds is not None:
         left = bounds.place_first(left)

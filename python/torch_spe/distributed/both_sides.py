@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ def attend_to_both_sides(
     key_padding_mask: Tensor | None,  # [B, N]
     log_decay: Tensor,  # [H], [H, R], [B, N, H] or [B, N, H, R]
     normalize: bool,
-    **arguments: object,
+    **arguments: Any,
 ) -> Tensor:  # [B, N, H, E]
     """Attend; what lies behind the last token is a state as well, faded up to that token.
 
@@ -58,9 +60,9 @@ def attend_to_both_sides(
     if bounds is not None:
         left, right = bounds.place_first(left), bounds.join_last(right)
     more = num_features
-    denominator = {}
+    denominator: dict[str, Any] = {}
     if normalize:
-        if denominator_q is None:
+        if denominator_q is None or denominator_k is None:
             denominator_q, denominator_k = q, k
         else:
             denominator_q, denominator_k = (

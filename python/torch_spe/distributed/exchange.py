@@ -50,12 +50,15 @@ def gather_integers(
 
 def gather(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [ranks, *own.shape]
     """Return the tensors of all ranks; not differentiable."""
-    gathered = collectives.all_gather_tensor(own.flatten(), 0, _whole(group))
+    gathered = collectives.all_gather_tensor(own.flatten(), 0, whole_group(group))
     return collectives.wait_tensor(gathered).view(-1, *own.shape)
 
 
-def _whole(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    return dist.group.WORLD if group is None else group
+def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group; None is all ranks."""
+    group = dist.group.WORLD if group is None else group
+    assert group is not None  # see check_group
+    return group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Piece:
         """Return what another piece and then this one add."""
         if self.keep is None:
             return Piece(self.s + other.s, self.z + other.z)
+        assert other.keep is not None  # pieces of one exchange are of one kind
         s, z = self.s + self.keep[..., None] * other.s, self.z + self.keep * other.z
         return Piece(s, z, self.keep * other.keep)
 
@@ -179,12 +183,14 @@ def _exclusive_prefix(piece: Piece, group: dist.ProcessGroup, reverse: bool) -> 
 
     def shift(sent: Piece | None, by: int, first: int) -> Piece | None:
         """Send to the rank `by` ranks behind; those from `first` on have something to send."""
-        operations, received = [], None
+        operations: list[dist.P2POp] = []
+        received: Tensor | None = None
         for sends, other in ((True, index + by), (False, index - by)):
             if not first <= (index if sends else other) or not other < ranks:
                 continue
             peer = dist.get_global_rank(group, ranks - 1 - other if reverse else other)
             if sends:
+                assert sent is not None
                 operations.append(dist.P2POp(dist.isend, sent.pack(), peer, group))
             else:
                 received = torch.empty_like(piece.pack())
@@ -193,9 +199,10 @@ def _exclusive_prefix(piece: Piece, group: dist.ProcessGroup, reverse: bool) -> 
             work.wait()
         return None if received is None else piece.unpack(received)
 
-    before, covered = shift(piece, 1, 0), 1  # of the rank before; then of twice as many each time
+    before = shift(piece, 1, 0)  # of the rank before; then of twice as many each time
+    covered = 1
     while covered < ranks - 1:
         more = shift(before, covered, 1)
-        before = before if more is None else before.after(more)
+        before = before if before is None or more is None else before.after(more)
         covered *= 2
     return nothing if before is None else before

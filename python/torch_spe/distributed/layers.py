@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class SequenceRanks:
 
     def attach(self, layer: SPEMultiheadAttention) -> None:
         """Give the layer these ranks."""
-        if getattr(layer, "_ranks", None) is not None:
+        if layer._ranks is not None:
             raise ValueError(f"{OWNER}: module must not be parallel already, got one that is")
         layer._ranks = self
         layer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
@@ -161,8 +161,8 @@ class SequenceRanks:
         )
 
     def _before(
-        self, layer: SPEMultiheadAttention, arguments: tuple, keywords: dict[str, object]
-    ) -> tuple[tuple, dict[str, object]]:
+        self, layer: SPEMultiheadAttention, arguments: tuple, keywords: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Set positions and bounds of the rank's tokens."""
         named = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
         query, key = named.get("query"), named.get("key")
@@ -191,7 +191,8 @@ class SequenceRanks:
             )
         cu_seqlens = named.get("cu_seqlens")
         start, seed = self._find(layer, rows, query.device)
-        changed, bounds = {}, None
+        changed: dict[str, Any] = {}
+        bounds = None
         if cu_seqlens is not None:
             bounds = cut_bounds(cu_seqlens, start, length)
             changed["cu_seqlens"] = bounds.local
@@ -218,7 +219,7 @@ class SequenceRanks:
         seed = None
         if _draws(layer):
             # All ranks draw, so that their generators move on alike.
-            seed = draw_seed(None, device).item()
+            seed = int(draw_seed(None, device).item())
         if self.equal_lengths and seed is None:
             return rank * rows, None
         gathered = gather_integers([rows, 0 if seed is None else seed], self.group)
@@ -262,7 +263,7 @@ class SequenceRanks:
         q: Tensor,  # [B, N, H, R]
         k: Tensor,  # [B, N, H, R]
         v: Tensor,  # [B, N, H, E]
-        **arguments: object,
+        **arguments: Any,
     ) -> Tensor:  # [B, N, H, E]
         """Attend to the tokens of all ranks."""
         arguments["cu_seqlens"] = place.cu_seqlens
@@ -270,6 +271,7 @@ class SequenceRanks:
 
     def _steps_between(self, places: Places, place: _Place) -> Tensor:  # [B or 1, N]
         """Return what lies between given positions; the first one follows that of a rank before."""
+        assert places.positions is not None
         positions = places.positions if places.each else places.positions.unsqueeze(0)
         positions = positions.squeeze(-1) if positions.dim() == 3 else positions
         between = steps_between(positions) if places.between is None else places.between
@@ -306,9 +308,7 @@ def _draws_features(feature_map: FeatureMap) -> bool:
     )
 
 
-def _add_to_start(
-    start: float | Sequence[float] | Tensor, offset: int, ndim: int
-) -> float | Sequence[float] | Tensor:
+def _add_to_start(start: Any, offset: int, ndim: int) -> Any:
     """Return the first position of a rank, or one for each sequence or dimension."""
     if isinstance(start, (str, bytes)):
         return start  # the layer says what is wrong

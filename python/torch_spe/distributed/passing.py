@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def piece_forwards(
     k: Tensor,  # [B, M, H, R]
     v: Tensor,  # [B, M, H, E]
     bounds: LocalBounds | None,
-    **of_keys: object,
+    **of_keys: Any,
 ) -> Piece:
     """Return a rank's part of the state that the ranks behind start from.
 
@@ -27,15 +29,15 @@ def piece_forwards(
     keep = _share_of_all(of_keys["log_decay"], k.shape[1])
     if bounds is None:
         return _piece(functional.linear_attention_state(k, v, **of_keys), keep, None)
-    state = functional.linear_attention_state(k, v, cu_seqlens=bounds.of_last, **of_keys)
-    return _piece([x[1:] for x in state], keep, bounds.passes_forwards)
+    s, z = functional.linear_attention_state(k, v, cu_seqlens=bounds.of_last, **of_keys)
+    return _piece((s[1:], z[1:]), keep, bounds.passes_forwards)
 
 
 def piece_backwards(
     k: Tensor,  # [B, M, H, R]
     v: Tensor,  # [B, M, H, E]
     bounds: LocalBounds | None,
-    **of_keys: object,
+    **of_keys: Any,
 ) -> Piece:
     """Return a rank's part of what the ranks before see behind them, from their last token on.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -50,7 +51,7 @@ class LinearizedAttention(SPEMultiheadAttention):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         keys = num_key_value_heads * head_dim
         super().__init__(
@@ -60,13 +61,13 @@ class LinearizedAttention(SPEMultiheadAttention):
         )  # fmt: skip
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             setattr(self, name, None)
-        self.out_proj = _NoProjection(torch.empty(0, device=device, dtype=dtype))
+        self.add_module("out_proj", _NoProjection(torch.empty(0, device=device, dtype=dtype)))
         self.cache_layer: SPECacheLayer | None = None  # of the call that has begun
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:  # [B, N, H, D]
-        return tuple(self._split_heads(x) for x in (query, key, value))
+        return self._split_heads(query), self._split_heads(key), self._split_heads(value)
 
 
 class _NoProjection(nn.Module):
@@ -80,7 +81,7 @@ class _NoProjection(nn.Module):
         return x
 
 
-def linearize(model: PreTrainedModel, **attention: object) -> PreTrainedModel:
+def linearize(model: PreTrainedModel, **attention: Any) -> PreTrainedModel:
     """Replace the softmax attention of a Llama-like model by linear attention, in place.
 
     Projections stay what they are, grouped queries included. Every attention module gets positions,
@@ -164,7 +165,8 @@ def load_linearized(path: str | Path, device: torch.device | str = "cpu") -> Pre
     dtype = config.dtype or torch.float32
     model = getattr(transformers, config.architectures[0])._from_config(config, dtype=dtype)
     linearize(model, **attention)
-    folder, weights = Path(path), {}
+    folder = Path(path)
+    weights: dict[str, Tensor] = {}
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
@@ -189,7 +191,7 @@ def attend(
     key: Tensor,  # [B, G, N, D]
     value: Tensor,  # [B, G, N, D]
     attention_mask: Tensor | None,  # [B, N]
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:  # [B, N, H, D]
     """Attend, for transformers' AttentionInterface."""
     layer = getattr(module, NAME, None)
@@ -237,7 +239,9 @@ def padding_mask(
 
     Asked for once in a call, so that layers need not look at the mask of a single token again.
     """
-    return None if find_padding(attention_mask, q_length) is None else attention_mask[:, -q_length:]
+    if attention_mask is None or find_padding(attention_mask, q_length) is None:
+        return None
+    return attention_mask[:, -q_length:]
 
 
 AttentionInterface.register(NAME, attend)
@@ -255,7 +259,7 @@ def _is_on(module: nn.Module) -> bool:
     return config is None or config._attn_implementation == NAME
 
 
-def _note_cache(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+def _note_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Tell the layer the cache of a call, which the AttentionInterface does not."""
     if _is_on(module):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
@@ -272,7 +276,7 @@ def _do_not_rotate(
     return torch.ones_like(cos), torch.zeros_like(sin)
 
 
-def _prepare_cache(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
+def _prepare_cache(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     if _is_on(model):
         prepare_cache(model, *args, **kwargs)
     else:

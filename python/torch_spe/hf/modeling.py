@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,13 @@ class SPEDecoderLayer(GradientCheckpointingLayer, SPETransformerEncoderLayer):
 
     def __init__(self, config: SPEConfig, layer_idx: int) -> None:
         super().__init__(
-            config.hidden_size, config.num_attention_heads, config.intermediate_size,
+            config.hidden_size, config.num_attention_heads, cast(int, config.intermediate_size),
             config.dropout, config.hidden_act, batch_first=True, norm_first=True,
-            **config.attention,
+            **cast(dict[str, Any], config.attention),
         )  # fmt: skip
         self.layer_idx = layer_idx
 
-    def forward(
+    def forward(  # type: ignore[override]  # called by the models below alone
         self,
         hidden_states: Tensor,  # [B, N, hidden_size]
         padding: Tensor | None = None,  # [B, N]
@@ -84,8 +85,8 @@ class SPEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             tied = self.config.tie_word_embeddings
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5 if tied else 1.0)
-        elif callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object):
@@ -121,7 +122,7 @@ class SPEModel(SPEPreTrainedModel):
         """Return the embedding of the tokens."""
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Set the embedding of the tokens."""
         self.embedding = value
 
@@ -137,7 +138,7 @@ class SPEModel(SPEPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states of the tokens.
 
@@ -284,7 +285,7 @@ class SPEForCausalLM(SPEPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
-    def _prepare_cache_for_generation(self, *args: object, **kwargs: object) -> None:
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         prepare_cache(self, *args, **kwargs)
 
 
