@@ -3,6 +3,7 @@
 """
 
 import ast
+import importlib.util
 import inspect
 import re
 import textwrap
@@ -60,7 +61,10 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"torch_spe {release}"
-html_static_path = ["static"]
+# Formulas need no network: MathJax, fonts included, is one file of a package.
+MATHJAX = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+mathjax_path = "tex-svg.js"
+html_static_path = ["static", str(MATHJAX / mathjax_path)]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
