@@ -167,8 +167,8 @@ def check_starts(
 
 
 def _is_finite(value: object) -> bool:
-    """Say whether a number is finite; a symbolic one is."""
-    return not isinstance(value, float) or math.isfinite(value)
+    """Say whether a number is finite; one that torch.compile does not know is."""
+    return not isinstance(value, float) or torch.compiler.is_compiling() or math.isfinite(value)
 
 
 def check_whole_starts(owner: str, start: float | Sequence[float], ndim: int) -> tuple[int, ...]:

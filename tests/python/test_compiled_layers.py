@@ -81,6 +81,17 @@ def test_one_graph_for_all_lengths_and_starts(training):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_one_graph_for_all_starts_with_fractions():
+    layer = SPETransformerEncoderLayer(DIM, HEADS, 32, 0.0, batch_first=True).eval()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    fast = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for length, start in ((20, 0.5), (9, -1.25), (7, 1e6 + 0.75)):
+        x = torch.randn(2, length, DIM)
+        assert error(fast(x, start=start), layer(x, start=start)) < 1e-5
+    assert counter.frame_count == 1
+
+
 def test_one_graph_for_all_steps_of_generation():
     layer = SPETransformerEncoderLayer(DIM, HEADS, 32, 0.0, batch_first=True).eval()
     torch._dynamo.reset()

@@ -87,6 +87,12 @@ def find_places(
         if cu_seqlens is None:
             return continue_places(state, batch, length, positions, mask, position.takes_positions)
     places = given_places(batch, length, position.ndim, start, positions)
+    unknown = isinstance(start, float) and positions is None and torch.compiler.is_compiling()
+    if unknown and position.takes_positions and position.ndim == 1 and key_length == length:
+        # As a number of the operators it would be a constant of the graph, compiled again for each.
+        first = torch.full((), start, dtype=torch.float64, device=device)
+        index = torch.arange(length, device=device)
+        places = Places(positions=first + index, consecutive=True)
     if places.each and key_length not in (length, 0):
         name = "start" if positions is None else "positions"
         raise ValueError(
