@@ -1,11 +1,14 @@
-// Launches of the convolution filter's kernels: those of encode/conv/polyphase*.h for 16-bit
-// storage and polyphase noise along one dimension, else the general ones.
+// Launches of the convolution filter's kernels: for 16-bit storage those of encode/conv/dense*.h,
+// or encode/conv/polyphase*.h where noise is polyphase along one dimension, else the general ones.
 #include <stdexcept>
 #include <string>
 
 #include "conv_filter.h"
 #include "device_for.h"
 #include "encode/conv/constant_gradient.h"
+#include "encode/conv/dense_forward.h"
+#include "encode/conv/dense_input_gradient.h"
+#include "encode/conv/dense_tap_gradient.h"
 #include "encode/conv/forward.h"
 #include "encode/conv/input_gradient.h"
 #include "encode/conv/make_noise.h"
@@ -35,18 +38,28 @@ void visit_conv_kernels(const ConvFilterParams& p, bool allow_tf32, const Functi
   }
 }
 
+// Whether the kernels of encode/conv/dense*.h take the noise.
+bool has_dense_kernels(const ConvFilterParams& p) {
+  return (p.dtype == core::DType::kFloat16 || p.dtype == core::DType::kBFloat16) &&
+         noise_periods(p.generated) == 1;
+}
+
 // Parts of the scratch memory of the backward pass.
 struct ConvBackwardWorkspace {
   PolyphaseTapGradient polyphase;
+  DenseTapGradientBlocks dense;
   std::int64_t segments, taps, kernel_parts;
   double *kernel = nullptr, *constant = nullptr;
   std::size_t size = 0;
 
   ConvBackwardWorkspace(const ConvFilterBackwardParams& p, void* memory)
       : polyphase(p),
+        dense(p),
         segments(tap_gradient_segments(p)),
         taps(p.num_heads * p.in_features * p.kernel_size[0] * p.kernel_size[1] * p.kernel_size[2]),
-        kernel_parts(polyphase.fits ? polyphase.parts() : segments) {
+        kernel_parts(has_dense_kernels(p) ? dense.parts()
+                     : polyphase.fits     ? polyphase.parts()
+                                          : segments) {
     MemoryLayout layout(static_cast<unsigned char*>(memory));
     if (p.grad_kernel != nullptr) kernel = layout.take<double>(kernel_parts * taps);
     if (p.grad_constant != nullptr) {
@@ -66,7 +79,9 @@ void launch_backward(const ConvFilterBackwardParams& p, void* memory, Stream str
   bool needs_x = p.grad_x != nullptr;
   if constexpr (!kDense && sizeof(Storage) == 2)
     needs_x = needs_x && !launch_polyphase<Storage, true>(p, stream);
-  if (needs_x) {
+  if constexpr (kDense && sizeof(Storage) == 2) {
+    if (needs_x) launch_dense_input_gradient<Storage>(p, stream);
+  } else if (needs_x) {
     using Shared = ConvInputGradientShared<Storage, Operand, kDense>;
     MemoryLayout size;
     Shared{size};
@@ -83,7 +98,10 @@ void launch_backward(const ConvFilterBackwardParams& p, void* memory, Stream str
       needs_kernel = false;
     }
   }
-  if (needs_kernel) {
+  if constexpr (kDense && sizeof(Storage) == 2) {
+    if (needs_kernel)
+      launch_dense_tap_gradient<Storage>(p, workspace.dense, workspace.kernel, stream);
+  } else if (needs_kernel) {
     MemoryLayout size;
     ConvTapGradientShared<Storage, Operand, kDense>{size};
     launch(conv_tap_gradient_kernel<Storage, Operand, kDense>,
@@ -102,7 +120,7 @@ void launch_backward(const ConvFilterBackwardParams& p, void* memory, Stream str
     MemoryLayout size;
     ConvCodeWindows<Storage, Operand, Tile>{size, 1};
     launch(conv_noise_gradient_kernel<Storage, Operand>,
-           grid_of(tiles.count * ceil_div(p.num_realizations, Tile::kReal) * features),
+           grid_of(tiles.count * ceil_div(p.num_realizations, Tile::kRealizations) * features),
            dim3(kThreads), size.size(), stream, p);
   }
 }
@@ -119,15 +137,19 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
       static_cast<ConvFilterParams&>(forward) = p;
       if (launch_polyphase<Storage, false>(forward, stream)) return;
     }
-    using Shared = ConvForwardShared<Storage, Operand, kDense>;
-    using Tile = typename Shared::Tile;
-    MemoryLayout size;
-    Shared{size};
-    const std::int64_t blocks = LineTiles<Tile::kTokens>(p).count *
-                                ceil_div(p.batch, kConvForwardBatch<Storage, kDense>) *
-                                ceil_div(p.num_realizations, Tile::kReal) * p.num_heads;
-    launch(conv_forward_kernel<Storage, Operand, kDense>, grid_of(blocks), dim3(kThreads),
-           size.size(), stream, p);
+    if constexpr (kDense && sizeof(Storage) == 2) {
+      launch_dense_forward<Storage>(p, stream);
+    } else {
+      using Shared = ConvForwardShared<Storage, Operand, kDense>;
+      using Tile = typename Shared::Tile;
+      MemoryLayout size;
+      Shared{size};
+      const std::int64_t blocks = LineTiles<Tile::kTokens>(p).count *
+                                  ceil_div(p.batch, kConvForwardBatch<Storage, kDense>) *
+                                  ceil_div(p.num_realizations, Tile::kRealizations) * p.num_heads;
+      launch(conv_forward_kernel<Storage, Operand, kDense>, grid_of(blocks), dim3(kThreads),
+             size.size(), stream, p);
+    }
   });
 }
 

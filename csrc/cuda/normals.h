@@ -11,10 +11,10 @@ namespace torch_spe::cuda {
 TORCH_SPE_DEVICE void fast_normal_pair(std::uint32_t w0, std::uint32_t w1, float* z0, float* z1) {
   // As in core::normal_pair: u in (0, 1] from 31 bits, and the angle as quarter turns and an odd
   // part of them between -1/2 and 1/2.
-  const float u = (static_cast<float>(w0 >> 1) + 0.5f) * 0x1p-31f;
-  const float square = -1.38629436111989f * fast_log2(u);  // -2 ln u
-  const float radius = fast_sqrt(square > 0.0f ? square : 0.0f);
-  const std::uint32_t turn = w1 - ((w1 & 0x20000000u) << 1);
+  const float u = core::ScalarNumbers::fma(static_cast<float>(w0 >> 1), 0x1p-31f, 0x1p-32f);
+  // -2 ln u, unless rounding leaves something below 0.
+  const float radius = fast_sqrt(__builtin_fabsf(-1.38629436111989f * fast_log2(u)));
+  const std::uint32_t turn = w1 - 2 * (w1 & 0x20000000u);
   float c, s;
   fast_cos_sin(core::angle_of(turn), &c, &s);
   *z0 = radius * c;

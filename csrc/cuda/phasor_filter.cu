@@ -83,7 +83,7 @@ void launch_parameters_gradient(const PhasorFilterBackwardParams& p,
       MemoryLayout size;
       PhasorGradientShared<Storage>{size};
       launch(phasor_product_gradient_kernel<Storage>,
-             grid_of(p.num_heads * tiles.feature_tiles * tiles.real_tiles * tiles.segments),
+             grid_of(p.num_heads * tiles.feature_tiles * tiles.realization_tiles * tiles.segments),
              dim3(kThreads), size.size(), stream, p, tiles, workspace.parts);
       return;
     }

@@ -41,9 +41,9 @@ std::int64_t weight_gradient_blocks(const SineFilterParams& p) {
   using Shape = SineWeightGradientShape<Operand>;
   if (runs_on_steps(p))
     return p.num_heads * ceil_div(SineSteps(p).count, kBlockSteps) *
-           ceil_div(p.num_realizations, kSineTileReal);
+           ceil_div(p.num_realizations, kSineTileRealizations);
   return p.num_heads * SineColumnChunks<Shape::kColumns>(p).count *
-         ceil_div(p.num_realizations, Shape::kReal);
+         ceil_div(p.num_realizations, Shape::kRealizations);
 }
 
 template <class Operand>
@@ -68,7 +68,7 @@ struct SineBackwardWorkspace {
   SineBackwardWorkspace(const SineFilterBackwardParams& p, void* memory)
       : codes(backward_runs_on_codes<Operand>(p)),
         input_gradient_segments(codes ? SineCodeGradientsPlace::segments(p) *
-                                            SineCodesPlace::real_tiles(p)
+                                            SineCodesPlace::realization_tiles(p)
                                       : cuda::input_gradient_segments<Operand>(p)),
         weight_gradient_segments(codes ? SineCodeGradientsPlace::segments(p)
                                        : cuda::weight_gradient_segments<Operand>(p)),
@@ -189,8 +189,8 @@ void launch_codes_forward(const SineFilterParams& p, Stream stream) {
   MemoryLayout size;
   SineCodesShared<Storage>{size, p};
   launch(sine_codes_forward_kernel<Storage, kEights>,
-         grid_of(SineCodesPlace::count(p, SineCodesPlace::real_tiles(p))), dim3(kCodeThreads),
-         size.size(), stream, p);
+         grid_of(SineCodesPlace::count(p, SineCodesPlace::realization_tiles(p))),
+         dim3(kCodeThreads), size.size(), stream, p);
 }
 
 template <class Storage, class Operand>
@@ -202,7 +202,7 @@ void forward(const SineFilterParams& p, Stream stream) {
       const TokenTiles tiles(p.batch, p.length, kSineTileTokens);
       SineStepsForwardShared<Storage>{size, tiles};
       const std::int64_t blocks =
-          tiles.count() * p.num_heads * ceil_div(p.num_realizations, kSineTileReal);
+          tiles.count() * p.num_heads * ceil_div(p.num_realizations, kSineTileRealizations);
       launch(sine_steps_forward_kernel<Storage>, grid_of(blocks), dim3(kThreads), size.size(),
              stream, p);
       return;
@@ -211,7 +211,7 @@ void forward(const SineFilterParams& p, Stream stream) {
   using Shape = SineForwardShape<Operand>;
   SineForwardShared<Operand>{size};
   const std::int64_t blocks = TokenTiles(p.batch, p.length, Shape::kTokens).count() * p.num_heads *
-                              ceil_div(p.num_realizations, Shape::kReal);
+                              ceil_div(p.num_realizations, Shape::kRealizations);
   launch(sine_forward_kernel<Storage, Operand>, grid_of(blocks), dim3(kThreads), size.size(),
          stream, p);
 }

@@ -5,13 +5,13 @@
 namespace torch_spe::cuda {
 
 // The gradients of codes, sums over the batch of x times the gradient of the output:
-// out[row][r - r0] for kRows positions from place.n0 + first on, which may lie outside, and kReal
-// realizations.
-template <int kRows, int kReal, class Storage, class Number>
+// out[row][r - r0] for kRows positions from place.n0 + first on, which may lie outside, and
+// kRealizations realizations.
+template <int kRows, int kRealizations, class Storage, class Number>
 TORCH_SPE_DEVICE void fill_code_gradients(const ConvFilterBackwardParams& p, const LineTile& place,
                                           std::int64_t first, std::int64_t r0, Number* out) {
   using T = core::accumulate_t<Storage>;
-  constexpr int kVector = Vector<Storage>::kSize, kVectors = kReal / kVector;
+  constexpr int kVector = Vector<Storage>::kSize, kVectors = kRealizations / kVector;
   const auto &x_strides = p.x_strides, &strides = p.grad_out_strides;
   const bool aligned = is_aligned<Storage>(p.grad_out, strides);
   TORCH_SPE_KEEP_LOOP
@@ -45,7 +45,7 @@ TORCH_SPE_DEVICE void fill_code_gradients(const ConvFilterBackwardParams& p, con
         grad += strides[0];
       }
     }
-    write_operands(sums, out + i / kVectors * row_of<Number>(kReal) + column);
+    write_operands(sums, out + i / kVectors * row_of<Number>(kRealizations) + column);
   }
 }
 

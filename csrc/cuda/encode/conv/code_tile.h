@@ -47,7 +47,7 @@ template <class Storage, class Operand, class Tile>
 struct ConvCodeWindows {
   using T = core::accumulate_t<Storage>;
   using Number = std::conditional_t<Tile::kDense, Operand, T>;  // of noise
-  static constexpr int kNoise = Tile::kWindow * row_of<Number>(Tile::kReal);
+  static constexpr int kNoise = Tile::kWindow * row_of<Number>(Tile::kRealizations);
   static constexpr int kToeplitz =
       Tile::kDense ? toeplitz_size<Operand>(Tile::kTokens, Tile::kWindow) : 0;
   Number* noise;      // [window, period, r]
@@ -64,7 +64,7 @@ class ConvCodeTile {
   using T = core::accumulate_t<Storage>;
   using Shared = ConvCodeWindows<Storage, Operand, Tile>;
   static constexpr bool kDense = Tile::kDense;
-  static constexpr int kReal = Tile::kReal, kWindow = Tile::kWindow;
+  static constexpr int kRealizations = Tile::kRealizations, kWindow = Tile::kWindow;
 
   TORCH_SPE_DEVICE explicit ConvCodeTile(const ConvFilterParams& p)
       : p_(p),
@@ -133,7 +133,7 @@ class ConvCodeTile {
       int q = least > first ? least - static_cast<int>(first) : 0;
       for (std::int64_t tap = (first + q) * stride - lag; q < kWindow && tap < size;
            ++q, tap += stride)
-        code += taps[tap] * noise[q * row_of<T>(kReal) + r];
+        code += taps[tap] * noise[q * row_of<T>(kRealizations) + r];
     });
   }
 
@@ -144,7 +144,7 @@ class ConvCodeTile {
   const ConvFilterParams& p_;
   const T factor_;
   const std::uint64_t seed_;
-  TileProduct<Operand, Tile::kTokens, kReal> product_;
+  TileProduct<Operand, Tile::kTokens, kRealizations> product_;
 };
 
 }  // namespace torch_spe::cuda

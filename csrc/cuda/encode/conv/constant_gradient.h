@@ -11,14 +11,14 @@ namespace torch_spe::cuda {
 template <class Operand>
 struct ConstantGradientShape {
   static constexpr int kTokens = sizeof(Operand) == 8 ? 32 : 64;
-  static constexpr int kFeatures = 64, kReal = 64;
+  static constexpr int kFeatures = 64, kRealizations = 64;
 };
 
 template <class Operand>
 struct ConstantGradientShared {
   using Shape = ConstantGradientShape<Operand>;
   static constexpr int kX = Shape::kTokens * row_of<Operand>(Shape::kFeatures);
-  static constexpr int kGrad = Shape::kTokens * row_of<Operand>(Shape::kReal);
+  static constexpr int kGrad = Shape::kTokens * row_of<Operand>(Shape::kRealizations);
   Operand* x;                        // [2, token, feature]
   Operand* grad;                     // [2, token, r]
   std::int64_t *x_rows, *grad_rows;  // [2, token]: where a token's values begin; -1: nowhere
@@ -40,7 +40,7 @@ struct ConstantGradientBlocks {
       : tokens(p.batch * p.size[0] * p.size[1] * p.size[2]),
         tiles(ceil_div(tokens, Shape::kTokens)),
         feature_tiles(ceil_div(p.in_features, Shape::kFeatures)),
-        realization_tiles(ceil_div(p.num_realizations, Shape::kReal)),
+        realization_tiles(ceil_div(p.num_realizations, Shape::kRealizations)),
         segments(num_segments(p.num_heads * feature_tiles * realization_tiles, tiles)),
         constants(p.num_heads * p.in_features * p.num_realizations) {}
   std::int64_t num_parts() const { return segments * constants; }
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   MemoryLayout layout(memory);
   const ConstantGradientShared<Operand> shared(layout);
   std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % blocks.realization_tiles * Shape::kReal;
+  const std::int64_t r0 = block % blocks.realization_tiles * Shape::kRealizations;
   block /= blocks.realization_tiles;
   const std::int64_t d0 = block % blocks.feature_tiles * Shape::kFeatures;
   block /= blocks.feature_tiles;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t n = token % p.size[2], line = token / p.size[2];
     const std::int64_t i1 = line % p.size[1], i0 = line / p.size[1] % p.size[0];
     const std::int64_t b = line / p.size[1] / p.size[0];
-    const auto row = [&](const std::int64_t (&s)[6]) {
+    const auto row = [&](const std::int64_t(&s)[6]) {
       return token < blocks.tokens ? b * s[0] + i0 * s[1] + i1 * s[2] + n * s[3] : -1;
     };
     shared.x_rows[(tile & 1) * kTokens + t] = row(x_strides);
@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     load_tokens<kTokens, Shape::kFeatures, Storage>(
         shared.x + (tile & 1) * shared.kX, p.in_features - d0, x_strides[5], x_aligned,
         p.feature_map, [&](int t) { return x_rows[t] < 0 ? nullptr : x + x_rows[t]; });
-    load_tokens<kTokens, Shape::kReal, Storage>(
+    load_tokens<kTokens, Shape::kRealizations, Storage>(
         shared.grad + (tile & 1) * shared.kGrad, p.num_realizations - r0, grad_strides[5],
         grad_aligned, FeatureMap::kIdentity,
         [&](int t) { return grad_rows[t] < 0 ? nullptr : grad + grad_rows[t]; });
   };
 
-  TileProduct<Operand, Shape::kFeatures, Shape::kReal> product;
+  TileProduct<Operand, Shape::kFeatures, Shape::kRealizations> product;
   product.clear();
   const std::int64_t per_segment = ceil_div(blocks.tiles, blocks.segments);
   const std::int64_t first_tile = segment * per_segment;

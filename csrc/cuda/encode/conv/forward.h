@@ -36,17 +36,18 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   using Shared = ConvForwardShared<Storage, Operand, kDense>;
   using Tile = typename Shared::Tile;
   using Rows = typename Shared::Rows;
-  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal;
-  constexpr int kRows = kConvForwardBatch<Storage, kDense>, kCount = kTokens * kReal / kThreads;
+  constexpr int kTokens = Tile::kTokens, kRealizations = Tile::kRealizations;
+  constexpr int kRows = kConvForwardBatch<Storage, kDense>,
+                kCount = kTokens * kRealizations / kThreads;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout);
   const LineTiles<kTokens> tiles(p);
   const std::int64_t realizations = p.num_realizations,
-                     realization_tiles = ceil_div(realizations, kReal);
+                     realization_tiles = ceil_div(realizations, kRealizations);
   const std::int64_t batch_tiles = ceil_div(p.batch, kRows);
   const std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % realization_tiles * kReal;
+  const std::int64_t r0 = block % realization_tiles * kRealizations;
   const std::int64_t b0 = block / realization_tiles % batch_tiles * kRows;
   const std::int64_t tile = block / realization_tiles / batch_tiles % tiles.count;
   LineTile place = tiles.place(tile, block / realization_tiles / batch_tiles / tiles.count, 0);

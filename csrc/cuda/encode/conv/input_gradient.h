@@ -12,7 +12,7 @@ constexpr int kInputGradientBatch = 8;
 template <class Storage, class Operand, bool kDense>
 struct ConvInputGradientShared : ConvCodeWindows<Storage, Operand, LongConvTile<Operand, kDense>> {
   using Tile = LongConvTile<Operand, kDense>;
-  static constexpr int kRow = Tile::kReal + 1;
+  static constexpr int kRow = Tile::kRealizations + 1;
   core::accumulate_t<Storage>* codes;  // [token, r]
 
   TORCH_SPE_INLINE explicit ConvInputGradientShared(MemoryLayout& layout)
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   using T = core::accumulate_t<Storage>;
   using Shared = ConvInputGradientShared<Storage, Operand, kDense>;
   using Tile = typename Shared::Tile;
-  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal;
+  constexpr int kTokens = Tile::kTokens, kRealizations = Tile::kRealizations;
   constexpr int kParts = kThreads / kTokens;  // of the batch rows
   constexpr int kVector = Vector<Storage>::kSize;
   TORCH_SPE_SHARED_MEMORY(memory);
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   ConvCodeTile<Storage, Operand, Tile> codes(p);
   T sums[kInputGradientBatch / kParts] = {};
-  for (std::int64_t r0 = 0; r0 < realizations; r0 += kReal) {
+  for (std::int64_t r0 = 0; r0 < realizations; r0 += kRealizations) {
     codes.make(shared, place, r0,
                [&](int t, int r, T code) { shared.codes[t * Shared::kRow + r] = code; });
     __syncthreads();
-    const int count = static_cast<int>(min_of(kReal, realizations - r0));
+    const int count = static_cast<int>(min_of(kRealizations, realizations - r0));
     TORCH_SPE_KEEP_LOOP
     for (int r = 0; r < count; r += kVector) {
       T code[kVector];

@@ -15,21 +15,22 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   using Tile = ConvTileShape<true>;
-  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal, kWindow = Tile::kWindow;
+  constexpr int kTokens = Tile::kTokens, kRealizations = Tile::kRealizations,
+                kWindow = Tile::kWindow;
   const ConvCodeWindows<Storage, Operand, Tile> shared(layout, 1);
   const std::int64_t size0 = p.size[0] + p.kernel_size[0] - 1;
   const std::int64_t size1 = p.size[1] + p.kernel_size[1] - 1;
   const std::int64_t size2 = p.size[2] + p.kernel_size[2] - 1;
   const LineTiles<kTokens> tiles(size0, size1, size2);
   const std::int64_t realizations = p.num_realizations,
-                     realization_tiles = ceil_div(realizations, kReal);
+                     realization_tiles = ceil_div(realizations, kRealizations);
   const std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % realization_tiles * kReal;
+  const std::int64_t r0 = block % realization_tiles * kRealizations;
   const std::int64_t tile = block / realization_tiles % tiles.count;
   const std::int64_t feature = block / realization_tiles / tiles.count;
   const LineTile noise = tiles.place(tile, feature / p.in_features, feature % p.in_features);
 
-  TileProduct<Operand, kTokens, kReal> product;
+  TileProduct<Operand, kTokens, kRealizations> product;
   product.clear();
   for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
     for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       for (std::int64_t n = begin; n < end; n += kWindow) {
         __syncthreads();  // the tiles before have been used
         fill_toeplitz<Tile, true>(taps, p.kernel_size[2], n - noise.n0, shared.toeplitz);
-        fill_code_gradients<kWindow, kReal, Storage>(p, place, n, r0, shared.noise);
+        fill_code_gradients<kWindow, kRealizations, Storage>(p, place, n, r0, shared.noise);
         __syncthreads();
         product.template multiply<kWindow, Major::kToeplitz, Major::kOuter>(shared.toeplitz,
                                                                             shared.noise);

@@ -9,11 +9,12 @@ namespace torch_spe::cuda {
 constexpr int kGaussianGroup = 4, kSignGroup = 8;
 
 // Positions and realizations of a tile of codes, and periods of a window.
-template <bool kDenseNoise, int kNumTokens = 64, int kNumReal = 32, int kNumPeriods = 32>
+template <bool kDenseNoise, int kNumTokens = 64, int kNumRealizations = 32, int kNumPeriods = 32>
 struct ConvTileShape {
   static constexpr bool kDense = kDenseNoise;
-  static constexpr int kTokens = kNumTokens, kReal = kNumReal, kWindow = kNumPeriods;
-  static_assert(kReal % kSignGroup == 0 && 128 % kReal == 0);
+  static constexpr int kTokens = kNumTokens, kRealizations = kNumRealizations,
+                       kWindow = kNumPeriods;
+  static_assert(kRealizations % kSignGroup == 0 && 128 % kRealizations == 0);
 };
 
 // Where tensor cores make the codes, noise costs most, of which a long tile needs less: it has the
@@ -68,7 +69,7 @@ template <class Tile>
 class NoiseLine : public NoiseTile<Tile> {
  public:
   static constexpr bool kDense = Tile::kDense;
-  static constexpr int kReal = Tile::kReal, kWindow = Tile::kWindow;
+  static constexpr int kRealizations = Tile::kRealizations, kWindow = Tile::kWindow;
 
   TORCH_SPE_DEVICE NoiseLine(const NoiseTile<Tile>& tile, std::int64_t tap0, std::int64_t tap1)
       : NoiseTile<Tile>(tile) {
@@ -91,68 +92,92 @@ class NoiseLine : public NoiseTile<Tile> {
   }
   TORCH_SPE_DEVICE bool has_any(std::int64_t r0) const {
     if (p_.generated.stride[0] == 1 && p_.generated.stride[1] == 1) return true;
-    for (int i = 0; i < kReal; ++i) {
+    for (int i = 0; i < kRealizations; ++i) {
       if (has(r0 + i)) return true;
     }
     return false;
   }
 
-  // out[q - first][r - r0] for kWindow periods and kReal realizations, without the factor of
-  // polyphase noise; 0 where there is none, and some number beyond the last realization.
+  // out[q - first][r - r0] for kWindow periods and kRealizations realizations, without the factor
+  // of polyphase noise; 0 where there is none, and some number beyond the last realization.
   template <class Number>
   TORCH_SPE_DEVICE void fill(int first, std::int64_t r0, Number* out) const {
+    fill<Number>(first, static_cast<int>(r0), kWindow, this->count - first,
+                 static_cast<int>(threadIdx.x), kThreads, [=](int q, int column) {
+                   return out + q * row_of<Number>(kRealizations) + column;
+                 });
+  }
+
+  // The same for some rows of a window by some threads, of which this is one: `at` says where a
+  // period and realization go. Generated noise is zero from row `periods` on.
+  template <class Number, class At>
+  TORCH_SPE_DEVICE void fill(int first, int r0, int rows, int periods, int thread, int threads,
+                             const At& at) const {
     if (p_.noise != nullptr) {
-      fill_given(first, r0, out);
-    } else if (p_.generated.kind == core::NoiseKind::kGaussian) {
-      fill_generated<core::NoiseKind::kGaussian>(first, r0, out);
+      fill_given<Number>(first, r0, rows, thread, threads, at);
+      return;
+    }
+    if (p_.generated.kind == core::NoiseKind::kGaussian) {
+      fill_generated<core::NoiseKind::kGaussian, Number>(first, r0, rows, periods, thread, threads,
+                                                         at);
     } else {
-      fill_generated<core::NoiseKind::kRademacher>(first, r0, out);
+      fill_generated<core::NoiseKind::kRademacher, Number>(first, r0, rows, periods, thread,
+                                                           threads, at);
     }
   }
 
  private:
-  template <class Number>
-  TORCH_SPE_DEVICE void fill_given(int first, std::int64_t r0, Number* out) const {
+  template <class Number, class At>
+  TORCH_SPE_DEVICE void fill_given(int first, int r0, int rows, int thread, int threads,
+                                   const At& at) const {
     const auto& strides = p_.noise_strides;
     const std::int64_t base = place_.head * strides[0] + place_.d * strides[1] +
                               line_[0] * strides[2] + line_[1] * strides[3];
     const std::int64_t length = p_.size[2] + p_.kernel_size[2] - 1;
     TORCH_SPE_KEEP_LOOP
-    for (int i = static_cast<int>(threadIdx.x); i < kWindow * kReal; i += kThreads) {
-      const std::int64_t j = place_.n0 + first + i / kReal, r = r0 + i % kReal;
+    for (int i = thread; i < rows * kRealizations; i += threads) {
+      const std::int64_t j = place_.n0 + first + i / kRealizations, r = r0 + i % kRealizations;
       const bool inside = j < length && r < p_.num_realizations;
       const double value =
           inside ? read_as(p_.noise_dtype, p_.noise, base + j * strides[4] + r * strides[5]) : 0.0;
       write(static_cast<core::accumulate_t<Number>>(value),
-            out + i / kReal * row_of<Number>(kReal) + i % kReal);
+            at(i / kRealizations, i % kRealizations));
     }
   }
 
-  template <core::NoiseKind kKind, class Number>
-  TORCH_SPE_DEVICE void fill_generated(int first, std::int64_t r0, Number* out) const {
+  template <core::NoiseKind kKind, class Number, class At>
+  TORCH_SPE_DEVICE void fill_generated(int first, int r0, int rows, int periods, int thread,
+                                       int threads, const At& at) const {
     const core::NoiseParams& noise = p_.generated;
     constexpr int kGroup = kKind == core::NoiseKind::kGaussian ? kGaussianGroup : kSignGroup;
-    constexpr int kGroups = kReal / kGroup;
+    constexpr int kGroups = kRealizations / kGroup;
     // A thread keeps to its realizations.
-    const int column = static_cast<int>(threadIdx.x) % kGroups * kGroup;
-    const std::int64_t r = r0 + column;
+    const int column = thread % kGroups * kGroup, r = r0 + column;
     const std::uint32_t source = core::noise_source(place_.head, place_.d);
-    const std::uint32_t block = core::noise_block(static_cast<std::uint32_t>(kKind), noise.ndim,
-                                                  r / core::realizations_of_block(kKind));
+    const std::uint32_t block =
+        core::noise_block(static_cast<std::uint32_t>(kKind), noise.ndim,
+                          r / static_cast<int>(core::realizations_of_block(kKind)));
+    // Of the position only the bits of the last coordinate advance; in one dimension these are 64,
+    // of which the higher ones change in one row at most.
     const std::uint64_t position0 =
         core::noise_position(noise.ndim, period_[0], period_[1], first_period_ + first);
-    const std::uint64_t mask = core::noise_position(noise.ndim, 0, 0, -1);
-    const int periods = r < p_.num_realizations ? this->count - first : 0;
+    const auto low0 = static_cast<std::uint32_t>(position0);
+    const std::uint32_t mask = noise.ndim == 3 ? 0x1fffffu : 0xffffffffu;
+    const std::uint32_t left = 0u - low0;  // rows before that one
+    const int wrap = noise.ndim == 1 && left != 0 && left < static_cast<std::uint32_t>(rows)
+                         ? static_cast<int>(left)
+                         : rows;
+    const int end = r < p_.num_realizations ? static_cast<int>(min_of(rows, periods)) : 0;
+    int q = thread / kGroups;
     TORCH_SPE_KEEP_LOOP
-    for (int q = static_cast<int>(threadIdx.x) / kGroups; q < kWindow; q += kThreads / kGroups) {
-      float values[kGroup] = {};
-      if (q < periods) {
-        const std::uint64_t position =
-            (position0 & ~mask) | ((position0 + static_cast<std::uint64_t>(q)) & mask);
-        const auto words = core::philox<core::ScalarNumbers>(
-            {{static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32),
-              source, block}},
-            seed_);
+    while (q < end) {
+      const std::uint32_t high = static_cast<std::uint32_t>(position0 >> 32) + (q < wrap ? 0 : 1);
+      const int stop = q < wrap && wrap < end ? wrap : end;
+      TORCH_SPE_KEEP_LOOP
+      for (; q < stop; q += threads / kGroups) {
+        const std::uint32_t low = (low0 & ~mask) | ((low0 + static_cast<std::uint32_t>(q)) & mask);
+        const auto words = core::philox<core::ScalarNumbers>({{low, high, source, block}}, seed_);
+        float values[kGroup];
         if constexpr (kKind == core::NoiseKind::kGaussian) {
           normals_of<Number>(words, values);
         } else {
@@ -164,8 +189,13 @@ class NoiseLine : public NoiseTile<Tile> {
           TORCH_SPE_UNROLL
           for (int e = 0; e < kGroup; ++e) values[e] = has(r + e) ? values[e] : 0.0f;
         }
+        write_operands(values, at(q, column));
       }
-      write_operands(values, out + q * row_of<Number>(kReal) + column);
+    }
+    TORCH_SPE_KEEP_LOOP
+    for (; q < rows; q += threads / kGroups) {
+      constexpr float kZeros[kGroup] = {};
+      write_operands(kZeros, at(q, column));
     }
   }
 

@@ -19,8 +19,8 @@ struct ConvTapGradientShared {
   T* products;    // [token, period], of dense noise: sums over r of gradient and noise
 
   TORCH_SPE_INLINE explicit ConvTapGradientShared(MemoryLayout& layout)
-      : noise(layout.take<Number>(Tile::kWindow * row_of<Number>(Tile::kReal))),
-        grad(layout.take<Number>(Tile::kTokens * row_of<Number>(Tile::kReal))),
+      : noise(layout.take<Number>(Tile::kWindow * row_of<Number>(Tile::kRealizations))),
+        grad(layout.take<Number>(Tile::kTokens * row_of<Number>(Tile::kRealizations))),
         products(kDense ? layout.take<T>(Tile::kTokens * kRow) : nullptr) {}
 };
 
@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   using Shared = ConvTapGradientShared<Storage, Operand, kDense>;
   using Tile = typename Shared::Tile;
   using Number = typename Shared::Number;
-  constexpr int kTokens = Tile::kTokens, kReal = Tile::kReal, kWindow = Tile::kWindow;
-  constexpr int kRow = row_of<Number>(kReal);
+  constexpr int kTokens = Tile::kTokens, kRealizations = Tile::kRealizations,
+                kWindow = Tile::kWindow;
+  constexpr int kRow = row_of<Number>(kRealizations);
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout);
@@ -55,11 +56,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const std::int64_t per_segment = ceil_div(tiles.count, segments);
   const std::int64_t end_tile = min_of(tiles.count, (segment + 1) * per_segment);
 
-  for (std::int64_t r0 = 0; r0 < p.num_realizations; r0 += kReal) {
+  for (std::int64_t r0 = 0; r0 < p.num_realizations; r0 += kRealizations) {
     for (std::int64_t tile = segment * per_segment; tile < end_tile; ++tile) {
       const LineTile place = tiles.place(tile, head, d);
       __syncthreads();  // the gradients before have been used
-      fill_code_gradients<kTokens, kReal, Storage>(p, place, 0, r0, shared.grad);
+      fill_code_gradients<kTokens, kRealizations, Storage>(p, place, 0, r0, shared.grad);
       const NoiseTile<Tile> noise(p, place, seed);
       for (std::int64_t tap0 = 0; tap0 < p.kernel_size[0]; ++tap0) {
         for (std::int64_t tap1 = 0; tap1 < p.kernel_size[1]; ++tap1) {
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             if constexpr (kDense) {
               TileProduct<Operand, kTokens, kWindow> product;
               product.clear();
-              product.template multiply<kReal, Major::kDepth, Major::kDepth>(shared.grad,
-                                                                             shared.noise);
+              product.template multiply<kRealizations, Major::kDepth, Major::kDepth>(shared.grad,
+                                                                                     shared.noise);
               product.for_each([&](int token, int period, T value) {
                 shared.products[token * Shared::kRow + period] = value;
               });
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                   if (period >= first && period < first + kWindow) {
                     // The realizations of the class, which are the stride apart.
                     std::int64_t r = core::floor_modulo(phase - r0, line.stride);
-                    for (; r < kReal; r += line.stride)
+                    for (; r < kRealizations; r += line.stride)
                       sum +=
                           shared.grad[token * kRow + r] * shared.noise[(period - first) * kRow + r];
                   }

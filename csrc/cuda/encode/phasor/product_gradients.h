@@ -14,19 +14,19 @@ namespace torch_spe::cuda {
 // product over the batch.
 constexpr int kGradientTokens = 128;
 constexpr int kGradientFeatures = 32;
-constexpr int kGradientReal = 64;
+constexpr int kGradientRealizations = 64;
 constexpr int kGradientBlocks = 3;              // of a multiprocessor
 constexpr std::int64_t kLongestSegment = 4096;  // positions whose sums are in float32
 
 struct PhasorGradientTiles {
   TokenTiles tokens;
-  std::int64_t feature_tiles, real_tiles, segments, per_segment;
+  std::int64_t feature_tiles, realization_tiles, segments, per_segment;
 
   TORCH_SPE_INLINE explicit PhasorGradientTiles(const PhasorFilterParams& p)
       : tokens(max_of(1, p.batch), p.length, kGradientTokens),
         feature_tiles(ceil_div(p.in_features, kGradientFeatures)),
-        real_tiles(ceil_div(2 * p.num_pairs, kGradientReal)) {
-    const std::int64_t blocks = max_of(1, p.num_heads * feature_tiles * real_tiles);
+        realization_tiles(ceil_div(2 * p.num_pairs, kGradientRealizations)) {
+    const std::int64_t blocks = max_of(1, p.num_heads * feature_tiles * realization_tiles);
     // At most three blocks of a multiprocessor, all at once: more segments are more sums to add.
     const std::int64_t wanted =
         max_of(kWalkingBlocks * 3 / 2 / blocks, ceil_div(p.length, kLongestSegment));
@@ -38,7 +38,7 @@ struct PhasorGradientTiles {
 template <class Storage>
 struct PhasorGradientShared {
   static constexpr int kRowX = row_of<Storage>(kGradientFeatures);
-  static constexpr int kRowGrad = row_of<Storage>(kGradientReal);
+  static constexpr int kRowGrad = row_of<Storage>(kGradientRealizations);
   Storage* x;     // [2, token, feature]
   Storage* grad;  // [2, token, r]
   Storage* zero;  // a row, of batch rows that there are not
@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
   const std::int64_t features = p.in_features, pairs = p.num_pairs;
   const std::int64_t block = blockIdx.x;
   const std::int64_t segment = block % tiles.segments;
-  const std::int64_t r0 = block / tiles.segments % tiles.real_tiles * kGradientReal;
+  const std::int64_t r0 = block / tiles.segments % tiles.realization_tiles * kGradientRealizations;
   const std::int64_t d0 =
-      block / tiles.segments / tiles.real_tiles % tiles.feature_tiles * kGradientFeatures;
-  const std::int64_t head = block / tiles.segments / tiles.real_tiles / tiles.feature_tiles;
+      block / tiles.segments / tiles.realization_tiles % tiles.feature_tiles * kGradientFeatures;
+  const std::int64_t head = block / tiles.segments / tiles.realization_tiles / tiles.feature_tiles;
   const std::int64_t first_tile = segment * tiles.per_segment;
   const int count =
       static_cast<int>(max_of(0, min_of(tokens.position_tiles - first_tile, tiles.per_segment)));
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
   const bool grad_aligned = is_aligned(p.grad_out, grad_strides);
   const TokenCopy<kGradientTokens, kGradientFeatures, Storage> copy_x(
       tokens, x, x_strides, features - d0, x_aligned, p.batch, p.length);
-  const TokenCopy<kGradientTokens, kGradientReal, Storage> copy_grad(
+  const TokenCopy<kGradientTokens, kGradientRealizations, Storage> copy_grad(
       tokens, grad, grad_strides, 2 * pairs - r0, grad_aligned, p.batch, p.length);
   const auto copy = [&](int batch_tile, int tile, int buffer) {
     const std::int64_t b0 = static_cast<std::int64_t>(batch_tile) * tokens.batch;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
   const int feature0 = warp / 2 * 16, pair0 = warp % 2 * 16;
   const int own_feature = feature0 + lane / 4, own_pair = pair0 + lane % 4;
   const int features_left = static_cast<int>(min_of(features - d0, kGradientFeatures));
-  const int pairs_left = static_cast<int>(min_of(pairs - r0 / 2, kGradientReal / 2));
+  const int pairs_left = static_cast<int>(min_of(pairs - r0 / 2, kGradientRealizations / 2));
   const std::int64_t first_code = (head * features + d0 + own_feature) * pairs + r0 / 2 + own_pair;
   const LaneCodeGradients own{first_code, pairs, features_left - own_feature,
                               pairs_left - own_pair};

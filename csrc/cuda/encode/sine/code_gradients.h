@@ -20,9 +20,9 @@ template <class Storage>
 struct SineCodeGradientsShared {
   static constexpr int kXRow = kGradientFeatures + 8;  // rows of 8 batch rows: different banks
   static constexpr int kX = kGradientRows * kXRow;
-  static constexpr int kGrad = kGradientRows * kCodeReal;
+  static constexpr int kGrad = kGradientRows * kCodeRealizations;
   static constexpr int kCodeRow = kGradientPositions + 8;
-  static constexpr int kFeature = kCodeReal * kCodeRow + 8;
+  static constexpr int kFeature = kCodeRealizations * kCodeRow + 8;
   Storage* x;     // [2, position, b, d]
   Storage* grad;  // [2, position, b, r], the eights of r in the order that place() gives
   Storage* code;  // [d, r, position], gradients
@@ -40,7 +40,7 @@ struct SineCodeGradientsShared {
 // steps*.h execute fewer instructions: theirs grow with the product of both.
 template <class Storage>
 TORCH_SPE_INLINE bool backward_runs_on_codes(const SineFilterBackwardParams& p) {
-  const auto is_short = [](const std::int64_t (&strides)[4]) {  // offsets within a tile
+  const auto is_short = [](const std::int64_t(&strides)[4]) {  // offsets within a tile
     constexpr std::int64_t kMost = (std::int64_t{1} << 31) / (2 * kGradientPositions);
     return strides[0] < kMost && strides[1] < kMost && strides[0] > -kMost && strides[1] > -kMost;
   };
@@ -54,14 +54,15 @@ TORCH_SPE_INLINE bool backward_runs_on_codes(const SineFilterBackwardParams& p) 
 // What a block works on, and the tiles of 16 positions and 8 batch rows that it walks over. Indices
 // have 32 bits, as registers are short.
 struct SineCodeGradientsPlace {
-  std::uint32_t segment, real_tile, feature_tile, head, tile_count;
+  std::uint32_t segment, realization_tile, feature_tile, head, tile_count;
   int n0, b0;  // of the first tile
 
   TORCH_SPE_INLINE static std::int64_t tiles(const SineFilterParams& p) {
     return ceil_div(p.length, kGradientPositions) * SineCodesPlace::batch_tiles(p);
   }
   TORCH_SPE_INLINE static std::int64_t sums(const SineFilterParams& p) {
-    return SineCodesPlace::real_tiles(p) * ceil_div(p.in_features, kGradientFeatures) * p.num_heads;
+    return SineCodesPlace::realization_tiles(p) * ceil_div(p.in_features, kGradientFeatures) *
+           p.num_heads;
   }
   // One block a multiprocessor, all at once.
   TORCH_SPE_INLINE static std::int64_t segments(const SineFilterParams& p) {
@@ -76,7 +77,7 @@ struct SineCodeGradientsPlace {
       return tile;
     };
     segment = take(segments);
-    real_tile = take(SineCodesPlace::real_tiles(p));
+    realization_tile = take(SineCodesPlace::realization_tiles(p));
     feature_tile = take(ceil_div(p.in_features, kGradientFeatures));
     head = block;
     const std::int64_t each = ceil_div(tiles(p), segments), first = segment * each;
@@ -88,7 +89,7 @@ struct SineCodeGradientsPlace {
     b0 = static_cast<int>(batch_tile) * kCodeBatch;
   }
   TORCH_SPE_DEVICE int d0() const { return static_cast<int>(feature_tile) * kGradientFeatures; }
-  TORCH_SPE_DEVICE int r0() const { return static_cast<int>(real_tile) * kCodeReal; }
+  TORCH_SPE_DEVICE int r0() const { return static_cast<int>(realization_tile) * kCodeRealizations; }
 };
 
 // The phase of one sine at the positions of tile after tile, in units of 2^-32 cycles; set() every
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   constexpr bool kOdd = Columns::kOdd;
   constexpr int kSines = kPairs + (kOdd ? 1 : 0);  // of a lane
   constexpr int kProducts = kPairs + (kOdd ? 2 : 0);
-  constexpr int kDepths = kCodeReal / 16;
+  constexpr int kDepths = kCodeRealizations / 16;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout);
@@ -148,13 +149,13 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const SineCodeGradientsPlace place(p, segments);
   const int d0 = place.d0(), r0 = place.r0(), sines = static_cast<int>(p.num_sines);
   const int length = static_cast<int>(p.length), features = static_cast<int>(p.in_features),
-            real = static_cast<int>(p.num_realizations);
+            realizations = static_cast<int>(p.num_realizations);
   // This warp's feature in [H, D], if there is one.
   const auto feature = [&] {
     return place.head * read_again(p.in_features) + d0 + thread_read_again() / kLanes;
   };
   const auto exists = [&] { return d0 + thread_read_again() / kLanes < features; };
-  const bool whole = r0 + kCodeReal <= real && d0 + kGradientFeatures <= features;
+  const bool whole = r0 + kCodeRealizations <= realizations && d0 + kGradientFeatures <= features;
 
   const auto own_thread = [] { return static_cast<std::uint32_t>(thread_read_again()); };
   const Storage* const grad_out =
@@ -178,8 +179,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     const Storage* const from_x = x + std::int64_t{b0} * x_batch_stride +
                                   std::int64_t{n0} * x_stride +
                                   (x_b * x_batch_stride + x_t * x_stride + x_eight * 8);
-    Storage* const to =
-        shared.grad + tile % 2 * Shared::kGrad + own / 8 * kCodeReal + Shared::place(b, eight);
+    Storage* const to = shared.grad + tile % 2 * Shared::kGrad + own / 8 * kCodeRealizations +
+                        Shared::place(b, eight);
     Storage* const to_x = shared.x + tile % 2 * Shared::kX + own / 2 * Shared::kXRow + x_eight * 8;
     const auto copy_eight = [](bool inside, const Storage* source, Storage* target) {
       struct alignas(16) Zeros {
@@ -194,11 +195,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     constexpr int kStep = kCopyThreads / 64, kXStep = kCopyThreads / 16;  // positions
     const bool everything =
         whole && n0 + kGradientPositions <= length && b0 + kCodeBatch <= p.batch;
-    const bool exists = b0 + b < p.batch && r0 + eight * 8 < real;
+    const bool exists = b0 + b < p.batch && r0 + eight * 8 < realizations;
     TORCH_SPE_UNROLL
     for (int i = 0; i < kGradientPositions / kStep; ++i, from += kStep * stride)
       copy_eight(everything || (exists && n0 + t + i * kStep < length), from,
-                 to + i * kStep * kCodeBatch * kCodeReal);
+                 to + i * kStep * kCodeBatch * kCodeRealizations);
     const bool x_exists = b0 + x_b < p.batch && d0 + x_eight * 8 < features;
     TORCH_SPE_UNROLL
     for (int i = 0; i < kGradientPositions / kXStep; ++i)
@@ -212,9 +213,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     const int lane = thread % kLanes, warp = thread / kLanes;
     const int group = lane / 4, member = lane % 4;
     const int half = warp % 2, real_part = warp / 2 % 4, feature_half = warp / 8;
-    const Storage* const grad = shared.grad + buffer * Shared::kGrad +
-                                ((8 * half + lane / 16) * kCodeBatch + lane % 8) * kCodeReal +
-                                Shared::place(lane % 8, 2 * real_part + lane / 8 % 2);
+    const Storage* const grad =
+        shared.grad + buffer * Shared::kGrad +
+        ((8 * half + lane / 16) * kCodeBatch + lane % 8) * kCodeRealizations +
+        Shared::place(lane % 8, 2 * real_part + lane / 8 % 2);
     const Storage* const x = shared.x + buffer * Shared::kX +
                              ((8 * half + lane / 8) * kCodeBatch + lane % 8) * Shared::kXRow +
                              8 * feature_half;
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       TORCH_SPE_UNROLL
       for (int j = 0; j < 2; ++j) {
         std::uint32_t a[4];  // of 2 positions
-        ldmatrix_x4<true>(a, grad + (4 * i + 2 * j) * kCodeBatch * kCodeReal);
+        ldmatrix_x4<true>(a, grad + (4 * i + 2 * j) * kCodeBatch * kCodeRealizations);
         float sums[2][4] = {};
         TORCH_SPE_UNROLL
         for (int t = 0; t < 2; ++t) {
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       for (int half = 0; half < 2; ++half) {
         const int r = r0 + 16 * depth + 8 * half + 2 * member;
         weight[i][depth][half] =
-            exists() && sine < sines && r < real
+            exists() && sine < sines && r < realizations
                 ? *reinterpret_cast<const std::uint32_t*>(
                       static_cast<const Storage*>(p.weight) +
                       ((feature() * sines + sine) * 2 + part) * p.num_realizations + r)
@@ -401,17 +403,18 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         TORCH_SPE_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int r = r0 + 16 * depth + 8 * half + group;
-          if (r < real) row[r] = sums[i][depth][2 * half + e];
+          if (r < realizations) row[r] = sums[i][depth][2 * half + e];
         }
       }
     }
   }
   if (freqs_parts == nullptr) return;
   double* const parts =
-      freqs_parts + ((place.segment * SineCodesPlace::real_tiles(p) + place.real_tile) *
-                         p.num_heads * p.in_features +
-                     feature()) *
-                        sines;
+      freqs_parts +
+      ((place.segment * SineCodesPlace::realization_tiles(p) + place.realization_tile) *
+           p.num_heads * p.in_features +
+       feature()) *
+          sines;
   // Of an odd number of eights the last has two columns for a sine.
   float* const column_sums = reinterpret_cast<float*>(shared.code + warp * Shared::kFeature);
   __syncwarp();  // the warp has used its gradients

@@ -12,7 +12,7 @@ namespace torch_spe::cuda {
 constexpr int kCodeWarps = 8, kCodeThreads = 32 * kCodeWarps;
 constexpr int kCodeBlocks = 2;      // of a multiprocessor
 constexpr int kCodePositions = 32;  // of a block
-constexpr int kCodeReal = 64;
+constexpr int kCodeRealizations = 64;
 constexpr int kCodeBatch = 8;
 constexpr int kMostCodeEights = 3;           // more spill registers
 constexpr std::int64_t kLeastCodeBatch = 4;  // fewer rows cost less without codes
@@ -24,7 +24,7 @@ TORCH_SPE_INLINE std::int64_t sine_code_eights(const SineFilterParams& p) {
 
 // What a block works on. Numbers of tiles have 32 bits, as registers are short.
 struct SineCodesPlace {
-  std::uint32_t position_tile, batch_tile, real_tile, head;
+  std::uint32_t position_tile, batch_tile, realization_tile, head;
 
   TORCH_SPE_INLINE static std::int64_t position_tiles(const SineFilterParams& p) {
     return ceil_div(p.length, kCodePositions);
@@ -32,14 +32,15 @@ struct SineCodesPlace {
   TORCH_SPE_INLINE static std::int64_t batch_tiles(const SineFilterParams& p) {
     return ceil_div(p.batch, kCodeBatch);
   }
-  TORCH_SPE_INLINE static std::int64_t real_tiles(const SineFilterParams& p) {
-    return ceil_div(p.num_realizations, kCodeReal);
+  TORCH_SPE_INLINE static std::int64_t realization_tiles(const SineFilterParams& p) {
+    return ceil_div(p.num_realizations, kCodeRealizations);
   }
-  // Of blocks, where the realizations are in `real_tiles` tiles.
-  TORCH_SPE_INLINE static std::int64_t count(const SineFilterParams& p, std::int64_t real_tiles) {
-    return position_tiles(p) * batch_tiles(p) * real_tiles * p.num_heads;
+  // Of blocks, where the realizations are in `realization_tiles` tiles.
+  TORCH_SPE_INLINE static std::int64_t count(const SineFilterParams& p,
+                                             std::int64_t realization_tiles) {
+    return position_tiles(p) * batch_tiles(p) * realization_tiles * p.num_heads;
   }
-  TORCH_SPE_DEVICE SineCodesPlace(const SineFilterParams& p, std::int64_t real_tiles) {
+  TORCH_SPE_DEVICE SineCodesPlace(const SineFilterParams& p, std::int64_t realization_tiles) {
     std::uint32_t block = blockIdx.x;
     const auto take = [&](std::int64_t count) {
       const auto size = static_cast<std::uint32_t>(count);
@@ -49,17 +50,19 @@ struct SineCodesPlace {
     };
     position_tile = take(position_tiles(p));
     batch_tile = take(batch_tiles(p));
-    real_tile = take(real_tiles);
+    realization_tile = take(realization_tiles);
     head = block;
   }
   TORCH_SPE_DEVICE std::int64_t n0() const { return std::int64_t{position_tile} * kCodePositions; }
   TORCH_SPE_DEVICE std::int64_t b0() const { return std::int64_t{batch_tile} * kCodeBatch; }
-  TORCH_SPE_DEVICE std::int64_t r0() const { return std::int64_t{real_tile} * kCodeReal; }
+  TORCH_SPE_DEVICE std::int64_t r0() const {
+    return std::int64_t{realization_tile} * kCodeRealizations;
+  }
 };
 
 template <class Storage>
 struct SineCodesShared {
-  static constexpr int kRow = row_of<Storage>(kCodeReal);
+  static constexpr int kRow = row_of<Storage>(kCodeRealizations);
   // Positions lie 16 bytes apart, modulo 128, so that lanes write to different banks.
   static constexpr int kPosition = kCodeWarps * kRow + 8;
   struct alignas(8) Phase {
@@ -124,18 +127,18 @@ class SineCodes {
     const int d = d0 + warp();
     const std::uint32_t column = column_ + further;
     const bool exists = d < features() && column < p_.num_realizations;
-    const std::int64_t feature = head_ * p_.in_features + d, real = p_.num_realizations;
+    const std::int64_t feature = head_ * p_.in_features + d, realizations = p_.num_realizations;
     Storage* to = own_weight_ + lane() / 8 * Shared::kRow + lane() % 8 * 8;
     const Storage* from = static_cast<const Storage*>(p_.weight) +
-                          (feature * 2 * sines() + lane() / 8) * real + column;
+                          (feature * 2 * sines() + lane() / 8) * realizations + column;
     TORCH_SPE_KEEP_LOOP
     for (int row = lane() / 8; row < 2 * sines(); row += 4) {
       copy_row(exists, from, to);
-      from += 4 * real;
+      from += 4 * realizations;
       to += 4 * Shared::kRow;
     }
     if (p_.constant != nullptr && lane() < 8)
-      copy_row(exists, static_cast<const Storage*>(p_.constant) + feature * real + column,
+      copy_row(exists, static_cast<const Storage*>(p_.constant) + feature * realizations + column,
                own_weight_ + 2 * sines() * Shared::kRow + lane() * 8);
   }
 
@@ -165,7 +168,7 @@ class SineCodes {
     // The last 8 rows of an odd number, of 32 realizations at once.
     const Storage* const tail = row_at(kEights / 2 * 16 + lane() % 8) + lane() / 8 * 8;
     TORCH_SPE_KEEP_LOOP
-    for (int j = 0; j < kCodeReal / 32; ++j) {
+    for (int j = 0; j < kCodeRealizations / 32; ++j) {
       std::uint32_t last[4] = {};
       if constexpr (kEights % 2 != 0) ldmatrix_x4<true>(last, tail + 32 * j);
       TORCH_SPE_UNROLL
@@ -199,7 +202,7 @@ class SineCodes {
         TORCH_SPE_UNROLL
         for (int i = 0; i < 4; ++i) {
           Storage* const to = out + i / 2 * 16 * Shared::kPosition + 32 * j + 16 * l + i % 2 * 8;
-          const float (&four)[4] = sums[i / 2][i % 2];
+          const float(&four)[4] = sums[i / 2][i % 2];
           *reinterpret_cast<std::uint32_t*>(to) = pack_pair<Storage>(four[0], four[1]);
           *reinterpret_cast<std::uint32_t*>(to + 8 * Shared::kPosition) =
               pack_pair<Storage>(four[2], four[3]);

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   const Shared shared(layout, p);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
   const int group = lane / 4, member = lane % 4;
-  const SineCodesPlace place(p, SineCodesPlace::real_tiles(p));
+  const SineCodesPlace place(p, SineCodesPlace::realization_tiles(p));
   const std::int64_t n0 = place.n0(), b0 = place.b0(), r0 = place.r0(), head = place.head;
   const SineCodes<Storage, kEights> codes(p, shared, head, n0, r0);
   codes.bring_weights(0);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   const int features = b0 + group < p.batch ? static_cast<int>(p.in_features) - 2 * member : 0;
   const Storage* const x = static_cast<const Storage*>(p.x) + (b0 + group) * p.x_strides[0] +
                            (n0 + first) * p.x_strides[1] + head * p.x_strides[2] + 2 * member;
-  float sums[kOwn][kCodeReal / 16][4] = {};
+  float sums[kOwn][kCodeRealizations / 16][4] = {};
   __syncthreads();  // the phases are there
   const int all_features = static_cast<int>(p.in_features);
   for (int d0 = 0; d0 < all_features; d0 += kCodeWarps) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
       const Storage* const from =
           shared.codes + (first + i) * Shared::kPosition + lane % 8 * Shared::kRow + lane / 8 * 8;
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kCodeReal / 32; ++j) {
+      for (int j = 0; j < kCodeRealizations / 32; ++j) {
         std::uint32_t a[4];
         ldmatrix_x4<true>(a, from + 32 * j);
         mma_m16n8k16<Storage>(sums[i][2 * j], a, low);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   TORCH_SPE_UNROLL
   for (int i = 0; i < kOwn; ++i) {
     TORCH_SPE_UNROLL
-    for (int m = 0; m < kCodeReal / 16; ++m) {
+    for (int m = 0; m < kCodeRealizations / 16; ++m) {
       TORCH_SPE_UNROLL
       for (int e = 0; e < 4; ++e)
         write(sums[i][m][e], rows + (i * kCodeBatch + 2 * member + e % 2) * Shared::kRow + 16 * m +

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
     sine_codes_input_gradient_kernel(const SineFilterBackwardParams p) {
   using Shared = SineCodesShared<Storage>;
   constexpr int kOwn = kCodePositions / kCodeWarps;  // positions of a warp
-  constexpr int kDepths = kCodeReal / 16;
+  constexpr int kDepths = kCodeRealizations / 16;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout, p);
@@ -48,15 +48,15 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   load_grad(0);
   // The next features of the gradient of x to write: 2 member and 2 member + 1 of these eight.
   const int all_features = static_cast<int>(p.in_features),
-            real = static_cast<int>(p.num_realizations);
+            realizations = static_cast<int>(p.num_realizations);
   Storage* out = static_cast<Storage*>(p.grad_x) +
                  (((b0 + group) * p.length + n0 + first) * p.num_heads + head) * p.in_features +
                  2 * member;
   float sums[kOwn][4] = {};
   __syncthreads();  // the phases are there
   for (int d0 = 0, r0 = 0; d0 < all_features;) {
-    const int next_d0 = r0 + kCodeReal < real ? d0 : d0 + kCodeWarps;
-    const int next_r0 = r0 + kCodeReal < real ? r0 + kCodeReal : 0;
+    const int next_d0 = r0 + kCodeRealizations < realizations ? d0 : d0 + kCodeWarps;
+    const int next_r0 = r0 + kCodeRealizations < realizations ? r0 + kCodeRealizations : 0;
     codes.make(d0);
     __syncthreads();  // the codes are there
     if (next_d0 < all_features) codes.bring_weights(next_d0, next_r0);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
       }
       out += kCodeWarps;
     }
-    if (real > kCodeReal) load_grad(next_r0);
+    if (realizations > kCodeRealizations) load_grad(next_r0);
     __syncthreads();  // the codes have been used
     d0 = next_d0;
     r0 = next_r0;

@@ -12,7 +12,7 @@ template <class Operand>
 struct SineInputGradientShape {
   static constexpr int kTokens = sizeof(Operand) == 8 ? 32 : 64;
   static constexpr int kColumns = 64;
-  static constexpr int kReal = 32;
+  static constexpr int kRealizations = 32;
 };
 
 template <class Operand>
@@ -27,8 +27,8 @@ struct SineInputGradientShared {
   T* grad_phase;      // [position, sine]
 
   TORCH_SPE_INLINE explicit SineInputGradientShared(MemoryLayout& layout) {
-    grad_out = layout.take<Operand>(Shape::kTokens * row_of<Operand>(Shape::kReal));
-    weight = layout.take<Operand>(Shape::kColumns * row_of<Operand>(Shape::kReal));
+    grad_out = layout.take<Operand>(Shape::kTokens * row_of<Operand>(Shape::kRealizations));
+    weight = layout.take<Operand>(Shape::kColumns * row_of<Operand>(Shape::kRealizations));
     basis = layout.take<T>(Shape::kTokens * kRow);
     grad_products = layout.take<T>(Shape::kTokens * kRow);
     grad_phase = layout.take<T>(Shape::kTokens * Shape::kColumns / 2);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const Shared shared(layout);
   const TokenTiles tiles(p.batch, p.length, Shape::kTokens);
   const SineFeatureGroups<Shape::kColumns> groups(p);
-  const std::int64_t rows = sine_rows(p), real = p.num_realizations, sines = p.num_sines;
+  const std::int64_t rows = sine_rows(p), realizations = p.num_realizations, sines = p.num_sines;
   const std::int64_t block = blockIdx.x;
   const std::int64_t segment = block % segments;
   const std::int64_t group = block / segments % groups.count;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       static_cast<const Storage*>(p.x) + head * p.x_strides[2] + d0 * p.x_strides[3];
   const Storage* const grad_out =
       static_cast<const Storage*>(p.grad_out) + head * p.grad_out_strides[2];
-  const Storage* const weight = sine_weight_of<Storage>(p, head) + d0 * 2 * sines * real;
+  const Storage* const weight = sine_weight_of<Storage>(p, head) + d0 * 2 * sines * realizations;
   const Storage* const constant = sine_constant_of<Storage>(p, head);
   const bool weight_aligned = sine_coefficients_are_aligned<Storage>(p);
   const bool grad_aligned = rows_are_aligned<Storage>(p.grad_out, p.grad_out_strides[0]) &&
@@ -124,28 +124,29 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
       TileProduct<Operand, Shape::kTokens, Shape::kColumns> product;
       product.clear();
-      for (std::int64_t r0 = 0; r0 < real; r0 += Shape::kReal) {
+      for (std::int64_t r0 = 0; r0 < realizations; r0 += Shape::kRealizations) {
         __syncthreads();  // the tiles before have been used
-        copy_tile<Shape::kTokens, Shape::kReal, Storage>(
-            shared.grad_out, real - r0, p.grad_out_strides[3], grad_aligned, [&](int row) {
+        copy_tile<Shape::kTokens, Shape::kRealizations, Storage>(
+            shared.grad_out, realizations - r0, p.grad_out_strides[3], grad_aligned, [&](int row) {
               const int t = row / tiles.batch, b = row % tiles.batch;
               return t < positions && b < batch
                          ? grad_out + (b0 + b) * p.grad_out_strides[0] +
                                (n0 + t) * p.grad_out_strides[1] + r0 * p.grad_out_strides[3]
                          : nullptr;
             });
-        copy_tile<Shape::kColumns, Shape::kReal, Storage>(
-            shared.weight, real - r0, 1, weight_aligned, [&](int column) {
+        copy_tile<Shape::kColumns, Shape::kRealizations, Storage>(
+            shared.weight, realizations - r0, 1, weight_aligned, [&](int column) {
               const int feature = groups.tiles == 1 ? column / static_cast<int>(rows) : 0;
               const std::int64_t j = column0 + column - feature * rows;
-              const Storage* const row = j < 2 * sines ? weight + (feature * 2 * sines + j) * real
-                                                       : constant + (d0 + feature) * real;
+              const Storage* const row = j < 2 * sines
+                                             ? weight + (feature * 2 * sines + j) * realizations
+                                             : constant + (d0 + feature) * realizations;
               return column < columns ? row + r0 : nullptr;
             });
         copy_async_wait();
         __syncthreads();
-        product.template multiply<Shape::kReal, Major::kDepth, Major::kDepth>(shared.grad_out,
-                                                                              shared.weight);
+        product.template multiply<Shape::kRealizations, Major::kDepth, Major::kDepth>(
+            shared.grad_out, shared.weight);
       }
       product.for_each(
           [&](int row, int column, T value) { shared.grad_products[row * kRow + column] = value; });

@@ -17,7 +17,7 @@ constexpr int kStepRows = 2 * kStepFeatures;
 constexpr int kStageSteps = 4;
 constexpr int kStageSines = kStageSteps * kStepFeatures;
 constexpr int kStageRows = kStageSteps * kStepRows;
-constexpr int kSineTileReal = 64;
+constexpr int kSineTileRealizations = 64;
 constexpr int kSineTileTokens = 128;
 constexpr int kSineWarpTokens = kSineTileTokens / kWarps;
 
@@ -53,12 +53,12 @@ struct SineSteps {
   // The row of a head's weight [D, 2K, R] or constant [D, R] for feature f's cos (part 0) or sin
   // (part 1), or null.
   template <class Number>
-  TORCH_SPE_DEVICE Number* row(const SineStep& step, int f, int part, std::int64_t real,
+  TORCH_SPE_DEVICE Number* row(const SineStep& step, int f, int part, std::int64_t realizations,
                                Number* weight, Number* constant) const {
     const std::int64_t d = step.group * kStepFeatures + f;
     if (d >= features) return nullptr;
-    if (step.k < sines) return weight + ((d * sines + step.k) * 2 + part) * real;
-    return part == 0 && constant != nullptr ? constant + d * real : nullptr;
+    if (step.k < sines) return weight + ((d * sines + step.k) * 2 + part) * realizations;
+    return part == 0 && constant != nullptr ? constant + d * realizations : nullptr;
   }
 };
 
@@ -66,7 +66,7 @@ struct SineSteps {
 template <class Storage>
 struct SineCoefficients {
   const Storage *weight, *constant;
-  std::int64_t real;
+  std::int64_t realizations;
   bool aligned;
 
   TORCH_SPE_DEVICE SineCoefficients(const SineFilterParams& p, std::int64_t head)
@@ -75,12 +75,12 @@ struct SineCoefficients {
         constant(p.constant == nullptr ? nullptr
                                        : static_cast<const Storage*>(p.constant) +
                                              head * p.in_features * p.num_realizations),
-        real(p.num_realizations),
-        aligned(rows_are_aligned<Storage>(p.weight, real) &&
-                rows_are_aligned<Storage>(p.constant, real)) {}
+        realizations(p.num_realizations),
+        aligned(rows_are_aligned<Storage>(p.weight, realizations) &&
+                rows_are_aligned<Storage>(p.constant, realizations)) {}
 
-  // Starts to copy row `kk` of 16 of a step, realizations [r0, r0 + kSineTileReal), into the tile
-  // `out`: 8 threads take a row. cos and sin of a feature are neighbours, or 8 rows apart.
+  // Starts to copy row `kk` of 16 of a step, realizations [r0, r0 + kSineTileRealizations), into
+  // the tile `out`: 8 threads take a row. cos and sin of a feature are neighbours, or 8 rows apart.
   template <bool kNeighbours>
   TORCH_SPE_DEVICE void copy(const SineSteps& steps, const SineStep& step, std::int64_t r0,
                              Storage* out) const {
@@ -88,9 +88,9 @@ struct SineCoefficients {
               column = static_cast<int>(threadIdx.x) % 8 * 8;
     const int f = kNeighbours ? kk / 2 : kk % kStepFeatures,
               part = kNeighbours ? kk % 2 : kk / kStepFeatures;
-    const Storage* const row = steps.row(step, f, part, real, weight, constant);
-    Storage* const to = out + kk * row_of<Storage>(kSineTileReal) + column;
-    const std::int64_t left = real - r0 - column;
+    const Storage* const row = steps.row(step, f, part, realizations, weight, constant);
+    Storage* const to = out + kk * row_of<Storage>(kSineTileRealizations) + column;
+    const std::int64_t left = realizations - r0 - column;
     if (aligned && row != nullptr && left >= 8) {
       copy_async16(to, row + r0 + column);
     } else {

@@ -12,7 +12,7 @@ constexpr int kSineForwardBlocks =
 template <class Storage>
 struct SineStepsForwardShared {
   static constexpr int kBasisRow = kStageSines + 8;
-  static constexpr int kWeight = kStageRows * row_of<Storage>(kSineTileReal);
+  static constexpr int kWeight = kStageRows * row_of<Storage>(kSineTileRealizations);
   int basis_size;
   std::uint32_t* basis;  // [2, position, slot]
   Storage* weight;       // [2, row, r]
@@ -35,11 +35,12 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
   const SineSteps steps(p);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
   const int group = lane / 4, member = lane % 4;
-  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kSineTileReal);
+  const std::int64_t realizations = p.num_realizations,
+                     realization_tiles = ceil_div(realizations, kSineTileRealizations);
   const std::int64_t block = blockIdx.x;
-  const std::int64_t r0 = block % real_tiles * kSineTileReal;
-  const std::int64_t tile = block / real_tiles % tiles.count();
-  const std::int64_t head = block / real_tiles / tiles.count();
+  const std::int64_t r0 = block % realization_tiles * kSineTileRealizations;
+  const std::int64_t tile = block / realization_tiles % tiles.count();
+  const std::int64_t head = block / realization_tiles / tiles.count();
   const std::int64_t b0 = tiles.first_batch(tile), n0 = tiles.first_position(tile);
   const SineCoefficients<Storage> coefficients(p, head);
 
@@ -75,8 +76,8 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
     Storage* const weight = shared.weight + stage % 2 * Shared::kWeight;
     TORCH_SPE_UNROLL
     for (int i = 0; i < kStageSteps; ++i) {
-      coefficients.template copy<true>(steps, step, r0,
-                                       weight + i * kStepRows * row_of<Storage>(kSineTileReal));
+      coefficients.template copy<true>(
+          steps, step, r0, weight + i * kStepRows * row_of<Storage>(kSineTileRealizations));
       if (++step.k == steps.per_group) step = {step.group + 1, 0};
     }
     fill_stage_basis<Storage, true, Shared::kBasisRow>(
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
         shared.basis + stage % 2 * shared.basis_size);
   };
 
-  float sums[kRows / 2][kSineTileReal / 8][4] = {};
+  float sums[kRows / 2][kSineTileRealizations / 8][4] = {};
   load_x();
   const std::int64_t stages = ceil_div(steps.count, kStageSteps);
   bring_stage(0);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
     if (stage + 1 < stages) bring_stage(stage + 1);
     const std::uint32_t* basis = shared.basis + stage % 2 * shared.basis_size;
     const Storage* weight = shared.weight + stage % 2 * Shared::kWeight +
-                            lane % 16 * row_of<Storage>(kSineTileReal) + lane / 16 * 8;
+                            lane % 16 * row_of<Storage>(kSineTileRealizations) + lane / 16 * 8;
     const int count = static_cast<int>(min_of(kStageSteps, steps.count - stage * kStageSteps));
     for (int s = 0; s < count; ++s) {
       if (step.k == 0) {
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
         }
       }
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kSineTileReal / 16; ++j) {
+      for (int j = 0; j < kSineTileRealizations / 16; ++j) {
         std::uint32_t b[4];
         ldmatrix_x4<true>(b, weight + 16 * j);
         TORCH_SPE_UNROLL
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
           for (int i = 0; i < kRows / 2; ++i) mma_m16n8k16<Storage>(sums[i][2 * j + e], a[i], pair);
         }
       }
-      weight += kStepRows * row_of<Storage>(kSineTileReal);
+      weight += kStepRows * row_of<Storage>(kSineTileRealizations);
       if (++step.k == steps.per_group) step = {step.group + 1, 0};
     }
   }
@@ -146,17 +147,17 @@ __global__ void __launch_bounds__(kThreads, kSineForwardBlocks)
     const int row = warp * kSineWarpTokens + 8 * i + group;
     const std::int64_t n = n0 + row / tiles.batch, b = b0 + row % tiles.batch;
     Storage* const out =
-        static_cast<Storage*>(p.out) + ((b * p.length + n) * p.num_heads + head) * real;
+        static_cast<Storage*>(p.out) + ((b * p.length + n) * p.num_heads + head) * realizations;
     TORCH_SPE_UNROLL
-    for (int j = 0; j < kSineTileReal / 8; ++j) {
+    for (int j = 0; j < kSineTileRealizations / 8; ++j) {
       const std::int64_t r = r0 + 8 * j + 2 * member;
       const float first = sums[i / 2][j][i % 2 * 2], second = sums[i / 2][j][i % 2 * 2 + 1];
-      if (real % 2 == 0) {
-        if (r < real)
+      if (realizations % 2 == 0) {
+        if (r < realizations)
           *reinterpret_cast<std::uint32_t*>(out + r) = pack_pair<Storage>(first, second);
       } else {
-        if (r < real) write(first, out + r);
-        if (r + 1 < real) write(second, out + r + 1);
+        if (r < realizations) write(first, out + r);
+        if (r + 1 < realizations) write(second, out + r + 1);
       }
     }
   }

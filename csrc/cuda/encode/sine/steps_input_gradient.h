@@ -14,7 +14,7 @@ constexpr int kMostSummedSines = 2048;  // of a head, whose sums lie in shared m
 template <class Storage>
 struct SineStepsInputGradientShared {
   static constexpr int kBasisRow = kStageSines + 4;
-  static constexpr int kWeight = kStageRows * row_of<Storage>(kSineTileReal);
+  static constexpr int kWeight = kStageRows * row_of<Storage>(kSineTileRealizations);
   int basis_size;
   double* totals;        // [D, K]
   std::uint32_t* basis;  // [2, position, slot]
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     sine_steps_input_gradient_kernel(const SineFilterBackwardParams p, std::int64_t segments,
                                      double* freqs_parts) {  // [segment, H, D, K], or null
   using Shared = SineStepsInputGradientShared<Storage>;
-  constexpr int kTiles = kSineWarpTokens / 8, kDepths = kSineTileReal / 16;
+  constexpr int kTiles = kSineWarpTokens / 8, kDepths = kSineTileRealizations / 16;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const TokenTiles tiles(p.batch, p.length, kSineTileTokens);
@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const Shared shared(layout, tiles, steps);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
   const int group = lane / 4, member = lane % 4;
-  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kSineTileReal);
+  const std::int64_t realizations = p.num_realizations,
+                     realization_tiles = ceil_div(realizations, kSineTileRealizations);
   const std::int64_t segment = blockIdx.x % segments, head = blockIdx.x / segments;
   const SineCoefficients<Storage> coefficients(p, head);
   const auto& strides = p.grad_out_strides;
@@ -55,14 +56,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   // A walk over a tile has `count` steps: for each group of features and tile of realizations, the
   // steps of the group.
-  const std::int64_t count = steps.count * real_tiles;
+  const std::int64_t count = steps.count * realization_tiles;
   struct StepPlace {
-    std::int64_t group, real_tile, k;
+    std::int64_t group, realization_tile, k;
   };
   const auto step_place_at = [&](std::int64_t step) {
     const SineStep at = steps.at(step);
     const auto number = static_cast<std::uint32_t>(at.group);
-    const auto size = static_cast<std::uint32_t>(real_tiles);
+    const auto size = static_cast<std::uint32_t>(realization_tiles);
     return StepPlace{number / size, number % size, at.k};
   };
   const std::int64_t stages = ceil_div(count, kStageSteps);
@@ -77,9 +78,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       TORCH_SPE_UNROLL
       for (int i = 0; i < kStageSteps; ++i) {
         const StepPlace place = step_place_at(first + i);
-        coefficients.template copy<false>(steps, {place.group, place.k},
-                                          place.real_tile * kSineTileReal,
-                                          weight + i * kStepRows * row_of<Storage>(kSineTileReal));
+        coefficients.template copy<false>(
+            steps, {place.group, place.k}, place.realization_tile * kSineTileRealizations,
+            weight + i * kStepRows * row_of<Storage>(kSineTileRealizations));
       }
       const StepPlace own = step_place_at(first + thread % kStageSines / kStepFeatures);
       fill_stage_basis<Storage, false, Shared::kBasisRow>(
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     // Gradients [64, 8 tokens] as second factors: realizations 2 member + {0, 1, 8, 9} + 16 depth
     // of token 8 j + group.
     std::uint32_t grad[kTiles][kDepths][2];
-    const auto load_grad = [&](std::int64_t real_tile) {
+    const auto load_grad = [&](std::int64_t realization_tile) {
       TORCH_SPE_UNROLL
       for (int j = 0; j < kTiles; ++j) {
         const int row = warp * kSineWarpTokens + 8 * j + group;
@@ -157,13 +158,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int depth = 0; depth < kDepths; ++depth) {
           TORCH_SPE_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const std::int64_t r = real_tile * kSineTileReal + 16 * depth + 8 * half + 2 * member;
+            const std::int64_t r =
+                realization_tile * kSineTileRealizations + 16 * depth + 8 * half + 2 * member;
             std::uint32_t pair = 0;
-            if (inside && pairs && r + 1 < real) {
+            if (inside && pairs && r + 1 < realizations) {
               pair = *reinterpret_cast<const std::uint32_t*>(from + r);
             } else if (inside) {
-              if (r < real) pair = from[r * strides[3]].bits;
-              if (r + 1 < real)
+              if (r < realizations) pair = from[r * strides[3]].bits;
+              if (r + 1 < realizations)
                 pair |= static_cast<std::uint32_t>(from[(r + 1) * strides[3]].bits) << 16;
             }
             grad[j][depth][half] = pair;
@@ -184,12 +186,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if (stage + 1 < stages) bring_stage(stage + 1);
       const std::uint32_t* basis = shared.basis + stage % 2 * shared.basis_size;
       const Storage* weight = shared.weight + stage % 2 * Shared::kWeight +
-                              lane % 16 * row_of<Storage>(kSineTileReal) + lane / 16 * 8;
+                              lane % 16 * row_of<Storage>(kSineTileRealizations) + lane / 16 * 8;
       float* sums = shared.sums + (stage % 2 * kWarps + warp) * kStageSines * 2 + 2 * group;
       const int in_stage = static_cast<int>(min_of(kStageSteps, count - stage * kStageSteps));
       for (int s = 0; s < in_stage; ++s) {
         if (place.k == 0) {
-          if (place.real_tile == 0) {
+          if (place.realization_tile == 0) {
             TORCH_SPE_UNROLL
             for (int j = 0; j < kTiles; ++j) {
               TORCH_SPE_UNROLL
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             }
             load_x(place.group + 1);
           }
-          if (real_tiles > 1 || place.group == 0) load_grad(place.real_tile);
+          if (realization_tiles > 1 || place.group == 0) load_grad(place.realization_tile);
         }
         float products[kTiles][4] = {};
         TORCH_SPE_UNROLL
@@ -237,10 +239,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
         basis += kStepFeatures;
         sums += 2 * kStepFeatures;
-        weight += kStepRows * row_of<Storage>(kSineTileReal);
+        weight += kStepRows * row_of<Storage>(kSineTileRealizations);
         if (++place.k < steps.per_group) continue;
         place.k = 0;
-        if (++place.real_tile < real_tiles) continue;
+        if (++place.realization_tile < realization_tiles) continue;
         const std::int64_t d = place.group * kStepFeatures + group;
         TORCH_SPE_UNROLL
         for (int j = 0; j < kTiles; ++j) {

@@ -15,7 +15,7 @@ static_assert(kBlockSteps * kStepFeatures == kThreads);  // a thread makes the b
 template <class Storage>
 struct SineStepsWeightGradientShared {
   static constexpr int kBasisRow = kThreads + 4;
-  static constexpr int kGrad = kWeightGradientTokens * row_of<Storage>(kSineTileReal);
+  static constexpr int kGrad = kWeightGradientTokens * row_of<Storage>(kSineTileRealizations);
   int groups;  // whose features a block needs
   int x_row, x_size;
   Storage* x;     // [2, token, feature]
@@ -53,13 +53,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const Shared shared(layout, tiles, steps);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
   const int group = lane / 4, member = lane % 4;
-  const std::int64_t real = p.num_realizations, real_tiles = ceil_div(real, kSineTileReal);
+  const std::int64_t realizations = p.num_realizations,
+                     realization_tiles = ceil_div(realizations, kSineTileRealizations);
   const std::int64_t step_tiles = ceil_div(steps.count, kBlockSteps);
   const std::int64_t block = blockIdx.x;
   const std::int64_t segment = block % segments;
-  const std::int64_t r0 = block / segments % real_tiles * kSineTileReal;
-  const std::int64_t first_step = block / segments / real_tiles % step_tiles * kBlockSteps;
-  const std::int64_t head = block / segments / real_tiles / step_tiles;
+  const std::int64_t r0 = block / segments % realization_tiles * kSineTileRealizations;
+  const std::int64_t first_step = block / segments / realization_tiles % step_tiles * kBlockSteps;
+  const std::int64_t head = block / segments / realization_tiles / step_tiles;
   const std::int64_t first_group = steps.at(first_step).group;
   const auto &x_strides = p.x_strides, &strides = p.grad_out_strides;
   const std::int64_t d0 = first_group * kStepFeatures;
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                  ? from + (b0 + b) * its[0] + (n0 + t) * its[1]
                  : nullptr;
     };
-    copy_tile<kWeightGradientTokens, kSineTileReal, Storage>(
-        shared.grad + buffer * Shared::kGrad, real - r0, strides[3], grad_aligned,
+    copy_tile<kWeightGradientTokens, kSineTileRealizations, Storage>(
+        shared.grad + buffer * Shared::kGrad, realizations - r0, strides[3], grad_aligned,
         [&](int token) { return row(grad, strides, token); });
     Storage* const out = shared.x + buffer * shared.x_size;
     for (int i = thread; i < kWeightGradientTokens * shared.groups; i += kThreads) {
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t step = min_of(first_step + warp * kWarpSteps + m, steps.count - 1);
     column[m] = static_cast<int>(steps.at(step).group - first_group) * kStepFeatures;
   }
-  float sums[kWarpSteps][kSineTileReal / 8][4] = {};
+  float sums[kWarpSteps][kSineTileRealizations / 8][4] = {};
   const std::int64_t per_segment = ceil_div(tiles.count(), segments);
   const std::int64_t first_tile = segment * per_segment;
   const std::int64_t end_tile = min_of(tiles.count(), first_tile + per_segment);
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     __syncwarp();  // the basis is there: a warp makes that of its own steps
     const Storage* const x_tile = shared.x + buffer * shared.x_size + lane * shared.x_row;
     const Storage* const grad_tile = shared.grad + buffer * Shared::kGrad +
-                                     lane % 16 * row_of<Storage>(kSineTileReal) + lane / 16 * 8;
+                                     lane % 16 * row_of<Storage>(kSineTileRealizations) +
+                                     lane / 16 * 8;
     const typename Shared::Pairs* const basis =
         shared.basis + warp * kWarpSteps * kStepFeatures + group;
     for (int half = 0; half < kWeightGradientTokens / kLanes; ++half) {
@@ -173,10 +175,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       TORCH_SPE_UNROLL
       for (int quarter = 0; quarter < 2; ++quarter) {
         const int depth = 2 * half + quarter;  // 16 tokens
-        std::uint32_t b[kSineTileReal / 16][4];
+        std::uint32_t b[kSineTileRealizations / 16][4];
         TORCH_SPE_UNROLL
-        for (int j = 0; j < kSineTileReal / 16; ++j)
-          ldmatrix_x4<true>(b[j], grad_tile + depth * 16 * row_of<Storage>(kSineTileReal) + 16 * j);
+        for (int j = 0; j < kSineTileRealizations / 16; ++j)
+          ldmatrix_x4<true>(
+              b[j], grad_tile + depth * 16 * row_of<Storage>(kSineTileRealizations) + 16 * j);
         const int at[2] = {shared.basis_at[depth * 8 + member],
                            shared.basis_at[depth * 8 + 4 + member]};
         TORCH_SPE_UNROLL
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             a[2 * e + 1] = multiply_pairs<Storage>(values[m][2 * quarter + e], pairs.sin);
           }
           TORCH_SPE_UNROLL
-          for (int j = 0; j < kSineTileReal / 8; ++j) {
+          for (int j = 0; j < kSineTileRealizations / 8; ++j) {
             const std::uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
             mma_m16n8k16<Storage>(sums[m][j], a, pair);
           }
@@ -205,16 +208,17 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     if (number >= steps.count) continue;
     TORCH_SPE_UNROLL
     for (int part = 0; part < 2; ++part) {
-      float* const row = steps.row(
-          steps.at(number), group, part, real, weight_parts + rows * 2 * p.num_sines * real,
-          constant_parts == nullptr ? nullptr : constant_parts + rows * real);
+      float* const row =
+          steps.row(steps.at(number), group, part, realizations,
+                    weight_parts + rows * 2 * p.num_sines * realizations,
+                    constant_parts == nullptr ? nullptr : constant_parts + rows * realizations);
       if (row == nullptr) continue;
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kSineTileReal / 8; ++j) {
+      for (int j = 0; j < kSineTileRealizations / 8; ++j) {
         TORCH_SPE_UNROLL
         for (int e = 0; e < 2; ++e) {
           const std::int64_t r = r0 + 8 * j + 2 * member + e;
-          if (r < real) row[r] = sums[m][j][2 * part + e];
+          if (r < realizations) row[r] = sums[m][j][2 * part + e];
         }
       }
     }

@@ -1,0 +1,168 @@
+// Codes of dense noise for 16-bit storage, sum_p kernel[p] z[n+p, r], on tensor cores: for kernels
+// in which every warp keeps 32 positions along the last dimension and goes through features and
+// realizations, 16 of which it has at a time.
+//
+// Noise costs most. A block is as long as it can be, since for all its warps together it makes the
+// noise of as many more positions as the kernel has taps; each warp then multiplies only those
+// positions that its taps reach. Along a diagonal of the Toeplitz matrix of taps everything is the
+// same: one load brings a block of 8 x 8 taps to the registers of a warp, where it is a factor for
+// every tile that it appears in.
+#pragma once
+
+#include "encode/conv/code_tile.h"
+
+namespace torch_spe::cuda {
+
+constexpr int kDenseWarps = 8, kDenseThreads = 32 * kDenseWarps;  // of a block
+constexpr int kWarpPositions = 32;
+
+// Positions and realizations of a block, positions of a window of noise.
+using DenseTile = ConvTileShape<true, kDenseWarps * kWarpPositions, 16, 384>;
+
+// Windows of noise and taps, two in turn.
+template <class Storage>
+struct DenseCodesShared {
+  static constexpr int kNoise = DenseTile::kWindow * row_of<Storage>(DenseTile::kRealizations);
+  static constexpr int kTaps = DenseTile::kWindow + DenseTile::kTokens;
+  Storage* noise;       // [window, position, r]
+  std::uint32_t* taps;  // [window, lag]: the taps of a lag and of the next one
+
+  TORCH_SPE_INLINE explicit DenseCodesShared(MemoryLayout& layout)
+      : noise(layout.take<Storage>(2 * kNoise)), taps(layout.take<std::uint32_t>(2 * kTaps)) {}
+};
+
+template <class Storage>
+class DenseCodes {
+ public:
+  using Tile = DenseTile;
+  using Shared = DenseCodesShared<Storage>;
+
+  TORCH_SPE_DEVICE DenseCodes(const ConvFilterParams& p, const Shared& shared)
+      : p_(p), shared_(shared), seed_(noise_seed_of(p)) {}
+
+  // The warp's codes of the place's feature, constant included, for 16 realizations from r0 on, in
+  // tiles as products leave them: codes[i], of realizations (rows) and positions 8 i .. 8 i + 7,
+  // or, with kPositionRows, codes[2 i + j] of positions 16 i .. 16 i + 15 (rows) and realizations 8
+  // j .. 8 j + 7. All threads of the block call it.
+  template <bool kPositionRows>
+  TORCH_SPE_DEVICE void make(const LineTile& place, int r0, float (&codes)[4][4]) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 16; ++i) codes[i / 4][i % 4] = 0;
+    if (p_.constant != nullptr) set_constant<kPositionRows>(place, r0, codes);
+    const NoiseTile<Tile> tile(p_, place, seed_);
+    const int size = static_cast<int>(p_.kernel_size[2]);
+    const int length = static_cast<int>(min_of(Tile::kTokens, p_.size[2] - place.n0));
+    const int reach = (length + 31) / 32 * 32 + size - 1;  // positions that taps meet
+    TORCH_SPE_KEEP_LOOP
+    for (std::int64_t tap0 = 0; tap0 < p_.kernel_size[0]; ++tap0) {
+      TORCH_SPE_KEEP_LOOP
+      for (std::int64_t tap1 = 0; tap1 < p_.kernel_size[1]; ++tap1) {
+        const NoiseLine<Tile> line(tile, tap0, tap1);
+        TORCH_SPE_KEEP_LOOP
+        for (int first = 0; first < reach; first += Tile::kWindow) {
+          Storage* const noise = shared_.noise + window_ * Shared::kNoise;
+          std::uint32_t* const pairs = shared_.taps + window_ * Shared::kTaps;
+          const int left = (reach - first + 15) & ~15;
+          const int rows = left < Tile::kWindow ? left : Tile::kWindow;
+          line.template fill<Storage>(
+              first, r0, rows, rows, static_cast<int>(threadIdx.x), kDenseThreads,
+              [=](int q, int r) { return noise + q * row_of<Storage>(Tile::kRealizations) + r; });
+          fill_taps(place, tap0, tap1, size, first, pairs);
+          // One barrier is enough: a window is filled again only after the next one, which no warp
+          // passes before all have used this window.
+          __syncthreads();
+          if (position() < length) multiply<kPositionRows>(noise, pairs, size, first, codes);
+          window_ = 1 - window_;
+        }
+      }
+    }
+  }
+
+ private:
+  TORCH_SPE_DEVICE static int position() {
+    return static_cast<int>(threadIdx.x / 32u) * kWarpPositions;
+  }
+
+  template <bool kPositionRows>
+  TORCH_SPE_DEVICE void set_constant(const LineTile& place, int r0, float (&codes)[4][4]) const {
+    const float* const constant = static_cast<const float*>(p_.constant) +
+                                  (place.head * p_.in_features + place.d) * p_.num_realizations +
+                                  r0;
+    const int lane = static_cast<int>(threadIdx.x % 32u);
+    float values[2][2];  // of realization rows, or of tiles and their columns
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int r = kPositionRows ? i / 2 * 8 + lane % 4 * 2 + i % 2 : lane / 4 + i / 2 * 8;
+      values[i / 2][i % 2] = r0 + r < p_.num_realizations ? constant[r] : 0.0f;
+    }
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 16; ++i)
+      codes[i / 4][i % 4] = kPositionRows ? values[i / 4 % 2][i % 2] : values[i / 2 % 2][0];
+  }
+
+  // The lag, position less position of the code, of the first pair of taps of a window.
+  TORCH_SPE_DEVICE static int first_lag(int first) {
+    const int lag = first - Tile::kTokens;
+    return lag > -32 ? lag : -32;
+  }
+
+  TORCH_SPE_DEVICE void fill_taps(const LineTile& place, std::int64_t tap0, std::int64_t tap1,
+                                  int size, int first, std::uint32_t* pairs) const {
+    const int begin = first_lag(first), last = ((size + 15) & ~15) + 48;
+    const int end = first + Tile::kWindow < last ? first + Tile::kWindow : last;
+    int lag = begin + static_cast<int>(threadIdx.x);
+    if (lag >= end) return;
+    const float* const taps = taps_of<float>(p_, place, tap0, tap1);
+    const auto tap = [&](int i) { return i >= 0 && i < size ? taps[i] : 0.0f; };
+    TORCH_SPE_KEEP_LOOP
+    for (; lag < end; lag += kDenseThreads)
+      pairs[lag - begin] = pack_pair<Storage>(tap(lag), tap(lag + 1));
+  }
+
+  template <bool kPositionRows>
+  TORCH_SPE_DEVICE void multiply(const Storage* noise, const std::uint32_t* pairs, int size,
+                                 int first, float (&codes)[4][4]) const {
+    constexpr int kRow = row_of<Storage>(Tile::kRealizations);
+    const int lane = static_cast<int>(threadIdx.x % 32u);
+    // Positions from the warp's own first one on, 16 at a step.
+    const int from = first - position();
+    const int begin = from > 0 ? from : 0, last = (size + 46) & ~15;
+    const int end = from + Tile::kWindow < last ? from + Tile::kWindow : last;
+    const Storage* rows =
+        noise + (begin - from + lane / 16 * 8 + lane % 8) * kRow + lane / 8 % 2 * 8;
+    const std::uint32_t* blocks = pairs + begin - first_lag(first) + lane % 4 * 2 - lane / 4;
+    std::uint32_t taps[5];  // of 8 x 8 taps, along the diagonals
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 3; ++i) taps[i] = blocks[8 * i - 24];
+    TORCH_SPE_UNROLL_TWICE
+    for (int step = begin; step < end; step += 16) {
+      taps[3] = blocks[0];
+      taps[4] = blocks[8];
+      std::uint32_t z[4];  // positions 0-7 and realizations 0-7, 8-15, then positions 8-15
+      ldmatrix_x4<true>(z, rows);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kPositionRows) {
+          const int t = 3 - i / 2 * 2;
+          const std::uint32_t a[4] = {taps[t], taps[t - 1], taps[t + 1], taps[t]};
+          const std::uint32_t b[2] = {z[i % 2], z[2 + i % 2]};
+          mma_m16n8k16<Storage>(codes[i], a, b);
+        } else {
+          const std::uint32_t b[2] = {taps[3 - i], taps[4 - i]};
+          mma_m16n8k16<Storage>(codes[i], z, b);
+        }
+      }
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 3; ++i) taps[i] = taps[i + 2];
+      blocks += 16;
+      rows += 16 * kRow;
+    }
+  }
+
+  const ConvFilterParams& p_;
+  const Shared& shared_;
+  const std::uint64_t seed_;
+  int window_ = 0;
+};
+
+}  // namespace torch_spe::cuda
