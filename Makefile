@@ -17,6 +17,16 @@ EDITABLE := .venv/editable-$(CHOICE)
 PIP := $(BIN)/python -m pip install --no-compile
 INSTALL_DEV := $(PIP) 'torch==$(TORCH)' --group dev
 
+# For work in this tree: where no GPU is visible, one architecture of CUDA, whose PTX the tests execute (a second one
+# takes minutes), and lines of the source for profilers and reports, which double the size of the kernels.
+ifeq ($(filter wheel release,$(MAKECMDGOALS)),)
+  ifndef TORCH_CUDA_ARCH_LIST
+    export TORCH_CUDA_ARCH_LIST := $(if $(filter test-all,$(MAKECMDGOALS)),8.0+PTX 9.0+PTX,$(shell \
+      nvidia-smi -L > /dev/null 2>&1 || echo 9.0+PTX))
+  endif
+  export NVCC_APPEND_FLAGS += -lineinfo
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-build music test test-all docs bench gpu-model build wheel release format clean
 

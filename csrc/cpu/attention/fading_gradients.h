@@ -56,7 +56,8 @@ class FadingGradients {
         terms_(rows_ * width_),
         later_terms_(rows_ * width_),
         steps_(width_),
-        sums_(width_) {}
+        sums_(width_),
+        step_(width_) {}
 
   // Starts a chunk.
   void clear() const {
@@ -142,22 +143,32 @@ class FadingGradients {
   }
 
   // Ends a chunk: writes the gradients of its steps, or adds them up in `sums` [columns] where the
-  // decay is the same for all tokens.
+  // decay is the same for all tokens. Sums over the tokens before a step are taken from the start:
+  // as a difference of sums they would be lost in the last key's share, which is nearly all of them
+  // when attention fades fast.
   void store_steps(const Chunk& chunk, double* sums) const {
     const std::int64_t columns = p_.decay_features;
-    for (std::int64_t c = 0; c < columns; ++c) {
-      sums_[c] = steps_[c];
-      for (std::int64_t t = 0; t < chunk.size; ++t) sums_[c] += later_terms_[t * width_ + c];
+    set_zero(sums_.get(), columns);
+    for (std::int64_t t = 0; t < chunk.size; ++t) {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        T& term = later_terms_[t * width_ + c];
+        const T own = term;
+        term = static_cast<T>(sums_[c]);
+        sums_[c] += own;
+      }
     }
+    for (std::int64_t c = 0; c < columns; ++c) sums_[c] = steps_[c];
     for (std::int64_t t = chunk.size - 1; t >= 0; --t) {
-      for (std::int64_t c = 0; c < columns; ++c)
-        sums_[c] += static_cast<double>(terms_[t * width_ + c]) - later_terms_[t * width_ + c];
+      for (std::int64_t c = 0; c < columns; ++c) {
+        sums_[c] += terms_[t * width_ + c];
+        step_[c] = sums_[c] + later_terms_[t * width_ + c];
+      }
       if (sums != nullptr) {
-        for (std::int64_t c = 0; c < columns; ++c) sums[c] += sums_[c];
+        for (std::int64_t c = 0; c < columns; ++c) sums[c] += step_[c];
         continue;
       }
       store_doubles(
-          p_, sums_, columns,
+          p_, step_, columns,
           ((chunk.batch * p_.key_length + chunk.begin + t) * p_.num_heads + chunk.head) * columns);
     }
   }
@@ -320,7 +331,7 @@ class FadingGradients {
   Workspace<T> strict_, running_;     // [F]
   Workspace<T> terms_, later_terms_;  // [chunk, 1 or R]
   Workspace<T> steps_;                // [1 or R]
-  Workspace<double> sums_;            // [1 or R]
+  Workspace<double> sums_, step_;     // [1 or R]
 };
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA
