@@ -75,8 +75,8 @@ def cpp_tests(report, everything):
         targets = ("--target", "all", "torch_spe_emulated_sanitized")
         if has_nvcc():
             options.append("-DTORCH_SPE_VIRTUAL_GPU=80 90")
-    # One process, not one for each test as with ctest, which would mostly load torch; and threads that wait without
-    # spinning, which takes ten times as long where others use the processors too.
+    # One process, not one for each test as with ctest, which would mostly load torch. Its threads
+    # wait without spinning, which takes ten times as long where others use the processors too.
     succeeded = (
         run("cmake", *options, BUILD)
         and run("cmake", "--build", BUILD, *targets)
