@@ -1,10 +1,10 @@
 """Build a manylinux wheel for the PyTorch of this environment. `make wheel` calls it.
 
 The wheel has the library once and its Python module for each version of Python named: this one, and
-those of `--python` (only their headers are used). Its name says which torch it is for, and whether
-it has the CUDA kernels: torch_spe-0.2.0+torch2.11.0.cpu-cp310.cp311-none-manylinux_2_34_x86_64.whl.
-It is then read (what it links to), installed in an environment of its own beside this torch,
-imported and run.
+those of `--python`. Its name says which torch it is for, and whether it has the CUDA kernels:
+torch_spe-0.2.0+torch2.11.0.cpu-cp310.cp311-none-manylinux_2_34_x86_64.whl. It is then read (what it
+links to), and under every Python that has this torch installed in an environment of its own,
+imported and run. A Python without it, or of which there are only the headers, is named at the end.
 
 The manylinux tag follows from the glibc of the compiler's system: Debian 12 gives manylinux_2_34.
 TORCH_SPE_INSTRUCTION_SETS and TORCH_CUDA_ARCH_LIST choose kernels as they do for setup.py.
@@ -38,6 +38,11 @@ print(json.dumps([
     sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("include"),
 ]))
 """
+WHERE = """
+import json, sysconfig, torch
+version = torch.__version__.split("+")[0]
+print(json.dumps([sysconfig.get_path("purelib"), version, torch.version.cuda]))
+"""
 TRIAL = """
 import torch, torch_spe
 from torch_spe import SPEMultiheadAttention
@@ -69,13 +74,43 @@ def run(*command, **variables):
 
 
 def probe(python):
-    """Return the tag of a Python, the suffix of its modules and the folder of its headers."""
-    name, version, suffix, include = json.loads(run(python, "-c", PROBE))
+    """Return the tag of a Python, the suffix of its modules and the folder of its headers.
+
+    A folder of headers alone is enough.
+    """
+    if Path(python).is_dir():
+        name, include = "cpython", str(Path(python).resolve())
+        check_headers(python, include)
+        text = Path(include, "patchlevel.h").read_text()
+        version = "".join(re.findall(r"define PY_(?:MAJOR|MINOR)_VERSION\s+(\d+)", text))
+        own = f"{sys.version_info.major}{sys.version_info.minor}"
+        suffix = sysconfig.get_config_var("EXT_SUFFIX").replace(own, version)
+    else:
+        name, version, suffix, include = json.loads(run(python, "-c", PROBE))
     if name != "cpython" or int(version[1:]) < 10:
         raise Error(f"{python}: expected CPython 3.10 or later, got {name} {version}")
-    if not Path(include, "Python.h").is_file():
-        raise Error(f"{python}: no Python.h in {include} (install its development files)")
+    check_headers(python, include)
     return f"cp{version}", suffix, include
+
+
+def check_headers(python, include):
+    if not Path(include, "Python.h").is_file():
+        raise Error(
+            f"{python}: no Python.h in {include}: install its development files (python3.x-dev on "
+            "Debian and Ubuntu), or name a folder that has them, as unpacked from such a package"
+        )
+
+
+def whole_headers(include, folder):
+    """Return a folder of headers that needs no other: Debian has pyconfig.h in one beside it."""
+    text = Path(include, "pyconfig.h").read_text()
+    match = re.search(r"#\s*include <([\w-]*linux-gnu\w*/\S+)>", text)
+    beside = Path(include).parent / match[1] if match else None
+    if beside is None or not beside.is_file() or beside.is_relative_to("/usr/include"):
+        return include
+    shutil.copytree(include, folder, dirs_exist_ok=True)
+    shutil.copy(beside, folder / "pyconfig.h")
+    return str(folder)
 
 
 def local_version(torch_version, cuda):
@@ -181,14 +216,25 @@ def check_loads_without_cuda(package, torch_lib, folder):
         raise Error("libtorch_spe.so brings torch's CUDA libraries")
 
 
-def try_out(wheel, site, folder):
-    """Install the wheel in an environment of its own, beside this torch, and run a layer."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder)
+def find_torch(python, version, cuda):
+    """Return where a Python has this torch, or None."""
+    if Path(python).is_dir():
+        return None
+    try:
+        site, *found = json.loads(run(python, "-c", WHERE).splitlines()[-1])
+    except Error:
+        return None
+    return site if found == [version.split("+")[0], cuda or found[1]] else None
+
+
+def try_out(wheel, python, site, folder):
+    """Install the wheel in an environment of its own, beside a Python's torch, and run a layer."""
+    run(python, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python)
     run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # This environment's packages, without its .pth files: not the package of the source tree.
+    # That Python's packages, without its .pth files: not the package of the source tree.
     (own / "torch.pth").write_text(f"{site}\n")
     where = run(python, "-c", TRIAL, PYTHONPATH="", PYTHONSAFEPATH="1").split()[-1]
     if not Path(where).is_relative_to(own):
@@ -202,24 +248,32 @@ def build(source, out, pythons, cuda):
 
     if cuda and not torch.version.cuda:
         raise Error(f"--cuda needs a CUDA build of torch, and this is {torch.__version__}")
-    found = [probe(python) for python in (sys.executable, *pythons)]
-    tags = {tag: (suffix, include) for tag, suffix, include in found}
-    more = [f"{suffix}={include}" for tag, (suffix, include) in tags.items() if tag != found[0][0]]
-    local = local_version(torch.__version__, cuda and torch.version.cuda)
+    found = [(python, *probe(python)) for python in dict.fromkeys((sys.executable, *pythons))]
+    tags = {tag for _, tag, _, _ in found}
+    version = torch.__version__
+    local = local_version(version, cuda and torch.version.cuda)
     torch_lib = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        objects = Path(os.environ.get("TORCH_SPE_BUILD_DIR") or ROOT / "build" / f"wheel-{local}")
+        objects = os.environ.get("TORCH_SPE_BUILD_DIR") or ROOT / "build" / f"wheel-{local}"
+        objects = Path(objects).resolve()
         arguments = os.environ.get("CMAKE_ARGS", "").split()
+        more = {
+            tag: f"{suffix}={whole_headers(include, objects / tag)}"
+            for _, tag, suffix, include in found[1:]
+            if tag != found[0][1]
+        }
         run(
             *(sys.executable, "-m", "build", "--wheel", "--no-isolation"),
             *("--outdir", folder / "built", source),
-            TORCH_SPE_BUILD_DIR=str(objects.resolve()),
+            TORCH_SPE_BUILD_DIR=str(objects),
             TORCH_SPE_CUDA=str(int(cuda)),
-            CMAKE_ARGS=" ".join([*arguments, f"-DTORCH_SPE_MORE_PYTHONS={';'.join(more)}"]),
+            CMAKE_ARGS=" ".join(
+                [*arguments, f"-DTORCH_SPE_MORE_PYTHONS={';'.join(more.values())}"]
+            ),
         )
         (built,) = (folder / "built").iterdir()
-        built = relabel(built, local, torch.__version__, tags, folder)
+        built = relabel(built, local, version, tags, folder)
         run(
             *(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder / "repaired"),
             *(f"--exclude={library}" for library in EXCLUDED),
@@ -236,7 +290,13 @@ def build(source, out, pythons, cuda):
         check_libraries(sorted(package.glob("*.so")), torch_lib, cuda)
         if not cuda and platform.system() == "Linux":
             check_loads_without_cuda(package, torch_lib, folder / "cpu")
-        try_out(repaired, sysconfig.get_path("purelib"), folder / "trial")
+        for index, (python, tag, _, _) in enumerate(found):
+            site = find_torch(python, version, cuda and torch.version.cuda)
+            if site is None:
+                print(f"wheel: {tag} is compiled, and not run: {python} has no torch {version}")
+                continue
+            try_out(repaired, python, site, folder / f"trial{index}")
+            print(f"wheel: {tag} is installed and run")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(repaired, out))
 
@@ -245,8 +305,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels; needs nvcc")
     parser.add_argument(
-        "--python", action="append", default=[], help="another Python to serve; may be repeated"
-    )
+        "--python", action="append", default=[], metavar="PYTHON",
+        help="another Python to serve, or a folder with its headers; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--source", type=Path, default=ROOT, help="another source tree")
     arguments = parser.parse_args()
@@ -255,7 +316,7 @@ def main():
     except Error as error:
         print(f"wheel: {error}", file=sys.stderr)
         return 1
-    print(f"built, installed and run: {wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
+    print(f"built and tried: {wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

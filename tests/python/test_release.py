@@ -123,6 +123,41 @@ def test_a_python_without_headers_is_refused(tmp_path):
         wheel.probe(fake)
 
 
+def test_headers_alone_are_enough(tmp_path):
+    tag, suffix, include = wheel.probe(sys.executable)
+    assert wheel.probe(include) == (tag, suffix, str(Path(include).resolve()))
+    assert wheel.find_torch(include, "2.11.0", None) is None
+    headers = tmp_path / "include/python3.99"  # as Debian packages have them
+    headers.mkdir(parents=True)
+    with pytest.raises(wheel.Error, match=r"no Python\.h in .*python3\.x-dev"):
+        wheel.probe(headers)
+    beside = tmp_path / "include/x86_64-linux-gnu/python3.99/pyconfig.h"
+    beside.parent.mkdir(parents=True)
+    beside.write_text("#define SIZEOF_LONG 8\n")
+    (headers / "Python.h").touch()
+    numbers = "#define PY_MAJOR_VERSION        3\n#define PY_MINOR_VERSION\t99\n"
+    (headers / "patchlevel.h").write_text(f"{numbers}#define PY_MICRO_VERSION 1\n")
+    (headers / "pyconfig.h").write_text("#  include <x86_64-linux-gnu/python3.99/pyconfig.h>\n")
+    tag, suffix, include = wheel.probe(headers)
+    assert tag == "cp399"
+    assert suffix.startswith(".cpython-399-")
+    whole = Path(wheel.whole_headers(include, tmp_path / "whole"))
+    assert (whole / "pyconfig.h").read_text() == beside.read_text()
+    assert (whole / "Python.h").is_file()
+
+
+def test_which_torch_a_python_has(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho \'["/site", "2.11.0", "13.0"]\'\n')
+    python.chmod(0o755)
+    assert wheel.find_torch(python, "2.11.0+cu130", "13.0") == "/site"
+    assert wheel.find_torch(python, "2.11.0", None) == "/site"  # of a wheel without CUDA
+    assert wheel.find_torch(python, "2.11.0", "12.9") is None
+    assert wheel.find_torch(python, "2.12.0", None) is None
+    python.write_text("#!/bin/sh\nexit 1\n")  # no torch
+    assert wheel.find_torch(python, "2.11.0", None) is None
+
+
 def test_a_library_of_cuda_is_found(tmp_path):
     source = tmp_path / "empty.cpp"
     source.touch()
