@@ -3,8 +3,9 @@
 #pragma once
 
 #include "core/feature_map.h"
+#include "cpu/products.h"
 #include "cpu/rows.h"
-#include "products.h"
+
 #include "state.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
