@@ -8,7 +8,9 @@ import functools
 import json
 import math
 import os
+import shlex
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -326,7 +328,7 @@ def main() -> None:
         f"{machine.name}, {machine.threads} threads, {os.cpu_count()} cores: "
         f"matrix product {machine.gflops:.0f} GFLOP/s, copy {machine.gbytes:.0f} GB/s; "
         f"torch {torch.__version__}, {args.dtype}, "
-        f"{torch_spe.build_info()['instruction_set']}, {datetime.date.today()}"
+        f"{machine.instruction_set}, {datetime.date.today()}"
     )
     if args.device != "cpu":
         cache = torch.cuda.get_device_properties(args.device).L2_cache_size / 1e6
@@ -350,7 +352,12 @@ def main() -> None:
             if case.shares and args.device == "cpu":
                 add_shares(case, rows)
             if args.output:  # at once: whoever is stopped keeps what was measured
-                result = {"machine": machine.__dict__, "torch": torch.__version__}
+                result = {
+                    "date": str(datetime.date.today()),
+                    "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+                    "machine": machine.__dict__,
+                    "torch": torch.__version__,
+                }
                 write(args.output, {**result, "dtype": args.dtype, "rows": rows})
     except KeyboardInterrupt:
         print("stopped; measured until then:")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import torch_spe
+
 
 @dataclass
 class Machine:
@@ -22,6 +24,7 @@ class Machine:
     threads: int
     gflops: float  # of a large matrix product: float32 on the CPU, of the type measured on a GPU
     gbytes: float  # of a large copy, bytes read plus bytes written
+    instruction_set: str = ""  # of the CPU kernels that were used
 
 
 def machine(device: str, dtype: torch.dtype) -> Machine:
@@ -42,7 +45,11 @@ def machine(device: str, dtype: torch.dtype) -> Machine:
     else:
         name = torch.cuda.get_device_name()
     return Machine(
-        name, torch.get_num_threads(), 2 * n**3 / product / 1e9, 2 * source.nbytes / copy / 1e9
+        name,
+        torch.get_num_threads(),
+        2 * n**3 / product / 1e9,
+        2 * source.nbytes / copy / 1e9,
+        torch_spe.build_info()["instruction_set"],
     )
 
 

@@ -3,6 +3,7 @@
 #include "encode/one_position.h"
 #include "encode/phasor_encoder.h"
 #include "encode/phasor_gradient.h"
+#include "prefetch.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 namespace {
@@ -44,10 +45,10 @@ void encode_positions(const PhasorFilterParams& p, PhasorEncoder<T>& encoder,
     encoder.encode(heads, tile, x_rows<Storage>(p, heads, tile), out,
                    [&](std::int64_t step, std::int64_t steps) {
                      for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
-                       prefetch_row(next_x.row(b, t, 0), next_x.column_stride, p.in_features);
+                       prefetch_near(next_x.row(b, t, 0), next_x.column_stride, p.in_features);
                      });
                      for_part(tile, step, steps, [&](std::int64_t t, std::int64_t b) {
-                       prefetch_row(out.row(b, t, 0), 1, 2 * p.num_pairs);
+                       prefetch_near(out.row(b, t, 0), 1, 2 * p.num_pairs);
                      });
                    });
   }
@@ -89,12 +90,12 @@ void differentiate_positions(const PhasorFilterBackwardParams& p, PhasorGradient
         grad_positions == nullptr ? nullptr : grad_positions + tile.head * positions_stride,
         [&](std::int64_t step, std::int64_t steps) {
           for_part(next, step, steps, [&](std::int64_t t, std::int64_t b) {
-            prefetch_row(next_x.row(b, t, 0), next_x.column_stride, p.in_features);
-            prefetch_row(next_g.row(b, t, 0), next_g.column_stride, 2 * p.num_pairs);
+            prefetch_near(next_x.row(b, t, 0), next_x.column_stride, p.in_features);
+            prefetch_near(next_g.row(b, t, 0), next_g.column_stride, 2 * p.num_pairs);
           });
           if (grad_x.first == nullptr) return;
           for_part(tile, step, steps, [&](std::int64_t t, std::int64_t b) {
-            prefetch_row(grad_x.row(b, t, 0), 1, p.in_features);
+            prefetch_near(grad_x.row(b, t, 0), 1, p.in_features);
           });
         });
   }

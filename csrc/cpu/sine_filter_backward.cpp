@@ -34,14 +34,14 @@ class SineFilterGradient {
         rows_(num_basis_rows(p)),
         width_(round_up(p.num_realizations, kLanes<T>)),
         basis_of_(p),
-        weights_(group * rows_ * p.num_realizations),
-        grad_weights_(group * rows_ * p.num_realizations),
+        weights_(group * rows_ * width_),
+        grad_weights_(group * rows_ * width_),
         basis_(group * rows_ * kSineTile),
         grad_basis_(group * rows_ * kSineTile),
         x_(kSineTile * p.batch * group),
         grad_x_(kSineTile * p.batch * group),
         g_(kSineTile * p.batch * width_),
-        g_columns_(p.batch == 1 ? p.num_realizations * kSineTile : 0),
+        columns_(width_ * kSineTile),
         code_(p.batch == 1 ? 0 : kSineTile * code_stride<T>(group, width_)),
         positions_(p.ndim * kSineTile) {}
 
@@ -50,8 +50,8 @@ class SineFilterGradient {
     d0_ = d0;
     count_ = count;
     grad_positions_ = grad_positions;
-    load_weights(p_, head, d0, count, weights_.get());
-    const std::int64_t size = count * rows_ * p_.num_realizations;
+    load_weights(p_, head, d0, count, width_, weights_.get());
+    const std::int64_t size = count * rows_ * width_;
     for (std::int64_t i = 0; i < size; ++i) grad_weights_[i] = 0;
     for (n0_ = 0; n0_ < p_.length; n0_ += kSineTile) {
       size_ = min_of(kSineTile, p_.length - n0_);
@@ -79,6 +79,7 @@ class SineFilterGradient {
     T* row = g_;
     for (std::int64_t t = 0; t < size_; ++t) {
       for (std::int64_t b = 0; b < p_.batch; ++b, row += width_) {
+        prefetch_later_row(p_, g, strides, size_, b, t, p_.num_realizations);
         load_row(g + b * strides[0] + t * strides[1], strides[3], p_.num_realizations, row);
         for (std::int64_t r = p_.num_realizations; r < width_; ++r) row[r] = 0;
       }
@@ -88,18 +89,19 @@ class SineFilterGradient {
   bool wants_weights() const { return p_.grad_weight != nullptr || p_.grad_constant != nullptr; }
 
   void store_grad_weights() {
-    const std::int64_t realizations = p_.num_realizations,
-                       sine_rows = 2 * p_.num_sines * realizations;
+    const std::int64_t realizations = p_.num_realizations, sine_rows = 2 * p_.num_sines;
     const std::int64_t first = head_ * p_.in_features + d0_;
+    T* grad_weight = static_cast<T*>(p_.grad_weight);
+    T* grad_constant = static_cast<T*>(p_.grad_constant);
+    if (grad_weight != nullptr) grad_weight += first * sine_rows * realizations;
+    if (grad_constant != nullptr) grad_constant += first * realizations;
+    const T* grad = grad_weights_;
     for (std::int64_t d = 0; d < count_; ++d) {
-      const T* grad = grad_weights_ + d * rows_ * realizations;
-      if (p_.grad_weight != nullptr) {
-        std::memcpy(static_cast<T*>(p_.grad_weight) + (first + d) * sine_rows, grad,
-                    sine_rows * sizeof(T));
-      }
-      if (p_.grad_constant != nullptr) {
-        std::memcpy(static_cast<T*>(p_.grad_constant) + (first + d) * realizations,
-                    grad + sine_rows, realizations * sizeof(T));
+      for (std::int64_t j = 0; j < rows_; ++j, grad += width_) {
+        T*& to = j < sine_rows ? grad_weight : grad_constant;
+        if (to == nullptr) continue;
+        store_row(grad, 1, realizations, to);
+        to += realizations;
       }
     }
   }
@@ -119,16 +121,10 @@ class SineFilterGradient {
   }
 
   void tile_of_one_row() {
-    const std::int64_t realizations = p_.num_realizations;
     if (p_.grad_x == nullptr && !wants_phases()) {
       scale_basis(x_.get(), size_, count_, rows_, basis_.get());
     } else {
-      for (std::int64_t r = 0; r < realizations; ++r) {
-        for (std::int64_t t = 0; t < size_; ++t) g_columns_[r * kSineTile + t] = g_[t * width_ + r];
-      }
-      gemm_in_pieces(Op::kPlain, {count_ * rows_, size_, realizations},
-                     {kProductRows, kSineTile, kSineTile}, weights_.get(), realizations,
-                     g_columns_.get(), kSineTile, T(0), grad_basis_.get(), kSineTile);
+      multiply_by_columns(count_ * rows_, weights_, g_, width_, grad_basis_);
       load_positions();
       for (std::int64_t d = 0; d < count_; ++d) {
         T column[kSineTile], sum[kSineTile];
@@ -149,18 +145,26 @@ class SineFilterGradient {
       }
     }
     if (!wants_weights()) return;
-    gemm_in_pieces(Op::kPlain, {count_ * rows_, realizations, size_},
-                   {kProductRows, kSineTile, kSineTile}, basis_.get(), kSineTile, g_.get(), width_,
-                   T(1), grad_weights_.get(), realizations);
+    multiply(count_ * rows_, width_, size_, plain<T>(basis_, kSineTile), g_.get(), width_, T(1),
+             grad_weights_.get(), width_);
+  }
+
+  // out[j, t] = sum_r weights[j, r] rows[t, r], for `count` rows j. What `rows` has beyond the
+  // tile's size goes into columns that nobody reads.
+  void multiply_by_columns(std::int64_t count, const T* weights, const T* rows, std::int64_t ld,
+                           T* out) const {
+    transpose(size_, width_, rows, ld, columns_.get(), kSineTile);
+    multiply(count, size_, p_.num_realizations, plain(weights, width_), columns_.get(), kSineTile,
+             T(0), out, kSineTile);
   }
 
   void tile_of_many_rows() {
-    const std::int64_t realizations = p_.num_realizations, batch = p_.batch;
+    const std::int64_t batch = p_.batch;
     const std::int64_t stride = code_stride<T>(count_, width_);
     if (p_.grad_x != nullptr) {
       for (std::int64_t d = 0; d < count_; ++d) {
-        code_tile(size_, realizations, width_, rows_, basis_ + d * rows_ * kSineTile,
-                  weights_ + d * rows_ * realizations, code_ + d * width_, stride);
+        code_tile(size_, width_, rows_, basis_ + d * rows_ * kSineTile,
+                  weights_ + d * rows_ * width_, code_ + d * width_, stride);
       }
       for (std::int64_t t = 0; t < size_; ++t) {
         dot<T>(batch, count_, width_, g_ + t * batch * width_, code_ + t * stride,
@@ -176,14 +180,12 @@ class SineFilterGradient {
     for (std::int64_t d = 0; d < count_; ++d) {
       const T* grad_code = code_ + d * width_;
       if (wants_weights()) {
-        gemm(Op::kPlain, Op::kPlain, rows_, realizations, size_, basis_ + d * rows_ * kSineTile,
-             kSineTile, grad_code, stride, T(1), grad_weights_ + d * rows_ * realizations,
-             realizations);
+        multiply(rows_, width_, size_, plain(basis_ + d * rows_ * kSineTile, kSineTile), grad_code,
+                 stride, T(1), grad_weights_ + d * rows_ * width_, width_);
       }
       if (wants_phases()) {
-        gemm(Op::kPlain, Op::kTransposed, rows_, size_, realizations,
-             weights_ + d * rows_ * realizations, realizations, grad_code, stride, T(0),
-             grad_basis_ + d * rows_ * kSineTile, kSineTile);
+        multiply_by_columns(rows_, weights_ + d * rows_ * width_, grad_code, stride,
+                            grad_basis_ + d * rows_ * kSineTile);
       }
     }
     if (!wants_phases()) return;
@@ -249,7 +251,7 @@ class SineFilterGradient {
   Workspace<T> basis_, grad_basis_;      // [d, j, t]
   Workspace<T> x_, grad_x_;              // [t, b, d]
   Workspace<T> g_;                       // [t, b, r]
-  Workspace<T> g_columns_;               // [r, t]
+  Workspace<T> columns_;                 // [r, t]
   Workspace<T> code_;                    // [t, d, r]
   Workspace<double> positions_;          // [ndim, t]
   // The task and the tile at hand.
@@ -261,7 +263,8 @@ template <class Storage>
 void sine_filter_backward_of(const SineFilterBackwardParams& p) {
   // Small enough groups that a single head keeps several threads busy.
   using T = core::accumulate_t<Storage>;
-  const std::int64_t fitting = p.batch == 1 ? one_row_group_size<T>(p) : group_size<T>(p);
+  const std::int64_t fitting =
+      p.batch == 1 ? one_row_group_size<T>(p) : group_size<T>(p, kSineTile, kGradCodeTileBytes);
   const std::int64_t group = max_of(1, min_of(fitting, p.num_heads * p.in_features / 16));
   const std::int64_t groups = (p.in_features + group - 1) / group;
   const std::int64_t tasks = p.num_heads * groups;

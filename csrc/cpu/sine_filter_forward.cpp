@@ -19,18 +19,19 @@ class SineFilterEncoder {
       : p_(p),
         rows_(num_basis_rows(p)),
         width_(round_up(p.num_realizations, kLanes<T>)),
-        group_(group_size<T>(p)),
+        group_(p.batch == 1 ? group_size<T>(p, kSineTile, kGradCodeTileBytes)
+                            : group_size<T>(p, kCodePositions, kCodeTileBytes)),
         basis_of_(p),
-        weights_(p.in_features * rows_ * p.num_realizations),
+        weights_(p.in_features * rows_ * width_),
         basis_(group_ * rows_ * kSineTile),
-        code_(p.batch == 1 ? 0 : kSineTile * code_stride<T>(group_, width_)),
+        code_(p.batch == 1 ? 0 : kCodePositions * code_stride<T>(group_, width_)),
         x_(kSineTile * p.batch * p.in_features),
         columns_(p.batch == 1 ? kSineTile * p.in_features : 0),
         y_(kSineTile * p.batch * width_) {}
 
   void run(std::int64_t head, std::int64_t n0) {
     const std::int64_t size = min_of(kSineTile, p_.length - n0);
-    if (head != head_of_weights_) load_weights(p_, head, 0, p_.in_features, weights_.get());
+    if (head != head_of_weights_) load_weights(p_, head, 0, p_.in_features, width_, weights_.get());
     head_of_weights_ = head;
     load_x<Storage>(p_, head, n0, size, 0, p_.in_features, x_.get());
     if (p_.batch == 1) {
@@ -49,7 +50,6 @@ class SineFilterEncoder {
 
  private:
   void one_row(std::int64_t head, std::int64_t n0, std::int64_t size) {
-    const std::int64_t realizations = p_.num_realizations;
     for (std::int64_t d = 0; d < p_.in_features; ++d) {
       for (std::int64_t t = 0; t < size; ++t)
         columns_[d * kSineTile + t] = x_[t * p_.in_features + d];
@@ -57,10 +57,8 @@ class SineFilterEncoder {
     for (std::int64_t d0 = 0; d0 < p_.in_features; d0 += group_) {
       const std::int64_t count = min_of(group_, p_.in_features - d0);
       basis_of_.fill(head, n0, size, d0, count, basis_, columns_ + d0 * kSineTile);
-      gemm_in_pieces(Op::kTransposed, {size, realizations, count * rows_},
-                     {kSineTile, kSineTile, kProductRows}, basis_.get(), kSineTile,
-                     weights_ + d0 * rows_ * realizations, realizations, d0 == 0 ? T(0) : T(1),
-                     y_.get(), width_);
+      multiply(size, width_, count * rows_, transposed<T>(basis_, kSineTile),
+               weights_ + d0 * rows_ * width_, width_, d0 == 0 ? T(0) : T(1), y_.get(), width_);
     }
   }
 
@@ -70,13 +68,17 @@ class SineFilterEncoder {
       const std::int64_t count = min_of(group_, p_.in_features - d0);
       const std::int64_t stride = code_stride<T>(count, width_);
       basis_of_.fill(head, n0, size, d0, count, basis_);
-      for (std::int64_t d = 0; d < count; ++d) {
-        code_tile(size, p_.num_realizations, width_, rows_, basis_ + d * rows_ * kSineTile,
-                  weights_ + (d0 + d) * rows_ * p_.num_realizations, code_ + d * width_, stride);
-      }
-      for (std::int64_t t = 0; t < size; ++t) {
-        contract(p_.batch, count, width_, x_ + t * p_.batch * p_.in_features + d0, p_.in_features,
-                 code_ + t * stride, y_ + t * p_.batch * width_);
+      for (std::int64_t t0 = 0; t0 < size; t0 += kCodePositions) {
+        const std::int64_t positions = min_of(kCodePositions, size - t0);
+        for (std::int64_t d = 0; d < count; ++d) {
+          code_tile(positions, width_, rows_, basis_ + d * rows_ * kSineTile + t0,
+                    weights_ + (d0 + d) * rows_ * width_, code_ + d * width_, stride);
+        }
+        for (std::int64_t t = 0; t < positions; ++t) {
+          const std::int64_t row = (t0 + t) * p_.batch;
+          contract(p_.batch, count, width_, x_ + row * p_.in_features + d0, p_.in_features,
+                   code_ + t * stride, y_ + row * width_);
+        }
       }
     }
   }

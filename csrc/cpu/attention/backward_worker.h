@@ -34,7 +34,7 @@ class BackwardWorker {
         shares_features_(p.normalize && !own_),
         is_ordered_(p.causal || decay.fades()),
         both_ways_(decay.fades() && !p.causal && p.query_length > 0),
-        fading_(p, layout, decay, shares_features_),
+        fading_(p, layout, decay, tiles_.ahead(), shares_features_),
         chunk_(chunk_size(p)),
         chunks_(is_ordered_ ? min_of(kChunksOfSegment, (p.key_length + chunk_ - 1) / chunk_) : 1),
         queries_(chunk_ * layout.feature_width),
@@ -72,6 +72,9 @@ class BackwardWorker {
     const std::int64_t chunks = segment.chunks();
     for (std::int64_t i = 0; i < chunks; ++i) {
       const Chunk chunk = segment.chunk(way == Way::kToEnd ? i : chunks - 1 - i);
+      tiles_.ahead().start();
+      if (i + 1 < chunks)
+        ask_for_queries(segment.chunk(way == Way::kToEnd ? i + 1 : chunks - 2 - i));
       decay_.load(chunk);
       load_queries(chunk);
       add_queries(way, chunk.size, grad_state);
@@ -92,6 +95,12 @@ class BackwardWorker {
       if (context.grad_end != nullptr || i + 1 < chunks) {
         layout_.join(decay_.passed(), context.grad_end, local_, grad_state_);
         future = grad_state_;
+      }
+      tiles_.ahead().start();
+      if (i > 0) {
+        const Chunk next = segment.chunk(i - 1);
+        ask_for_queries(next);
+        ask_for_gradients(next);
       }
       decay_.load(chunk);
       load_queries(chunk);
@@ -124,6 +133,11 @@ class BackwardWorker {
     if (p_.grad_q != nullptr) transpose_state(state);
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
+      tiles_.ahead().start();
+      if (const Chunk next = segment.next(chunk); next.size > 0) {
+        ask_for_queries(next);
+        tiles_.ask_for_rows(next, p_.grad_q, p_.query_length, layout_.features);
+      }
       load_queries(chunk);
       if (p_.grad_q != nullptr) {
         add_query_gradient(chunk.size, state, T(0));
@@ -139,6 +153,12 @@ class BackwardWorker {
     if (p_.grad_k != nullptr) transpose_state(grad_state);
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
+      tiles_.ahead().start();
+      if (const Chunk next = segment.next(chunk); next.size > 0) {
+        tiles_.ask_for_keys(next);
+        tiles_.ask_for_rows(next, p_.grad_k, p_.key_length, layout_.features);
+        tiles_.ask_for_rows(next, p_.grad_v, p_.key_length, layout_.values);
+      }
       tiles_.load_keys(chunk, keys_);
       tiles_.load_values(chunk, values_);
       if (p_.grad_k != nullptr) {
@@ -146,9 +166,9 @@ class BackwardWorker {
         store_key_gradient(chunk, keys_, out_);
       }
       if (p_.grad_v != nullptr) {
-        multiply(chunk.size, layout_.value_width, layout_.features,
-                 plain<T>(keys_, layout_.feature_width), grad_state, layout_.value_width, T(0),
-                 out_.get(), layout_.value_width);
+        tiles_.multiply(chunk.size, layout_.value_width, layout_.features,
+                        plain<T>(keys_, layout_.feature_width), grad_state, layout_.value_width,
+                        T(0), out_.get(), layout_.value_width);
         store_value_gradient(chunk, out_);
       }
       if (p_.grad_denominator_k != nullptr) {
@@ -165,6 +185,22 @@ class BackwardWorker {
   T* denominator_keys(std::int64_t token) const {
     return own_ ? own_keys_ + token * layout_.denominator_width
                 : keys_ + token * layout_.feature_width;
+  }
+
+  // What load_queries reads.
+  void ask_for_queries(const Chunk& chunk) const {
+    if (p_.query_length == 0) return;
+    tiles_.ask_for_queries(chunk);
+    Strided<Storage>(p_.grad_out, p_.grad_out_strides, layout_.values).ask(chunk, tiles_.ahead());
+    if (divides_rows(p_))
+      Strided<Storage>(p_.result, p_.result_strides, layout_.values).ask(chunk, tiles_.ahead());
+  }
+  // What is written where queries see the keys in order.
+  void ask_for_gradients(const Chunk& chunk) const {
+    if (p_.query_length > 0)
+      tiles_.ask_for_rows(chunk, p_.grad_q, p_.query_length, layout_.features);
+    tiles_.ask_for_rows(chunk, p_.grad_k, p_.key_length, layout_.features);
+    tiles_.ask_for_rows(chunk, p_.grad_v, p_.key_length, layout_.values);
   }
 
   // The queries of a chunk, and what its outputs' gradients leave: the gradients of the numerators
@@ -227,6 +263,13 @@ class BackwardWorker {
       const Chunk chunk = segment.chunk(i);
       const std::int64_t n = i * chunk_;
       T *keys = keys_ + n * layout_.feature_width, *values = values_ + n * layout_.value_width;
+      tiles_.ahead().start();
+      if (const Chunk next = segment.next(chunk); next.size > 0) {
+        tiles_.ask_for_keys(next);
+      } else {
+        ask_for_queries(chunk);
+        ask_for_gradients(chunk);
+      }
       tiles_.load_keys(chunk, keys);
       tiles_.load_values(chunk, values);
       if (own_) tiles_.load_denominator_keys(chunk, denominator_keys(n));
@@ -301,8 +344,8 @@ class BackwardWorker {
     const T *keys = keys_ + n * rw, *values = values_ + n * vw;
     if (p_.grad_q != nullptr || p_.grad_k != nullptr) {
       transpose(size, layout_.values, values, vw, columns_.get(), chunk_);
-      multiply(size, size, layout_.values, plain<T>(grads_, vw), columns_.get(), chunk_, T(0),
-               weights_.get(), chunk_, Skip::kUpperOfC);
+      tiles_.multiply(size, size, layout_.values, plain<T>(grads_, vw), columns_.get(), chunk_,
+                      T(0), weights_.get(), chunk_, Skip::kUpperOfC);
       if (shares_features_) {
         for (std::int64_t t = 0; t < size; ++t) {
           for (std::int64_t m = 0; m <= t; ++m) weights_[t * chunk_ + m] += grad_denominators_[t];
@@ -311,8 +354,8 @@ class BackwardWorker {
       tiles_.keep_lower_triangle(size, weights_, chunk_);
     }
     if (p_.grad_q != nullptr) {
-      multiply(size, rw, size, plain<T>(weights_, chunk_), keys, rw, T(0), out_.get(), rw,
-               Skip::kUpperOfA);
+      tiles_.multiply(size, rw, size, plain<T>(weights_, chunk_), keys, rw, T(0), out_.get(), rw,
+                      Skip::kUpperOfA);
       if (past != nullptr) {
         transpose_state(past);
         add_query_gradient(size, past, T(1));
@@ -320,8 +363,8 @@ class BackwardWorker {
       store_query_gradient(chunk, out_);
     }
     if (p_.grad_k != nullptr) {
-      multiply(size, rw, size, transposed<T>(weights_, chunk_), queries_.get(), rw, T(0),
-               out_.get(), rw, Skip::kLowerOfA);
+      tiles_.multiply(size, rw, size, transposed<T>(weights_, chunk_), queries_.get(), rw, T(0),
+                      out_.get(), rw, Skip::kLowerOfA);
       if (future != nullptr) {
         transpose_state(future);
         add_key_gradient(size, values, future, T(1));
@@ -330,13 +373,14 @@ class BackwardWorker {
     }
     if (p_.grad_v != nullptr) {
       transpose(size, layout_.features, keys, rw, columns_.get(), chunk_);
-      multiply(size, size, layout_.features, plain<T>(queries_, rw), columns_.get(), chunk_, T(0),
-               weights_.get(), chunk_, Skip::kUpperOfC);
+      tiles_.multiply(size, size, layout_.features, plain<T>(queries_, rw), columns_.get(), chunk_,
+                      T(0), weights_.get(), chunk_, Skip::kUpperOfC);
       tiles_.keep_lower_triangle(size, weights_, chunk_);
-      multiply(size, vw, size, transposed<T>(weights_, chunk_), grads_.get(), vw, T(0), out_.get(),
-               vw, Skip::kLowerOfA);
+      tiles_.multiply(size, vw, size, transposed<T>(weights_, chunk_), grads_.get(), vw, T(0),
+                      out_.get(), vw, Skip::kLowerOfA);
       if (future != nullptr) {
-        multiply(size, vw, layout_.features, plain(keys, rw), future, vw, T(1), out_.get(), vw);
+        tiles_.multiply(size, vw, layout_.features, plain(keys, rw), future, vw, T(1), out_.get(),
+                        vw);
       }
       store_value_gradient(chunk, out_);
     }
@@ -351,8 +395,9 @@ class BackwardWorker {
   }
   // out = beta out + grads S^T, and grad_denominators z where the denominator has these features.
   void add_query_gradient(std::int64_t size, const T* state, T beta) const {
-    multiply(size, layout_.feature_width, layout_.values, plain<T>(grads_, layout_.value_width),
-             state_columns_.get(), layout_.feature_width, beta, out_.get(), layout_.feature_width);
+    tiles_.multiply(size, layout_.feature_width, layout_.values,
+                    plain<T>(grads_, layout_.value_width), state_columns_.get(),
+                    layout_.feature_width, beta, out_.get(), layout_.feature_width);
     if (!shares_features_) return;
     const T* z = state + layout_.z_offset();
     for (std::int64_t t = 0; t < size; ++t) {
@@ -362,8 +407,9 @@ class BackwardWorker {
   }
   // out = beta out + values grad_S^T, and grad_z where the denominator has these features.
   void add_key_gradient(std::int64_t size, const T* values, const T* grad_state, T beta) const {
-    multiply(size, layout_.feature_width, layout_.values, plain(values, layout_.value_width),
-             state_columns_.get(), layout_.feature_width, beta, out_.get(), layout_.feature_width);
+    tiles_.multiply(size, layout_.feature_width, layout_.values, plain(values, layout_.value_width),
+                    state_columns_.get(), layout_.feature_width, beta, out_.get(),
+                    layout_.feature_width);
     if (own_) return;
     const T* grad_z = grad_state + layout_.z_offset();
     for (std::int64_t t = 0; t < size; ++t) {

@@ -38,10 +38,11 @@ template <class T>
 class FadingGradients {
  public:
   FadingGradients(const LinearAttentionBackwardParams& p, const StateLayout<T>& layout,
-                  const Decay<T>& decay, bool shares_features)
+                  const Decay<T>& decay, RowsAhead& ahead, bool shares_features)
       : p_(p),
         layout_(layout),
         decay_(decay),
+        ahead_(ahead),
         shares_features_(shares_features),
         own_(has_own_denominator(p)),
         rows_(decay.fades() ? chunk_size(p) : 0),
@@ -188,6 +189,12 @@ class FadingGradients {
  private:
   bool wants_steps() const { return p_.grad_log_decay != nullptr; }
 
+  // A product of tiles. Meanwhile rows of the chunk that comes next are asked for.
+  void product(std::int64_t m, std::int64_t n, std::int64_t k, const LeftFactor<T>& a, const T* b,
+               std::int64_t ldb, T beta, T* c, std::int64_t ldc, Skip skip = Skip::kNothing) const {
+    multiply(m, n, k, a, b, ldb, beta, c, ldc, skip, ahead_);
+  }
+
   static T weight_of(const FadingTokens<T>& tokens, std::int64_t t) {
     return tokens.weight == nullptr ? T(1) : tokens.weight[t];
   }
@@ -222,8 +229,8 @@ class FadingGradients {
     const std::int64_t rw = layout_.feature_width, vw = layout_.value_width;
     const T* const factors = decay_.received_column(way);
     transpose(layout_.features, layout_.values, state, vw, state_columns_.get(), rw);
-    multiply(size, rw, layout_.values, plain(tokens.y, vw).times(factors), state_columns_.get(), rw,
-             beta, part, rw);
+    product(size, rw, layout_.values, plain(tokens.y, vw).times(factors), state_columns_.get(), rw,
+            beta, part, rw);
     const T* const z = state + layout_.z_offset();
     const bool has_z = tokens.weight == nullptr ? !own_ : shares_features_;
     for (std::int64_t t = 0; t < size; ++t) {
@@ -241,8 +248,8 @@ class FadingGradients {
                              const T* after) const {
     const std::int64_t rw = layout_.feature_width, vw = layout_.value_width, ld = rows_;
     transpose(size, layout_.values, earlier.y, vw, columns_.get(), ld);
-    multiply(size, size, layout_.values, plain(later.y, vw), columns_.get(), ld, T(0),
-             weights_.get(), ld, Skip::kUpperOfC);
+    product(size, size, layout_.values, plain(later.y, vw), columns_.get(), ld, T(0),
+            weights_.get(), ld, Skip::kUpperOfC);
     if (shares_features_) {
       for (std::int64_t t = 0; t < size; ++t) {
         for (std::int64_t m = 0; m < t; ++m)
@@ -255,8 +262,8 @@ class FadingGradients {
       if (decay_.per_feature()) {
         decay_.sum_earlier(size, weights_, ld, earlier.x, part);
       } else {
-        multiply(size, rw, size, plain<T>(weights_, ld), earlier.x, rw, T(0), part, rw,
-                 Skip::kUpperOfA);
+        product(size, rw, size, plain<T>(weights_, ld), earlier.x, rw, T(0), part, rw,
+                Skip::kUpperOfA);
         if (before != nullptr) read_state(Way::kToEnd, size, later, before, T(1), part);
       }
       add_part(size, later.x, part, T(1), terms_, later.grad_x);
@@ -270,8 +277,8 @@ class FadingGradients {
     if (decay_.per_feature()) {
       decay_.sum_later(size, weights_, ld, later.x, part);
     } else {
-      multiply(size, rw, size, transposed<T>(weights_, ld), later.x, rw, T(0), part, rw,
-               Skip::kLowerOfA);
+      product(size, rw, size, transposed<T>(weights_, ld), later.x, rw, T(0), part, rw,
+              Skip::kLowerOfA);
     }
     add_part(size, earlier.x, part, T(-1), terms_, earlier.grad_x);
     if (after != nullptr) {
@@ -287,23 +294,23 @@ class FadingGradients {
       decay_.make_weights(size, true, later.x, rw, earlier.x, rw, weights_, ld);
     } else {
       transpose(size, layout_.features, earlier.x, rw, columns_.get(), ld);
-      multiply(size, size, layout_.features, plain(later.x, rw), columns_.get(), ld, T(0),
-               weights_.get(), ld, Skip::kUpperOfC);
+      product(size, size, layout_.features, plain(later.x, rw), columns_.get(), ld, T(0),
+              weights_.get(), ld, Skip::kUpperOfC);
       decay_.fade_weights(size, true, weights_, ld);
     }
     const bool of_later = later.grad_y != nullptr;
     T* const grad = of_later ? later.grad_y : earlier.grad_y;
-    multiply(size, vw, size, of_later ? plain<T>(weights_, ld) : transposed<T>(weights_, ld),
-             of_later ? earlier.y : later.y, vw, beta, grad, vw,
-             of_later ? Skip::kUpperOfA : Skip::kLowerOfA);
+    product(size, vw, size, of_later ? plain<T>(weights_, ld) : transposed<T>(weights_, ld),
+            of_later ? earlier.y : later.y, vw, beta, grad, vw,
+            of_later ? Skip::kUpperOfA : Skip::kLowerOfA);
     const T* const state = of_later ? before : after;
     if (state == nullptr) return;
     // Keys see the state as they would pass into one that goes the other way.
     const Way way = of_later ? Way::kToStart : Way::kToEnd;
     const T* x = of_later ? later.x : earlier.x;
     if (decay_.per_feature()) x = decay_.send(way, size, x, rw, sent_);
-    multiply(size, vw, layout_.features, plain(x, rw).times(decay_.sent_column(way)), state, vw,
-             T(1), grad, vw);
+    product(size, vw, layout_.features, plain(x, rw).times(decay_.sent_column(way)), state, vw,
+            T(1), grad, vw);
   }
 
   // total <before, after>, over E and, with one column, over R.
@@ -321,6 +328,7 @@ class FadingGradients {
   const LinearAttentionBackwardParams& p_;
   const StateLayout<T>& layout_;
   const Decay<T>& decay_;
+  RowsAhead& ahead_;
   const bool shares_features_, own_;
   const std::int64_t rows_;           // tokens of a chunk
   const std::int64_t width_;          // of a row of terms

@@ -52,6 +52,12 @@ class ForwardWorker {
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
       const T* const past = state_before(i, start);
+      tiles_.ahead().start();
+      if (const Chunk next = segment.next(chunk); next.size > 0) {
+        tiles_.ask_for_queries(next);
+        tiles_.ask_for_keys(next);
+        tiles_.ask_for_rows(next, p_.out, p_.query_length, layout_.values);
+      }
       decay_.load(chunk);
       load(chunk);
       tiles_.load_keys(chunk, keys_);
@@ -69,9 +75,9 @@ class ForwardWorker {
         add_later_denominators(chunk, later == nullptr ? nullptr : later + layout_.z_offset());
       if (past != nullptr) receive(Way::kToEnd, chunk.size, seen_before_);
       if (sums_weights_) sum_weights(chunk.size, z, later);
-      multiply(chunk.size, layout_.value_width, chunk.size, plain<T>(weights_, kChunk),
-               values_.get(), layout_.value_width, T(0), out_.get(), layout_.value_width,
-               both_ways_ ? Skip::kNothing : Skip::kUpperOfA);
+      tiles_.multiply(chunk.size, layout_.value_width, chunk.size, plain<T>(weights_, kChunk),
+                      values_.get(), layout_.value_width, T(0), out_.get(), layout_.value_width,
+                      both_ways_ ? Skip::kNothing : Skip::kUpperOfA);
       if (past != nullptr) read_state(Way::kToEnd, chunk.size, seen_before_, past);
       if (later != nullptr) read_state(Way::kToStart, chunk.size, seen_after_, later);
       store(chunk);
@@ -86,11 +92,16 @@ class ForwardWorker {
   void query_segment(const Segment& segment, const T* state) const {
     for (std::int64_t i = 0; i < segment.chunks(); ++i) {
       const Chunk chunk = segment.chunk(i);
+      tiles_.ahead().start();
+      if (const Chunk next = segment.next(chunk); next.size > 0) {
+        tiles_.ask_for_queries(next);
+        tiles_.ask_for_rows(next, p_.out, p_.query_length, layout_.values);
+      }
       load(chunk);
       denominators(chunk, state + layout_.z_offset());
-      multiply(chunk.size, layout_.value_width, layout_.features,
-               plain<T>(queries_, layout_.feature_width), state, layout_.value_width, T(0),
-               out_.get(), layout_.value_width);
+      tiles_.multiply(chunk.size, layout_.value_width, layout_.features,
+                      plain<T>(queries_, layout_.feature_width), state, layout_.value_width, T(0),
+                      out_.get(), layout_.value_width);
       store(chunk);
     }
   }
@@ -139,8 +150,8 @@ class ForwardWorker {
       return;
     }
     transpose<T>(size, layout_.features, keys_, width, columns_, kChunk);
-    multiply(size, size, layout_.features, plain<T>(queries_, width), columns_.get(), kChunk, T(0),
-             weights_.get(), kChunk, both_ways_ ? Skip::kNothing : Skip::kUpperOfC);
+    tiles_.multiply(size, size, layout_.features, plain<T>(queries_, width), columns_.get(), kChunk,
+                    T(0), weights_.get(), kChunk, both_ways_ ? Skip::kNothing : Skip::kUpperOfC);
     if (both_ways_) {
       decay_.fade_weights_both_ways(size, weights_, kChunk);
     } else if (decay_.fades()) {
@@ -179,9 +190,9 @@ class ForwardWorker {
   // out += what queries have from such a state.
   void read_state(Way way, std::int64_t size, const T* seen, const T* state) const {
     const T* const queries = decay_.per_feature() ? seen : queries_.get();
-    multiply(size, layout_.value_width, layout_.features,
-             plain(queries, layout_.feature_width).times(decay_.received_column(way)), state,
-             layout_.value_width, T(1), out_.get(), layout_.value_width);
+    tiles_.multiply(size, layout_.value_width, layout_.features,
+                    plain(queries, layout_.feature_width).times(decay_.received_column(way)), state,
+                    layout_.value_width, T(1), out_.get(), layout_.value_width);
   }
 
   // later_[i] = the state of the keys after chunk i, in the segment and in `after` (or none).

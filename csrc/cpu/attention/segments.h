@@ -43,6 +43,11 @@ struct Segment {
     const std::int64_t rest = size - index * chunk_size;
     return {batch, head, begin + index * chunk_size, min_of(chunk_size, rest), rest};
   }
+  // The chunk after another one, of size 0 behind the last.
+  Chunk next(const Chunk& chunk) const {
+    const std::int64_t rest = chunk.rest - chunk.size;
+    return {batch, head, chunk.begin + chunk.size, min_of(chunk_size, rest), rest};
+  }
 };
 
 // The segments of all sequences and heads: the units in which states are joined, whatever the

@@ -3,15 +3,18 @@
 #pragma once
 
 #include "core/feature_map.h"
+#include "cpu/products.h"
 #include "cpu/rows.h"
-#include "products.h"
+#include "rows_ahead.h"
 #include "state.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
 using core::FeatureMap;
 
-constexpr std::int64_t kAhead = 16;  // rows between prefetching and loading
+// Rows of a chunk between prefetching and loading. Those of later chunks have been asked for
+// before, or will be (rows_ahead.h).
+constexpr std::int64_t kAhead = 16;
 
 // n is a multiple of the lanes.
 template <class T>
@@ -68,9 +71,14 @@ struct Strided {
     return data + chunk.batch * strides[0] + (chunk.begin + t) * strides[1] +
            chunk.head * strides[2];
   }
+  // The rows of a chunk will be read.
+  void ask(const Chunk& chunk, RowsAhead& ahead) const {
+    if (data != nullptr && strides[3] == 1)
+      ahead.add(row(chunk, 0), strides[1], chunk.size, columns);
+  }
   // Inlined always: GCC drops calls of a function that does nothing but prefetch.
   TORCH_SPE_INLINE void prefetch(const Chunk& chunk, std::int64_t t) const {
-    prefetch_row(row(chunk, min_of(t + kAhead, chunk.rest - 1)), strides[3], columns);
+    prefetch_near(row(chunk, min_of(t + kAhead, chunk.size - 1)), strides[3], columns);
   }
 };
 
@@ -96,6 +104,32 @@ class AttentionTiles {
         sent_(decay.per_feature() ? kChunk * layout.feature_width : 0),
         sent_values_(decay.fades() ? kChunk * layout.value_width : 0),
         sent_denominators_(decay.per_feature() ? kChunk * layout.denominator_width : 0) {}
+
+  // A product of tiles. Meanwhile rows of the chunk that comes next are asked for.
+  void multiply(std::int64_t m, std::int64_t n, std::int64_t k, const LeftFactor<T>& a, const T* b,
+                std::int64_t ldb, T beta, T* c, std::int64_t ldc,
+                Skip skip = Skip::kNothing) const {
+    TORCH_SPE_ISA::multiply(m, n, k, a, b, ldb, beta, c, ldc, skip, ahead_);
+  }
+  RowsAhead& ahead() const { return ahead_; }
+  void ask_for_queries(const Chunk& chunk) const {
+    Strided<Storage>(p_.q, p_.q_strides, layout_.features).ask(chunk, ahead_);
+    Strided<Storage>(p_.denominator_q, p_.denominator_q_strides, layout_.denominator_features)
+        .ask(chunk, ahead_);
+  }
+  void ask_for_keys(const Chunk& chunk) const {
+    Strided<Storage>(p_.k, p_.k_strides, layout_.features).ask(chunk, ahead_);
+    Strided<Storage>(p_.v, p_.v_strides, layout_.values).ask(chunk, ahead_);
+    Strided<Storage>(p_.denominator_k, p_.denominator_k_strides, layout_.denominator_features)
+        .ask(chunk, ahead_);
+  }
+  // Rows of a contiguous tensor [B, length, H, columns], or null.
+  void ask_for_rows(const Chunk& chunk, void* tensor, std::int64_t length,
+                    std::int64_t columns) const {
+    if (tensor == nullptr) return;
+    ahead_.add(contiguous_row(p_, static_cast<Storage*>(tensor), length, columns, chunk, 0),
+               p_.num_heads * columns, chunk.size, columns);
+  }
 
   // phi(q) [chunk, R], rows `ld` apart.
   void load_queries(const Chunk& chunk, T* out, std::int64_t ld) const {
@@ -180,6 +214,8 @@ class AttentionTiles {
     const std::int64_t chunks = segment.chunks();
     for (std::int64_t i = 0; i < chunks; ++i) {
       const Chunk chunk = segment.chunk(way == Way::kToEnd ? i : chunks - 1 - i);
+      ahead_.start();
+      if (i + 1 < chunks) ask_for_keys(segment.chunk(way == Way::kToEnd ? i + 1 : chunks - 2 - i));
       decay_.load(chunk);
       load_keys(chunk, keys);
       load_values(chunk, values);
@@ -265,6 +301,7 @@ class AttentionTiles {
   const LinearAttentionParams& p_;
   const StateLayout<T>& layout_;
   Decay<T>& decay_;
+  mutable RowsAhead ahead_;     // no part of any result
   Workspace<T> sum_, row_sum_;  // [F]
   // Times factors of a decay.
   Workspace<T> sent_, sent_values_, sent_denominators_;  // [chunk, R], [chunk, E] and [chunk, F]

@@ -1,8 +1,8 @@
 // Products of small matrices in the cache: whole kernels, with the sums of a block in registers.
 //
-// Half of a chunk's square of weights is zero, which a BLAS does not know. Elements of A are read
-// one at a time, so that A may lie in either order; rows of B and C are read as vectors, so a B
-// that is to be transposed is copied first. Sums are in the order of k, whatever the block.
+// Elements of A are read one at a time, so that A may lie in either order; rows of B and C are read
+// as vectors, so a B that is to be transposed is copied first. Sums are in the order of k, whatever
+// the block. Included by kernels only, like simd.h.
 #pragma once
 
 #include "cpu/simd.h"
@@ -43,26 +43,48 @@ enum class Skip {
   kUpperOfC,  // C[i, j] is not wanted for j > i
 };
 
+// Loops over the block are unrolled by name: GCC keeps sums that it has not unrolled all loops over
+// in memory, which costs as much as ten rows of B.
 template <class T, int kRows, int kVectors>
 void multiply_block(const LeftFactor<T>& a, std::int64_t k, const T* b, std::int64_t ldb, T beta,
                     T* c, std::int64_t ldc) {
-  Vec<T> sums[kRows][kVectors] = {};
+  Vec<T> sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec<T>{};
+  }
   const T* left = a.data;
-  for (std::int64_t j = 0; j < k; ++j, left += a.column_stride, b += ldb) {
+  const std::int64_t row_stride = a.row_stride, column_stride = a.column_stride;
+  for (std::int64_t j = 0; j < k; ++j, left += column_stride, b += ldb) {
     Vec<T> right[kVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) right[v] = load_vec(b + v * kLanes<T>);
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const T factor = left[i * a.row_stride];
+      const T factor = left[i * row_stride];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sums[i][v] += factor * right[v];
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    const T factor = a.row_factors == nullptr ? T(1) : a.row_factors[i];
-    for (int v = 0; v < kVectors; ++v) {
-      sums[i][v] *= factor;
-      T* const to = c + i * ldc + v * kLanes<T>;
-      store_vec(to, beta == 0 ? sums[i][v] : sums[i][v] + beta * load_vec(to));
+  if (a.row_factors != nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[i][v] *= a.row_factors[i];
     }
+  }
+  if (beta != 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += beta * load_vec(c + i * ldc + v * kLanes<T>);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store_vec(c + i * ldc + v * kLanes<T>, sums[i][v]);
   }
 }
 
@@ -74,12 +96,17 @@ TORCH_SPE_INLINE void multiply_rows(std::int64_t rows, const LeftFactor<T>& a, s
   if constexpr (kRows > 1) multiply_rows<T, kVectors, kRows - 1>(rows, a, k, b, ldb, beta, c, ldc);
 }
 
+struct NothingElse {
+  TORCH_SPE_INLINE void operator()() const {}
+};
+
 // C = A B + beta C, row-major: A is [m, k], B [k, n] and C [m, n], rows of B and C `ldb` and `ldc`
 // apart. n is rounded up to whole vectors: rows of B and C are that long. With beta = 0, C is not
-// read.
-template <class T>
+// read. After each block `other` is called.
+template <class T, class Other = NothingElse>
 void multiply(std::int64_t m, std::int64_t n, std::int64_t k, const LeftFactor<T>& a, const T* b,
-              std::int64_t ldb, T beta, T* c, std::int64_t ldc, Skip skip = Skip::kNothing) {
+              std::int64_t ldb, T beta, T* c, std::int64_t ldc, Skip skip = Skip::kNothing,
+              Other&& other = {}) {
   constexpr std::int64_t kWidth = kProductVectors * kLanes<T>;
   // Columns outside: a block of them of B stays in the nearest cache.
   for (std::int64_t first = 0; first < n; first += kWidth) {
@@ -105,6 +132,7 @@ void multiply(std::int64_t m, std::int64_t n, std::int64_t k, const LeftFactor<T
           multiply_rows<T, 1>(rows, left, end - begin, right, ldb, beta, to, ldc);
         }
         column += vectors * kLanes<T>;
+        other();
       }
     }
   }
