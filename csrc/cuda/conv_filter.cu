@@ -145,7 +145,7 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
       MemoryLayout size;
       Shared{size};
       const std::int64_t blocks = LineTiles<Tile::kTokens>(p).count *
-                                  ceil_div(p.batch, kConvForwardBatch<Storage, kDense>) *
+                                  ceil_div(p.batch, kConvForwardBatch<Storage>) *
                                   ceil_div(p.num_realizations, Tile::kRealizations) * p.num_heads;
       launch(conv_forward_kernel<Storage, Operand, kDense>, grid_of(blocks), dim3(kThreads),
              size.size(), stream, p);

@@ -29,6 +29,22 @@ struct TokenTiles {
   }
 };
 
+// Takes an index of a block apart into those of its dimensions, the last one first.
+class BlockIndices {
+ public:
+  TORCH_SPE_DEVICE explicit BlockIndices(std::uint32_t block) : rest_(block) {}
+  TORCH_SPE_DEVICE std::uint32_t next(std::int64_t count) {
+    const auto size = static_cast<std::uint32_t>(count);
+    const std::uint32_t before = rest_ / size, index = rest_ - before * size;
+    rest_ = before;
+    return index;
+  }
+  TORCH_SPE_DEVICE std::uint32_t rest() const { return rest_; }
+
+ private:
+  std::uint32_t rest_;
+};
+
 // Into how many segments to cut sums over `tiles` tiles, where each has `blocks` blocks.
 TORCH_SPE_INLINE std::int64_t num_segments(std::int64_t blocks, std::int64_t tiles) {
   return max_of(1, min_of(tiles, ceil_div(kWantedBlocks, max_of(1, blocks))));

@@ -409,6 +409,20 @@ def test_polyphase_conv_filter_of_16_bits(compare, shape, kind):
     compare(conv(noise, 1, real, [-29]), inputs, grad, TOLERANCES[dtype])
 
 
+DENSE_SHAPES = {  # batch, positions, heads, features, taps, realizations, constant
+    "several tiles of positions, windows and lags": (1, (270,), 1, 3, (150,), 5, True),
+    "several tiles of everything else": (9, (20,), 1, 18, (3,), 20, False),
+}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("shape", DENSE_SHAPES.values(), ids=DENSE_SHAPES)
+def test_dense_conv_filter_of_16_bits(compare, shape, kind):
+    dtype = torch.bfloat16 if kind == "gaussian" else torch.float16
+    inputs, grad = conv_inputs(dtype, (kind, [1]), *shape)
+    compare(conv((kind, [1]), 1, shape[5], [-29]), inputs, grad, TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["odd", "several tiles", "large batch", "images"])

@@ -19,16 +19,21 @@ constexpr int kWarpPositions = 32;
 // Positions and realizations of a block, positions of a window of noise.
 using DenseTile = ConvTileShape<true, kDenseWarps * kWarpPositions, 16, 384>;
 
+// A lag's taps in two neighbouring blocks of 8 x 8: taps lag, lag + 1 and lag + 8, lag + 9.
+struct alignas(8) TapBlocks {
+  std::uint32_t pairs[2];
+};
+
 // Windows of noise and taps, two in turn.
 template <class Storage>
 struct DenseCodesShared {
   static constexpr int kNoise = DenseTile::kWindow * row_of<Storage>(DenseTile::kRealizations);
   static constexpr int kTaps = DenseTile::kWindow + DenseTile::kTokens;
-  Storage* noise;       // [window, position, r]
-  std::uint32_t* taps;  // [window, lag]: the taps of a lag and of the next one
+  Storage* noise;   // [window, position, r]
+  TapBlocks* taps;  // [window, lag]
 
   TORCH_SPE_INLINE explicit DenseCodesShared(MemoryLayout& layout)
-      : noise(layout.take<Storage>(2 * kNoise)), taps(layout.take<std::uint32_t>(2 * kTaps)) {}
+      : noise(layout.take<Storage>(2 * kNoise)), taps(layout.take<TapBlocks>(2 * kTaps)) {}
 };
 
 template <class Storage>
@@ -37,8 +42,18 @@ class DenseCodes {
   using Tile = DenseTile;
   using Shared = DenseCodesShared<Storage>;
 
-  TORCH_SPE_DEVICE DenseCodes(const ConvFilterParams& p, const Shared& shared)
-      : p_(p), shared_(shared), seed_(noise_seed_of(p)) {}
+  TORCH_SPE_DEVICE DenseCodes(const ConvFilterParams& p, const Shared& shared, std::int64_t n0)
+      : p_(p),
+        shared_(shared),
+        seed_(noise_seed_of(p)),
+        size_(static_cast<int>(p.kernel_size[2])),
+        length_(static_cast<int>(min_of(DenseTile::kTokens, p.size[2] - n0))) {
+    const auto thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    row_ = (thread / 32 * kWarpPositions + lane / 16 * 8 + lane % 8) *
+               row_of<Storage>(Tile::kRealizations) +
+           lane / 8 % 2 * 8;
+    pair_ = lane % 4 * 2 - lane / 4;
+  }
 
   // The warp's codes of the place's feature, constant included, for 16 realizations from r0 on, in
   // tiles as products leave them: codes[i], of realizations (rows) and positions 8 i .. 8 i + 7,
@@ -50,28 +65,28 @@ class DenseCodes {
     for (int i = 0; i < 16; ++i) codes[i / 4][i % 4] = 0;
     if (p_.constant != nullptr) set_constant<kPositionRows>(place, r0, codes);
     const NoiseTile<Tile> tile(p_, place, seed_);
-    const int size = static_cast<int>(p_.kernel_size[2]);
-    const int length = static_cast<int>(min_of(Tile::kTokens, p_.size[2] - place.n0));
-    const int reach = (length + 31) / 32 * 32 + size - 1;  // positions that taps meet
+    const int reach = ((length_ + 31) & ~31) + size_ - 1;  // positions that taps meet
+    const int taps0 = static_cast<int>(p_.kernel_size[0]);
+    const int taps1 = static_cast<int>(p_.kernel_size[1]);
     TORCH_SPE_KEEP_LOOP
-    for (std::int64_t tap0 = 0; tap0 < p_.kernel_size[0]; ++tap0) {
+    for (int tap0 = 0; tap0 < taps0; ++tap0) {
       TORCH_SPE_KEEP_LOOP
-      for (std::int64_t tap1 = 0; tap1 < p_.kernel_size[1]; ++tap1) {
+      for (int tap1 = 0; tap1 < taps1; ++tap1) {
         const NoiseLine<Tile> line(tile, tap0, tap1);
         TORCH_SPE_KEEP_LOOP
         for (int first = 0; first < reach; first += Tile::kWindow) {
           Storage* const noise = shared_.noise + window_ * Shared::kNoise;
-          std::uint32_t* const pairs = shared_.taps + window_ * Shared::kTaps;
+          TapBlocks* const taps = shared_.taps + window_ * Shared::kTaps;
           const int left = (reach - first + 15) & ~15;
           const int rows = left < Tile::kWindow ? left : Tile::kWindow;
           line.template fill<Storage>(
               first, r0, rows, rows, static_cast<int>(threadIdx.x), kDenseThreads,
               [=](int q, int r) { return noise + q * row_of<Storage>(Tile::kRealizations) + r; });
-          fill_taps(place, tap0, tap1, size, first, pairs);
+          fill_taps(place, tap0, tap1, first, taps);
           // One barrier is enough: a window is filled again only after the next one, which no warp
           // passes before all have used this window.
           __syncthreads();
-          if (position() < length) multiply<kPositionRows>(noise, pairs, size, first, codes);
+          if (position() < length_) multiply<kPositionRows>(noise, taps, first, codes);
           window_ = 1 - window_;
         }
       }
@@ -106,54 +121,54 @@ class DenseCodes {
     return lag > -32 ? lag : -32;
   }
 
-  TORCH_SPE_DEVICE void fill_taps(const LineTile& place, std::int64_t tap0, std::int64_t tap1,
-                                  int size, int first, std::uint32_t* pairs) const {
-    const int begin = first_lag(first), last = ((size + 15) & ~15) + 48;
+  TORCH_SPE_DEVICE void fill_taps(const LineTile& place, int tap0, int tap1, int first,
+                                  TapBlocks* out) const {
+    const int begin = first_lag(first), last = ((size_ + 15) & ~15) + 48;
     const int end = first + Tile::kWindow < last ? first + Tile::kWindow : last;
     int lag = begin + static_cast<int>(threadIdx.x);
     if (lag >= end) return;
     const float* const taps = taps_of<float>(p_, place, tap0, tap1);
-    const auto tap = [&](int i) { return i >= 0 && i < size ? taps[i] : 0.0f; };
+    const auto tap = [&](int i) { return i >= 0 && i < size_ ? taps[i] : 0.0f; };
     TORCH_SPE_KEEP_LOOP
-    for (; lag < end; lag += kDenseThreads)
-      pairs[lag - begin] = pack_pair<Storage>(tap(lag), tap(lag + 1));
+    for (; lag < end; lag += kDenseThreads) {
+      const std::uint32_t pair = pack_pair<Storage>(tap(lag), tap(lag + 1));
+      out[lag - begin].pairs[0] = pair;
+      if (lag - begin >= 8) out[lag - begin - 8].pairs[1] = pair;
+    }
   }
 
   template <bool kPositionRows>
-  TORCH_SPE_DEVICE void multiply(const Storage* noise, const std::uint32_t* pairs, int size,
-                                 int first, float (&codes)[4][4]) const {
+  TORCH_SPE_DEVICE void multiply(const Storage* noise, const TapBlocks* taps, int first,
+                                 float (&codes)[4][4]) const {
     constexpr int kRow = row_of<Storage>(Tile::kRealizations);
-    const int lane = static_cast<int>(threadIdx.x % 32u);
     // Positions from the warp's own first one on, 16 at a step.
     const int from = first - position();
-    const int begin = from > 0 ? from : 0, last = (size + 46) & ~15;
+    const int begin = from > 0 ? from : 0, last = (size_ + 46) & ~15;
     const int end = from + Tile::kWindow < last ? from + Tile::kWindow : last;
-    const Storage* rows =
-        noise + (begin - from + lane / 16 * 8 + lane % 8) * kRow + lane / 8 % 2 * 8;
-    const std::uint32_t* blocks = pairs + begin - first_lag(first) + lane % 4 * 2 - lane / 4;
-    std::uint32_t taps[5];  // of 8 x 8 taps, along the diagonals
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < 3; ++i) taps[i] = blocks[8 * i - 24];
+    if (begin >= end) return;
+    const Storage* rows = noise + row_ + (begin - first) * kRow;
+    const TapBlocks* blocks = taps + pair_ + begin - first_lag(first);
+    // Of the step before; along a diagonal blocks are the same.
+    TapBlocks before[2] = {blocks[-24], blocks[-16]};
     TORCH_SPE_UNROLL_TWICE
     for (int step = begin; step < end; step += 16) {
-      taps[3] = blocks[0];
-      taps[4] = blocks[8];
+      const TapBlocks now[2] = {blocks[-8], blocks[0]};
       std::uint32_t z[4];  // positions 0-7 and realizations 0-7, 8-15, then positions 8-15
       ldmatrix_x4<true>(z, rows);
       TORCH_SPE_UNROLL
       for (int i = 0; i < 4; ++i) {
+        const TapBlocks* const tile = i < 2 ? now : before;
         if constexpr (kPositionRows) {
-          const int t = 3 - i / 2 * 2;
-          const std::uint32_t a[4] = {taps[t], taps[t - 1], taps[t + 1], taps[t]};
+          const std::uint32_t a[4] = {tile[0].pairs[0], tile[0].pairs[1], tile[1].pairs[0],
+                                      tile[1].pairs[1]};
           const std::uint32_t b[2] = {z[i % 2], z[2 + i % 2]};
           mma_m16n8k16<Storage>(codes[i], a, b);
         } else {
-          const std::uint32_t b[2] = {taps[3 - i], taps[4 - i]};
-          mma_m16n8k16<Storage>(codes[i], z, b);
+          mma_m16n8k16<Storage>(codes[i], z, tile[1 - i % 2].pairs);
         }
       }
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 3; ++i) taps[i] = taps[i + 2];
+      before[0] = now[0];
+      before[1] = now[1];
       blocks += 16;
       rows += 16 * kRow;
     }
@@ -162,6 +177,8 @@ class DenseCodes {
   const ConvFilterParams& p_;
   const Shared& shared_;
   const std::uint64_t seed_;
+  const int size_, length_;  // taps, and positions of the tile
+  int row_, pair_;           // where the lane's noise and taps are
   int window_ = 0;
 };
 

@@ -32,6 +32,10 @@ TORCH_SPE_DEVICE void store_eight(const Storage* values, std::int64_t count, boo
   }
 }
 
+struct alignas(8) FourFeatures {
+  std::uint32_t pairs[2];
+};
+
 // The values `which` of two registers.
 TORCH_SPE_DEVICE std::uint32_t join_pairs(std::uint32_t a, std::uint32_t b, int which) {
   return which == 0 ? (a & 0xffffu) | b << 16 : a >> 16 | (b & 0xffff0000u);
@@ -47,7 +51,7 @@ struct DenseForwardShared : DenseCodesShared<Storage> {
 };
 
 // A block makes the results of some positions and batch rows for 16 realizations, and goes through
-// the features. At every position they are a product over two features at a time, to which each
+// the features. At every position they are a product over four features at a time, to which each
 // lane brings the codes of its own position: of the other operand all that belongs to the positions
 // of other lanes is zero. So codes stay in the registers they were made in.
 template <class Storage>
@@ -59,22 +63,21 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
   const int position = static_cast<int>(threadIdx.x) / 32 * kWarpPositions;
   const LineTiles<DenseTile::kTokens> tiles(p);
-  const std::int64_t realization_tiles = ceil_div(p.num_realizations, DenseTile::kRealizations);
-  const std::int64_t batch_tiles = ceil_div(p.batch, kDenseBatch);
-  std::int64_t block = blockIdx.x;
-  const int r0 = static_cast<int>(block % realization_tiles) * DenseTile::kRealizations;
-  block /= realization_tiles;
-  const int b0 = static_cast<int>(block % batch_tiles) * kDenseBatch;
-  block /= batch_tiles;
-  LineTile place = tiles.place(block % tiles.count, block / tiles.count, 0);
+  BlockIndices block(blockIdx.x);
+  const int r0 =
+      static_cast<int>(block.next(ceil_div(p.num_realizations, DenseTile::kRealizations))) *
+      DenseTile::kRealizations;
+  const int b0 = static_cast<int>(block.next(ceil_div(p.batch, kDenseBatch))) * kDenseBatch;
+  const std::int64_t tile = block.next(tiles.count);
+  LineTile place = tiles.place(tile, block.rest(), 0);
   const int length = static_cast<int>(min_of(DenseTile::kTokens, p.size[2] - place.n0));
   // A lane has x of batch row `group` at positions 8 j + 2 member + e.
   Vector<Storage>* const own_x =
       shared.x + position / kWarpPositions * (32 * kWarpPositions / 4) + lane;
-  DenseCodes<Storage> codes(p, shared);
+  DenseCodes<Storage> codes(p, shared, place.n0);
 
-  float sums[4][2][4][4];    // at position 8 j + 2 s + e: of realizations and batch rows
-  std::uint32_t even[4][2];  // codes of the feature before, of two positions each
+  float sums[4][2][4][4];       // at position 8 j + 2 s + e: of realizations and batch rows
+  std::uint32_t kept[4][4][2];  // codes of four features, of two positions each
   TORCH_SPE_UNROLL
   for (int i = 0; i < 128; ++i) sums[i / 32][i / 16 % 2][i / 4 % 4][i % 4] = 0;
   TORCH_SPE_KEEP_LOOP
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
                             (b0 + group) * p.x_strides[0] + first * stride + d * p.x_strides[5];
       const bool aligned = is_aligned<Storage>(p.x, p.x_strides);
       const int count = b0 + group < p.batch ? static_cast<int>(p.in_features) - d : 0;
-      TORCH_SPE_UNROLL
+      TORCH_SPE_KEEP_LOOP
       for (int i = 0; i < kWarpPositions / 4; ++i) {
         const int t = i / 2 * 8 + i % 2;
         Storage* const to = own_x[32 * i].values;
@@ -109,28 +112,28 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
           map_eight_features(p.feature_map, own_x[32 * i].values);
       }
     }
-    std::uint32_t odd[4][2];
+    const bool last = d + 1 == p.in_features;
     TORCH_SPE_UNROLL
-    for (int i = 0; i < 8; ++i)
-      odd[i / 2][i % 2] = pack_pair<Storage>(made[i / 2][i % 2 * 2], made[i / 2][i % 2 * 2 + 1]);
-    if (d % 2 == 0) {
+    for (int k = 0; k < 4; ++k) {
+      if (k < d % 4 || (k > d % 4 && !last)) continue;
       TORCH_SPE_UNROLL
       for (int i = 0; i < 8; ++i) {
-        even[i / 2][i % 2] = odd[i / 2][i % 2];
-        odd[i / 2][i % 2] = 0;  // where no feature follows
+        const float* const two = made[i / 2] + i % 2 * 2;
+        kept[k][i / 2][i % 2] = k == d % 4 ? pack_pair<Storage>(two[0], two[1]) : 0u;
       }
-      if (d + 1 < p.in_features) continue;
     }
-    const int pair = d % 8 / 2;
+    if (d % 4 < 3 && !last) continue;
     TORCH_SPE_UNROLL
     for (int i = 0; i < 8; ++i) {
       const int j = i / 2, e = i % 2;
-      const std::uint32_t a[4] = {join_pairs(even[j][0], odd[j][0], e),
-                                  join_pairs(even[j][1], odd[j][1], e), 0, 0};
-      const std::uint32_t features = reinterpret_cast<const std::uint32_t*>(own_x + 32 * i)[pair];
+      const std::uint32_t a[4] = {
+          join_pairs(kept[0][j][0], kept[1][j][0], e), join_pairs(kept[0][j][1], kept[1][j][1], e),
+          join_pairs(kept[2][j][0], kept[3][j][0], e), join_pairs(kept[2][j][1], kept[3][j][1], e)};
+      const auto features = reinterpret_cast<const FourFeatures*>(own_x + 32 * i)[d % 8 / 4];
       TORCH_SPE_UNROLL
       for (int s = 0; s < 4; ++s) {
-        const std::uint32_t b[2] = {member == s ? features : 0u, 0};
+        const std::uint32_t b[2] = {member == s ? features.pairs[0] : 0u,
+                                    member == s ? features.pairs[1] : 0u};
         mma_m16n8k16<Storage>(sums[j][e][s], a, b);
       }
     }

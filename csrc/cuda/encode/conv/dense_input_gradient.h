@@ -6,32 +6,43 @@
 
 namespace torch_spe::cuda {
 
-constexpr int kDenseFeatures = 8;  // of a block
+constexpr int kDenseFeatures = 4;  // of a block
 
-// grad_out of a batch row and position: realizations 2 member, 2 member + 1 from r0 on, and those
-// 8 later; zero where there are none.
+// grad_out of a batch row at `count` positions from `grad` on: of position t, out[t / 2][t % 2] are
+// realizations 2 member, 2 member + 1 from r0 on, out[t / 2][t % 2 + 2] those 8 later. Zero where
+// there are none.
 template <class Storage>
 TORCH_SPE_DEVICE void load_realizations(const ConvFilterBackwardParams& p, const Storage* grad,
-                                        std::int64_t r0, bool aligned, bool inside,
-                                        std::uint32_t (&out)[2]) {
-  const int member = static_cast<int>(threadIdx.x) % 4;
-  const std::int64_t stride = p.grad_out_strides[5];
+                                        int r0, int count, bool aligned,
+                                        std::uint32_t (&out)[kWarpPositions / 2][4]) {
+  const int r = r0 + static_cast<int>(threadIdx.x % 4u * 2u);
+  const std::int64_t stride = p.grad_out_strides[3], next = p.grad_out_strides[5];
+  const bool whole = aligned && r0 + DenseTile::kRealizations <= p.num_realizations;
+  grad += r * next;
   TORCH_SPE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const std::int64_t r = r0 + 8 * i + 2 * member;
-    const std::int64_t count = inside ? p.num_realizations - r : 0;
-    if (aligned && count >= 2) {
-      out[i] = *reinterpret_cast<const std::uint32_t*>(grad + r);
-    } else {
-      out[i] = join_halves(count > 0 ? grad[r * stride].bits : std::uint16_t(0),
-                           count > 1 ? grad[(r + 1) * stride].bits : std::uint16_t(0));
+  for (int t = 0; t < kWarpPositions; ++t) {
+    std::uint32_t* const two = out[t / 2] + t % 2;
+    two[0] = two[2] = 0;
+    if (t < count && whole) {
+      two[0] = *reinterpret_cast<const std::uint32_t*>(grad);
+      two[2] = *reinterpret_cast<const std::uint32_t*>(grad + 8);
+    } else if (t < count) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int e = i / 2 * 8 + i % 2;
+        if (r + e < p.num_realizations)
+          two[i / 2 * 2] |= static_cast<std::uint32_t>(grad[e * next].bits) << i % 2 * 16;
+      }
     }
+    grad += stride;
   }
 }
 
-// A block makes the gradients of some positions and batch rows for 8 features, and goes through
-// the realizations. Codes are factors in the registers they were made in: at a time those of one
-// position, all others being zero, times grad_out there.
+// A block makes the gradients of some positions and batch rows for 4 features, and goes through
+// the realizations. Codes are factors in the registers they were made in: at a time those of two
+// positions, all others being zero, times grad_out there, whose rows are the batch rows of the
+// first and then those of the second position. Sums of one with the codes of the other are not
+// used: columns are positions, and even ones matter in rows 0 .. 7 only, odd ones in the others.
 template <class Storage>
 __global__ void __launch_bounds__(kDenseThreads, 1)
     dense_conv_input_gradient_kernel(const ConvFilterBackwardParams p) {
@@ -41,34 +52,29 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
   const int position = static_cast<int>(threadIdx.x) / 32 * kWarpPositions;
   const LineTiles<DenseTile::kTokens> tiles(p);
-  const std::int64_t feature_tiles = ceil_div(p.in_features, kDenseFeatures);
-  const std::int64_t batch_tiles = ceil_div(p.batch, kDenseBatch);
-  std::int64_t block = blockIdx.x;
-  const std::int64_t d0 = block % feature_tiles * kDenseFeatures;
-  block /= feature_tiles;
-  const std::int64_t b0 = block % batch_tiles * kDenseBatch;
-  block /= batch_tiles;
-  LineTile place = tiles.place(block % tiles.count, block / tiles.count, 0);
+  BlockIndices block(blockIdx.x);
+  const int d0 =
+      static_cast<int>(block.next(ceil_div(p.in_features, kDenseFeatures))) * kDenseFeatures;
+  const int b0 = static_cast<int>(block.next(ceil_div(p.batch, kDenseBatch))) * kDenseBatch;
+  const std::int64_t tile = block.next(tiles.count);
+  LineTile place = tiles.place(tile, block.rest(), 0);
   const int count = static_cast<int>(min_of(kDenseFeatures, p.in_features - d0));
   const int length = static_cast<int>(min_of(DenseTile::kTokens, p.size[2] - place.n0));
   const auto& strides = p.grad_out_strides;
   const bool aligned = is_aligned<Storage>(p.grad_out, strides);
-  DenseCodes<Storage> codes(p, shared);
+  DenseCodes<Storage> codes(p, shared, place.n0);
 
-  float sums[kDenseFeatures][2][4];  // positions and batch rows
+  float sums[kDenseFeatures][4][4];  // of positions 8 j + column
   TORCH_SPE_UNROLL
-  for (int i = 0; i < 8 * kDenseFeatures; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0;
+  for (int i = 0; i < 16 * kDenseFeatures; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0;
   TORCH_SPE_KEEP_LOOP
   for (int r0 = 0; r0 < p.num_realizations; r0 += DenseTile::kRealizations) {
-    std::uint32_t gradients[kWarpPositions][2];
-    const std::int64_t b = b0 + group, stride = strides[3];
-    const Storage* from = static_cast<const Storage*>(p.grad_out) + place.offset(strides) +
-                          b * strides[0] + position * stride;
-    TORCH_SPE_UNROLL
-    for (int t = 0; t < kWarpPositions; ++t) {
-      load_realizations(p, from, r0, aligned, b < p.batch && position + t < length, gradients[t]);
-      from += stride;
-    }
+    std::uint32_t gradients[kWarpPositions / 2][4];
+    const std::int64_t b = b0 + group;
+    load_realizations(p,
+                      static_cast<const Storage*>(p.grad_out) + place.offset(strides) +
+                          b * strides[0] + position * strides[3],
+                      r0, b < p.batch ? length - position : 0, aligned, gradients);
     TORCH_SPE_KEEP_LOOP
     for (int i = 0; i < count; ++i) {
       place.d = d0 + i;
@@ -78,66 +84,63 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       for (int k = 0; k < kDenseFeatures; ++k) {
         if (k != i) continue;
         TORCH_SPE_UNROLL
-        for (int t = 0; t < kWarpPositions; ++t) {
-          const float(&tile)[4] = made[t / 16 * 2], (&next)[4] = made[t / 16 * 2 + 1];
-          const int e = t / 8 % 2 * 2;  // of positions 8 .. 15 of a tile
-          const bool own = group == t % 8;
-          const std::uint32_t low = own ? pack_pair<Storage>(tile[e], tile[e + 1]) : 0u;
-          const std::uint32_t high = own ? pack_pair<Storage>(next[e], next[e + 1]) : 0u;
-          const std::uint32_t one[4] = {e == 0 ? low : 0u, e == 0 ? 0u : low, e == 0 ? high : 0u,
-                                        e == 0 ? 0u : high};
-          mma_m16n8k16<Storage>(sums[k][t / 16], one, gradients[t]);
+        for (int j = 0; j < 4; ++j) {
+          const float(&tile)[4] = made[j / 2 * 2], (&next)[4] = made[j / 2 * 2 + 1];
+          const int e = 2 - j % 2 * 2;  // positions 8 .. 15 of a tile come first
+          const std::uint32_t low = pack_pair<Storage>(tile[e], tile[e + 1]);
+          const std::uint32_t high = pack_pair<Storage>(next[e], next[e + 1]);
+          TORCH_SPE_UNROLL
+          for (int s = 0; s < 4; ++s) {
+            const bool own = group / 2 == s;
+            const std::uint32_t two[2] = {own ? low : 0u, own ? high : 0u};
+            mma_m16n8k16<Storage>(sums[k][j], gradients[4 * j + s], two);
+          }
         }
       }
     }
   }
 
-  // 16 positions at a time go through the memory of noise, [position, batch row, d].
-  constexpr int kResults = 16 * kDenseBatch * kDenseFeatures;
+  // They go through the memory of noise, [position, batch row, d].
+  constexpr int kResults = kWarpPositions * kDenseBatch * kDenseFeatures;
   static_assert(kDenseWarps * kResults * sizeof(float) <=
                 2 * DenseCodesShared<Storage>::kNoise * sizeof(Storage));
   float* const results =
       reinterpret_cast<float*>(shared.noise) + position / kWarpPositions * kResults;
-  const bool vectors = p.in_features % 8 == 0 &&
-                       reinterpret_cast<std::uintptr_t>(p.grad_x) % sizeof(Vector<Storage>) == 0;
   __syncthreads();  // all noise has been used
   TORCH_SPE_UNROLL
-  for (int j = 0; j < 2; ++j) {
-    __syncwarp();
+  for (int k = 0; k < kDenseFeatures; ++k) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < 8; ++i)
+      results[((i / 2 * 8 + 2 * member + i % 2) * kDenseBatch + group) * kDenseFeatures + k] =
+          sums[k][i / 2][i % 2 * 3];
+  }
+  __syncwarp();
+  const bool vectors = p.in_features % kDenseFeatures == 0 &&
+                       reinterpret_cast<std::uintptr_t>(p.grad_x) % sizeof(FourFeatures) == 0;
+  TORCH_SPE_KEEP_LOOP
+  for (int i = lane; i < kWarpPositions * kDenseBatch; i += 32) {
+    const int t = position + i / kDenseBatch;
+    const std::int64_t b = b0 + i % kDenseBatch;
+    if (t >= length || b >= p.batch) continue;
+    const std::int64_t n =
+        ((b * p.size[0] + place.i0) * p.size[1] + place.i1) * p.size[2] + place.n0 + t;
+    const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(p.x_strides) +
+                             b * p.x_strides[0] + t * p.x_strides[3] + d0 * p.x_strides[5];
+    float values[kDenseFeatures];
     TORCH_SPE_UNROLL
     for (int k = 0; k < kDenseFeatures; ++k) {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i)
-        results[((group + i / 2 * 8) * kDenseBatch + 2 * member + i % 2) * kDenseFeatures + k] =
-            sums[k][j][i];
+      values[k] = results[i * kDenseFeatures + k];
+      if (k < count)
+        values[k] = gradient_of_input_at(p.feature_map, values[k], x + k * p.x_strides[5]);
     }
-    __syncwarp();
-    TORCH_SPE_KEEP_LOOP
-    for (int i = lane; i < 16 * kDenseBatch; i += 32) {
-      const int t = position + 16 * j + i / kDenseBatch;
-      const std::int64_t b = b0 + i % kDenseBatch;
-      if (t >= length || b >= p.batch) continue;
-      const std::int64_t n =
-          ((b * p.size[0] + place.i0) * p.size[1] + place.i1) * p.size[2] + place.n0 + t;
-      const Storage* const x = static_cast<const Storage*>(p.x) + place.offset(p.x_strides) +
-                               b * p.x_strides[0] + t * p.x_strides[3] + d0 * p.x_strides[5];
-      Vector<Storage> values;
+    Storage* const out =
+        static_cast<Storage*>(p.grad_x) + (n * p.num_heads + place.head) * p.in_features + d0;
+    if (vectors) {
+      write_operands(values, out);
+    } else {
       TORCH_SPE_UNROLL
       for (int k = 0; k < kDenseFeatures; ++k) {
-        float gradient = results[i * kDenseFeatures + k];
-        if (k < count)
-          gradient = gradient_of_input_at(p.feature_map, gradient, x + k * p.x_strides[5]);
-        write(gradient, values.values + k);
-      }
-      Storage* const out =
-          static_cast<Storage*>(p.grad_x) + (n * p.num_heads + place.head) * p.in_features + d0;
-      if (vectors) {
-        *reinterpret_cast<Vector<Storage>*>(out) = values;
-      } else {
-        TORCH_SPE_UNROLL
-        for (int k = 0; k < kDenseFeatures; ++k) {
-          if (k < count) out[k] = values.values[k];
-        }
+        if (k < count) write(values[k], out + k);
       }
     }
   }

@@ -23,8 +23,11 @@ constexpr int kTapTile = 16;  // features and realizations of a block
 // Noise of 16 realizations; its number of positions has no limit.
 using DenseTapTile = ConvTileShape<true, 1 << 30, kTapTile, kTapStep>;
 
+TORCH_SPE_DEVICE int own_lane() { return thread_read_again() & 31; }
+TORCH_SPE_DEVICE int own_warp() { return thread_read_again() >> 5; }
+
 // Where 8 values are in rows of 16: so that 8 rows lie in different banks.
-TORCH_SPE_DEVICE int swizzled(int row, int half) { return row * 16 + (half ^ row / 4 % 2) * 8; }
+TORCH_SPE_DEVICE int swizzled(int row, int half) { return row * 16 + (half ^ (row >> 2 & 1)) * 8; }
 
 template <class Storage>
 struct DenseTapGradientShared {
@@ -71,49 +74,46 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
   MemoryLayout layout(memory);
   const Shared shared(layout);
   // Registers are short: what is not a sum has 32 bits where that is enough, or is computed again.
-  std::int64_t block = blockIdx.x;
-  const auto next = [&](std::int64_t count) {
-    const int index = static_cast<int>(block % count);
-    block /= count;
-    return index;
-  };
-  const int r0 = next(blocks.realization_tiles) * kTapTile;
-  const int d0 = next(blocks.feature_tiles) * kTapTile;
-  const int head = next(p.num_heads), segment = next(blocks.segments);
-  const int lag0 = next(blocks.lag_tiles) * kTapLags;
-  const int tap1 = next(p.kernel_size[1]), tap0 = static_cast<int>(block);
+  BlockIndices block(blockIdx.x);
+  const int r0 = static_cast<int>(block.next(blocks.realization_tiles)) * kTapTile;
+  const int d0 = static_cast<int>(block.next(blocks.feature_tiles)) * kTapTile;
+  const int head = static_cast<int>(block.next(p.num_heads));
+  const int segment = static_cast<int>(block.next(blocks.segments));
+  const int lag0 = static_cast<int>(block.next(blocks.lag_tiles)) * kTapLags;
+  const int tap1 = static_cast<int>(block.next(p.kernel_size[1]));
+  const int tap0 = static_cast<int>(block.rest());
   const std::int64_t per_segment = ceil_div(blocks.steps, blocks.segments);
   const std::int64_t first_step = segment * per_segment;
   const int steps = static_cast<int>(min_of(blocks.steps - first_step, per_segment));
   const int lags = static_cast<int>(min_of(kTapLags, p.kernel_size[2] - lag0));
   const int slots = (lags + kTapStep - 1 + 15) / 16;  // in use
-  const auto own_ring = [&] { return shared.noise + thread_read_again() / 32 * Shared::kRing; };
+  const auto own_ring = [&] { return shared.noise + own_warp() * Shared::kRing; };
 
   // Lanes 0 .. 15 copy x, the others grad_out: of a batch row, one of two times 8 values.
-  const auto own_rows = [&] { return shared.rows + thread_read_again() / 32 * Shared::kRows; };
+  const auto own_rows = [&] { return shared.rows + own_warp() * Shared::kRows; };
   const auto own_row = [&] {
-    const int lane = thread_read_again() % 32;
-    return own_rows() + lane / 16 * (Shared::kRows / 2) + swizzled(lane / 2 % 8, lane % 2);
+    const int lane = own_lane();
+    return own_rows() + (lane >> 4) * (Shared::kRows / 2) + swizzled(lane >> 1 & 7, lane & 1);
   };
   const auto choose = [&](std::int64_t of_x, std::int64_t of_grad) {
-    return thread_read_again() % 32 < 16 ? of_x : of_grad;
+    return own_lane() < 16 ? of_x : of_grad;
   };
   const bool aligned = choose(is_aligned<Storage>(p.x, p.x_strides),
                               is_aligned<Storage>(p.grad_out, p.grad_out_strides)) != 0;
   // Where the lane's values at a position are, in the first batch rows.
   const auto find = [&](const LineTile& place, int n) {
-    const int lane = thread_read_again() % 32;
+    const int lane = own_lane();
     const auto* const data = static_cast<const Storage*>(lane < 16 ? p.x : p.grad_out);
     return data + choose(place.offset(p.x_strides), place.offset(p.grad_out_strides)) +
            choose(p.x_strides[3], p.grad_out_strides[3]) * n +
-           choose(p.x_strides[0], p.grad_out_strides[0]) * (lane / 2 % 8) +
-           choose(p.x_strides[5], p.grad_out_strides[5]) * (choose(d0, r0) + lane % 2 * 8);
+           choose(p.x_strides[0], p.grad_out_strides[0]) * (lane >> 1 & 7) +
+           choose(p.x_strides[5], p.grad_out_strides[5]) * (choose(d0, r0) + (lane & 1) * 8);
   };
-  const int columns = static_cast<int>(choose(p.in_features - d0, p.num_realizations - r0) -
-                                       thread_read_again() % 2 * 8);
+  const int columns =
+      static_cast<int>(choose(p.in_features - d0, p.num_realizations - r0) - (own_lane() & 1) * 8);
   const int length = static_cast<int>(p.size[2]), batch = static_cast<int>(p.batch);
   const auto copy_rows = [&](const Storage* data, int n, int b0) {
-    const bool inside = n < length && b0 + thread_read_again() / 2 % 8 < batch;
+    const bool inside = n < length && b0 + (own_lane() >> 1 & 7) < batch;
     Storage* const to = own_row();
     if (inside && aligned && columns >= 8) {
       copy_async16(to, data);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
   const Storage* from = nullptr;
   const std::uint64_t seed = noise_seed_of(p);
   for (int step = 0; step < steps; ++step) {
-    const int warp = thread_read_again() / 32;
+    const int warp = own_warp();
     const LineTile place{head, d0 + warp, i0, i1, 0};
     const bool begins = step == 0 || n0 == 0;
     slot = begins || slot + 1 == kTapSlots ? 0 : slot + 1;
@@ -149,22 +149,22 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
       for (int i = begins ? 0 : slots - 1; i < slots; ++i) {
         const int to = slot + i < kTapSlots ? slot + i : slot + i - kTapSlots;
         Storage* const out = ring + to * kTapStep * kTapTile;
-        line.template fill<Storage>(n0 + lag0 + 16 * i, r0, kTapStep, kTapStep,
-                                    thread_read_again() % 32, 32,
-                                    [=](int q, int r) { return out + swizzled(q, r / 8) + r % 8; });
+        line.template fill<Storage>(
+            n0 + lag0 + 16 * i, r0, kTapStep, kTapStep, own_lane(), 32,
+            [=](int q, int r) { return out + swizzled(q, r >> 3) + (r & 7); });
       }
     }
     // Gradients of codes.
     float products[2][4] = {};
     for (int b0 = 0;;) {
       copy_async_wait();
-      const int lane = thread_read_again() % 32;
-      if (p.feature_map != FeatureMap::kIdentity && lane < 16 && b0 + lane / 2 < batch)
+      const int lane = own_lane();
+      if (p.feature_map != FeatureMap::kIdentity && lane < 16 && b0 + (lane >> 1) < batch)
         map_eight_features(p.feature_map, own_row());
       __syncwarp();
       std::uint32_t factors[4];  // features 0-7, 8-15 of x; realizations 0-7, 8-15 of grad_out
-      ldmatrix_x4<true>(
-          factors, own_rows() + lane / 16 * (Shared::kRows / 2) + swizzled(lane % 8, lane / 8 % 2));
+      ldmatrix_x4<true>(factors, own_rows() + (lane >> 4) * (Shared::kRows / 2) +
+                                     swizzled(lane & 7, lane >> 3 & 1));
       const std::uint32_t a[4] = {factors[0], factors[1], 0, 0};
       TORCH_SPE_UNROLL
       for (int j = 0; j < 2; ++j) {
@@ -176,13 +176,13 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
       __syncwarp();  // the rows have been used
       copy_rows(from + choose(p.x_strides[0], p.grad_out_strides[0]) * b0, n0 + warp, b0);
     }
-    const int lane = thread_read_again() % 32;
+    const int lane = own_lane();
     Storage* const gradients = shared.gradients + step % 2 * (kTapTile * Shared::kCodes);
     TORCH_SPE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int j = i / 2, feature = lane / 4 + 8 * (i % 2);
+      const int j = i / 2, feature = (lane >> 2) + 8 * (i % 2);
       *reinterpret_cast<std::uint32_t*>(gradients + feature * Shared::kCodes + swizzled(warp, j) +
-                                        lane % 4 * 2) =
+                                        (lane & 3) * 2) =
           pack_pair<Storage>(products[j][i % 2 * 2], products[j][i % 2 * 2 + 1]);
     }
     // One barrier is enough: gradients go to the same place again after the next one only.
@@ -190,14 +190,14 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
 
     std::uint32_t a[4];
     const Storage* const ring = own_ring();
-    ldmatrix_x4<false>(a, gradients + warp * Shared::kCodes + swizzled(lane % 16, lane / 16));
+    ldmatrix_x4<false>(a, gradients + warp * Shared::kCodes + swizzled(lane & 15, lane >> 4));
     TORCH_SPE_UNROLL
     for (int i = 0; i < kTapSlots; ++i) {
       if (i >= slots) break;
       const int at = slot + i < kTapSlots ? slot + i : slot + i - kTapSlots;
       std::uint32_t z[4];  // positions 0-7 and realizations 0-7, 8-15, then positions 8-15
-      ldmatrix_x4<false>(
-          z, ring + at * kTapStep * kTapTile + swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+      ldmatrix_x4<false>(z, ring + at * kTapStep * kTapTile +
+                                swizzled((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1));
       const std::uint32_t b[2][2] = {{z[0], z[1]}, {z[2], z[3]}};
       TORCH_SPE_UNROLL
       for (int j = 0; j < 2; ++j) {
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
   // Diagonals, of 8 rows at a time, in place of the noise.
   constexpr int kColumns = 8 * (kTapBlocks + 1);
   static_assert(8 * kColumns * sizeof(float) <= Shared::kRing * sizeof(Storage));
-  const int lane = thread_read_again() % 32, warp = thread_read_again() / 32;
+  const int lane = own_lane(), warp = own_warp();
   float* const elements = reinterpret_cast<float*>(own_ring());
   float taps[kTapLags / 32] = {};
   TORCH_SPE_UNROLL
@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
     for (int l = 0; l < kTapBlocks; ++l) {
       TORCH_SPE_UNROLL
       for (int e = 0; e < 2; ++e)
-        elements[lane / 4 * kColumns + 8 * (i == 1 && l == 0 ? kTapBlocks : l) + lane % 4 * 2 + e] =
-            sums[l][2 * i + e];
+        elements[(lane >> 2) * kColumns + 8 * (i == 1 && l == 0 ? kTapBlocks : l) + (lane & 3) * 2 +
+                 e] = sums[l][2 * i + e];
     }
     __syncwarp();
     TORCH_SPE_UNROLL

@@ -1,4 +1,5 @@
-// Kernel of the convolution filter's forward pass for every type and noise.
+// Kernel of the convolution filter's forward pass for every noise and type; 16-bit storage and
+// dense noise have one of their own in dense_forward.h.
 #pragma once
 
 #include "encode/conv/code_tile.h"
@@ -6,11 +7,8 @@
 namespace torch_spe::cuda {
 
 // Forward: a block keeps the results of a tile and some batch rows, and goes through the features.
-// Dense noise of 16-bit tensors leaves registers for more rows.
-template <class Storage, bool kDense>
-constexpr int kConvForwardBatch = sizeof(Storage) == 8             ? 2
-                                  : sizeof(Storage) == 2 && kDense ? 8
-                                                                   : 4;
+template <class Storage>
+constexpr int kConvForwardBatch = sizeof(Storage) == 8 ? 2 : 4;
 
 // The values of a token, in some batch rows.
 template <class T, int kRows>
@@ -21,7 +19,7 @@ struct alignas(16) BatchRows {
 template <class Storage, class Operand, bool kDense>
 struct ConvForwardShared : ConvCodeWindows<Storage, Operand, LongConvTile<Operand, kDense>> {
   using Tile = LongConvTile<Operand, kDense>;
-  using Rows = BatchRows<core::accumulate_t<Storage>, kConvForwardBatch<Storage, kDense>>;
+  using Rows = BatchRows<core::accumulate_t<Storage>, kConvForwardBatch<Storage>>;
   Rows* x;  // [2, token], of two features in turn
 
   TORCH_SPE_INLINE explicit ConvForwardShared(MemoryLayout& layout)
@@ -37,8 +35,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   using Tile = typename Shared::Tile;
   using Rows = typename Shared::Rows;
   constexpr int kTokens = Tile::kTokens, kRealizations = Tile::kRealizations;
-  constexpr int kRows = kConvForwardBatch<Storage, kDense>,
-                kCount = kTokens * kRealizations / kThreads;
+  constexpr int kRows = kConvForwardBatch<Storage>, kCount = kTokens * kRealizations / kThreads;
   TORCH_SPE_SHARED_MEMORY(memory);
   MemoryLayout layout(memory);
   const Shared shared(layout);

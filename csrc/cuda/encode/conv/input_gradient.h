@@ -1,4 +1,5 @@
-// Kernel of the convolution filter's gradient of x for every type and noise.
+// Kernel of the convolution filter's gradient of x for every noise and type; 16-bit storage and
+// dense noise have one of their own in dense_input_gradient.h.
 #pragma once
 
 #include "encode/conv/code_tile.h"

@@ -131,8 +131,10 @@ class NoiseLine : public NoiseTile<Tile> {
   TORCH_SPE_DEVICE void fill_given(int first, int r0, int rows, int thread, int threads,
                                    const At& at) const {
     const auto& strides = p_.noise_strides;
-    const std::int64_t base = place_.head * strides[0] + place_.d * strides[1] +
-                              line_[0] * strides[2] + line_[1] * strides[3];
+    // Read again, or it would be computed for generated noise too.
+    const std::int64_t base = place_.head * read_again(strides[0]) +
+                              place_.d * read_again(strides[1]) +
+                              line_[0] * read_again(strides[2]) + line_[1] * read_again(strides[3]);
     const std::int64_t length = p_.size[2] + p_.kernel_size[2] - 1;
     TORCH_SPE_KEEP_LOOP
     for (int i = thread; i < rows * kRealizations; i += threads) {
@@ -152,7 +154,7 @@ class NoiseLine : public NoiseTile<Tile> {
     constexpr int kGroup = kKind == core::NoiseKind::kGaussian ? kGaussianGroup : kSignGroup;
     constexpr int kGroups = kRealizations / kGroup;
     // A thread keeps to its realizations.
-    const int column = thread % kGroups * kGroup, r = r0 + column;
+    const int column = (thread & (kGroups - 1)) * kGroup, r = r0 + column;
     const std::uint32_t source = core::noise_source(place_.head, place_.d);
     const std::uint32_t block =
         core::noise_block(static_cast<std::uint32_t>(kKind), noise.ndim,
@@ -168,28 +170,35 @@ class NoiseLine : public NoiseTile<Tile> {
                          ? static_cast<int>(left)
                          : rows;
     const int end = r < p_.num_realizations ? static_cast<int>(min_of(rows, periods)) : 0;
-    int q = thread / kGroups;
+    const auto make = [&](int q, std::uint32_t high) {
+      const std::uint32_t low = (low0 & ~mask) | ((low0 + static_cast<std::uint32_t>(q)) & mask);
+      const auto words = core::philox<core::ScalarNumbers>({{low, high, source, block}}, seed_);
+      float values[kGroup];
+      if constexpr (kKind == core::NoiseKind::kGaussian) {
+        normals_of<Number>(words, values);
+      } else {
+        const std::uint32_t bits = core::word_of(words, r % 128 / 32) >> r % 32;
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kGroup; ++e) values[e] = (bits >> e & 1u) != 0 ? -1.0f : 1.0f;
+      }
+      if constexpr (!kDense) {
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < kGroup; ++e) values[e] = has(r + e) ? values[e] : 0.0f;
+      }
+      write_operands(values, at(q, column));
+    };
+    int q = static_cast<int>(static_cast<unsigned>(thread) / kGroups);
     TORCH_SPE_KEEP_LOOP
     while (q < end) {
       const std::uint32_t high = static_cast<std::uint32_t>(position0 >> 32) + (q < wrap ? 0 : 1);
       const int stop = q < wrap && wrap < end ? wrap : end;
-      TORCH_SPE_KEEP_LOOP
-      for (; q < stop; q += threads / kGroups) {
-        const std::uint32_t low = (low0 & ~mask) | ((low0 + static_cast<std::uint32_t>(q)) & mask);
-        const auto words = core::philox<core::ScalarNumbers>({{low, high, source, block}}, seed_);
-        float values[kGroup];
-        if constexpr (kKind == core::NoiseKind::kGaussian) {
-          normals_of<Number>(words, values);
-        } else {
-          const std::uint32_t bits = core::word_of(words, r % 128 / 32) >> r % 32;
-          TORCH_SPE_UNROLL
-          for (int e = 0; e < kGroup; ++e) values[e] = (bits >> e & 1u) != 0 ? -1.0f : 1.0f;
-        }
-        if constexpr (!kDense) {
-          TORCH_SPE_UNROLL
-          for (int e = 0; e < kGroup; ++e) values[e] = has(r + e) ? values[e] : 0.0f;
-        }
-        write_operands(values, at(q, column));
+      if constexpr (kWindow > 128) {
+        // Where few warps share a multiprocessor, two chains of instructions a warp.
+        TORCH_SPE_UNROLL_TWICE
+        for (; q < stop; q += threads / kGroups) make(q, high);
+      } else {
+        TORCH_SPE_KEEP_LOOP
+        for (; q < stop; q += threads / kGroups) make(q, high);
       }
     }
     TORCH_SPE_KEEP_LOOP

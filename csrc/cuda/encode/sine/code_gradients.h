@@ -69,17 +69,11 @@ struct SineCodeGradientsPlace {
     return max_of(1, min_of(tiles(p), kWalkingBlocks / 2 / max_of(1, sums(p))));
   }
   TORCH_SPE_DEVICE SineCodeGradientsPlace(const SineFilterParams& p, std::int64_t segments) {
-    std::uint32_t block = blockIdx.x;
-    const auto take = [&](std::int64_t count) {
-      const auto size = static_cast<std::uint32_t>(count);
-      const std::uint32_t rest = block / size, tile = block - rest * size;
-      block = rest;
-      return tile;
-    };
-    segment = take(segments);
-    realization_tile = take(SineCodesPlace::realization_tiles(p));
-    feature_tile = take(ceil_div(p.in_features, kGradientFeatures));
-    head = block;
+    BlockIndices block(blockIdx.x);
+    segment = block.next(segments);
+    realization_tile = block.next(SineCodesPlace::realization_tiles(p));
+    feature_tile = block.next(ceil_div(p.in_features, kGradientFeatures));
+    head = block.rest();
     const std::int64_t each = ceil_div(tiles(p), segments), first = segment * each;
     tile_count = static_cast<std::uint32_t>(max_of(0, min_of(tiles(p) - first, each)));
     const auto position_tiles = static_cast<std::uint32_t>(ceil_div(p.length, kGradientPositions));

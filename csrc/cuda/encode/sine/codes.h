@@ -41,17 +41,11 @@ struct SineCodesPlace {
     return position_tiles(p) * batch_tiles(p) * realization_tiles * p.num_heads;
   }
   TORCH_SPE_DEVICE SineCodesPlace(const SineFilterParams& p, std::int64_t realization_tiles) {
-    std::uint32_t block = blockIdx.x;
-    const auto take = [&](std::int64_t count) {
-      const auto size = static_cast<std::uint32_t>(count);
-      const std::uint32_t rest = block / size, tile = block - rest * size;
-      block = rest;
-      return tile;
-    };
-    position_tile = take(position_tiles(p));
-    batch_tile = take(batch_tiles(p));
-    realization_tile = take(realization_tiles);
-    head = block;
+    BlockIndices block(blockIdx.x);
+    position_tile = block.next(position_tiles(p));
+    batch_tile = block.next(batch_tiles(p));
+    realization_tile = block.next(realization_tiles);
+    head = block.rest();
   }
   TORCH_SPE_DEVICE std::int64_t n0() const { return std::int64_t{position_tile} * kCodePositions; }
   TORCH_SPE_DEVICE std::int64_t b0() const { return std::int64_t{batch_tile} * kCodeBatch; }
