@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
         if (k != i) continue;
         TORCH_SPE_UNROLL
         for (int j = 0; j < 4; ++j) {
-          const float(&tile)[4] = made[j / 2 * 2], (&next)[4] = made[j / 2 * 2 + 1];
+          const float (&tile)[4] = made[j / 2 * 2], (&next)[4] = made[j / 2 * 2 + 1];
           const int e = 2 - j % 2 * 2;  // positions 8 .. 15 of a tile come first
           const std::uint32_t low = pack_pair<Storage>(tile[e], tile[e + 1]);
           const std::uint32_t high = pack_pair<Storage>(next[e], next[e + 1]);
