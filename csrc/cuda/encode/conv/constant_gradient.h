@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t n = token % p.size[2], line = token / p.size[2];
     const std::int64_t i1 = line % p.size[1], i0 = line / p.size[1] % p.size[0];
     const std::int64_t b = line / p.size[1] / p.size[0];
-    const auto row = [&](const std::int64_t(&s)[6]) {
+    const auto row = [&](const std::int64_t (&s)[6]) {
       return token < blocks.tokens ? b * s[0] + i0 * s[1] + i1 * s[2] + n * s[3] : -1;
     };
     shared.x_rows[(tile & 1) * kTokens + t] = row(x_strides);

@@ -36,7 +36,8 @@ struct DenseCodesShared {
       : noise(layout.take<Storage>(2 * kNoise)), taps(layout.take<TapBlocks>(2 * kTaps)) {}
 };
 
-template <class Storage>
+// With kPositionRows, rows of the tiles of codes are positions, else realizations.
+template <class Storage, bool kPositionRows>
 class DenseCodes {
  public:
   using Tile = DenseTile;
@@ -49,21 +50,22 @@ class DenseCodes {
         size_(static_cast<int>(p.kernel_size[2])),
         length_(static_cast<int>(min_of(DenseTile::kTokens, p.size[2] - n0))) {
     const auto thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    row_ = (thread / 32 * kWarpPositions + lane / 16 * 8 + lane % 8) *
+    // Of four 8 x 8 matrices of noise; two that are a factor together come one after the other.
+    const int third = lane / 16 * 8, second = lane / 8 % 2 * 8;
+    row_ = (thread / 32 * kWarpPositions + (kPositionRows ? second : third) + lane % 8) *
                row_of<Storage>(Tile::kRealizations) +
-           lane / 8 % 2 * 8;
+           (kPositionRows ? third : second);
     pair_ = lane % 4 * 2 - lane / 4;
   }
 
   // The warp's codes of the place's feature, constant included, for 16 realizations from r0 on, in
-  // tiles as products leave them: codes[i], of realizations (rows) and positions 8 i .. 8 i + 7,
-  // or, with kPositionRows, codes[2 i + j] of positions 16 i .. 16 i + 15 (rows) and realizations 8
-  // j .. 8 j + 7. All threads of the block call it.
-  template <bool kPositionRows>
+  // tiles as products leave them: codes[i] of 16 realizations (rows) and positions 8 i .. 8 i + 7,
+  // or, with kPositionRows, codes[2 i + j] of realizations 8 j .. 8 j + 7 and, as rows, positions
+  // 16 i + 8 .. 16 i + 15, then 16 i .. 16 i + 7. All threads of the block call it.
   TORCH_SPE_DEVICE void make(const LineTile& place, int r0, float (&codes)[4][4]) {
     TORCH_SPE_UNROLL
     for (int i = 0; i < 16; ++i) codes[i / 4][i % 4] = 0;
-    if (p_.constant != nullptr) set_constant<kPositionRows>(place, r0, codes);
+    if (p_.constant != nullptr) set_constant(place, r0, codes);
     const NoiseTile<Tile> tile(p_, place, seed_);
     const int reach = ((length_ + 31) & ~31) + size_ - 1;  // positions that taps meet
     const int taps0 = static_cast<int>(p_.kernel_size[0]);
@@ -86,7 +88,7 @@ class DenseCodes {
           // One barrier is enough: a window is filled again only after the next one, which no warp
           // passes before all have used this window.
           __syncthreads();
-          if (position() < length_) multiply<kPositionRows>(noise, taps, first, codes);
+          if (position() < length_) multiply(noise, taps, first, codes);
           window_ = 1 - window_;
         }
       }
@@ -98,7 +100,6 @@ class DenseCodes {
     return static_cast<int>(threadIdx.x / 32u) * kWarpPositions;
   }
 
-  template <bool kPositionRows>
   TORCH_SPE_DEVICE void set_constant(const LineTile& place, int r0, float (&codes)[4][4]) const {
     const float* const constant = static_cast<const float*>(p_.constant) +
                                   (place.head * p_.in_features + place.d) * p_.num_realizations +
@@ -137,7 +138,6 @@ class DenseCodes {
     }
   }
 
-  template <bool kPositionRows>
   TORCH_SPE_DEVICE void multiply(const Storage* noise, const TapBlocks* taps, int first,
                                  float (&codes)[4][4]) const {
     constexpr int kRow = row_of<Storage>(Tile::kRealizations);
@@ -153,7 +153,9 @@ class DenseCodes {
     TORCH_SPE_UNROLL_TWICE
     for (int step = begin; step < end; step += 16) {
       const TapBlocks now[2] = {blocks[-8], blocks[0]};
-      std::uint32_t z[4];  // positions 0-7 and realizations 0-7, 8-15, then positions 8-15
+      // Positions 0-7 and 8-15 for realizations 0-7, then for 8-15; unless kPositionRows,
+      // realizations 0-7 and 8-15 for positions 0-7, then for 8-15.
+      std::uint32_t z[4];
       ldmatrix_x4<true>(z, rows);
       TORCH_SPE_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -161,7 +163,7 @@ class DenseCodes {
         if constexpr (kPositionRows) {
           const std::uint32_t a[4] = {tile[0].pairs[0], tile[0].pairs[1], tile[1].pairs[0],
                                       tile[1].pairs[1]};
-          const std::uint32_t b[2] = {z[i % 2], z[2 + i % 2]};
+          const std::uint32_t b[2] = {z[i % 2 * 2], z[i % 2 * 2 + 1]};
           mma_m16n8k16<Storage>(codes[i], a, b);
         } else {
           mma_m16n8k16<Storage>(codes[i], z, tile[1 - i % 2].pairs);

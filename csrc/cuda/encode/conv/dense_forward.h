@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   // A lane has x of batch row `group` at positions 8 j + 2 member + e.
   Vector<Storage>* const own_x =
       shared.x + position / kWarpPositions * (32 * kWarpPositions / 4) + lane;
-  DenseCodes<Storage> codes(p, shared, place.n0);
+  DenseCodes<Storage, false> codes(p, shared, place.n0);
 
   float sums[4][2][4][4];       // at position 8 j + 2 s + e: of realizations and batch rows
   std::uint32_t kept[4][4][2];  // codes of four features, of two positions each
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       }
     }
     float made[4][4];
-    codes.template make<false>(place, r0, made);
+    codes.make(place, r0, made);
     if (d % 8 == 0) {
       copy_async_wait();
       if (p.feature_map != FeatureMap::kIdentity) {

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   const int length = static_cast<int>(min_of(DenseTile::kTokens, p.size[2] - place.n0));
   const auto& strides = p.grad_out_strides;
   const bool aligned = is_aligned<Storage>(p.grad_out, strides);
-  DenseCodes<Storage> codes(p, shared, place.n0);
+  DenseCodes<Storage, true> codes(p, shared, place.n0);
 
   float sums[kDenseFeatures][4][4];  // of positions 8 j + column
   TORCH_SPE_UNROLL
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
     for (int i = 0; i < count; ++i) {
       place.d = d0 + i;
       float made[4][4];
-      codes.template make<true>(place, r0, made);
+      codes.make(place, r0, made);
       TORCH_SPE_UNROLL
       for (int k = 0; k < kDenseFeatures; ++k) {
         if (k != i) continue;
         TORCH_SPE_UNROLL
         for (int j = 0; j < 4; ++j) {
-          const float(&tile)[4] = made[j / 2 * 2], (&next)[4] = made[j / 2 * 2 + 1];
+          const float (&tile)[4] = made[j / 2 * 2], (&next)[4] = made[j / 2 * 2 + 1];
           const int e = 2 - j % 2 * 2;  // positions 8 .. 15 of a tile come first
           const std::uint32_t low = pack_pair<Storage>(tile[e], tile[e + 1]);
           const std::uint32_t high = pack_pair<Storage>(next[e], next[e + 1]);

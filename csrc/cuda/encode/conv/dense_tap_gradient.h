@@ -29,6 +29,13 @@ TORCH_SPE_DEVICE int own_warp() { return thread_read_again() >> 5; }
 // Where 8 values are in rows of 16: so that 8 rows lie in different banks.
 TORCH_SPE_DEVICE int swizzled(int row, int half) { return row * 16 + (half ^ (row >> 2 & 1)) * 8; }
 
+// Where a slot of the ring begins, which may be one of the next round.
+TORCH_SPE_DEVICE int in_ring(int slot) {
+  constexpr unsigned kSlot = kTapStep * kTapTile;
+  const unsigned first = static_cast<unsigned>(slot) * kSlot, second = first - kTapSlots * kSlot;
+  return static_cast<int>(first < second ? first : second);
+}
+
 template <class Storage>
 struct DenseTapGradientShared {
   static constexpr int kRing = kTapSlots * kTapStep * kTapTile;
@@ -86,7 +93,6 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
   const std::int64_t first_step = segment * per_segment;
   const int steps = static_cast<int>(min_of(blocks.steps - first_step, per_segment));
   const int lags = static_cast<int>(min_of(kTapLags, p.kernel_size[2] - lag0));
-  const int slots = (lags + kTapStep - 1 + 15) / 16;  // in use
   const auto own_ring = [&] { return shared.noise + own_warp() * Shared::kRing; };
 
   // Lanes 0 .. 15 copy x, the others grad_out: of a batch row, one of two times 8 values.
@@ -130,6 +136,7 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
   int n0 = static_cast<int>(first_step % blocks.per_line) * kTapStep;
   int slot = 0;  // the first one
   const Storage* from = nullptr;
+  const std::int64_t advance = choose(p.x_strides[3], p.grad_out_strides[3]) * kTapStep;
   const std::uint64_t seed = noise_seed_of(p);
   for (int step = 0; step < steps; ++step) {
     const int warp = own_warp();
@@ -137,8 +144,7 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
     const bool begins = step == 0 || n0 == 0;
     slot = begins || slot + 1 == kTapSlots ? 0 : slot + 1;
 
-    from = begins ? find(place, n0 + warp)
-                  : from + choose(p.x_strides[3], p.grad_out_strides[3]) * kTapStep;
+    from = begins ? find(place, n0 + warp) : from + advance;
     copy_rows(from, n0 + warp, 0);
     // Meanwhile: noise of the positions that come into the ring.
     if (place.d < p.in_features) {
@@ -146,9 +152,8 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
       const NoiseLine<DenseTapTile> line(tile, tap0, tap1);
       Storage* const ring = own_ring();
       TORCH_SPE_KEEP_LOOP
-      for (int i = begins ? 0 : slots - 1; i < slots; ++i) {
-        const int to = slot + i < kTapSlots ? slot + i : slot + i - kTapSlots;
-        Storage* const out = ring + to * kTapStep * kTapTile;
+      for (int i = begins ? 0 : kTapSlots - 1; i < kTapSlots; ++i) {
+        Storage* const out = ring + in_ring(slot + i);
         line.template fill<Storage>(
             n0 + lag0 + 16 * i, r0, kTapStep, kTapStep, own_lane(), 32,
             [=](int q, int r) { return out + swizzled(q, r >> 3) + (r & 7); });
@@ -193,11 +198,9 @@ __global__ void __launch_bounds__(32 * kTapStep, 1)
     ldmatrix_x4<false>(a, gradients + warp * Shared::kCodes + swizzled(lane & 15, lane >> 4));
     TORCH_SPE_UNROLL
     for (int i = 0; i < kTapSlots; ++i) {
-      if (i >= slots) break;
-      const int at = slot + i < kTapSlots ? slot + i : slot + i - kTapSlots;
       std::uint32_t z[4];  // positions 0-7 and realizations 0-7, 8-15, then positions 8-15
-      ldmatrix_x4<false>(z, ring + at * kTapStep * kTapTile +
-                                swizzled((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1));
+      ldmatrix_x4<false>(
+          z, ring + in_ring(slot + i) + swizzled((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1));
       const std::uint32_t b[2][2] = {{z[0], z[1]}, {z[2], z[3]}};
       TORCH_SPE_UNROLL
       for (int j = 0; j < 2; ++j) {

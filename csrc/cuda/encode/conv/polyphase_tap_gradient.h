@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int pass = 0; pass < plan.positions && tile0 + pass < length; pass += kPass) {
           const std::int64_t n0 = tile0 + pass;
           const int turn = static_cast<int>(n0 % s);
-          const auto row = [&](const Storage* data, const std::int64_t(&strides)[6], int i) {
+          const auto row = [&](const Storage* data, const std::int64_t (&strides)[6], int i) {
             const std::int64_t b = b0 + i % kBatch, n = n0 + i / kBatch;
             return b < p.batch && n < length ? data + b * strides[0] + n * strides[3] : nullptr;
           };

@@ -40,7 +40,7 @@ struct SineCodeGradientsShared {
 // steps*.h execute fewer instructions: theirs grow with the product of both.
 template <class Storage>
 TORCH_SPE_INLINE bool backward_runs_on_codes(const SineFilterBackwardParams& p) {
-  const auto is_short = [](const std::int64_t(&strides)[4]) {  // offsets within a tile
+  const auto is_short = [](const std::int64_t (&strides)[4]) {  // offsets within a tile
     constexpr std::int64_t kMost = (std::int64_t{1} << 31) / (2 * kGradientPositions);
     return strides[0] < kMost && strides[1] < kMost && strides[0] > -kMost && strides[1] > -kMost;
   };

@@ -196,7 +196,7 @@ class SineCodes {
         TORCH_SPE_UNROLL
         for (int i = 0; i < 4; ++i) {
           Storage* const to = out + i / 2 * 16 * Shared::kPosition + 32 * j + 16 * l + i % 2 * 8;
-          const float(&four)[4] = sums[i / 2][i % 2];
+          const float (&four)[4] = sums[i / 2][i % 2];
           *reinterpret_cast<std::uint32_t*>(to) = pack_pair<Storage>(four[0], four[1]);
           *reinterpret_cast<std::uint32_t*>(to + 8 * Shared::kPosition) =
               pack_pair<Storage>(four[2], four[3]);
