@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import torch_spe
 from benchmarks import cases, measure, shares
 from benchmarks.decode import decode
 

@@ -5,10 +5,10 @@
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
-// Into the nearest cache: a row waits there for a few rows of work, or passes into the next one.
-// prefetch_row, which asks for the second cache, left rows of linear attention waiting for memory
-// (three times as long on an AMD EPYC with AVX2). Inlined always: GCC drops calls of a function
-// that does nothing but prefetch.
+// Asks for a row of `n` values, into the nearest cache: it waits there for a few rows of work, or
+// passes into the next one. Asked for into the second cache, rows of linear attention left loads
+// waiting three times as long (AMD EPYC with AVX2). Rows with a stride between the values are left
+// to the machine. Inlined always: GCC drops calls of a function that does nothing but prefetch.
 template <class Storage>
 TORCH_SPE_INLINE void prefetch_near(const Storage* in, std::int64_t stride, std::int64_t n) {
   if (stride != 1) return;

@@ -126,16 +126,6 @@ TORCH_SPE_INLINE std::int64_t odd_lines(std::int64_t size) {
   return ((size + line - 1) / line | 1) * line;
 }
 
-// Asks for a row of `n` values that will be read soon. Rows with a stride between the values are
-// left to the machine.
-template <class Storage>
-TORCH_SPE_INLINE void prefetch_row(const Storage* in, std::int64_t stride, std::int64_t n) {
-  if (stride != 1) return;
-  const char* bytes = reinterpret_cast<const char*>(in);
-  const std::int64_t size = n * static_cast<std::int64_t>(sizeof(Storage));
-  for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
-
 // Scratch memory of one thread, aligned to a cache line. With TORCH_SPE_POISON in the environment
 // it starts out as NaN, so that a read before the first write shows.
 template <class T>

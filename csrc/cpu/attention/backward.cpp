@@ -45,8 +45,9 @@ void backward_ordered(const LinearAttentionBackwardParams& p) {
 
   // The gradients of a segment, and that of the state before it for the segment before it, unless
   // that is known already.
-  const auto run = [&](const BackwardWorker<Storage>& worker, std::int64_t slot, bool is_known) {
-    const Segment segment = segments.of_slot(slot);
+  const auto run = [&](const BackwardWorker<Storage>& worker, const Segment& segment,
+                       bool is_known) {
+    const std::int64_t slot = segment.slot;
     SegmentContext<T> context{};
     context.start = segment.first && !has_initial ? nullptr : states[slot];
     context.grad_end = segment.last && !has_final ? nullptr : grads[slot];
@@ -65,21 +66,31 @@ void backward_ordered(const LinearAttentionBackwardParams& p) {
     Decay<T> decay(p, layout.feature_width);
     const BackwardWorker<Storage> worker(p, layout, decay);
     if (!shares) {
+      const std::int64_t rows = segments.rows_of_task();
 #pragma omp for schedule(dynamic)
-      for (std::int64_t row = 0; row < segments.rows(); ++row) {
-        const std::int64_t begin = segments.first_slot(row), end = begin + segments.count(row);
-        if (wants_states) {
-          for (std::int64_t slot = begin; slot + 1 < end; ++slot)
-            worker.sum_keys(Way::kToEnd, segments.of_slot(slot), states[slot + 1]);
-          states.scan_forward(row, p.initial_s, p.initial_z, decay);
+      for (std::int64_t first = 0; first < segments.rows(); first += rows) {
+        const std::int64_t count = segments.count(first);
+        for (std::int64_t i = 0; i + 1 < count && wants_states; ++i) {
+          for (std::int64_t row = first; row < first + rows; ++row) {
+            const Segment segment = segments.of_row(row, i);
+            worker.sum_keys(Way::kToEnd, segment, states[segment.slot + 1]);
+          }
         }
-        layout.import(p.grad_final_s, p.grad_final_z, row, grads[end - 1]);
-        for (std::int64_t slot = end - 1; slot >= begin; --slot) run(worker, slot, false);
+        for (std::int64_t row = first; row < first + rows; ++row) {
+          if (wants_states) states.scan_forward(row, p.initial_s, p.initial_z, decay);
+          layout.import(p.grad_final_s, p.grad_final_z, row,
+                        grads[segments.first_slot(row) + count - 1]);
+        }
+        for (std::int64_t i = count - 1; i >= 0; --i) {
+          for (std::int64_t row = first; row < first + rows; ++row)
+            run(worker, segments.of_row(row, i), false);
+        }
       }
     } else {
 #pragma omp for schedule(dynamic)
-      for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
-        const Segment segment = segments.of_slot(slot);
+      for (std::int64_t i = 0; i < segments.total(); ++i) {
+        const Segment segment = segments.in_order(i);
+        const std::int64_t slot = segment.slot;
         if (!segment.last && wants_states) worker.sum_keys(Way::kToEnd, segment, states[slot + 1]);
         if (!segment.first) worker.sum_queries(Way::kToStart, segment, grads[slot - 1]);
         if (!both_ways) continue;
@@ -95,7 +106,7 @@ void backward_ordered(const LinearAttentionBackwardParams& p) {
         grads_before.scan_forward(row, nullptr, nullptr, decay);
       }
 #pragma omp for schedule(dynamic)
-      for (std::int64_t slot = 0; slot < segments.total(); ++slot) run(worker, slot, true);
+      for (std::int64_t i = 0; i < segments.total(); ++i) run(worker, segments.in_order(i), true);
     }
   }
   if (sums_steps) store_constant_steps<T>(p, segments, step_sums);
@@ -118,16 +129,18 @@ void backward_full(const LinearAttentionBackwardParams& p) {
     const BackwardWorker<Storage> worker(p, layout, decay);
     if (wants_queries) {
 #pragma omp for schedule(dynamic)
-      for (std::int64_t slot = 0; slot < keys.total(); ++slot)
-        worker.sum_keys(Way::kToEnd, keys.of_slot(slot), key_sums[slot]);
+      for (std::int64_t i = 0; i < keys.total(); ++i) {
+        const Segment segment = keys.in_order(i);
+        worker.sum_keys(Way::kToEnd, segment, key_sums[segment.slot]);
+      }
 #pragma omp for schedule(static)
       for (std::int64_t row = 0; row < keys.rows(); ++row)
         key_sums.total(row, p.initial_s, p.initial_z, decay, states + row * layout.size());
     }
 #pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < queries.total(); ++slot) {
-      const Segment segment = queries.of_slot(slot);
-      worker.query_segment(segment, states + segment.row * layout.size(), query_sums[slot]);
+    for (std::int64_t i = 0; i < queries.total(); ++i) {
+      const Segment segment = queries.in_order(i);
+      worker.query_segment(segment, states + segment.row * layout.size(), query_sums[segment.slot]);
     }
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < keys.rows(); ++row) {
@@ -137,8 +150,8 @@ void backward_full(const LinearAttentionBackwardParams& p) {
     }
     if (wants_keys) {
 #pragma omp for schedule(dynamic)
-      for (std::int64_t slot = 0; slot < keys.total(); ++slot) {
-        const Segment segment = keys.of_slot(slot);
+      for (std::int64_t i = 0; i < keys.total(); ++i) {
+        const Segment segment = keys.in_order(i);
         worker.key_segment(segment, grads + segment.row * layout.size());
       }
     }

@@ -260,8 +260,9 @@ void forward_in_segments(const LinearAttentionParams& p, const StateLayout<T>& l
     Decay<T> decay(p, layout.feature_width);
     const ForwardWorker<Storage> worker(p, layout, decay);
 #pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
-      const Segment segment = segments.of_slot(slot);
+    for (std::int64_t i = 0; i < segments.total(); ++i) {
+      const Segment segment = segments.in_order(i);
+      const std::int64_t slot = segment.slot;
       if (!segment.last) worker.sum_keys(Way::kToEnd, segment, states[slot + 1]);
       if (both_ways && !segment.first) worker.sum_keys(Way::kToStart, segment, later[slot - 1]);
     }
@@ -271,8 +272,9 @@ void forward_in_segments(const LinearAttentionParams& p, const StateLayout<T>& l
       if (both_ways) later.scan_backward(row, nullptr, nullptr, decay);
     }
 #pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < segments.total(); ++slot) {
-      const Segment segment = segments.of_slot(slot);
+    for (std::int64_t i = 0; i < segments.total(); ++i) {
+      const Segment segment = segments.in_order(i);
+      const std::int64_t slot = segment.slot;
       const bool ends = wants_final && segment.last;
       worker.ordered_segment(segment, !segment.first || has_initial ? states[slot] : nullptr,
                              ends ? states[slot] : nullptr,
@@ -289,21 +291,27 @@ void forward_ordered(const LinearAttentionParams& p) {
   const StateLayout<T> layout(p);
   const bool wants_final = p.final_s != nullptr || p.final_z != nullptr;
   if (p.causal && !segments.worth_sharing_rows()) {
+    const std::int64_t rows = segments.rows_of_task();
+    const bool has_initial = p.initial_s != nullptr;
 #pragma omp parallel num_threads(p.num_threads)
     {
       Decay<T> decay(p, layout.feature_width);
       const ForwardWorker<Storage> worker(p, layout, decay);
-      Workspace<T> state(layout.size());
+      Workspace<T> states(rows * layout.size());
 #pragma omp for schedule(dynamic)
-      for (std::int64_t row = 0; row < segments.rows(); ++row) {
-        bool has_state = layout.import(p.initial_s, p.initial_z, row, state);
-        for (std::int64_t i = 0; i < segments.count(row); ++i) {
-          const Segment segment = segments.of_row(row, i);
-          worker.ordered_segment(segment, has_state ? state.get() : nullptr,
-                                 wants_final || !segment.last ? state.get() : nullptr, nullptr);
-          has_state = true;
+      for (std::int64_t first = 0; first < segments.rows(); first += rows) {
+        for (std::int64_t r = 0; r < rows; ++r)
+          layout.import(p.initial_s, p.initial_z, first + r, states + r * layout.size());
+        for (std::int64_t i = 0; i < segments.count(first); ++i) {
+          for (std::int64_t r = 0; r < rows; ++r) {
+            const Segment segment = segments.of_row(first + r, i);
+            T* const state = states + r * layout.size();
+            worker.ordered_segment(segment, i > 0 || has_initial ? state : nullptr,
+                                   wants_final || !segment.last ? state : nullptr, nullptr);
+          }
         }
-        if (wants_final) layout.export_to(state, row, p.final_s, p.final_z);
+        for (std::int64_t r = 0; r < rows && wants_final; ++r)
+          layout.export_to(states + r * layout.size(), first + r, p.final_s, p.final_z);
       }
     }
     return;
@@ -325,8 +333,10 @@ void forward_full(const LinearAttentionParams& p) {
     Decay<T> decay(p, layout.feature_width);
     const ForwardWorker<Storage> worker(p, layout, decay);
 #pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < keys.total(); ++slot)
-      worker.sum_keys(Way::kToEnd, keys.of_slot(slot), sums[slot]);
+    for (std::int64_t i = 0; i < keys.total(); ++i) {
+      const Segment segment = keys.in_order(i);
+      worker.sum_keys(Way::kToEnd, segment, sums[segment.slot]);
+    }
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < keys.rows(); ++row) {
       T* state = states + row * layout.size();
@@ -334,8 +344,8 @@ void forward_full(const LinearAttentionParams& p) {
       layout.export_to(state, row, p.final_s, p.final_z);
     }
 #pragma omp for schedule(dynamic)
-    for (std::int64_t slot = 0; slot < queries.total(); ++slot) {
-      const Segment segment = queries.of_slot(slot);
+    for (std::int64_t i = 0; i < queries.total(); ++i) {
+      const Segment segment = queries.in_order(i);
       worker.query_segment(segment, states + segment.row * layout.size());
     }
   }

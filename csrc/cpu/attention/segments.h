@@ -11,7 +11,9 @@ using core::LinearAttentionParams;
 
 constexpr std::int64_t kChunk = 64;            // tokens whose weights are formed at once, at most
 constexpr std::int64_t kChunkOfFeatures = 16;  // where features fade apart from each other
-constexpr std::int64_t kChunksOfSegment = 16;  // a segment is a unit of work
+// A segment is a unit of work. The pages that all heads of its tokens lie in are as many as the
+// machine keeps the addresses of.
+constexpr std::int64_t kChunksOfSegment = 8;
 
 TORCH_SPE_INLINE std::int64_t chunk_size(const LinearAttentionParams& p) {
   return p.decay_features > 1 ? kChunkOfFeatures : kChunk;
@@ -91,15 +93,30 @@ class Segments {
     return segment;
   }
 
-  Segment of_slot(std::int64_t slot) const {
-    std::int64_t low = 0, high = p_.num_sequences;  // sequence in [low, high)
-    while (high - low > 1) {
-      const std::int64_t middle = (low + high) / 2;
-      (first_[middle] * p_.num_heads <= slot ? low : high) = middle;
+  // The segments in the order in which their tokens lie in memory, in which threads go through
+  // them: the heads of a position share a page, whose address is then found once for all of them.
+  Segment in_order(std::int64_t index) const {
+    std::int64_t sequence = 0, end = p_.num_sequences;  // in [sequence, end)
+    while (end - sequence > 1) {
+      const std::int64_t middle = (sequence + end) / 2;
+      (first_[middle] * p_.num_heads <= index ? sequence : end) = middle;
     }
-    const std::int64_t in_sequence = slot - first_[low] * p_.num_heads;
-    const std::int64_t segments = first_[low + 1] - first_[low];
-    return of_row(low * p_.num_heads + in_sequence / segments, in_sequence % segments);
+    const std::int64_t in_sequence = index - first_[sequence] * p_.num_heads;
+    return of_row(sequence * p_.num_heads + in_sequence % p_.num_heads, in_sequence / p_.num_heads);
+  }
+
+  // Adjacent heads that a thread that takes whole rows goes through together, segment by segment,
+  // for the same reason: the most that leave every thread with as many rows as single ones would.
+  std::int64_t rows_of_task() const {
+    const std::int64_t threads = p_.num_threads, share = (rows() + threads - 1) / threads;
+    // Sequences of different lengths are balanced by smaller tasks.
+    const std::int64_t most = p_.cu_seqlens == nullptr ? share : max_of(1, share / 4);
+    for (std::int64_t count = min_of(p_.num_heads, most); count > 1; --count) {
+      const std::int64_t tasks = rows() / count;
+      if (p_.num_heads % count == 0 && (tasks + threads - 1) / threads * count <= share)
+        return count;
+    }
+    return 1;
   }
 
   // Whether threads that take whole rows would wait for each other longer than the second pass over
