@@ -87,8 +87,9 @@ def find_places(
         if cu_seqlens is None:
             return continue_places(state, batch, length, positions, mask, position.takes_positions)
     places = given_places(batch, length, position.ndim, start, positions)
-    unknown = isinstance(start, float) and positions is None and torch.compiler.is_compiling()
-    if unknown and position.takes_positions and position.ndim == 1 and key_length == length:
+    on_a_line = position.takes_positions and position.ndim == 1 and key_length == length
+    unknown = on_a_line and positions is None and torch.compiler.is_compiling()
+    if unknown and isinstance(start, float):
         # As a number of the operators it would be a constant of the graph, compiled again for each.
         first = torch.full((), start, dtype=torch.float64, device=device)
         index = torch.arange(length, device=device)
