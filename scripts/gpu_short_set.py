@@ -73,13 +73,14 @@ def phasors(dtype, batch, length, heads, features, sines, realizations):
 
 def codes(dtype, heads, features, sines, realizations):
     ops = torch.ops.torch_spe
+    name = str(dtype).removeprefix("torch.")
     seed = torch.full((1,), 3, dtype=torch.int64, device="cuda")
     for grid in ((), (2,)):
         freqs = leaf(heads, features, sines, *grid, dtype=dtype)
         offsets, gains, widths = (leaf(heads, features, sines, dtype=dtype) for _ in range(3))
         noise = leaf(heads, features, 2 * sines, realizations, dtype=dtype)
         sine, phases, deviates = ops.phase_noise(
-            seed, heads, features, sines, realizations, 0, 2, dtype
+            seed, heads, features, sines, realizations, 0, 2, name
         )
         deviates = deviates if grid else deviates[..., 0]
         gate, constant = leaf(heads, features, dtype=dtype), leaf(heads, features, 8, dtype=dtype)
@@ -89,7 +90,7 @@ def codes(dtype, heads, features, sines, realizations):
         ):
             outputs = (cycles, *ops.gate_code(query, key, gate, constant, 0.5))
             sum(t.sum() for t in outputs).backward()
-    ops.circle_noise(seed, heads, features, realizations, 0, dtype)
+    ops.circle_noise(seed, heads, features, realizations, 0, name)
 
 
 def conv(dtype, batch, length, heads, features, taps, realizations):

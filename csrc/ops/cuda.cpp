@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/codes.h"
@@ -61,8 +62,9 @@ void run(const Params& params, const at::Tensor& on) {
   } else {
     // Freed memory is given out again on the same stream only, so that it may be dropped while the
     // kernels that use it are still queued.
-    const at::Tensor scratch =
-        at::empty({static_cast<int64_t>(workspace(params))}, on.options().dtype(at::kByte));
+    // Never without an address, which launchers take for memory that is not there.
+    const auto size = std::max<int64_t>(1, static_cast<int64_t>(workspace(params)));
+    const at::Tensor scratch = at::empty({size}, on.options().dtype(at::kByte));
     if constexpr (std::is_invocable_v<Launch, const Params&, void*, bool, cuda::Stream>)
       launch(params, scratch.mutable_data_ptr(), allow_tf32(), stream);
     else

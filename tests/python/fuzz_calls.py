@@ -293,7 +293,7 @@ def conv_filter(draw):
             size = [n + p - 1 for n, p in zip(x.shape[1:-2], kernel.shape[2:], strict=True)]
             noise = functional.conv_noise(
                 seed, *kernel.shape[:2], size, num_realizations, dtype=torch.float64, **generated
-            ).to(kernel.dtype)
+            ).to(kernel)
         return (reference.conv_filter(x, kernel.to(noise.dtype), noise, constant),)
 
     return Call(

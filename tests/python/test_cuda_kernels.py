@@ -568,6 +568,15 @@ def attention(feature_map="elu", causal=False, normalize=True, state=False, eps=
 ATTENTION_TOLERANCES = {**TOLERANCES, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("queries", [0, 3])
+def test_no_tokens_leave_the_state_as_it_is(compare, queries, causal):
+    """Where scratch memory has no bytes."""
+    queries = 0 if causal else queries
+    inputs, grads = attention_inputs(torch.float64, 2, queries, 0, 2, 5, 3, state=True)
+    compare(attention(causal=causal, state=True), inputs, grads, 1e-12)
+
+
 # Causal attention has as many keys as queries.
 ATTENTION_CASES = [(name, "full") for name in ATTENTION_SHAPES]
 ATTENTION_CASES += [(name, "causal") for name, s in ATTENTION_SHAPES.items() if s[1] == s[2]]
@@ -688,7 +697,7 @@ def test_root_mean_square_norm(compare, values, causal, dtype):
 
     def function(q, k, v, s, z):
         return torch.ops.torch_spe.linear_attention(
-            q, k, v, "elu", causal, False, 1e-3, mask, None, s, z, True, rms_norm=True
+            q, k, v, "elu", causal, False, 1e-3, mask.to(q.device), None, s, z, True, rms_norm=True
         )[:3]
 
     compare(function, inputs, grads, ATTENTION_TOLERANCES[dtype])
@@ -761,7 +770,7 @@ def test_state_of_keys_alone(compare, dtype, packed, own):
 
     def function(k, v, s, z, dk):
         return torch.ops.torch_spe.linear_attention_state(
-            k, v, "elu", mask, bounds, s, z, dk, "relu"
+            k, v, "elu", on(k.device.type, mask), on(k.device.type, bounds), s, z, dk, "relu"
         )
 
     compare(function, [k, v, s, z, dk], (grad_s, grad_z), ATTENTION_TOLERANCES[dtype])

@@ -42,7 +42,9 @@ class Case:
             q, k = q.exp(), k.exp()
         decay = -strength * randn(*(sizes[name] for name in form)).abs()
         self.data = [q, k, randn(batch, length, heads, values), decay]
-        self.mask = here(torch.rand(batch, length, generator=generator) < 0.3) if masked else None
+        self.mask = None
+        if masked:
+            self.mask = here(torch.rand(batch, length, generator=generator, device="cpu") < 0.3)
         third = length // 3
         self.bounds = torch.tensor([0, 0, third, third, length]) if packed else None
         if state:
@@ -181,8 +183,10 @@ def test_steps_of_every_size(dtype, causal, form):
     case = Case(form, length=200, causal=causal, state=True)
     decay = case.data[3]
     steps = torch.tensor([0.0, -1e-7, -1e-3, -1.0, -50.0, -math.inf], dtype=torch.float64)
-    which = torch.randint(0, 6, decay.shape, generator=torch.Generator().manual_seed(0))
-    decay.copy_(here(steps[which]))
+    which = torch.randint(
+        0, 6, decay.shape, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
+    decay.copy_(steps[here(which)])
     decay[:, 100:] = decay[:, 100:].clamp(min=-1e-3)
     compare(case, dtype, 8)
 

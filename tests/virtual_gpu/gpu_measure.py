@@ -85,10 +85,9 @@ def peers(shape):
 
     return {
         "fla chunk, products": products(chunk_linear_attn, normalize=False),
-        "fla fused_chunk, products": products(fused_chunk_linear_attn, normalize=False),
         "fla chunk, products, decay": products(chunk_simple_gla, g_gamma=decay),
-        "fla fused_chunk, products, decay": products(fused_chunk_simple_gla, g_gamma=decay),
         "fla chunk, with map and normalization": whole(chunk_linear_attn),
+        "fla fused_chunk, products, decay": products(fused_chunk_simple_gla, g_gamma=decay),
         "fla fused_chunk, with map and normalization": whole(fused_chunk_linear_attn),
     }
 
