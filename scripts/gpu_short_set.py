@@ -90,6 +90,9 @@ def codes(dtype, heads, features, sines, realizations):
         ):
             outputs = (cycles, *ops.gate_code(query, key, gate, constant, 0.5))
             sum(t.sum() for t in outputs).backward()
+        cycles, amplitudes = ops.exact_code(freqs, gains, 0.5)
+        outputs = (cycles, *ops.gate_exact_code(amplitudes, gate))
+        sum(t.sum() for t in outputs).backward()
     ops.circle_noise(seed, heads, features, realizations, 0, name)
 
 

@@ -174,6 +174,43 @@ TORCH_SPE_INLINE void make_sine_code_backward(const SineCodeBackwardParams& p, s
   }
 }
 
+// Without noise a code is made of the frequencies and amplitudes themselves; nothing of offsets.
+struct ExactCodeParams : SineParameters {
+  double* cycles;    // [H, D, K, ndim]
+  void* amplitudes;  // [H, D, K]
+};
+struct ExactCodeBackwardParams : ExactCodeParams {
+  const double* grad_cycles;
+  const void* grad_amplitudes;
+  // Each of these may be null when its gradient is not wanted.
+  void *grad_freqs, *grad_gains;
+};
+
+// Sine `index` of [H, D, K].
+template <class T>
+TORCH_SPE_INLINE void make_exact_code(const ExactCodeParams& p, std::int64_t index) {
+  for (std::int64_t i = index * p.ndim; i < (index + 1) * p.ndim; ++i)
+    p.cycles[i] = cycles_of(i % p.ndim, static_cast<const T*>(p.freqs)[i]);
+  static_cast<T*>(p.amplitudes)[index] =
+      softplus(static_cast<const T*>(p.gains)[index]) * static_cast<T>(p.scale);
+}
+
+template <class T>
+TORCH_SPE_INLINE void make_exact_code_backward(const ExactCodeBackwardParams& p,
+                                               std::int64_t index) {
+  if (p.grad_freqs != nullptr) {
+    for (std::int64_t i = index * p.ndim; i < (index + 1) * p.ndim; ++i) {
+      static_cast<T*>(p.grad_freqs)[i] = static_cast<T>(
+          p.grad_cycles[i] * cycles_derivative(i % p.ndim, static_cast<const T*>(p.freqs)[i]));
+    }
+  }
+  if (p.grad_gains != nullptr) {
+    static_cast<T*>(p.grad_gains)[index] = static_cast<const T*>(p.grad_amplitudes)[index] *
+                                           sigmoid(static_cast<const T*>(p.gains)[index]) *
+                                           static_cast<T>(p.scale);
+  }
+}
+
 // Phase noise: pair i of realizations is sine k(i) alone, from a random phase.
 struct PhaseCodeParams : SineParameters {
   std::int64_t num_pairs;    // R / 2
@@ -348,6 +385,49 @@ TORCH_SPE_INLINE void gate_code_backward(const GateCodeBackwardParams& p, std::i
   const T of_constant = product(p.grad_constant, p.noise, noise_at, realizations);
   const T total = sum((constant * off * of_constant - coded * on * of_code) / 2);
   if (lane == 0) static_cast<T*>(p.grad_gate)[index] = total;
+}
+
+// The same gate of a code without noise, whose constant is one value for each feature.
+struct GateExactCodeParams {
+  DType dtype;             // of all tensors: float32 or float64
+  std::int64_t features;   // H D
+  std::int64_t num_sines;  // K
+  int num_threads;         // on the CPU
+  const void* amplitudes;  // [H D, K]
+  const void* gate;        // [H D]
+  void* gated;             // [H D, K]
+  void* constant;          // [H D]
+};
+struct GateExactCodeBackwardParams : GateExactCodeParams {
+  const void *grad_gated, *grad_constant;
+  // Each of these may be null when its gradient is not wanted.
+  void *grad_amplitudes, *grad_gate;
+};
+
+// Feature `index` of [H D].
+template <class T>
+TORCH_SPE_INLINE void gate_exact_code(const GateExactCodeParams& p, std::int64_t index) {
+  const T gate = static_cast<const T*>(p.gate)[index];
+  scale_row<T, 1>(square_root(sigmoid(-gate)), p.amplitudes, index * p.num_sines, p.num_sines,
+                  p.gated, 0);
+  static_cast<T*>(p.constant)[index] = square_root(sigmoid(gate));
+}
+
+template <class T>
+TORCH_SPE_INLINE void gate_exact_code_backward(const GateExactCodeBackwardParams& p,
+                                               std::int64_t index) {
+  const T gate = static_cast<const T*>(p.gate)[index];
+  const T off = sigmoid(-gate), on = sigmoid(gate);
+  const T coded = square_root(off), constant = square_root(on);
+  const std::int64_t at = index * p.num_sines;
+  if (p.grad_amplitudes != nullptr)
+    scale_row<T, 1>(coded, p.grad_gated, at, p.num_sines, p.grad_amplitudes, 0);
+  if (p.grad_gate == nullptr) return;
+  T of_code = 0;
+  for (std::int64_t i = at; i < at + p.num_sines; ++i)
+    of_code += static_cast<const T*>(p.grad_gated)[i] * static_cast<const T*>(p.amplitudes)[i];
+  const T of_constant = static_cast<const T*>(p.grad_constant)[index];
+  static_cast<T*>(p.grad_gate)[index] = (constant * off * of_constant - coded * on * of_code) / 2;
 }
 
 // Noise of these codes, in the way of core/noise.h: words 0 and 1 of the counter are an index and

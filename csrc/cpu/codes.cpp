@@ -153,6 +153,17 @@ void sine_code_backward(const SineCodeBackwardParams& p) {
   });
 }
 
+void exact_code(const ExactCodeParams& p) {
+  for_each_sine(
+      p, [&](auto element, std::int64_t i) { core::make_exact_code<decltype(element)>(p, i); });
+}
+
+void exact_code_backward(const ExactCodeBackwardParams& p) {
+  for_each_sine(p, [&](auto element, std::int64_t i) {
+    core::make_exact_code_backward<decltype(element)>(p, i);
+  });
+}
+
 void phase_code(const PhaseCodeParams& p) {
   with_type(p, [&](auto element) { make_phase_codes<decltype(element)>(p); });
 }
@@ -170,6 +181,18 @@ void gate_code(const GateCodeParams& p) {
 void gate_code_backward(const GateCodeBackwardParams& p) {
   for_each_feature(p, p.features, [&](auto element, std::int64_t i) {
     core::gate_code_backward<decltype(element), 1>(p, i, 0, same);
+  });
+}
+
+void gate_exact_code(const GateExactCodeParams& p) {
+  for_each_feature(p, p.features, [&](auto element, std::int64_t i) {
+    core::gate_exact_code<decltype(element)>(p, i);
+  });
+}
+
+void gate_exact_code_backward(const GateExactCodeBackwardParams& p) {
+  for_each_feature(p, p.features, [&](auto element, std::int64_t i) {
+    core::gate_exact_code_backward<decltype(element)>(p, i);
   });
 }
 

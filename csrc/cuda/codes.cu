@@ -44,6 +44,20 @@ struct MakeSineCodeBackward {
   }
 };
 template <class T>
+struct MakeExactCode {
+  static constexpr int kItemLanes = 1;
+  core::ExactCodeParams p;
+  TORCH_SPE_DEVICE void operator()(std::int64_t i, int) const { core::make_exact_code<T>(p, i); }
+};
+template <class T>
+struct MakeExactCodeBackward {
+  static constexpr int kItemLanes = 1;
+  core::ExactCodeBackwardParams p;
+  TORCH_SPE_DEVICE void operator()(std::int64_t i, int) const {
+    core::make_exact_code_backward<T>(p, i);
+  }
+};
+template <class T>
 struct MakePhaseCode {
   static constexpr int kItemLanes = 1;
   core::PhaseCodeParams p;
@@ -99,6 +113,21 @@ struct GateCodeBackward {
   core::GateCodeBackwardParams p;
   TORCH_SPE_DEVICE void operator()(std::int64_t i, int lane) const {
     core::gate_code_backward<T, kLanes>(p, i, lane, WarpSum{});
+  }
+};
+
+template <class T>
+struct GateExactCode {
+  static constexpr int kItemLanes = 1;
+  core::GateExactCodeParams p;
+  TORCH_SPE_DEVICE void operator()(std::int64_t i, int) const { core::gate_exact_code<T>(p, i); }
+};
+template <class T>
+struct GateExactCodeBackward {
+  static constexpr int kItemLanes = 1;
+  core::GateExactCodeBackwardParams p;
+  TORCH_SPE_DEVICE void operator()(std::int64_t i, int) const {
+    core::gate_exact_code_backward<T>(p, i);
   }
 };
 
@@ -175,6 +204,15 @@ void sine_code_backward(const core::SineCodeBackwardParams& p, Stream stream) {
       p, [&](const auto& make) { for_each_item(num_sines(p), make, stream); });
 }
 
+void exact_code(const core::ExactCodeParams& p, Stream stream) {
+  with_type<MakeExactCode>(p, [&](const auto& make) { for_each_item(num_sines(p), make, stream); });
+}
+
+void exact_code_backward(const core::ExactCodeBackwardParams& p, Stream stream) {
+  with_type<MakeExactCodeBackward>(
+      p, [&](const auto& make) { for_each_item(num_sines(p), make, stream); });
+}
+
 void phase_code(const core::PhaseCodeParams& p, Stream stream) {
   with_type<MakePhaseCode>(p, [&](const auto& make) {
     for_each_item(p.num_heads * p.in_features * p.num_pairs, make, stream);
@@ -193,6 +231,15 @@ void gate_code(const core::GateCodeParams& p, Stream stream) {
 void gate_code_backward(const core::GateCodeBackwardParams& p, Stream stream) {
   with_type<GateCodeBackward>(p,
                               [&](const auto& make) { for_each_item(p.features, make, stream); });
+}
+
+void gate_exact_code(const core::GateExactCodeParams& p, Stream stream) {
+  with_type<GateExactCode>(p, [&](const auto& make) { for_each_item(p.features, make, stream); });
+}
+
+void gate_exact_code_backward(const core::GateExactCodeBackwardParams& p, Stream stream) {
+  with_type<GateExactCodeBackward>(
+      p, [&](const auto& make) { for_each_item(p.features, make, stream); });
 }
 
 void phase_noise(const core::PhaseNoiseParams& p, Stream stream) {

@@ -28,31 +28,42 @@ Sizes with_grid(Sizes sizes, const at::Tensor& freqs) {
   return sizes;
 }
 
-Sizes check_parameters(const char* op, const SineParameterArguments& a) {
-  check_data(op, "gains", a.gains, 3, "[H, D, K]");
-  const Sizes sizes = a.gains.sym_sizes().vec();
-  TORCH_CHECK_VALUE(a.freqs.dim() == 3 || (a.freqs.dim() == 4 && a.freqs.sym_size(3) > 0), op,
+Sizes check_sines(const char* op, const at::Tensor& freqs, const at::Tensor& gains) {
+  check_data(op, "gains", gains, 3, "[H, D, K]");
+  const Sizes sizes = gains.sym_sizes().vec();
+  TORCH_CHECK_VALUE(freqs.dim() == 3 || (freqs.dim() == 4 && freqs.sym_size(3) > 0), op,
                     ": freqs must have shape [H, D, K] or [H, D, K, ndim], got ",
-                    a.freqs.sym_sizes());
-  check_like(op, "freqs", a.freqs, with_grid(sizes, a.freqs), "gains", a.gains);
-  check_like(op, "offsets", a.offsets, sizes, "gains", a.gains);
+                    freqs.sym_sizes());
+  check_like(op, "freqs", freqs, with_grid(sizes, freqs), "gains", gains);
   TORCH_CHECK_VALUE(sizes[2] > 0, op, ": gains must have at least one sine (K >= 1), got shape ",
-                    a.gains.sym_sizes());
+                    gains.sym_sizes());
   return sizes;
+}
+
+Sizes check_parameters(const char* op, const SineParameterArguments& a) {
+  const Sizes sizes = check_sines(op, a.freqs, a.gains);
+  check_like(op, "offsets", a.offsets, sizes, "gains", a.gains);
+  return sizes;
+}
+
+void fill_sines(core::SineParameters& p, const at::Tensor& freqs, const at::Tensor& gains,
+                double scale, KernelTensors& kept) {
+  p.dtype = to_dtype(gains.scalar_type());
+  p.num_heads = gains.size(0);
+  p.in_features = gains.size(1);
+  p.num_sines = gains.size(2);
+  p.ndim = freqs.dim() == 4 ? freqs.size(3) : 1;
+  p.scale = scale;
+  p.num_threads = at::get_num_threads();
+  p.freqs = kept.contiguous(freqs);
+  p.offsets = nullptr;
+  p.gains = kept.contiguous(gains);
 }
 
 void fill_parameters(core::SineParameters& p, const SineParameterArguments& a,
                      KernelTensors& kept) {
-  p.dtype = to_dtype(a.gains.scalar_type());
-  p.num_heads = a.gains.size(0);
-  p.in_features = a.gains.size(1);
-  p.num_sines = a.gains.size(2);
-  p.ndim = a.freqs.dim() == 4 ? a.freqs.size(3) : 1;
-  p.scale = a.scale;
-  p.num_threads = at::get_num_threads();
-  p.freqs = kept.contiguous(a.freqs);
+  fill_sines(p, a.freqs, a.gains, a.scale, kept);
   p.offsets = kept.contiguous(a.offsets);
-  p.gains = kept.contiguous(a.gains);
 }
 
 }  // namespace torch_spe::ops

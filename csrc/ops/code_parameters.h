@@ -1,5 +1,5 @@
-// Checks and parameters that the operators share which make codes of sines: sine_code, phase_code
-// and gate_code. The modules call them; what they compute stands in core/codes.h.
+// Checks and parameters that the operators share which make codes of sines and gate them. The
+// modules call them; what they compute stands in core/codes.h.
 #pragma once
 
 #include <vector>
@@ -31,6 +31,10 @@ struct SineParameterArguments {
 // Returns [H, D, K].
 Sizes check_parameters(const char* op, const SineParameterArguments& a);
 void fill_parameters(core::SineParameters& p, const SineParameterArguments& a, KernelTensors& kept);
+// The same without offsets.
+Sizes check_sines(const char* op, const at::Tensor& freqs, const at::Tensor& gains);
+void fill_sines(core::SineParameters& p, const at::Tensor& freqs, const at::Tensor& gains,
+                double scale, KernelTensors& kept);
 
 // The gradient of output i, contiguous; zeros where there is none.
 template <class Op>

@@ -97,10 +97,14 @@ bool register_cuda_kernels() {
   add<cuda::sine_filter_backward, cuda::sine_filter_backward_workspace>(TableType::kOfX);
   add<cuda::sine_code>();
   add<cuda::sine_code_backward>();
+  add<cuda::exact_code>();
+  add<cuda::exact_code_backward>();
   add<cuda::phase_code>();
   add<cuda::phase_code_backward>();
   add<cuda::gate_code>();
   add<cuda::gate_code_backward>();
+  add<cuda::gate_exact_code>();
+  add<cuda::gate_exact_code_backward>();
   add<cuda::phase_noise>();
   add<cuda::circle_noise>();
   return true;

@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 import torch
 from helpers import here
-from test_codes import plain_gate_code, plain_phase_code, plain_sine_code
+from test_codes import (
+    plain_exact_code,
+    plain_gate_code,
+    plain_gate_exact_code,
+    plain_phase_code,
+    plain_sine_code,
+)
 
 from torch_spe import functional, reference
 from torch_spe.feature_maps import apply_feature_map
@@ -527,6 +533,29 @@ def phase_code(draw):
     )  # fmt: skip
 
 
+def exact_code(draw):
+    arguments, shapes, _, _ = code_parameters(draw)
+    del arguments["offsets"], shapes["offsets"]
+    arguments["scale"] = 0.3
+    return Call(
+        "exact_code", arguments, shapes, lambda **a: functional.exact_code(**a),
+        lambda **a: plain_exact_code(**a),
+    )  # fmt: skip
+
+
+def gate_exact_code(draw):
+    dtype = draw.choose(torch.float32, torch.float64)
+    code = draw.size("H", most=5), draw.size("D")
+    arguments = {
+        "amplitudes": draw.tensor(draw.normal(*code, draw.size("K", most=17)), dtype),
+        "gate": draw.tensor(draw.normal(*code), dtype),
+    }
+    return Call(
+        "gate_exact_code", arguments, {"amplitudes": "H D K", "gate": "H D"},
+        lambda **a: functional.gate_exact_code(**a), lambda **a: plain_gate_exact_code(**a),
+    )  # fmt: skip
+
+
 def gate_code(draw):
     dtype = draw.choose(torch.float32, torch.float64)
     heads, features = draw.size("H", most=5), draw.size("D")
@@ -549,7 +578,8 @@ OPERATORS = {
     f.__name__: f
     for f in (
         sine_filter, phasor_filter, sine_features, rotary, conv_filter, conv_noise,
-        linear_attention, linear_attention_state, sine_code, phase_code, gate_code,
+        linear_attention, linear_attention_state, sine_code, phase_code, exact_code,
+        gate_code, gate_exact_code,
     )
 }  # fmt: skip
 

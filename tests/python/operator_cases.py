@@ -67,13 +67,23 @@ def _phase_code():
     return [*parameters, sine, _draw(2, 3, 5), _draw(2, 3, 5).flip(0), 0.7]
 
 
+def _exact_code():
+    return [_draw(2, 3, 4), _draw(2, 3, 4).flip(0), 0.7]
+
+
+def _gate_exact_code():
+    return [_draw(2, 3, 4), _draw(2, 3)]
+
+
 def _gate_code():
     return [_draw(2, 3, 4, 5), _draw(2, 3, 4, 5), _draw(2, 3).sigmoid(), _draw(2, 3, 5), 0.7]
 
 
 DIFFERENTIABLE = {
     "conv_filter": _conv_filter,
+    "exact_code": _exact_code,
     "gate_code": _gate_code,
+    "gate_exact_code": _gate_exact_code,
     "linear_attention": _linear_attention,
     "linear_attention_state": _linear_attention_state,
     "phase_code": _phase_code,

@@ -48,6 +48,15 @@ def plain_phase_code(freqs, offsets, gains, bandwidths, sine, phases, deviates, 
     return cycles, amplitudes * unit(angle + pick(offsets)), amplitudes * unit(angle)
 
 
+def plain_exact_code(freqs, gains, scale):
+    return cycles_of(freqs), torch.nn.functional.softplus(gains) * scale
+
+
+def plain_gate_exact_code(amplitudes, gate):
+    share = gate.sigmoid()
+    return amplitudes * (1 - share).sqrt()[..., None], share.sqrt()
+
+
 def plain_gate_code(query, key, gate, noise, scale):
     def wide(values):
         return values[(...,) + (None,) * (query.dim() - 2)]
@@ -84,6 +93,11 @@ def gate_arguments(shape=(4, 5), real=7):
     return [draw(*code), draw(*code), 3 * draw(*code[:2]), draw(*code[:2], real), 0.3]
 
 
+def exact_arguments(sines=5, ndim=0):
+    freqs, _, gains, _, scale = sine_arguments(sines, 1, ndim)
+    return [freqs, gains, scale]
+
+
 def randomly(seed):
     source = torch.Generator().manual_seed(seed)
     return lambda *shape: randn(*shape, generator=source)
@@ -107,7 +121,12 @@ CASES = {
     "phase_code without bandwidths": (
         ops.phase_code, plain_phase_code, phase_arguments(bandwidth=False), (0, 1, 2),
     ),
+    "exact_code": (ops.exact_code, plain_exact_code, exact_arguments(), (0, 1)),
+    "exact_code on a grid": (ops.exact_code, plain_exact_code, exact_arguments(1, 3), (0, 1)),
     "gate_code": (ops.gate_code, plain_gate_code, gate_arguments(), (0, 1, 2, 3)),
+    "gate_exact_code": (
+        ops.gate_exact_code, plain_gate_exact_code, gate_arguments((4,))[::2][:2], (0, 1),
+    ),
     "gate_code of large codes": (
         ops.gate_code, plain_gate_code, gate_arguments((3, 30), 65), (0, 1, 2, 3),
     ),
@@ -140,7 +159,7 @@ def test_values_and_gradients(case, dtype):
     results = outputs_and_gradients(op, narrow, wanted)
     for i, (got, right) in enumerate(zip(results, expected, strict=True)):
         # Frequencies are float64 whatever their logits are.
-        is_frequencies = i == 0 and op is not ops.gate_code
+        is_frequencies = i == 0 and op not in (ops.gate_code, ops.gate_exact_code)
         assert got.dtype == (torch.float64 if is_frequencies else dtype)
         assert_close(got, right, dtype)
 
@@ -154,7 +173,10 @@ def test_some_gradients(case):
         assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", ["sine_code", "phase_code", "gate_code"])
+NAMES = ["sine_code", "phase_code", "exact_code", "gate_code", "gate_exact_code"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_strides(name):
     op, _, arguments, wanted = CASES[name]
 
@@ -180,6 +202,13 @@ def test_a_saturated_gate_has_finite_gradients(gate):
     results = outputs_and_gradients(ops.gate_code, arguments, (0, 1, 2, 3))
     assert all(torch.isfinite(t).all() for t in results)
     power = results[0].square().sum() / here(query).square().sum()
+    amplitudes, gates = query[..., 0], torch.full_like(gates, gate)
+    exact = outputs_and_gradients(ops.gate_exact_code, [amplitudes, gates], (0, 1))
+    assert all(torch.isfinite(t).all() for t in exact)
+    assert_close(
+        exact[0].square() + exact[1].square()[..., None] * here(amplitudes).square(),
+        here(amplitudes).square(),
+    )
     assert_close(power, here(torch.tensor(1 / (1 + math.exp(gate)), dtype=torch.float64)))
 
 
@@ -194,7 +223,7 @@ def test_large_gains_and_offsets():
         assert_close(got, right, factor=10)
 
 
-@pytest.mark.parametrize("name", ["sine_code", "phase_code", "gate_code"])
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
     op, _, arguments, wanted = CASES[name]
     arguments = convert(arguments, lambda t: t.detach().clone())
@@ -232,6 +261,16 @@ ERRORS = {
     "noise": ("sine_code", change(3, lambda t: t[0]), "sine_code: noise must have 4 dimensions"),
     "rows": ("sine_code", change(3, lambda t: t[:, :, 1:]), "sine_code: noise must have shape"),
     "type": ("sine_code", change(3, lambda t: t.float()), "sine_code: noise must be Double like"),
+    "exact freqs": (
+        "exact_code", change(0, lambda t: t[..., 1:]), "exact_code: freqs must have shape",
+    ),
+    "exact gains": ("exact_code", change(1, lambda t: t.half()), "gains must be float32 or flo"),
+    "amplitudes": (
+        "gate_exact_code", change(0, lambda t: t[0]), "gate_exact_code: amplitudes must have 3 dim",
+    ),
+    "gated": (
+        "gate_exact_code", change(1, lambda t: t[1:]), "gate_exact_code: amplitudes must have shap",
+    ),
     "half": ("gate_code", change(2, lambda t: t.half()), "gate must be float32 or float64"),
     "sine": ("phase_code", change(4, lambda t: t.int()), "phase_code: sine must be int64"),
     "pairs": ("phase_code", change(5, lambda t: t[..., 1:]), "phase_code: phases must have shape"),

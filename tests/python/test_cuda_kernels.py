@@ -295,6 +295,8 @@ def test_codes(compare, shape, dtype):
     check(lambda *t: ops.phase_code(*t, 0.3), without_bandwidths, [0, 1, 2])
     code = [draw(pairs, 2), draw(pairs, 2), draw(), draw(2 * pairs)]
     check(lambda *t: ops.gate_code(*t, 0.3), code, [0, 1, 2, 3])
+    check(lambda *t: ops.exact_code(*t, 0.3), parameters[::2], [0, 1])
+    check(ops.gate_exact_code, [draw(sines), draw()], [0, 1])
 
 
 @pytest.mark.parametrize("ndim", [0, 1, 2])

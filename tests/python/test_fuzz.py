@@ -182,7 +182,9 @@ EMPTY = {
     "linear_attention_state": ("B M H", "R E F"),
     "sine_code": ("H D R", "K ndim"),
     "phase_code": ("H D R", "K ndim"),
+    "exact_code": ("H D", "K ndim"),
     "gate_code": ("H D C0 C1 R", ""),
+    "gate_exact_code": ("H D K", ""),
 }
 
 

@@ -318,10 +318,8 @@ class ExactCode(SinusoidCode):
         if noise is not None:
             raise ValueError("SPEFilter: noise must be None with a code without noise")
         check_no_gate(self, self.constant)
-        coded, constant = gate_scales(gate)
-        return dataclasses.replace(
-            self, amplitudes=self.amplitudes * coded[..., None], constant=constant
-        )
+        amplitudes, constant = functional.gate_exact_code(self.amplitudes, gate.to(self.dtype))
+        return dataclasses.replace(self, amplitudes=amplitudes, constant=constant)
 
     def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
         """Give the cosines, sines and gate of a feature its value; see `Encoder.spread`."""
@@ -354,6 +352,8 @@ class ExactCode(SinusoidCode):
         # R / D = blocks; the products of all R features count, not their mean.
         blocks = 2 * self.amplitudes.shape[2] + int(self.constant is not None)
         scale = blocks**0.25 * self.factor
+        if abs(scale - 1) < 1e-15:  # as the layers have it
+            return self.amplitudes, self.constant
         return self.amplitudes * scale, scale_constant(self.constant, scale)
 
     @without_autocast
@@ -387,9 +387,3 @@ def rotation(
     turns = by.to(torch.float64).view(-1, *[1] * cycles.dim()) * cycles.double()
     angles = (2 * math.pi * (turns - turns.round())).unsqueeze(-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def gate_scales(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(1 - g) and sqrt(g), g = sigmoid(gate); derivatives are finite for any gate."""
-    gate = gate.to(code_type(gate))
-    return (0.5 * F.logsigmoid(-gate)).exp(), (0.5 * F.logsigmoid(gate)).exp()

@@ -50,6 +50,38 @@ def sine_code(
 
 
 @names_arguments
+def exact_code(
+    freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
+    gains: Tensor,  # [H, D, K]
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # like freqs, [H, D, K]
+    r"""Make frequencies and amplitudes for `sine_features` from the parameters of `SineSPE`.
+
+    The amplitudes are :math:`s\, \mathrm{softplus}(g_k)`, the frequencies those of `sine_code`.
+
+    Args:
+        freqs: logits of the frequencies, ``[H, D, K]`` or ``[H, D, K, ndim]``; float32 or float64,
+            as all arguments.
+        gains: g, ``[H, D, K]``.
+        scale: s.
+
+    Returns:
+        Frequencies in cycles per position, of the shape of ``freqs`` and in float64, and
+        amplitudes, ``[H, D, K]``. Differentiable in both tensors.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> cycles, amplitudes = exact_code(torch.randn(4, 16, 2), torch.zeros(4, 16, 2), 0.5)
+        >>> print(f"{amplitudes[0, 0, 0]:.4f}")  # log(2) / 2
+        0.3466
+    """
+    return torch.ops.torch_spe.exact_code(freqs, gains, scale)
+
+
+@names_arguments
 def phase_code(
     freqs: Tensor,  # [H, D, K] or [H, D, K, ndim]
     offsets: Tensor,  # [H, D, K]
@@ -136,3 +168,33 @@ def gate_code(
         0.7071, 0.3536
     """
     return torch.ops.torch_spe.gate_code(query, key, gate, noise, scale)
+
+
+@names_arguments
+def gate_exact_code(
+    amplitudes: Tensor,  # [H, D, K]
+    gate: Tensor,  # [H, D]
+) -> tuple[Tensor, Tensor]:  # [H, D, K], [H, D]
+    r"""Mix a code without noise with a part that does not depend on the position.
+
+    With g = sigmoid(gate): :math:`\sqrt{1 - g}` times the amplitudes, and the constant
+    :math:`\sqrt g` for the argument of this name of `sine_features`.
+
+    Args:
+        amplitudes: of the sines, ``[H, D, K]``; float32 or float64, as the gate.
+        gate: logits of g, ``[H, D]``.
+
+    Returns:
+        What is left of the amplitudes, and the constant, ``[H, D]``. Differentiable in both
+        tensors; derivatives are finite for any gate.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+
+    Example:
+        >>> gated, constant = gate_exact_code(torch.ones(4, 16, 2), torch.zeros(4, 16))
+        >>> print(f"{gated[0, 0, 0]:.4f}, {constant[0, 0]:.4f}")
+        0.7071, 0.7071
+    """
+    return torch.ops.torch_spe.gate_exact_code(amplitudes, gate)

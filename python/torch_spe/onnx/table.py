@@ -16,7 +16,8 @@ from torch_spe.onnx.seeds import seeded_values
 
 # They make codes and noise, which `fold_constants` replaces unless each call draws them anew.
 _OF_CODES = (
-    "sine_code", "phase_code", "gate_code", "conv_noise", "phase_noise", "circle_noise",
+    "sine_code", "phase_code", "exact_code", "gate_code", "gate_exact_code", "conv_noise",
+    "phase_noise", "circle_noise",
 )  # fmt: skip
 
 

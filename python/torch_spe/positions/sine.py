@@ -272,9 +272,11 @@ class SineSPE(SPE):
             if noise is not None:
                 raise ValueError("SineSPE: noise must be None with noise='exact', got a noise")
             self.check_realizations(self._realizations(num_realizations, None))
-            freqs, offsets, gains, _ = parameters
-            fields = self._cycles(freqs), kernel_amplitudes(gains), offsets.to(code_type(offsets))
-            return ExactCode(*fields, size, start, positions)
+            freqs, offsets, gains = parameters.wide()
+            cycles, amplitudes = functional.exact_code(
+                freqs, gains, 1 / math.sqrt(2 * self.num_sines)
+            )
+            return ExactCode(cycles, amplitudes, offsets, size, start, positions)
         if self.noise == "phase":
             if noise is None:
                 num_realizations = self._realizations(num_realizations, None)
