@@ -135,6 +135,9 @@ def cpp_sources():
 def main(arguments):
     sources = cpp_sources()
     ruff = (sys.executable, "-m", "ruff")
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     if arguments == ["--fix"]:
         fixed = [
             run("clang-format", "-i", *sources),
