@@ -1,8 +1,10 @@
 """Measures on a GPU what gpu_model.py predicts for an H100: the times of an operator's kernels.
 
     python tests/virtual_gpu/gpu_measure.py [OPERATOR ...] [--peer] [--json FILE] [name=value ...]
+    python tests/virtual_gpu/gpu_measure.py --layers fading,sine,none,softmax [name=value ...]
 
-Operators and shape names are those of gpu_profile.py. A time is the sum of the times of all kernels
+Operators and shape names are those of gpu_profile.py. --layers measures whole self-attention layers
+instead, of width H D, and lists the kernels that take most of the time, PyTorch's included. A time is the sum of the times of all kernels
 that a pass starts, as PyTorch's profiler has them, mean of `--repeats` passes: launch overhead is left
 out, kernels of PyTorch (sums, casts) are not. --peer also measures flash-linear-attention's kernels
 (its products alone, and with the map and the normalization that ours has inside).
@@ -92,17 +94,58 @@ def peers(shape):
     }
 
 
+def layer(position, heads, features, dtype):
+    """A causal self-attention layer as a function of its input, and its parameters."""
+    width = heads * features
+    if position == "softmax":
+        module = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+    else:
+        position = None if position == "none" else position
+        module = torch_spe.SPEMultiheadAttention(width, heads, batch_first=True, position=position)
+    module = module.to("cuda", dtype)
+    options = {"need_weights": False, "is_causal": True}
+
+    def run(x):
+        mask = None
+        if position == "softmax":
+            mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device)
+        return module(x, x, x, attn_mask=mask, **options)[0]
+
+    return run, list(module.parameters())
+
+
+def measure_layers(positions, shape, repeats):
+    """Print the times of layers and of their costliest kernels."""
+    dtype = getattr(torch, shape["dtype"])
+    width = shape["H"] * shape["D"]
+    x = torch.randn(shape["B"], shape["N"], width, device="cuda", dtype=dtype).requires_grad_()
+    for position in positions:
+        run, parameters = layer(position, shape["H"], shape["D"], dtype)
+        for which, seconds, kernels in passes(
+            lambda x, *_, run=run: run(x), [x, *parameters], repeats
+        ):
+            count = round(sum(count for count, _ in kernels.values()))
+            print(f"\n{position}, {which}: {1e3 * seconds:.3f} ms in {count} kernels", flush=True)
+            worst = sorted(kernels.items(), key=lambda item: -item[1][1])[:12]
+            for name, (times, time) in worst:
+                print(f"  {1e3 * time:.3f} ms {times:5.1f} x {name[:150]}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", help="operators (default: all) and name=value")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--repeats", type=int, default=20, help="passes (default: 20)")
+    parser.add_argument("--layers", default="", help="positions, separated by commas")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     shape = shape_of(item for item in arguments.what if "=" in item)
     operators = [item for item in arguments.what if "=" not in item] or OPERATORS
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, measured:")
     print(" ".join(f"{name}={value}" for name, value in shape.items()) + "\n")
+    if arguments.layers:
+        measure_layers(arguments.layers.split(","), shape, arguments.repeats)
+        return
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     results = []
 
