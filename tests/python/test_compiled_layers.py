@@ -81,6 +81,16 @@ def test_one_graph_for_all_lengths_and_starts(training):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_queries_and_keys_of_different_lengths(dynamic):
+    layer = SPEMultiheadAttention(DIM, HEADS, batch_first=True).eval()
+    torch._dynamo.reset()
+    fast = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="eager")
+    for queries, keys in ((7, 5), (5, 9), (6, 6)):
+        x, y = torch.randn(2, queries, DIM), torch.randn(2, keys, DIM)
+        assert error(fast(x, y, y)[0], layer(x, y, y)[0]) < 1e-5
+
+
 def test_one_graph_for_all_starts_with_fractions():
     layer = SPETransformerEncoderLayer(DIM, HEADS, 32, 0.0, batch_first=True).eval()
     torch._dynamo.reset()

@@ -383,6 +383,27 @@ def test_positions_of_narrow_integers():
         layer(x, x, x, positions=torch.tensor([5, 2], dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("kind", ["learned", "feature", "data"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_stands_with_the_tokens_beside_it(kind, causal):
+    """Whatever positions it is given, as models of transformers give it 0 or 1."""
+    layer, x = make("exact", decay=kind), inputs()[:, :8]
+    real = torch.tensor([0, 2, 3, 7])
+    expected, _ = layer(x[:, :4], x[:, :4], x[:, :4], positions=real, is_causal=causal)
+    for places, tokens in (
+        ([1, 1, 0, 2, 3, 7, 1, 0], slice(2, 6)),
+        ([0, 2, 3, 7, 9, 0, -5, 3], slice(0, 4)),
+        ([9, 8, 7, 6, 0, 2, 3, 7], slice(4, 8)),
+    ):
+        padded, mask = x.flip(1), torch.ones(len(x), 8, dtype=torch.bool)
+        padded[:, tokens], mask[:, tokens] = x[:, :4], False
+        out, _ = layer(
+            padded, padded, padded, positions=torch.tensor(places), key_padding_mask=mask,
+            is_causal=causal,
+        )  # fmt: skip
+        torch.testing.assert_close(out[:, tokens], expected)
+
+
 def test_wrong_calls():
     x = inputs()
     layer = make(None, decay="data")

@@ -202,7 +202,7 @@ def _log_decay(
     if layer.decay.kind == "data" and call.mask is not None:  # padding may hold anything
         unusable = call.mask[:, : source.shape[1], None] & ~source.isfinite()
         source = source.masked_fill(unusable, 0)
-    steps = fading.steps_of_call(layer.decay, source, call.places, q.shape[1])
+    steps = fading.steps_of_call(layer.decay, source, call.places, q.shape[1], call.mask)
     return fading.steps_of_features(
         layer.decay, steps, encoder, q.shape[-1], layer.decay_gate, q.shape[0]
     )

@@ -107,6 +107,7 @@ def steps_of_call(
     x: Tensor,  # [B, M, kdim]
     places: Places,
     length: int,
+    mask: Tensor | None = None,  # [B, M]
 ) -> Tensor:  # [H], [H, D], [B, N, H] or [B, N, H, D]
     """Return the steps of a call of a layer whose keys are projected from `x`."""
     if decay.kind == "data" and x.shape[1] != length:
@@ -121,10 +122,23 @@ def steps_of_call(
     if between is None:
         assert places.positions is not None
         positions = places.positions if places.each else places.positions.unsqueeze(0)
-        between = steps_between(positions.squeeze(-1) if positions.dim() == 3 else positions)
+        positions = positions.squeeze(-1) if positions.dim() == 3 else positions
+        if mask is not None and mask.shape[1] == positions.shape[1]:
+            positions = positions.expand(len(mask), -1).gather(1, tokens_before(mask))
+        between = steps_between(positions)
     check_rising(OWNER, between)
     after_tokens = steps.dim() - (2 if decay.kind == "data" else 0)  # dimensions
     return steps * between.to(steps.dtype).view(*between.shape, *[1] * after_tokens)
+
+
+def tokens_before(
+    mask: Tensor,  # [B, N]
+) -> Tensor:  # [B, N]
+    """Return where padding stands: at the last token before it, or else at the first one."""
+    real = ~mask
+    last = (torch.arange(mask.shape[1], device=mask.device) * real).cummax(dim=1).values
+    first = real.to(torch.int8).argmax(dim=1, keepdim=True)
+    return torch.maximum(last, first)
 
 
 def pad_to_one_length(
@@ -135,7 +149,8 @@ def pad_to_one_length(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Append queries that nobody reads or keys that are padding: there is one order to fade in."""
     more = q.shape[1] - k.shape[1]
-    if torch.compiler.is_exporting():  # either of them may be longer in later calls
+    # Exported, either of them may be longer in later calls; dynamo always says that it exports.
+    if isinstance(more, torch.SymInt) and torch.compiler.is_exporting():
         q, more = F.pad(q, (0, 0, 0, 0, 0, torch.sym_max(0, -more))), torch.sym_max(0, more)
     elif more < 0:
         return F.pad(q, (0, 0, 0, 0, 0, -more)), k, v, mask
