@@ -44,7 +44,7 @@ QUICK = {
     "encodings": [
         "exact",
         "decay",
-        "rotary-random-decay",
+        "rotary-random-decay-near",
         "exact-decay",
         "softmax-rotary-random",
     ],
@@ -74,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"which of {', '.join(ENCODINGS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--baseline", choices=ENCODINGS, default="rotary-random-decay", metavar="NAME",
+        "--baseline", choices=ENCODINGS, default="rotary-random-decay-near", metavar="NAME",
         help="the encoding that the others are compared with",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each encoding")

@@ -30,7 +30,8 @@ def parameter_groups(
             `torch_spe.SPEFilter` modules; in general what the method ``position_parameters`` of a
             module returns), as a multiple of ``lr``.
         decay_lr_scale: that of the rates of `torch_spe.Decay` (in general what the method
-            ``decay_parameters`` of a module returns), likewise.
+            ``decay_parameters`` of a module returns), likewise. The projection of a decay from the
+            input is a weight like others.
         spe_options: further options of the groups of positions and decays; default
             ``weight_decay=0``: there is no reason why a frequency should be drawn to the value of
             parameter 0.

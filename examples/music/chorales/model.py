@@ -68,7 +68,7 @@ ENCODINGS = {
     "rotary-decay": Encoding(
         "rotary, random frequencies, decay",
         position=lambda: RotaryPositions(HEADS, WIDTH // HEADS, frequencies="random"),
-        layer={"decay": "learned"},
+        layer={"decay": "learned", "decay_range": (8, 512)},  # their best in docs/experiments.md
         lr=8e-3,
     ),
     "exact-decay": Encoding(
