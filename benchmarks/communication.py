@@ -69,9 +69,9 @@ class Counter(TorchDispatchMode):
             self.sent += arguments[0].nbytes * others
         elif name in ("_c10d_functional::all_reduce", "c10d::allreduce_"):
             self.sent += 2 * arguments[0].nbytes * others // self.ranks  # scattered, then gathered
-        elif name == "c10d::send":
-            self.sent += sum(x.nbytes for x in arguments[0])
-        elif "c10d" in name and not any(x in name for x in ("wait", "wrap", "recv", "allgather")):
+        elif name == "_c10d_functional::all_to_all_single":  # to one rank or none
+            self.sent += arguments[0].nbytes
+        elif "c10d" in name and not any(x in name for x in ("wait", "wrap", "allgather")):
             raise NotImplementedError(f"bytes of {name}")
         return function(*arguments, **(keywords or {}))
 

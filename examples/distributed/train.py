@@ -124,8 +124,8 @@ def train(options: argparse.Namespace) -> list[float]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if ranks % options.sequence_ranks != 0:
         raise SystemExit(f"{options.sequence_ranks} ranks of a sequence do not divide {ranks}")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    device = torch.device(options.device)
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.manual_seed(options.seed)  # all ranks make the same model
@@ -191,13 +191,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--report", type=int, default=10, help="steps between two reports")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
     try:
         train(options)
     finally:

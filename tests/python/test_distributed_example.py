@@ -1,5 +1,8 @@
 """The example for torchrun on two processes: losses do not depend on how ranks divide the work."""
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from distributed.train import parse, train
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.cpu_only
 SIZES = "--batch 4 --length 31 --width 16 --heads 2 --layers 2 --report 100 --steps "
 
 
 def losses(arguments):
-    return train(parse((SIZES + arguments).split()))
+    return train(parse(("--device cpu " + SIZES + arguments).split()))
 
 
 def run_on_two(folder):
@@ -57,3 +61,38 @@ def test_two_processes_and_resume_on_one(tmp_path):
         dist.destroy_process_group()
     (tmp_path / "four").mkdir()
     run_on_ranks(run_on_four, 4, tmp_path / "four", expected[:2])
+
+
+def start_with_torchrun(ranks, arguments):
+    """The losses that the script prints, by step."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+    sizes = SIZES.replace("--report 100", "--report 1")
+    done = subprocess.run(
+        [*command, str(ranks), ROOT / "examples/distributed/train.py",
+         *(sizes + arguments).split()],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = re.findall(r"^step (\d+): loss (\S+)$", done.stdout, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in printed}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("backend", "ranks"), [("gloo-cpu", (4, 2)), ("nccl-cuda", (2, 2))])
+def test_started_by_torchrun_and_resumed(backend, ranks, tmp_path):
+    """On fewer ranks, with gloo; NCCL wants a GPU for each rank."""
+    device = backend.partition("-")[2]
+    if device == "cuda" and torch.cuda.device_count() < max(ranks):
+        pytest.skip(f"needs {max(ranks)} GPUs")
+    options = f" --device {device} --sequence-ranks 2 --parallel fsdp --checkpoint {tmp_path}/model"
+    got = start_with_torchrun(ranks[0], "2" + options)
+    assert sorted(got) == [1, 2]
+    resumed = start_with_torchrun(ranks[1], "4" + options)
+    assert sorted(resumed) == [3, 4]  # the steps before are not made again
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/one")
+    try:
+        expected = losses("4")
+    finally:
+        dist.destroy_process_group()
+    assert list((got | resumed).values()) == pytest.approx(expected, rel=1e-3)

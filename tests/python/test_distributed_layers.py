@@ -18,7 +18,7 @@ from torch_spe import (
     SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
 )
-from torch_spe.distributed import SPESequenceParallel
+from torch_spe.distributed import SPESequenceParallel, exchange
 from torch_spe.noise import draw_seed
 
 pytestmark = pytest.mark.cpu_only
@@ -227,16 +227,19 @@ def compare_checkpointed():
                 assert torch.equal(a, b)
 
 
-def compare_compiled():
-    """As one graph, with the exchanges in it."""
+def compare_compiled(most_gathered=exchange.MOST_GATHERED):
+    """As one graph, with the exchanges in it: an all-gather, or doubling as with many ranks."""
+    exchange.MOST_GATHERED = most_gathered
     layer = parallel(make({}), equal_lengths=True)
-    x = torch.randn(2, 4, DIM, dtype=torch.float64)
-    expected = layer(x, x, x, is_causal=True)[0]
     fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    out = fast(x, x, x, is_causal=True)[0]
-    assert error(out, expected) < 1e-12
-    out.square().sum().backward()
-    assert layer.decay.rate.grad.abs().max() > 0
+    x = torch.randn(2, 4, DIM, dtype=torch.float64, requires_grad=True)
+    results = []
+    for call in (layer, fast):
+        out = call(x, x, x, is_causal=True)[0]
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        results.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) < 1e-12
 
 
 def check_errors():
@@ -301,6 +304,11 @@ def everything(ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_layers_of_several_ranks(ranks, tmp_path):
     run_on_ranks(everything, ranks, tmp_path, ranks)
+
+
+@pytest.mark.long
+def test_compiled_with_many_ranks(tmp_path):
+    run_on_ranks(compare_compiled, 4, tmp_path, 1)
 
 
 def test_of_one_rank(tmp_path):

@@ -84,9 +84,9 @@ class Piece:
         s, z = self.s + self.keep[..., None] * other.s, self.z + self.keep * other.z
         return Piece(s, z, self.keep * other.keep)
 
-    def pack(self) -> Tensor:
-        """Return all values, one after the other."""
-        return torch.cat([x.flatten() for x in (self.s, self.z, self.keep) if x is not None])
+    def pack(self, *more: Tensor) -> Tensor:
+        """Return all values, one after the other, and those of more tensors."""
+        return torch.cat([x.flatten() for x in (self.s, self.z, self.keep, *more) if x is not None])
 
     def unpack(self, packed: Tensor) -> Piece:
         """Return the piece of the same sizes that `packed` holds."""
@@ -180,24 +180,25 @@ def _exclusive_prefix(piece: Piece, group: dist.ProcessGroup, reverse: bool) -> 
         before = gathered[:rank:-1] if reverse else gathered[:rank]
         return functools.reduce(lambda sum_, x: piece.unpack(x).after(sum_), before, nothing)
     index = ranks - 1 - rank if reverse else rank
+    last = piece.pack()  # what came last, at first this
+    values = last.numel()
+
+    def sizes(other: int, exchanged: bool) -> list[int]:
+        peer = ranks - 1 - other if reverse else other
+        return [values if exchanged and r == peer else 0 for r in range(ranks)]
 
     def shift(sent: Piece | None, by: int, first: int) -> Piece | None:
         """Send to the rank `by` ranks behind; those from `first` on have something to send."""
-        operations: list[dist.P2POp] = []
-        received: Tensor | None = None
-        for sends, other in ((True, index + by), (False, index - by)):
-            if not first <= (index if sends else other) or not other < ranks:
-                continue
-            peer = dist.get_global_rank(group, ranks - 1 - other if reverse else other)
-            if sends:
-                assert sent is not None
-                operations.append(dist.P2POp(dist.isend, sent.pack(), peer, group))
-            else:
-                received = torch.empty_like(piece.pack())
-                operations.append(dist.P2POp(dist.irecv, received, peer, group))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
-        return None if received is None else piece.unpack(received)
+        nonlocal last
+        sends, receives = first <= index < ranks - by, first <= index - by
+        # An all-to-all in which nearly all sizes are 0, as torch.compile traces no sends. It makes
+        # one of calls that are alike, which those without values would be: each needs the last.
+        mine = sent.pack(last[:0]) if sends and sent is not None else last[:0]
+        received = collectives.all_to_all_single(
+            mine, sizes(index - by, receives), sizes(index + by, sends), group
+        )
+        last = collectives.wait_tensor(received)
+        return piece.unpack(last) if receives else None
 
     before = shift(piece, 1, 0)  # of the rank before; then of twice as many each time
     covered = 1
