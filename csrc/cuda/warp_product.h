@@ -39,7 +39,7 @@ class WarpProduct {
   // (column, element) for each of them. Rows are those of the block: a warp's begin at warp * kM.
   template <class Rows>
   TORCH_SPE_DEVICE void for_each_row(const Rows& rows) {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_read_again();
     const int row = thread / 32 * kM + thread % 32 / 4, column = thread % 4 * 2;
     TORCH_SPE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -55,7 +55,7 @@ class WarpProduct {
   // row among the thread's.
   template <class Function>
   TORCH_SPE_DEVICE void for_each(const Function& function) {
-    const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+    const int column = thread_read_again() % 4 * 2;
     TORCH_SPE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       TORCH_SPE_UNROLL
@@ -71,7 +71,7 @@ class WarpProduct {
   template <class Out, class Rows>
   TORCH_SPE_DEVICE void store(Out* out, const Rows& rows, int stride = row_of<Out>(kN)) {
     if constexpr (sizeof(Out) == 2) {
-      const int thread = static_cast<int>(threadIdx.x);
+      const int thread = thread_read_again();
       const int row = thread / 32 * kM + thread % 32 / 4, column = thread % 4 * 2;
       TORCH_SPE_UNROLL
       for (int i = 0; i < kRows; ++i) {
@@ -79,9 +79,8 @@ class WarpProduct {
         Out* const to = out + (row + 8 * i) * stride + column;
         TORCH_SPE_UNROLL
         for (int j = 0; j < kN / 8; ++j) {
-          *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
-              pack_pair<Out>(make(column + 8 * j, sums_[j][2 * i]),
-                             make(column + 8 * j + 1, sums_[j][2 * i + 1]));
+          *reinterpret_cast<std::uint32_t*>(to + 8 * j) = pack_pair<Out>(
+              make(column + 8 * j, sums_[j][2 * i]), make(column + 8 * j + 1, sums_[j][2 * i + 1]));
         }
       }
     } else {
@@ -113,7 +112,7 @@ class WarpProduct {
   template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply_16_bit(const Operand* a, int row_a, const Operand* b, int row_b) {
     static_assert(kK % 16 == 0);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = thread_read_again() % 32;
     // The lane's row within the 16 x 16 values that one ldmatrix brings, for each of both orders.
     const int low = lane % 16, high = lane / 16 * 8;
     TORCH_SPE_UNROLL
@@ -144,7 +143,7 @@ class WarpProduct {
   template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply_tf32(const Operand* a, int row_a, const Operand* b, int row_b) {
     static_assert(kK % 8 == 0);
-    const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+    const int lane = thread_read_again() % 32, group = lane / 4, member = lane % 4;
     TORCH_SPE_UNROLL
     for (int k0 = 0; k0 < kK; k0 += 8) {
       std::uint32_t fa[4];
@@ -162,7 +161,7 @@ class WarpProduct {
 
   template <int kK, Major kA, Major kB>
   TORCH_SPE_DEVICE void multiply_plain(const Operand* a, int row_a, const Operand* b, int row_b) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, column = lane % 4 * 2;
+    const int lane = thread_read_again() % 32, row = lane / 4, column = lane % 4 * 2;
     TORCH_SPE_UNROLL_TWICE
     for (int k = 0; k < kK; ++k) {
       T va[kRows];

@@ -18,8 +18,8 @@ class FeatureDecayPass {
   using T = core::accumulate_t<Storage>;
   std::size_t workspace_size = 0;
 
-  FeatureDecayPass(const LinearAttentionParams& p, bool backward, bool sums_steps, void* workspace,
-                   Stream stream)
+  FeatureDecayPass(const LinearAttentionParams& p, bool backward, bool wants_steps, bool sums_steps,
+                   void* workspace, Stream stream)
       : p_(p),
         // A state of keys alone is that of a causal pass.
         both_ways_(!p.causal && p.query_length > 0),
@@ -33,11 +33,12 @@ class FeatureDecayPass {
     take_decay(layout);
     const bool own = sets_.has_own_denominator();
     take_states(layout, p.value_features, !own, backward, &keys_, &queries_);
-    if (own)
-      take_states(layout, 0, true, backward, &denominator_keys_, &denominator_queries_);
+    if (own) take_states(layout, 0, true, backward, &denominator_keys_, &denominator_queries_);
     if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
     if (sums_steps)
       chunk_steps_ = layout.take<double>(chunks().slots() * p.num_heads * p.num_realizations);
+    if (wants_steps && both_ways_)
+      first_way_ = layout.take<T>(sets_.batch() * p.key_length * p.num_heads * p.num_realizations);
     workspace_size = layout.size();
   }
 
@@ -94,8 +95,8 @@ class FeatureDecayPass {
   Cut segments() const {
     const std::int64_t tiles =
         ceil_div(p_.num_realizations, kWide) * max_of(1, ceil_div(p_.value_features, kWide));
-    return sets_.cut(p_.key_length, segment_size<Operand>(
-                                        sets_.batch() * p_.num_heads * tiles, p_.key_length));
+    return sets_.cut(p_.key_length,
+                     segment_size<Operand>(sets_.batch() * p_.num_heads * tiles, p_.key_length));
   }
 
   void take_decay(MemoryLayout& layout) {
@@ -177,6 +178,7 @@ class FeatureDecayPass {
     if (chunk_steps_ == nullptr) grads.steps.of_tokens = p.grad_log_decay;
     grads.steps.is_double = p.log_decay_dtype == core::DType::kFloat64;
     grads.steps.adds = adds;
+    grads.first_way = first_way_;
     if (grad_q == nullptr && grad_k == nullptr && !grads.steps.wanted()) return;
     make_feature_gradients<Operand>(queries, keys, segments(), seen(false, key_states),
                                     seen(true, query_states), grads, decay_, stream_);
@@ -193,50 +195,56 @@ class FeatureDecayPass {
   RowFactors<T>* factors_ = nullptr;  // [B, N, H]
   T* divisor_ = nullptr;              // [B, N, H]
   double* chunk_steps_ = nullptr;     // [slot, H, R], of steps that are the same everywhere
+  T* first_way_ = nullptr;            // [B, M, H, R]
 };
 
 // Calls function with the pass for the parameters, whose memory is laid out from `workspace` on.
 template <class Function>
-void visit_pass(const LinearAttentionParams& p, bool backward, bool sums_steps, void* workspace,
-                bool allow_tf32, Stream stream, const Function& function) {
+void visit_pass(const LinearAttentionParams& p, void* workspace, bool allow_tf32, Stream stream,
+                const Function& function) {
   visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
-    FeatureDecayPass<decltype(storage), decltype(operand)> pass(p, backward, sums_steps, workspace,
+    FeatureDecayPass<decltype(storage), decltype(operand)> pass(p, false, false, false, workspace,
                                                                 stream);
     function(pass);
   });
 }
-
-bool sums_steps(const LinearAttentionBackwardParams& p) {
-  return p.grad_log_decay != nullptr && p.constant_decay;
+template <class Function>
+void visit_pass(const LinearAttentionBackwardParams& p, void* workspace, bool allow_tf32,
+                Stream stream, const Function& function) {
+  const bool wants_steps = p.grad_log_decay != nullptr;
+  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+    FeatureDecayPass<decltype(storage), decltype(operand)> pass(
+        p, true, wants_steps, wants_steps && p.constant_decay, workspace, stream);
+    function(pass);
+  });
 }
 
 // The same size whether tf32 is allowed or not: chunks of both are equally long.
-std::size_t workspace_size(const LinearAttentionParams& p, bool backward, bool sums_steps) {
+template <class Params>
+std::size_t workspace_size(const Params& p) {
   std::size_t size = 0;
-  visit_pass(p, backward, sums_steps, nullptr, false, Stream{},
-             [&](const auto& pass) { size = pass.workspace_size; });
+  visit_pass(p, nullptr, false, Stream{}, [&](const auto& pass) { size = pass.workspace_size; });
   return size;
 }
 
 }  // namespace
 
 std::size_t feature_decay_forward_workspace(const LinearAttentionParams& p) {
-  return workspace_size(p, false, false);
+  return workspace_size(p);
 }
 
 std::size_t feature_decay_backward_workspace(const LinearAttentionBackwardParams& p) {
-  return workspace_size(p, true, sums_steps(p));
+  return workspace_size(p);
 }
 
 void feature_decay_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
                            Stream stream) {
-  visit_pass(p, false, false, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
+  visit_pass(p, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
 }
 
 void feature_decay_backward(const LinearAttentionBackwardParams& p, void* workspace,
                             bool allow_tf32, Stream stream) {
-  visit_pass(p, true, sums_steps(p), workspace, allow_tf32, stream,
-             [&](auto& pass) { pass.backward(p); });
+  visit_pass(p, workspace, allow_tf32, stream, [&](auto& pass) { pass.backward(p); });
 }
 
 }  // namespace torch_spe::cuda::attention

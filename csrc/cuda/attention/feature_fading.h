@@ -6,9 +6,9 @@
 // its halves: with
 //   heads_i = exp(sum of the steps from the middle to i, inclusive)   of the later half's tokens
 //   tails_j = exp(sum of the steps after j up to the middle)          of the earlier half's
-// what lies between them is heads_i tails_j, each at most 1. So products within a chunk are those of
-// later tokens with their heads and earlier ones with their tails, level by level of such blocks,
-// and steps may be -infinity: nothing is divided or subtracted.
+// what lies between them is heads_i tails_j, each at most 1. So products within a chunk are those
+// of later tokens with their heads and earlier ones with their tails, level by level of such
+// blocks, and steps may be -infinity: nothing is divided or subtracted.
 #pragma once
 
 #include <cmath>
@@ -17,11 +17,10 @@
 
 namespace torch_spe::cuda::attention {
 
-constexpr int kSubs = kThreads / 32;   // sub-chunks of a chunk
-constexpr int kFeatureBlocks = 3;      // that a multiprocessor holds of the kernels
+constexpr int kSubs = kThreads / 32;  // sub-chunks of a chunk
 
-// How factors run: where operands of products are rounded to 8 or 11 bits, as products of the steps'
-// exponentials, else as sums of steps whose exponential is taken last.
+// How factors run: where operands of products are rounded to 8 or 11 bits, as products of the
+// steps' exponentials, else as sums of steps whose exponential is taken last.
 template <class Operand>
 struct Fading {
   using T = core::accumulate_t<Operand>;
@@ -68,8 +67,8 @@ struct SubChunk {
 
   // X of its tokens, 0 behind the end.
   template <class Storage>
-  TORCH_SPE_DEVICE void load_x(const Tokens<Storage>& tokens, std::int64_t r,
-                               std::int64_t features, T (&out)[kSize]) const {
+  TORCH_SPE_DEVICE void load_x(const Tokens<Storage>& tokens, std::int64_t r, std::int64_t features,
+                               T (&out)[kSize]) const {
     const int end = r < features ? count : 0;
     std::uint32_t inside = (std::uint32_t(1) << end) - 1;  // the tokens, a bit each
     if (tokens.padding != nullptr) {
@@ -145,7 +144,8 @@ struct SubChunk {
     }
   }
 
-  // Writes X with heads (tails) to a tile of operands; `out` is where the thread's first token goes.
+  // Writes X with heads (tails) to a tile of operands; `out` is where the thread's first token
+  // goes.
   TORCH_SPE_DEVICE static void write_heads(const T (&fading)[kSize], T times, const T (&x)[kSize],
                                            Operand* out, int row) {
     take_heads<0, kSize>(fading, times,
@@ -175,8 +175,8 @@ struct SubChunk {
       write_tails(fading, warp == 0 ? over_inner[0] : T(1), earlier, out, row);
     }
   }
-  // The levels of blocks within the sub-chunk, whose halves have kSize / 2, ..., 2, 1 tokens, each in
-  // a tile `tile` elements from the one before.
+  // The levels of blocks within the sub-chunk, whose halves have kSize / 2, ..., 2, 1 tokens, each
+  // in a tile `tile` elements from the one before.
   template <int kHalf = kSize / 2, int kBegin = 0>
   TORCH_SPE_DEVICE static void write_within(const T (&fading)[kSize], const T (&later)[kSize],
                                             const T (&earlier)[kSize], Operand* out, int row,
@@ -242,8 +242,8 @@ struct FeatureDecay {
   // X of a chunk's tokens with what they fade by when they are added to a state.
   template <int kTokens, class Storage, class Operand>
   TORCH_SPE_DEVICE void load_added(const Tokens<Storage>& tokens, const Part& chunk,
-                                   std::int64_t head, bool backwards, std::int64_t r0,
-                                   std::int64_t, Operand* out) const {
+                                   std::int64_t head, bool backwards, std::int64_t r0, std::int64_t,
+                                   Operand* out) const {
     using Sub = SubChunk<Operand>;
     static_assert(Sub::kTokens == kTokens);
     constexpr int kRow = row_of<Operand>(kWide);

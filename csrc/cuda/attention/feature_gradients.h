@@ -1,16 +1,16 @@
 // The kernel of the gradients of features, queries' and keys' in one, and of the steps, where each
 // feature fades on its own: a block makes those of a chunk and head.
 //
-// Within a chunk the gradient of a row's feature is, at each level of blocks (feature_fading.h), its
-// head (tail) times the sum over the other half's tokens of P times their X with tails (heads),
+// Within a chunk the gradient of a row's feature is, at each level of blocks (feature_fading.h),
+// its head (tail) times the sum over the other half's tokens of P times their X with tails (heads),
 //   P = Y Y^T + w w^T of queries and keys,
 // a product on tensor cores between sub-chunks, and sums from token to token within one.
 //
 // The step of token t fades every pair with one token before t and one at or after it, so its
-// gradient is a sum of X times such parts of the gradients of X: from t to the end of their half for
-// later tokens, from its start to t for earlier ones, and likewise for what tokens read of the states
-// at the chunk's start (its end); what passes over the chunk is the product of these two states. Only
-// within a sub-chunk are pairs that do not belong to t subtracted again.
+// gradient is a sum of X times such parts of the gradients of X: from t to the end of their half
+// for later tokens, from its start to t for earlier ones, and likewise for what tokens read of the
+// states at the chunk's start (its end); what passes over the chunk is the product of these two
+// states. Only within a sub-chunk are pairs that do not belong to t subtracted again.
 #pragma once
 
 #include "feature_values.h"
@@ -44,6 +44,9 @@ template <class Storage>
 struct FeatureGradients {
   Storage *queries = nullptr, *keys = nullptr;  // [B, L, H, R], or null
   FeatureStepGradients steps;
+  // What pairs whose later token is a query give to the gradients of the steps, before sums, where
+  // all tokens are seen: scratch memory.
+  core::accumulate_t<Storage>* first_way = nullptr;  // [B, L, H, R]
 };
 
 template <class Operand>
@@ -54,19 +57,19 @@ struct FeatureGradientsShared {
   static constexpr int kTile = kTokens * row_of<Operand>(kDeep);
   static constexpr int kWideTile = kTokens * row_of<Operand>(kWide);
   static_assert(kDeep * row_of<Operand>(kWide) <= 2 * kTile);
-  Operand* y;                               // [queries or keys, token, e]
-  Operand* weights;                         // [query, key], P
-  Operand* near;                            // [token, r]: X with heads or tails
-  Operand* far;                             // [token, r]
-  Operand* state;                           // [r, e], in the place of these two
-  T* own_weights;                           // [later set, sub-chunk, later, earlier], P
-  T* parts;                                 // [token, r], of a gradient
-  T* y_weights;                             // [queries or keys, token]
-  T* passing;                               // [r]
-  T* far_sums;                              // [sub-chunk, r]
-  T* past_sums;                             // [sub-chunk, r]
-  T* future_sums;                           // [sub-chunk, r]
-  double* step_sums;                        // [sub-chunk, r]
+  Operand* y;         // [queries or keys, token, e]
+  Operand* weights;   // [query, key], P
+  Operand* near;      // [token, r]: X with heads or tails
+  Operand* far;       // [token, r]
+  Operand* state;     // [r, e], in the place of these two
+  T* own_weights;     // [later set, sub-chunk, later, earlier], P
+  T* parts;           // [token, r], of a gradient
+  T* y_weights;       // [queries or keys, token]
+  T* passing;         // [r]
+  T* far_sums;        // [sub-chunk, r]
+  T* past_sums;       // [sub-chunk, r]
+  T* future_sums;     // [sub-chunk, r]
+  double* step_sums;  // [sub-chunk, r]
 
   TORCH_SPE_INLINE explicit FeatureGradientsShared(MemoryLayout& layout)
       : y(layout.take<Operand>(2 * kWideTile)),
@@ -112,7 +115,7 @@ TORCH_SPE_DEVICE void add_within(const T* weights, const T (&factors)[kSize],
 }
 
 template <class Storage, class Operand>
-__global__ void __launch_bounds__(kThreads, kFeatureBlocks)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     feature_gradients_kernel(const Tokens<Storage> queries, const Tokens<Storage> keys,
                              const Cut segments,
                              const SeenStates<core::accumulate_t<Storage>> seen_by_queries,
@@ -131,18 +134,19 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
   const int thread = static_cast<int>(threadIdx.x);
   const int features = static_cast<int>(seen_by_queries.states_before.features);
   const int values = static_cast<int>(seen_by_queries.states_before.values);
-  const std::int64_t heads = decay.heads, head = blockIdx.x % heads, slot = blockIdx.x / heads;
-  const Part chunk(decay.chunks, slot);
+  const std::int64_t heads = decay.heads, head = blockIdx.x % heads;
+  const std::int64_t own_slot = blockIdx.x / heads;
+  const Part chunk(decay.chunks, own_slot);
   const bool wants_steps = grads.steps.wanted();
   if (chunk.size == 0) {
     if (grads.steps.of_chunks != nullptr && !grads.steps.adds) {
       for (int r = thread; r < features; r += kThreads)
-        grads.steps.of_chunks[(slot * heads + head) * features + r] = 0;
+        grads.steps.of_chunks[(own_slot * heads + head) * features + r] = 0;
     }
     return;
   }
-  const Sub sub(chunk, head);
-  const int warp = sub.warp, lane = sub.lane;
+  const Sub own_sub(chunk, head);
+  const int warp = own_sub.warp, lane = own_sub.lane;
   const int ways = seen_by_queries.after ? 2 : 1;
   const bool wants_queries = grads.queries != nullptr || wants_steps;
   const bool wants_keys = grads.keys != nullptr || wants_steps;
@@ -155,8 +159,7 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
   }
   const auto load_values = [&](int e0) {
     queries.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.y);
-    keys.template load_y<kTokens, kWide>(chunk, head, e0, values,
-                                            shared.y + Shared::kWideTile);
+    keys.template load_y<kTokens, kWide>(chunk, head, e0, values, shared.y + Shared::kWideTile);
   };
   {
     WarpProduct<Operand, kSize, kTokens> product;
@@ -167,14 +170,14 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
       load_values(e0);
       __syncthreads();
       product.template multiply<kWide, Major::kDepth, Major::kDepth>(
-          shared.y + sub.first * kWideRow, kWideRow, shared.y + Shared::kWideTile, kWideRow);
+          shared.y + own_sub.first * kWideRow, kWideRow, shared.y + Shared::kWideTile, kWideRow);
     }
     __syncthreads();
     product.for_each_row([&](int row) {
       const T weight = shared.y_weights[row];
       const T* const weights = shared.y_weights + kTokens;
       T* const own = shared.own_weights + row * kSize;
-      const int first = sub.first, own_row = row - first;
+      const int first = own_sub.first, own_row = row - first;
       return [=](int column, T& value) {
         value += weight * weights[column];
         const int there = column - first;
@@ -185,15 +188,18 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
     });
     product.store(shared.weights, [](int) { return [](int, T value) { return value; }; });
   }
-  const T* const own_weights = shared.own_weights + sub.first * kSize;
-  const T* const own_parts = shared.parts + sub.first * kStage + lane;
+  const T* const own_weights = shared.own_weights + own_sub.first * kSize;
+  const T* const own_parts = shared.parts + own_sub.first * kStage + lane;
   __syncwarp();
 
   TORCH_SPE_KEEP_LOOP
   for (int r0 = 0; r0 < features; r0 += kDeep) {
     const int r = r0 + lane;
+    // Read again, or places in memory would be kept in registers.
+    const std::int64_t slot = read_again(own_slot);
+    Sub sub = own_sub;
+    sub.begin = read_again(sub.begin);
     T q[kSize], k[kSize], fading[kSize], q_sums[kSize], k_sums[kSize];
-    T steps[kSize];  // gradients of the steps, before they are added up from each token on
     sub.load_steps(decay.steps, r, features, fading);
     sub.load_x(queries, r, features, q);
     sub.load_x(keys, r, features, k);
@@ -201,47 +207,17 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
     const T over_inner[2] = {over[decay.width], over[2 * decay.width]};
     TORCH_SPE_UNROLL
     for (int t = 0; t < kSize; ++t) q_sums[t] = k_sums[t] = 0;
-    const auto exchange_sets = [&] {
-      exchange(q, k);
-      exchange(q_sums, k_sums);
-    };
+    // What belongs to the gradients of the steps of all tokens of the sub-chunk; what of the outer
+    // sub-chunks of a half, and of all that come later or before, belongs to those of others.
+    T earlier_sum = 0, far_sum = 0, past_sum = 0, future_sum = 0;
 
-    // Within the sub-chunk; where all tokens are seen, once more with the keys as the later ones.
-    {
-      T factors[kSize];
-      TORCH_SPE_UNROLL
-      for (int t = 0; t < kSize; ++t) {
-        factors[t] = Fading<Operand>::factor(fading[t]);
-        steps[t] = 0;
-      }
-      TORCH_SPE_KEEP_LOOP
-      for (int way = 0; true; ++way) {
-        // Of the way before, what it adds to the gradients of the steps.
-        TORCH_SPE_UNROLL
-        for (int t = 0; t < kSize; ++t) steps[t] -= q[t] * q_sums[t] - k[t] * k_sums[t];
-        add_within(own_weights + way * kTokens * kSize, factors, q, k, q_sums, k_sums);
-        TORCH_SPE_UNROLL
-        for (int t = 0; t < kSize; ++t) steps[t] += q[t] * q_sums[t] - k[t] * k_sums[t];
-        if (ways == 1) break;
-        exchange_sets();
-        if (way == 1) break;
-      }
-      TORCH_SPE_UNROLL
-      for (int t = 0; t < kSize; ++t) {
-        const T weight = own_weights[t * kSize + t];
-        q_sums[t] += weight * k[t];
-        k_sums[t] += weight * q[t];
-      }
-    }
-
-    // Adds factors times parts to the sums of later (earlier) tokens, and their products with x to
-    // the gradients of the steps; returns the sum of these.
+    // Adds factors times parts to the sums of later (earlier) tokens; returns the sum of their
+    // products with x.
     const auto add_later = [&](T times, const T(&x)[kSize], T(&sums)[kSize]) {
       T sum = 0;
       sub.template take_heads<0, kSize>(fading, times, [&](int t, T factor) {
         const T part = factor * own_parts[t * kStage];
         sums[t] += part;
-        steps[t] += x[t] * part;
         sum += x[t] * part;
       });
       return sum;
@@ -251,22 +227,29 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
       sub.template take_tails<0, kSize>(fading, times, [&](int t, T factor) {
         const T part = factor * own_parts[t * kStage];
         sums[t] += part;
-        steps[t] -= x[t] * part;
         sum += x[t] * part;
       });
       return sum;
     };
     const auto put_parts = [&](auto& product) {
       __syncwarp();  // the parts before have been used
-      product.store(
-          shared.parts, [](int) { return [](int, T value) { return value; }; }, kStage);
+      product.store(shared.parts, [](int) { return [](int, T value) { return value; }; }, kStage);
       __syncwarp();
     };
-    T earlier_sum = 0, far_sum = 0, past_sum = 0, future_sum = 0;
 
-    // Between sub-chunks, with what comes later as q.
+    // Pairs whose later token is a query and then, where all tokens are seen, those whose later
+    // token is a key, with keys as q.
     TORCH_SPE_KEEP_LOOP
     for (int way = 0; true; ++way) {
+      // Within the sub-chunk.
+      {
+        T factors[kSize];
+        TORCH_SPE_UNROLL
+        for (int t = 0; t < kSize; ++t) factors[t] = Fading<Operand>::factor(read_again(fading[t]));
+        add_within(own_weights + way * kTokens * kSize, factors, q, k, q_sums, k_sums);
+      }
+
+      // Between sub-chunks.
       __syncthreads();  // the tiles before have been used
       const int place = sub.first * kRow + lane;
       sub.write_near(fading, q, k, shared.near + place, kRow);
@@ -304,20 +287,14 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
         earlier_sum += sum;
         far_sum += sum;
       }
-      if (ways == 1) break;
-      exchange_sets();
-      if (way == 1) break;
-    }
 
-    // From the states around the chunk, first for queries, then for keys as q.
-    TORCH_SPE_KEEP_LOOP
-    for (int set = 0; set < 2; ++set) {
+      // From the states around the chunk: that of earlier ones at its start for the later ones, and
+      // the other way round at its end.
       TORCH_SPE_KEEP_LOOP
-      for (int way = 0; way < 2; ++way) {
-        const bool is_after = way == 1;
-        if (!(set == 0 ? wants_queries && seen_by_queries.sees(is_after)
-                       : wants_keys && seen_by_keys.sees(is_after)))
-          continue;
+      for (int turn = 0; turn < 2; ++turn) {
+        const bool is_after = turn == 1;
+        const int set = way ^ turn;
+        if (!(set == 0 ? wants_queries : wants_keys)) continue;
         const States<T> states = SeenStates<T>::choose(set == 1, seen_by_queries.states(is_after),
                                                        seen_by_keys.states(is_after));
         const StateReader<T> reader(states, decay.chunks, segments, slot, chunk, head,
@@ -343,97 +320,118 @@ __global__ void __launch_bounds__(kThreads, kFeatureBlocks)
         for (int t = 0; t < kSize; ++t)
           shared.parts[(sub.first + t) * kStage + lane] += weights[sub.first + t] * z;
         if (is_after) {
-          const T sum = add_earlier(decay.after_sub(over, warp), q, q_sums);
+          const T sum = add_earlier(decay.after_sub(over, warp), k, k_sums);
           earlier_sum += sum;
           future_sum += sum;
         } else {
           past_sum += add_later(decay.before_sub(over, warp), q, q_sums);
         }
       }
-      exchange_sets();
+      if (ways == 1) break;
+      if (way == 0 && wants_steps && r < features) {
+        T* to = grads.first_way + queries.index(sub.batch, sub.begin, head) * features + r;
+        TORCH_SPE_UNROLL
+        for (int t = 0; t < kSize; ++t, to += heads * features) {
+          if (t < sub.count) *to = q[t] * q_sums[t] - k[t] * k_sums[t];
+        }
+      }
+      exchange(q, k);
+      exchange(q_sums, k_sums);
+      if (way == 1) break;
     }
 
+    const auto write_steps = [&] {
+      // What passes over the chunk, four threads for each feature.
+      {
+        constexpr int kPerFeature = kThreads / kDeep;
+        const int own = thread / kPerFeature;
+        T sum = 0;
+        const auto add = [&](const States<T>& from_start, const States<T>& from_end) {
+          const StateReader<T> before(from_start, decay.chunks, segments, slot, chunk, head,
+                                      decay.to_chunk(slot, head, false));
+          const StateReader<T> after(from_end, decay.chunks, segments, slot, chunk, head,
+                                     decay.to_chunk(slot, head, true));
+          TORCH_SPE_KEEP_LOOP
+          for (int e = thread % kPerFeature * 4; e < values; e += kPerFeature * 4) {
+            T a[4], b[4];
+            before.s(r0 + own, e, a);
+            after.s(r0 + own, e, b);
+            TORCH_SPE_UNROLL
+            for (int i = 0; i < 4; ++i) sum += a[i] * b[i];
+          }
+          if (thread % kPerFeature == 0) sum += before.z(r0 + own) * after.z(r0 + own);
+        };
+        add(seen_by_queries.states_before, seen_by_keys.states_after);
+        if (ways == 2) add(seen_by_keys.states_before, seen_by_queries.states_after);
+        sum = quad_sum(sum) * decay.over_chunk(slot, head).factor(r0 + own);
+        if (thread % kPerFeature == 0) shared.passing[own] = sum;
+      }
+      const int place = warp * kDeep + lane;
+      shared.far_sums[place] = far_sum;
+      shared.past_sums[place] = past_sum;
+      shared.future_sums[place] = future_sum;
+      __syncthreads();
+      T sum = shared.passing[lane] + earlier_sum;
+      if (warp == 1) sum += shared.far_sums[lane];
+      if (warp == 2) sum += shared.far_sums[3 * kDeep + lane];
+      TORCH_SPE_UNROLL
+      for (int other = 0; other < kSubs; ++other) {
+        if (other > warp) sum += shared.past_sums[other * kDeep + lane];
+        if (other < warp) sum += shared.future_sums[other * kDeep + lane];
+      }
+      double chunk_sum = 0;
+      const std::int64_t first_step = (queries.index(sub.batch, sub.begin, head)) * features + r;
+      const std::int64_t between_tokens = heads * features;
+      TORCH_SPE_UNROLL
+      for (int t = kSize - 1; t >= 0; --t) {
+        if (t >= sub.count || r >= features) continue;
+        T step = q[t] * q_sums[t] - k[t] * k_sums[t];
+        // Of the second way keys are the later ones.
+        if (ways == 2) step = 2 * grads.first_way[first_step + t * between_tokens] - step;
+        sum += step;
+        if (grads.steps.of_chunks != nullptr) {
+          chunk_sum += static_cast<double>(sum);
+        } else {
+          grads.steps.write_step(first_step + t * between_tokens, sum);
+        }
+      }
+      if (grads.steps.of_chunks == nullptr) return;
+      shared.step_sums[place] = chunk_sum;
+      __syncthreads();
+      if (warp > 0 || r >= features) return;
+      for (int other = 1; other < kSubs; ++other)
+        chunk_sum += shared.step_sums[other * kDeep + lane];
+      grads.steps.add_or_set(grads.steps.of_chunks + (slot * heads + head) * features + r,
+                             chunk_sum);
+    };
+    if (wants_steps) write_steps();
+
+    // Each token itself, which has no part in the gradients of the steps.
+    TORCH_SPE_UNROLL
+    for (int t = 0; t < kSize; ++t) {
+      const T weight = own_weights[t * kSize + t];
+      q_sums[t] += weight * k[t];
+      k_sums[t] += weight * q[t];
+    }
     const auto write_gradients = [&](const Tokens<Storage>& tokens, const T(&sums)[kSize],
                                      Storage* grad) {
       if (grad == nullptr || r >= features) return;
-      const Storage* const x = tokens.x + sub.batch * tokens.x_strides[0] +
-                               sub.begin * tokens.x_strides[1] + head * tokens.x_strides[2] +
-                               r * tokens.x_strides[3];
-      Storage* const to = grad + tokens.index(sub.batch, sub.begin, head) * features + r;
+      const Storage* x = tokens.x + sub.batch * tokens.x_strides[0] +
+                         sub.begin * tokens.x_strides[1] + head * tokens.x_strides[2] +
+                         r * tokens.x_strides[3];
+      Storage* to = grad + tokens.index(sub.batch, sub.begin, head) * features + r;
       TORCH_SPE_UNROLL
-      for (int t = 0; t < kSize; ++t) {
+      for (int t = 0; t < kSize; ++t, x += tokens.x_strides[1], to += heads * features) {
         if (t >= sub.count) continue;
         // Padding, whatever it holds, has the gradient 0.
         const T scale = tokens.is_padding(sub.batch, sub.begin + t)
                             ? T(0)
                             : tokens.scale_of(sub.batch, sub.begin + t, head);
-        const T gradient =
-            scale == T(0)
-                ? T(0)
-                : gradient_of_input_at(tokens.map, sums[t], x + t * tokens.x_strides[1]) * scale;
-        write(gradient, to + t * heads * features);
+        write(scale == T(0) ? T(0) : gradient_of_input_at(tokens.map, sums[t], x) * scale, to);
       }
     };
     write_gradients(queries, q_sums, grads.queries);
     write_gradients(keys, k_sums, grads.keys);
-    if (!wants_steps) continue;
-
-    // What passes over the chunk, four threads for each feature.
-    {
-      constexpr int kPerFeature = kThreads / kDeep;
-      const int own = thread / kPerFeature;
-      T sum = 0;
-      const auto add = [&](const States<T>& from_start, const States<T>& from_end) {
-        const StateReader<T> before(from_start, decay.chunks, segments, slot, chunk, head,
-                                    decay.to_chunk(slot, head, false));
-        const StateReader<T> after(from_end, decay.chunks, segments, slot, chunk, head,
-                                   decay.to_chunk(slot, head, true));
-        TORCH_SPE_KEEP_LOOP
-        for (int e = thread % kPerFeature * 4; e < values; e += kPerFeature * 4) {
-          T a[4], b[4];
-          before.s(r0 + own, e, a);
-          after.s(r0 + own, e, b);
-          TORCH_SPE_UNROLL
-          for (int i = 0; i < 4; ++i) sum += a[i] * b[i];
-        }
-        if (thread % kPerFeature == 0) sum += before.z(r0 + own) * after.z(r0 + own);
-      };
-      add(seen_by_queries.states_before, seen_by_keys.states_after);
-      if (ways == 2) add(seen_by_keys.states_before, seen_by_queries.states_after);
-      sum = quad_sum(sum) * decay.over_chunk(slot, head).factor(r0 + own);
-      if (thread % kPerFeature == 0) shared.passing[own] = sum;
-    }
-    const int place = warp * kDeep + lane;
-    shared.far_sums[place] = far_sum;
-    shared.past_sums[place] = past_sum;
-    shared.future_sums[place] = future_sum;
-    __syncthreads();
-    T sum = shared.passing[lane] + earlier_sum;
-    if (warp == 1) sum += shared.far_sums[lane];
-    if (warp == 2) sum += shared.far_sums[3 * kDeep + lane];
-    TORCH_SPE_UNROLL
-    for (int other = 0; other < kSubs; ++other) {
-      if (other > warp) sum += shared.past_sums[other * kDeep + lane];
-      if (other < warp) sum += shared.future_sums[other * kDeep + lane];
-    }
-    double chunk_sum = 0;
-    TORCH_SPE_UNROLL
-    for (int t = kSize - 1; t >= 0; --t) {
-      sum += steps[t];
-      if (t >= sub.count || r >= features) continue;
-      if (grads.steps.of_tokens != nullptr) {
-        grads.steps.write_step((queries.index(sub.batch, sub.begin, head) + t * heads) * features +
-                                   r,
-                               sum);
-      }
-      chunk_sum += static_cast<double>(sum);
-    }
-    if (grads.steps.of_chunks == nullptr) continue;
-    shared.step_sums[place] = chunk_sum;
-    __syncthreads();
-    if (warp > 0 || r >= features) continue;
-    for (int other = 1; other < kSubs; ++other) chunk_sum += shared.step_sums[other * kDeep + lane];
-    grads.steps.add_or_set(grads.steps.of_chunks + (slot * heads + head) * features + r, chunk_sum);
   }
 }
 

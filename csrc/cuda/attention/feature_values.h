@@ -82,11 +82,12 @@ TORCH_SPE_DEVICE T as_operand(T value) {
 // Weights of a chunk's rows for its columns, as operands in shared memory where they are seen, and
 // their sums as `denominators`: both of a warp's own rows.
 template <class Storage, class Operand>
-TORCH_SPE_DEVICE void make_feature_weights(
-    const Tokens<Storage>& rows, const Tokens<Storage>& columns, int features,
-    std::int64_t slot, const SubChunk<Operand>& sub, bool before, bool after,
-    const FeatureDecay<core::accumulate_t<Storage>>& decay,
-    const FeatureValuesShared<Storage, Operand>& shared) {
+TORCH_SPE_DEVICE void make_feature_weights(const Tokens<Storage>& rows,
+                                           const Tokens<Storage>& columns, int features,
+                                           std::int64_t slot, const SubChunk<Operand>& sub,
+                                           bool before, bool after,
+                                           const FeatureDecay<core::accumulate_t<Storage>>& decay,
+                                           const FeatureValuesShared<Storage, Operand>& shared) {
   using T = core::accumulate_t<Storage>;
   using Shared = FeatureValuesShared<Storage, Operand>;
   constexpr int kSize = SubChunk<Operand>::kSize, kRow = Shared::kRow, kTile = Shared::kTile;
@@ -181,7 +182,7 @@ TORCH_SPE_DEVICE void make_feature_weights(
 }
 
 template <class Storage, class Operand>
-__global__ void __launch_bounds__(kThreads, kFeatureBlocks)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     feature_values_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns,
                           const Cut segments, const SeenStates<core::accumulate_t<Storage>> seen,
                           const RowDivision<core::accumulate_t<Storage>> division, Storage* out,
