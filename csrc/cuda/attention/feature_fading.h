@@ -1,7 +1,7 @@
 // A decay with a factor for each feature: what chunks, segments and the tokens of a chunk fade by.
 //
 // A chunk has four sub-chunks. A warp has the tokens of one, a lane one feature of all of these, in
-// registers: sums of steps and products of factors run through the tokens there. Two tokens of a
+// registers: products of the steps' factors run through the tokens there. Two tokens of a
 // chunk meet in the middle of the smallest block of 2, 4, 8, ... tokens that holds both, between
 // its halves: with
 //   heads_i = exp(sum of the steps from the middle to i, inclusive)   of the later half's tokens
@@ -19,24 +19,15 @@ namespace torch_spe::cuda::attention {
 
 constexpr int kSubs = kThreads / 32;  // sub-chunks of a chunk
 
-// How factors run: where operands of products are rounded to 8 or 11 bits, as products of the
-// steps' exponentials, else as sums of steps whose exponential is taken last.
-template <class Operand>
-struct Fading {
-  using T = core::accumulate_t<Operand>;
-  static constexpr bool kProducts = sizeof(Operand) == 2 || std::is_same_v<Operand, Tf32>;
-
-  TORCH_SPE_DEVICE static T none() { return kProducts ? T(1) : T(0); }
-  TORCH_SPE_DEVICE static T of(T step) {
-    if constexpr (kProducts) return fast_exp(step);
-    return step;
+// exp(step), of no more bits than operands have.
+template <class Operand, class T>
+TORCH_SPE_DEVICE T factor_of_step(T step) {
+  if constexpr (sizeof(Operand) == 2 || std::is_same_v<Operand, Tf32>) {
+    return fast_exp(step);
+  } else {
+    return core::exp_nonpositive(step);
   }
-  TORCH_SPE_DEVICE static T join(T a, T b) { return kProducts ? a * b : a + b; }
-  TORCH_SPE_DEVICE static T factor(T fading) {
-    if constexpr (kProducts) return fading;
-    return core::exp_nonpositive(fading);
-  }
-};
+}
 
 // Exchanges two sets of values in registers.
 template <int kSize, class T>
@@ -81,9 +72,14 @@ struct SubChunk {
     const T outside = tokens.map == core::FeatureMap::kElu ? -static_cast<T>(INFINITY) : T(0);
     const Storage* from = tokens.x + batch * tokens.x_strides[0] + begin * tokens.x_strides[1] +
                           head * tokens.x_strides[2] + r * tokens.x_strides[3];
-    TORCH_SPE_UNROLL
-    for (int t = 0; t < kSize; ++t, from += tokens.x_strides[1])
-      out[t] = (inside >> t) % 2 == 1 ? read(*from) : outside;
+    if (inside == (std::uint32_t(1) << kSize) - 1) {
+      TORCH_SPE_UNROLL
+      for (int t = 0; t < kSize; ++t, from += tokens.x_strides[1]) out[t] = read(*from);
+    } else {
+      TORCH_SPE_UNROLL
+      for (int t = 0; t < kSize; ++t, from += tokens.x_strides[1])
+        out[t] = (inside >> t) % 2 == 1 ? read(*from) : outside;
+    }
     if (tokens.map == core::FeatureMap::kElu) {
       TORCH_SPE_UNROLL
       for (int t = 0; t < kSize; ++t) out[t] = map_elu<Storage>(out[t]);
@@ -101,17 +97,22 @@ struct SubChunk {
     }
   }
 
-  // The fading of the steps to its tokens, none behind the end.
-  TORCH_SPE_DEVICE void load_steps(const DecaySteps& steps, std::int64_t r, std::int64_t features,
-                                   T (&out)[kSize]) const {
+  // The factors of the steps to its tokens, 1 behind the end.
+  TORCH_SPE_DEVICE void load_factors(const DecaySteps& steps, std::int64_t r, std::int64_t features,
+                                     T (&out)[kSize]) const {
     const std::int64_t first_step = batch * steps.strides[0] + begin * steps.strides[1] +
                                     head * steps.strides[2] + r * steps.strides[3];
     const int end = r < features ? count : 0;
     const auto load = [&](const auto* from) {
       from += first_step;
-      TORCH_SPE_UNROLL
-      for (int t = 0; t < kSize; ++t, from += steps.strides[1])
-        out[t] = t < end ? static_cast<T>(*from) : T(0);
+      if (end == kSize) {
+        TORCH_SPE_UNROLL
+        for (int t = 0; t < kSize; ++t, from += steps.strides[1]) out[t] = static_cast<T>(*from);
+      } else {
+        TORCH_SPE_UNROLL
+        for (int t = 0; t < kSize; ++t, from += steps.strides[1])
+          out[t] = t < end ? static_cast<T>(*from) : T(0);
+      }
     };
     if (steps.is_double) {
       load(static_cast<const double*>(steps.data));
@@ -119,76 +120,76 @@ struct SubChunk {
       load(static_cast<const float*>(steps.data));
     }
     TORCH_SPE_UNROLL
-    for (int t = 0; t < kSize; ++t) out[t] = Fading<Operand>::of(out[t]);
+    for (int t = 0; t < kSize; ++t) out[t] = factor_of_step<Operand>(out[t]);
   }
 
   // Calls take(token, factor) with the heads (tails) of tokens kBegin .. kBegin + kCount - 1 times
   // `times`, which lies between these and the middle. Factors are made again at every call, or they
   // would be kept in registers.
   template <int kBegin, int kCount, class Take>
-  TORCH_SPE_DEVICE static void take_heads(const T (&fading)[kSize], T times, const Take& take) {
-    T run = read_again(Fading<Operand>::none());
+  TORCH_SPE_DEVICE static void take_heads(const T (&factors)[kSize], T times, const Take& take) {
+    T product = read_again(times);
     TORCH_SPE_UNROLL
     for (int t = kBegin; t < kBegin + kCount; ++t) {
-      run = Fading<Operand>::join(run, fading[t]);
-      take(t, Fading<Operand>::factor(run) * times);
+      product *= factors[t];
+      take(t, product);
     }
   }
   template <int kBegin, int kCount, class Take>
-  TORCH_SPE_DEVICE static void take_tails(const T (&fading)[kSize], T times, const Take& take) {
-    T run = read_again(Fading<Operand>::none());
+  TORCH_SPE_DEVICE static void take_tails(const T (&factors)[kSize], T times, const Take& take) {
+    T product = read_again(times);
     TORCH_SPE_UNROLL
     for (int t = kBegin + kCount - 1; t >= kBegin; --t) {
-      take(t, Fading<Operand>::factor(run) * times);
-      run = Fading<Operand>::join(run, fading[t]);
+      take(t, product);
+      product *= factors[t];
     }
   }
 
   // Writes X with heads (tails) to a tile of operands; `out` is where the thread's first token
   // goes.
-  TORCH_SPE_DEVICE static void write_heads(const T (&fading)[kSize], T times, const T (&x)[kSize],
+  TORCH_SPE_DEVICE static void write_heads(const T (&factors)[kSize], T times, const T (&x)[kSize],
                                            Operand* out, int row) {
-    take_heads<0, kSize>(fading, times,
+    take_heads<0, kSize>(factors, times,
                          [&](int t, T factor) { write(x[t] * factor, out + t * row); });
   }
-  TORCH_SPE_DEVICE static void write_tails(const T (&fading)[kSize], T times, const T (&x)[kSize],
+  TORCH_SPE_DEVICE static void write_tails(const T (&factors)[kSize], T times, const T (&x)[kSize],
                                            Operand* out, int row) {
-    take_tails<0, kSize>(fading, times,
+    take_tails<0, kSize>(factors, times,
                          [&](int t, T factor) { write(x[t] * factor, out + t * row); });
   }
   // The levels of blocks of two sub-chunks and of four, with what tokens in the outer ones fade by
   // over the inner ones.
-  TORCH_SPE_DEVICE void write_near(const T (&fading)[kSize], const T (&later)[kSize],
+  TORCH_SPE_DEVICE void write_near(const T (&factors)[kSize], const T (&later)[kSize],
                                    const T (&earlier)[kSize], Operand* out, int row) const {
     if (warp % 2 == 1) {
-      write_heads(fading, T(1), later, out, row);
+      write_heads(factors, T(1), later, out, row);
     } else {
-      write_tails(fading, T(1), earlier, out, row);
+      write_tails(factors, T(1), earlier, out, row);
     }
   }
-  TORCH_SPE_DEVICE void write_far(const T (&fading)[kSize], const T (&over_inner)[2],
+  TORCH_SPE_DEVICE void write_far(const T (&factors)[kSize], const T (&over_inner)[2],
                                   const T (&later)[kSize], const T (&earlier)[kSize], Operand* out,
                                   int row) const {
     if (warp >= 2) {
-      write_heads(fading, warp == 3 ? over_inner[1] : T(1), later, out, row);
+      write_heads(factors, warp == 3 ? over_inner[1] : T(1), later, out, row);
     } else {
-      write_tails(fading, warp == 0 ? over_inner[0] : T(1), earlier, out, row);
+      write_tails(factors, warp == 0 ? over_inner[0] : T(1), earlier, out, row);
     }
   }
   // The levels of blocks within the sub-chunk, whose halves have kSize / 2, ..., 2, 1 tokens, each
   // in a tile `tile` elements from the one before.
   template <int kHalf = kSize / 2, int kBegin = 0>
-  TORCH_SPE_DEVICE static void write_within(const T (&fading)[kSize], const T (&later)[kSize],
+  TORCH_SPE_DEVICE static void write_within(const T (&factors)[kSize], const T (&later)[kSize],
                                             const T (&earlier)[kSize], Operand* out, int row,
                                             int tile) {
-    take_tails<kBegin, kHalf>(fading, T(1),
+    take_tails<kBegin, kHalf>(factors, T(1),
                               [&](int t, T factor) { write(earlier[t] * factor, out + t * row); });
     take_heads<kBegin + kHalf, kHalf>(
-        fading, T(1), [&](int t, T factor) { write(later[t] * factor, out + t * row); });
+        factors, T(1), [&](int t, T factor) { write(later[t] * factor, out + t * row); });
     if constexpr (kBegin + 2 * kHalf < kSize) {
-      write_within<kHalf, kBegin + 2 * kHalf>(fading, later, earlier, out, row, tile);
+      write_within<kHalf, kBegin + 2 * kHalf>(factors, later, earlier, out, row, tile);
     } else if constexpr (kHalf > 1) {
-      write_within<kHalf / 2, 0>(fading, later, earlier, out + tile, row, tile);
+      write_within<kHalf / 2, 0>(factors, later, earlier, out + tile, row, tile);
     }
   }
 };
@@ -252,15 +253,15 @@ struct FeatureDecay {
     TORCH_SPE_KEEP_LOOP
     for (int column = sub.lane; column < kWide; column += 32) {
       const std::int64_t r = r0 + column;
-      T x[Sub::kSize], fading[Sub::kSize];
+      T x[Sub::kSize], factors[Sub::kSize];
       sub.load_x(tokens, r, features, x);
-      sub.load_steps(steps, r, features, fading);
+      sub.load_factors(steps, r, features, factors);
       const T* const over = over_subs_of(slot, head, r);
       Operand* const to = out + sub.first * kRow + column;
       if (backwards) {
-        sub.write_heads(fading, before_sub(over, sub.warp), x, to, kRow);
+        sub.write_heads(factors, before_sub(over, sub.warp), x, to, kRow);
       } else {
-        sub.write_tails(fading, after_sub(over, sub.warp), x, to, kRow);
+        sub.write_tails(factors, after_sub(over, sub.warp), x, to, kRow);
       }
     }
   }
@@ -284,9 +285,14 @@ struct ChunkFeatureFactors {
     double sum = 0;
     for (int sub = 0; sub < kSubs; ++sub) {
       double part = 0;
-      const int end = inside ? static_cast<int>(min_of(chunk.size, (sub + 1) * sub_size)) : 0;
-      for (int row = sub * sub_size; row < end; ++row)
-        part += decay.steps.at(chunk.batch, chunk.begin + row, head, r);
+      const int begin = sub * sub_size;
+      const int end = inside ? static_cast<int>(min_of(chunk.size, begin + sub_size)) : 0;
+      if (decay.steps.strides[1] == 0 && begin < end) {
+        part = decay.steps.at(chunk.batch, chunk.begin, head, r) * (end - begin);
+      } else {
+        for (int row = begin; row < end; ++row)
+          part += decay.steps.at(chunk.batch, chunk.begin + row, head, r);
+      }
       over[sub * decay.width] = static_cast<T>(core::exp_nonpositive(part));
       sum += part;
     }

@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t slot = read_again(own_slot);
     Sub sub = own_sub;
     sub.begin = read_again(sub.begin);
-    T q[kSize], k[kSize], fading[kSize], q_sums[kSize], k_sums[kSize];
-    sub.load_steps(decay.steps, r, features, fading);
+    T q[kSize], k[kSize], factors[kSize], q_sums[kSize], k_sums[kSize];
+    sub.load_factors(decay.steps, r, features, factors);
     sub.load_x(queries, r, features, q);
     sub.load_x(keys, r, features, k);
     const T* const over = decay.over_subs_of(slot, head, r);
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     // products with x.
     const auto add_later = [&](T times, const T(&x)[kSize], T(&sums)[kSize]) {
       T sum = 0;
-      sub.template take_heads<0, kSize>(fading, times, [&](int t, T factor) {
+      sub.template take_heads<0, kSize>(factors, times, [&](int t, T factor) {
         const T part = factor * own_parts[t * kStage];
         sums[t] += part;
         sum += x[t] * part;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     };
     const auto add_earlier = [&](T times, const T(&x)[kSize], T(&sums)[kSize]) {
       T sum = 0;
-      sub.template take_tails<0, kSize>(fading, times, [&](int t, T factor) {
+      sub.template take_tails<0, kSize>(factors, times, [&](int t, T factor) {
         const T part = factor * own_parts[t * kStage];
         sums[t] += part;
         sum += x[t] * part;
@@ -233,7 +233,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     };
     const auto put_parts = [&](auto& product) {
       __syncwarp();  // the parts before have been used
-      product.store(shared.parts, [](int) { return [](int, T value) { return value; }; }, kStage);
+      product.store(
+          shared.parts, [](int) { return [](int, T value) { return value; }; }, kStage);
       __syncwarp();
     };
 
@@ -242,18 +243,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     TORCH_SPE_KEEP_LOOP
     for (int way = 0; true; ++way) {
       // Within the sub-chunk.
-      {
-        T factors[kSize];
-        TORCH_SPE_UNROLL
-        for (int t = 0; t < kSize; ++t) factors[t] = Fading<Operand>::factor(read_again(fading[t]));
-        add_within(own_weights + way * kTokens * kSize, factors, q, k, q_sums, k_sums);
-      }
+      add_within(own_weights + way * kTokens * kSize, factors, q, k, q_sums, k_sums);
 
       // Between sub-chunks.
       __syncthreads();  // the tiles before have been used
       const int place = sub.first * kRow + lane;
-      sub.write_near(fading, q, k, shared.near + place, kRow);
-      sub.write_far(fading, over_inner, q, k, shared.far + place, kRow);
+      sub.write_near(factors, q, k, shared.near + place, kRow);
+      sub.write_far(factors, over_inner, q, k, shared.far + place, kRow);
       __syncthreads();
       // With the weights of this warp's rows if these are queries, else of its columns.
       const auto multiply = [&](auto depth, bool is_later, int first, const Operand* x) {

@@ -107,8 +107,8 @@ TORCH_SPE_DEVICE void make_feature_weights(const Tokens<Storage>& rows,
   TORCH_SPE_KEEP_LOOP
   for (int r0 = 0; r0 < features; r0 += kDeep) {
     const int r = r0 + sub.lane;
-    T later[kSize], earlier[kSize], fading[kSize];
-    sub.load_steps(decay.steps, r, features, fading);
+    T later[kSize], earlier[kSize], factors[kSize];
+    sub.load_factors(decay.steps, r, features, factors);
     sub.load_x(rows, r, features, later);
     sub.load_x(columns, r, features, earlier);
     const T* const over = decay.over_subs_of(slot, sub.head, r);
@@ -121,9 +121,9 @@ TORCH_SPE_DEVICE void make_feature_weights(const Tokens<Storage>& rows,
     while (true) {
       __syncthreads();  // the tiles before have been used
       Operand* const out = mine + sub.lane;
-      sub.write_near(fading, later, earlier, out, kRow);
-      sub.write_far(fading, over_inner, later, earlier, out + kTile, kRow);
-      sub.write_within(fading, later, earlier, out + 2 * kTile, kRow, kTile);
+      sub.write_near(factors, later, earlier, out, kRow);
+      sub.write_far(factors, over_inner, later, earlier, out + kTile, kRow);
+      sub.write_within(factors, later, earlier, out + 2 * kTile, kRow, kTile);
       __syncthreads();
       if ((warp % 2 == 1) == rows_are_later)
         near.template multiply<kDeep, Major::kDepth, Major::kDepth>(mine, kRow, near_columns, kRow);
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       TORCH_SPE_KEEP_LOOP
       for (int r0 = 0; r0 < features; r0 += kDeep) {
         const int r = r0 + sub.lane;
-        T x[kSize], fading[kSize];
-        sub.load_steps(decay.steps, r, features, fading);
+        T x[kSize], factors[kSize];
+        sub.load_factors(decay.steps, r, features, factors);
         sub.load_x(rows, r, features, x);
         const T* const over = decay.over_subs_of(slot, head, r);
         const T z = with_denominators ? reader.z(r) : T(0);
@@ -266,9 +266,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           write(faded, to + t * kRow);
         };
         if (is_after) {
-          sub.template take_tails<0, kSize>(fading, decay.after_sub(over, sub.warp), take);
+          sub.template take_tails<0, kSize>(factors, decay.after_sub(over, sub.warp), take);
         } else {
-          sub.template take_heads<0, kSize>(fading, decay.before_sub(over, sub.warp), take);
+          sub.template take_heads<0, kSize>(factors, decay.before_sub(over, sub.warp), take);
         }
         if (!makes_values) continue;
         load_state<kDeep, kWide>(shared.state, [&](int row, int column, T(&four)[4]) {

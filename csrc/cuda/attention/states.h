@@ -30,11 +30,18 @@ struct States {
 // Fills a tile of a state with operands; elements(row, column, out) gives four of a row.
 template <int kRows, int kColumns, class Operand, class Elements>
 TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
+  using T = core::accumulate_t<Operand>;
   constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
-  for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) {
-    core::accumulate_t<Operand> four[4];
+  const auto load = [&](int i) {
+    T four[4];
     elements(i / kFours, i % kFours * 4, four);
     write_operands(four, out + i / kFours * kRow + i % kFours * 4);
+  };
+  if constexpr (sizeof(T) == 8) {  // which would take too many registers at once
+    TORCH_SPE_KEEP_LOOP
+    for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) load(i);
+  } else {
+    for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) load(i);
   }
 }
 
