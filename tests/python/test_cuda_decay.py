@@ -176,7 +176,7 @@ def test_sizes(compare, form, shape, causal, dtype):
     case.check(compare, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_forgetting_where_parts_of_chunks_meet(compare, causal, dtype):
     # At and beside bounds of chunks and of their quarters, of some features or of all.
@@ -188,10 +188,9 @@ def test_forgetting_where_parts_of_chunks_meet(compare, causal, dtype):
     case.check(compare, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("form", ["feature", "token and feature"])
-def test_many_features_of_bfloat16(compare, form):
-    # Of several tiles, in several segments of several chunks.
-    case = Case(torch.bfloat16, 1, 200, 1, 192, 16, form=form, causal=form == "feature")
+def test_many_features_of_bfloat16(compare):
+    # Of several tiles.
+    case = Case(torch.bfloat16, 1, 81, 1, 192, 8, form="token and feature")
     case.check(compare, TOLERANCES[torch.bfloat16])
 
 
@@ -338,10 +337,11 @@ def test_pieces_through_the_state(compare, cuts, form):
     compare(pieces, case.inputs, case.grads, 1e-12, expected=expected)
 
 
+@pytest.mark.parametrize("form", ["token", "token and feature"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_tf32(compare, causal):
+def test_tf32(compare, causal, form):
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        Case(torch.float32, 1, 150, features=9, causal=causal).check(compare, 4e-3)
+        Case(torch.float32, 1, 150, features=9, form=form, causal=causal).check(compare, 4e-3)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
