@@ -392,7 +392,8 @@ std::size_t linear_attention_backward_workspace(const LinearAttentionBackwardPar
 
 void linear_attention_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
                               Stream stream) {
-  if (fades_per_feature(p)) return attention::feature_decay_forward(p, workspace, allow_tf32, stream);
+  if (fades_per_feature(p))
+    return attention::feature_decay_forward(p, workspace, allow_tf32, stream);
   visit_pass(p, false, false, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
 }
 
