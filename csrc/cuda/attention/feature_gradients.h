@@ -233,8 +233,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     };
     const auto put_parts = [&](auto& product) {
       __syncwarp();  // the parts before have been used
-      product.store(
-          shared.parts, [](int) { return [](int, T value) { return value; }; }, kStage);
+      product.store(shared.parts, [](int) { return [](int, T value) { return value; }; }, kStage);
       __syncwarp();
     };
 
