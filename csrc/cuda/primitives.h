@@ -48,6 +48,17 @@ __device__ __forceinline__ std::int64_t read_again(std::int64_t value) {
   return result;
 }
 
+__device__ __forceinline__ float read_again(float value) {
+  float result;
+  asm volatile("mov.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+__device__ __forceinline__ double read_again(double value) {
+  double result;
+  asm volatile("mov.f64 %0, %1;" : "=d"(result) : "d"(value));
+  return result;
+}
+
 // Two values rounded into the halves of a register, the first one into the lower half, as
 // fragments of mma hold them.
 template <class T>
@@ -120,7 +131,8 @@ __device__ __forceinline__ T warp_sum(T value) {
 }
 
 // The sum over lanes 4 g .. 4 g + 3, in each of them.
-__device__ __forceinline__ float quad_sum(float value) {
+template <class T>
+__device__ __forceinline__ T quad_sum(T value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }

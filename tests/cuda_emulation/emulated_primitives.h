@@ -67,15 +67,16 @@ T warp_sum(T value) {
   return value;
 }
 
-inline float quad_sum(float value) {
+template <class T>
+T quad_sum(T value) {
   cuda_emulation::rendezvous(
       0xffffffffu, &value,
       [](void* const(&arguments)[32]) {
         for (int i = 0; i < 32; i += 4) {
-          float* lanes[4];
-          for (int e = 0; e < 4; ++e) lanes[e] = static_cast<float*>(arguments[i + e]);
-          const float sum = (*lanes[0] + *lanes[1]) + (*lanes[2] + *lanes[3]);
-          for (float* lane : lanes) *lane = sum;
+          T* lanes[4];
+          for (int e = 0; e < 4; ++e) lanes[e] = static_cast<T*>(arguments[i + e]);
+          const T sum = (*lanes[0] + *lanes[1]) + (*lanes[2] + *lanes[3]);
+          for (T* lane : lanes) *lane = sum;
         }
       },
       __FILE__, __LINE__);
@@ -205,6 +206,8 @@ inline void copy_async16(void* shared, const void* global) {
 }
 inline int thread_read_again() { return static_cast<int>(threadIdx.x); }
 inline std::int64_t read_again(std::int64_t value) { return value; }
+inline float read_again(float value) { return value; }
+inline double read_again(double value) { return value; }
 inline void copy_async_wait() { cuda_emulation::copy_async_wait(); }
 
 template <class T>

@@ -176,6 +176,40 @@ def test_sizes(compare, form, shape, causal, dtype):
     case.check(compare, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_forgetting_where_parts_of_chunks_meet(compare, causal, dtype):
+    # At and beside bounds of chunks and of their quarters, of some features or of all.
+    case = Case(dtype, 1, 83, 1, 6, 3, form="token and feature", normalize=False, causal=causal)
+    steps = case.tensors["log_decay"][0, :, 0]
+    for number, n in enumerate([8, 15, 16, 17, 31, 32, 48, 63, 64, 65, 80]):
+        steps[n, number % 6] = -float("inf")
+    steps[32, :5] = steps[48] = -float("inf")
+    case.check(compare, TOLERANCES[dtype])
+
+
+def test_many_features_of_bfloat16(compare):
+    # Of several tiles.
+    case = Case(torch.bfloat16, 1, 81, 1, 192, 8, form="token and feature")
+    case.check(compare, TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_values_of_one_give_one(compare, causal):
+    case = Case(
+        torch.bfloat16, 1, 150, 1, 40, 4, form="token and feature", steps="fast", causal=causal,
+        state=False,
+    )  # fmt: skip
+    case.eps = 0
+    case.tensors["v"] = torch.ones_like(case.tensors["v"])
+    ones = [case.tensors["v"]]
+
+    def outputs(q, k, v, log_decay, *rest):
+        return (case.operator(q, k, v, log_decay, *rest)[0],)
+
+    compare(outputs, case.inputs, case.grads[:1], 2**-8, wanted=[], expected=ones)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_walks_of_bfloat16(compare, causal):
     # Several segments of several chunks.
@@ -303,10 +337,11 @@ def test_pieces_through_the_state(compare, cuts, form):
     compare(pieces, case.inputs, case.grads, 1e-12, expected=expected)
 
 
+@pytest.mark.parametrize("form", ["token", "token and feature"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_tf32(compare, causal):
+def test_tf32(compare, causal, form):
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        Case(torch.float32, 1, 150, features=9, causal=causal).check(compare, 4e-3)
+        Case(torch.float32, 1, 150, features=9, form=form, causal=causal).check(compare, 4e-3)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False

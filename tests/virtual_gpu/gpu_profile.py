@@ -6,7 +6,7 @@
 Operators: sine_filter, phasor_filter, sine_features, exact_sines (K = 1 and a constant), rotary,
 conv_filter, polyphase_filter, linear_attention. Shape names: B N H D R K P E stride dtype causal
 decay; defaults are those of `SHAPE`; with decay=1 linear attention has a decay per head, which
-wants a gradient with decay=2.
+wants a gradient with decay=2; with decay=3 and decay=4 it has a decay per feature.
 --sass names the table of sass_map.py, if not FOLDER/sass.json; without it --ptxas names the
 folder with ptxas' reports (*.ptxas), for registers and so occupancy.
 
@@ -301,14 +301,15 @@ def make_case(operator, s):
     if operator == "linear_attention":
         q, k = (normal(B, N, H, R, dtype=dtype) for _ in range(2))
         v = normal(B, N, H, E, dtype=dtype)
-        decay = -torch.rand(H, generator=g) / 64 if s["decay"] else None
+        sizes = (H, R) if s["decay"] > 2 else (H,)
+        decay = -torch.rand(*sizes, generator=g) / 64 if s["decay"] else None
 
         def function(q, k, v, log_decay=decay):
             return ops.linear_attention(
                 q, k, v, "elu", bool(s["causal"]), True, 1e-6, log_decay=log_decay
             )[0]
 
-        inputs = [q, k, v, decay] if s["decay"] == 2 else [q, k, v]
+        inputs = [q, k, v, decay] if s["decay"] in (2, 4) else [q, k, v]
         # Chunked or recurrent: a state update and a read of it for every token.
         return function, inputs, 2 * 2 * B * N * H * R * E
     x = normal(B, N, H, D, dtype=dtype)

@@ -1,255 +1,250 @@
-// What calls the recurrences of a decay per feature, and their scratch memory.
+// What calls the kernels of a decay per feature, and their scratch memory.
 #include "feature_decay.h"
-#include "feature_recurrence.h"
+#include "feature_gradients.h"
 #include "token_sets.h"
 
 namespace torch_spe::cuda::attention {
 namespace {
 
-template <class Storage>
+// The states of a set of tokens, moving forwards and backwards.
+template <class T>
+struct StatesOfBothWays {
+  States<T> forwards, backwards;
+};
+
+template <class Storage, class Operand>
 class FeatureDecayPass {
  public:
   using T = core::accumulate_t<Storage>;
   std::size_t workspace_size = 0;
 
-  FeatureDecayPass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
-                   Stream stream)
-      : p_(p), causal_(p.causal || p.query_length == 0), sets_(p), stream_(stream) {
+  FeatureDecayPass(const LinearAttentionParams& p, bool backward, bool wants_steps, bool sums_steps,
+                   void* workspace, Stream stream)
+      : p_(p),
+        // A state of keys alone is that of a causal pass.
+        both_ways_(!p.causal && p.query_length > 0),
+        sets_(p),
+        stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
-    const std::int64_t features = p.num_realizations, width = p.value_features + 1;
     // First: they are aligned to more than a layout does.
-    if (backward && sets_.divides()) row_factors_ = layout.take<RowFactors<T>>(sets_.rows());
+    if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
     zero_ = layout.take<std::uint64_t>(1);
     if (backward && p.query_length == 0) sets_.replace_queries(zero_);
-    factors_ = layout.take<double>(tokens() * features);
-    state_ = layout.take<double>(p.num_sequences * p.num_heads * features * width);
-    sums_ = layout.take<T>(tokens() * max_of(features, width));
-    if (backward) {
-      sums_of_queries_ = layout.take<T>(tokens() * features);
-    } else if (sets_.divides()) {
-      if (sets_.has_own_denominator()) denominators_ = layout.take<T>(sets_.rows());
-      if (p.row_divisor == nullptr) divisors_ = layout.take<T>(sets_.rows());
-    }
-    if (wants_decay) {
-      products_ = layout.take<double>(tokens() * features);
-      step_gradients_ = layout.take<double>(tokens() * features);
-      ends_ = layout.take<double>(chunks().slots() * p.num_heads * features * width);
-    }
+    take_decay(layout);
+    const bool own = sets_.has_own_denominator();
+    take_states(layout, p.value_features, !own, backward, &keys_, &queries_);
+    if (own) take_states(layout, 0, true, backward, &denominator_keys_, &denominator_queries_);
+    if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
+    if (sums_steps)
+      chunk_steps_ = layout.take<double>(chunks().slots() * p.num_heads * p.num_realizations);
+    if (wants_steps && both_ways_)
+      first_way_ = layout.take<T>(sets_.batch() * p.key_length * p.num_heads * p.num_realizations);
     workspace_size = layout.size();
   }
 
   void forward() {
-    make_step_factors();
+    make_decay_factors(decay_, segments(), zero_, stream_);
     const bool own = sets_.has_own_denominator(), has_rows = p_.query_length > 0;
-    Recurrence<Storage> sums = recurrence(sets_.queries(), sets_.keys(), p_.value_features, !own);
-    set_initial(sums, p_.initial_s, own ? nullptr : p_.initial_z);
-    set_total(sums, p_.final_s, own ? nullptr : p_.final_z);
-    values(sums, has_rows ? sums_ : nullptr);
+    make(sets_.keys(), false, p_.initial_s, own ? nullptr : p_.initial_z, p_.final_s,
+         own ? nullptr : p_.final_z, &keys_);
     if (own) {
-      Recurrence<Storage> denominators =
-          recurrence(sets_.denominator_queries(), sets_.denominator_keys(), 0, true);
-      set_initial(denominators, nullptr, p_.initial_z);
-      set_total(denominators, nullptr, p_.final_z);
-      values(denominators, has_rows ? denominators_ : nullptr);
+      make(sets_.denominator_keys(), false, nullptr, p_.initial_z, nullptr, p_.final_z,
+           &denominator_keys_);
     }
     if (!has_rows) return;
-    T* divisors = nullptr;
-    const std::int64_t width = sums.width();
-    if (sets_.divides()) {
-      divisors = p_.row_divisor == nullptr ? divisors_ : static_cast<T*>(p_.row_divisor);
-      const T* const denominators = p_.rms_norm ? nullptr
-                                    : own       ? denominators_
-                                                : sums_ + p_.value_features;
-      for_each_index(sets_.rows(),
-                     Divisors<T>{sums_, denominators, width, own ? 1 : width, p_.value_features,
-                                 static_cast<T>(p_.eps), divisors},
-                     stream_);
+    RowDivision<T> division;
+    division.eps = static_cast<T>(p_.eps);
+    division.divisor = p_.row_divisor == nullptr ? divisor_ : static_cast<T*>(p_.row_divisor);
+    if (p_.normalize) division.by = Divide::kByDenominator;
+    if (p_.rms_norm) division.by = Divide::kByRms;
+    if (own) {
+      values(sets_.denominator_queries(), sets_.denominator_keys(), false, denominator_keys_,
+             division, nullptr);
+      division.by = Divide::kByGiven;
     }
-    write_rows(sums_, divisors, width, p_.query_length, p_.out);
+    values(sets_.queries(), sets_.keys(), false, keys_, division, p_.out);
   }
 
   void backward(const LinearAttentionBackwardParams& p) {
-    make_step_factors();
+    make_decay_factors(decay_, segments(), zero_, stream_);
     const bool own = sets_.has_own_denominator();
-    if (sets_.divides()) sets_.make_factors(p, row_factors_, stream_);
-    Recurrence<Storage> forwards =
-        recurrence(sets_.queries(p, row_factors_), sets_.keys(), p.value_features, !own);
-    Recurrence<Storage> backwards = reversed(forwards);
-    set_initial(forwards, p.initial_s, own ? nullptr : p.initial_z);
-    set_initial(backwards, p.grad_final_s, own ? nullptr : p.grad_final_z);
-    set_total(backwards, p.grad_initial_s, own ? nullptr : p.grad_initial_z);
-    features(forwards, backwards, p.grad_q, p.grad_k, false);
-    if (p.grad_v != nullptr) {
-      set_total(backwards, nullptr, nullptr);
-      values(backwards, sums_);
-      write_rows(sums_, nullptr, backwards.width(), p.key_length, p.grad_v);
-    }
+    if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
+    const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
+    make(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr, nullptr, &keys_);
+    make(queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z, p.grad_initial_s,
+         own ? nullptr : p.grad_initial_z, &queries_);
+    if (p.grad_v != nullptr) values(keys, queries, true, queries_, RowDivision<T>{}, p.grad_v);
+    features(p, queries, keys, queries_, keys_, p.grad_q, p.grad_k, false);
     if (own) {
-      forwards =
-          recurrence(sets_.denominator_queries(row_factors_), sets_.denominator_keys(), 0, true);
-      backwards = reversed(forwards);
-      set_initial(forwards, nullptr, p.initial_z);
-      set_initial(backwards, nullptr, p.grad_final_z);
-      set_total(backwards, nullptr, p.grad_initial_z);
-      features(forwards, backwards, p.grad_denominator_q, p.grad_denominator_k, true);
+      const Tokens<Storage> own_queries = sets_.denominator_queries(factors_);
+      const Tokens<Storage> own_keys = sets_.denominator_keys();
+      make(own_keys, false, nullptr, p.initial_z, nullptr, nullptr, &denominator_keys_);
+      make(own_queries, true, nullptr, p.grad_final_z, nullptr, p.grad_initial_z,
+           &denominator_queries_);
+      features(p, own_queries, own_keys, denominator_queries_, denominator_keys_,
+               p.grad_denominator_q, p.grad_denominator_k, true);
     }
-    if (p.grad_log_decay != nullptr) {
-      write_decay_gradient(step_gradients_, sets_.batch() * p.key_length,
-                           p.num_heads * p.num_realizations, p.constant_decay, p.log_decay_dtype,
-                           p.grad_log_decay, stream_);
+    if (chunk_steps_ != nullptr) {
+      write_decay_gradient(chunk_steps_, chunks().slots(), p.num_heads * p.num_realizations, true,
+                           p.log_decay_dtype, p.grad_log_decay, stream_);
     }
   }
 
  private:
-  std::int64_t tokens() const { return sets_.batch() * p_.key_length * p_.num_heads; }
-  Cut chunks() const { return sets_.cut(p_.key_length, kAnchor); }
-
-  void make_step_factors() const {
-    DecaySteps steps;
-    steps.data = p_.log_decay;
-    steps.is_double = p_.log_decay_dtype == core::DType::kFloat64;
-    for (int i = 0; i < 4; ++i) steps.strides[i] = p_.log_decay_strides[i];
-    for_each_index(
-        tokens() * p_.num_realizations,
-        StepFactors{steps, p_.key_length, p_.num_heads, p_.num_realizations, zero_, factors_},
-        stream_);
+  Cut chunks() const { return sets_.cut(p_.key_length, kChunk<Operand>); }
+  Cut segments() const {
+    const std::int64_t tiles =
+        ceil_div(p_.num_realizations, kWide) * max_of(1, ceil_div(p_.value_features, kWide));
+    return sets_.cut(p_.key_length,
+                     segment_size<Operand>(sets_.batch() * p_.num_heads * tiles, p_.key_length));
   }
 
-  // Rows that read states of columns which move forwards.
-  Recurrence<Storage> recurrence(const Tokens<Storage>& rows, const Tokens<Storage>& columns,
-                                 std::int64_t values, bool has_z) const {
-    Recurrence<Storage> result;
-    result.rows = rows;
-    result.columns = columns;
-    result.chunks = chunks();
-    result.heads = p_.num_heads;
-    result.features = p_.num_realizations;
-    result.values = values;
-    result.has_z = has_z;
-    result.factors = factors_;
-    result.state = state_;
-    return result;
-  }
-  // The same tokens with rows and columns exchanged, moving backwards.
-  static Recurrence<Storage> reversed(Recurrence<Storage> result) {
-    const Tokens<Storage> rows = result.rows;
-    result.rows = result.columns;
-    result.columns = rows;
-    result.backwards = !result.backwards;
-    return result;
-  }
-  static void set_initial(Recurrence<Storage>& to, const void* s, const void* z) {
-    to.initial_s = static_cast<const T*>(s);
-    to.initial_z = static_cast<const T*>(z);
-  }
-  static void set_total(Recurrence<Storage>& to, void* s, void* z) {
-    to.total_s = static_cast<T*>(s);
-    to.total_z = static_cast<T*>(z);
-  }
-  // Of the tokens on the other side of each row, where all tokens are seen.
-  static Recurrence<Storage> other_direction(Recurrence<Storage> result) {
-    result.backwards = !result.backwards;
-    result.strict = result.adds = true;
-    set_initial(result, nullptr, nullptr);
-    set_total(result, nullptr, nullptr);
-    return result;
+  void take_decay(MemoryLayout& layout) {
+    decay_.steps.data = p_.log_decay;
+    decay_.steps.is_double = p_.log_decay_dtype == core::DType::kFloat64;
+    for (int i = 0; i < 4; ++i) decay_.steps.strides[i] = p_.log_decay_strides[i];
+    decay_.chunks = chunks();
+    decay_.heads = p_.num_heads;
+    decay_.features = p_.num_realizations;
+    decay_.width = ceil_div(p_.num_realizations, kWide) * kWide;
+    const std::int64_t columns = p_.num_heads * decay_.width;
+    const std::int64_t size = decay_.chunks.slots() * columns;
+    decay_.over_subs = layout.take<T>(kSubs * size);
+    decay_.sums = layout.take<double>(size);
+    decay_.over_chunks = layout.take<T>(size);
+    decay_.before_chunks = layout.take<T>(size);
+    decay_.after_chunks = layout.take<T>(size);
+    decay_.over_segments = layout.take<T>(segments().slots() * columns);
   }
 
-  void values(Recurrence<Storage> recurrence, T* out) const {
-    recurrence.out = out;
-    const auto run = [&](const Recurrence<Storage>& one) {
-      for_each_index(p_.num_sequences * p_.num_heads * one.width(), ValuesRecurrence<Storage>{one},
-                     stream_);
+  States<T> take_states(MemoryLayout& layout, std::int64_t values, bool has_z) const {
+    States<T> states;
+    states.heads = p_.num_heads;
+    states.features = p_.num_realizations;
+    states.values = values;
+    const std::int64_t size_z = p_.num_heads * states.features, size_s = size_z * values;
+    states.segment_s = layout.take<T>(segments().slots() * size_s);
+    if (has_z) states.segment_z = layout.take<T>(segments().slots() * size_z);
+    if (p_.query_length == 0 && !sets_.has_zeros()) return states;  // nobody reads those of chunks
+    states.chunk_s = layout.take<T>(chunks().slots() * size_s);
+    if (has_z) states.chunk_z = layout.take<T>(chunks().slots() * size_z);
+    return states;
+  }
+  void take_states(MemoryLayout& layout, std::int64_t values, bool has_z, bool backward,
+                   StatesOfBothWays<T>* keys, StatesOfBothWays<T>* queries) const {
+    // Of states that nobody makes, sizes are read.
+    keys->forwards = keys->backwards = take_states(layout, values, has_z);
+    if (both_ways_) keys->backwards = take_states(layout, values, has_z);
+    if (!backward) return;
+    queries->forwards = queries->backwards = take_states(layout, values, has_z);
+    if (both_ways_) queries->forwards = take_states(layout, values, has_z);
+  }
+
+  // Makes the states of tokens: those of keys move forwards and, where all tokens are seen,
+  // backwards too, those of queries the other way round. The first ones begin with initial states,
+  // and their totals are written where wanted.
+  void make(const Tokens<Storage>& tokens, bool backwards, const void* initial_s,
+            const void* initial_z, void* total_s, void* total_z, StatesOfBothWays<T>* both) const {
+    States<T>& first = backwards ? both->backwards : both->forwards;
+    first.total_s = static_cast<T*>(total_s);
+    first.total_z = static_cast<T*>(total_z);
+    const auto make_one = [&](bool back, const void* s, const void* z, const States<T>& states) {
+      make_states<Operand>(tokens, decay_.chunks, segments(), states.chunk_s != nullptr, back,
+                           static_cast<const T*>(s), static_cast<const T*>(z), states, decay_,
+                           stream_);
     };
-    run(recurrence);
-    if (!causal_ && out != nullptr) run(other_direction(recurrence));
+    make_one(backwards, initial_s, initial_z, first);
+    if (both_ways_)
+      make_one(!backwards, nullptr, nullptr, backwards ? both->forwards : both->backwards);
   }
 
-  void features(Recurrence<Storage> forwards, Recurrence<Storage> backwards, void* grad_q,
-                void* grad_k, bool adds_step_gradients) const {
-    forwards.out = sums_of_queries_;
-    backwards.out = sums_;
-    // Rows that read what moves forwards, then rows that read what moves backwards.
-    const auto run = [&](const Recurrence<Storage>& first, const Recurrence<Storage>& second,
-                         bool adds) {
-      const std::int64_t count = p_.num_sequences * p_.num_heads * p_.num_realizations;
-      for_each_index(count, FeaturesRecurrence<Storage>{first, products_, ends_, nullptr, false},
-                     stream_);
-      for_each_index(count,
-                     FeaturesRecurrence<Storage>{second, products_, ends_, step_gradients_, adds},
-                     stream_);
-    };
-    run(forwards, backwards, adds_step_gradients);
-    if (!causal_) run(other_direction(backwards), other_direction(forwards), true);
-    const auto write = [&](const Tokens<Storage>& rows, const T* sums, void* grad) {
-      if (grad == nullptr) return;
-      for_each_index(
-          sets_.batch() * rows.length * rows.heads * p_.num_realizations,
-          InputGradients<Storage>{rows, p_.num_realizations, sums, static_cast<Storage*>(grad)},
-          stream_);
-    };
-    write(forwards.rows, sums_of_queries_, grad_q);
-    write(backwards.rows, sums_, grad_k);
+  // What rows see of tokens that come before (after) them, or of all.
+  SeenStates<T> seen(bool after, const StatesOfBothWays<T>& states) const {
+    return {!after || both_ways_, after || both_ways_, states.forwards, states.backwards};
   }
-
-  void write_rows(const T* sums, const T* divisors, std::int64_t width, std::int64_t length,
-                  void* out) const {
-    const std::int64_t values = p_.value_features;
-    for_each_index(sets_.batch() * length * p_.num_heads * values,
-                   DividedRows<Storage>{sums, divisors, width, values, static_cast<Storage*>(out)},
-                   stream_);
+  void values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool after,
+              const StatesOfBothWays<T>& states, const RowDivision<T>& division, void* out) const {
+    make_feature_values<Operand>(rows, columns, segments(), seen(after, states), division,
+                                 static_cast<Storage*>(out), decay_, stream_);
+  }
+  void features(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
+                const Tokens<Storage>& keys, const StatesOfBothWays<T>& query_states,
+                const StatesOfBothWays<T>& key_states, void* grad_q, void* grad_k,
+                bool adds) const {
+    FeatureGradients<Storage> grads;
+    grads.queries = static_cast<Storage*>(grad_q);
+    grads.keys = static_cast<Storage*>(grad_k);
+    grads.steps.of_chunks = chunk_steps_;
+    if (chunk_steps_ == nullptr) grads.steps.of_tokens = p.grad_log_decay;
+    grads.steps.is_double = p.log_decay_dtype == core::DType::kFloat64;
+    grads.steps.adds = adds;
+    grads.first_way = first_way_;
+    if (grad_q == nullptr && grad_k == nullptr && !grads.steps.wanted()) return;
+    make_feature_gradients<Operand>(queries, keys, segments(), seen(false, key_states),
+                                    seen(true, query_states), grads, decay_, stream_);
   }
 
   const LinearAttentionParams& p_;
-  bool causal_;  // or of keys alone
+  bool both_ways_;
+  std::uint64_t* zero_ = nullptr;
   TokenSets<Storage> sets_;
   Stream stream_;
-  std::uint64_t* zero_ = nullptr;
-  double* factors_ = nullptr;             // [B, M, H, R]
-  double* state_ = nullptr;               // [S, H, E + 1, R]
-  T* sums_ = nullptr;                     // [B, M, H, R or E + 1]
-  T* sums_of_queries_ = nullptr;          // [B, M, H, R]
-  RowFactors<T>* row_factors_ = nullptr;  // [B, N, H]
-  T* denominators_ = nullptr;             // [B, N, H]
-  T* divisors_ = nullptr;                 // [B, N, H]
-  double* products_ = nullptr;            // [B, M, H, R]
-  double* step_gradients_ = nullptr;      // [B, M, H, R]
-  double* ends_ = nullptr;                // [slot, H, E + 1, R]
+  FeatureDecay<T> decay_;
+  StatesOfBothWays<T> keys_, queries_;
+  StatesOfBothWays<T> denominator_keys_, denominator_queries_;
+  RowFactors<T>* factors_ = nullptr;  // [B, N, H]
+  T* divisor_ = nullptr;              // [B, N, H]
+  double* chunk_steps_ = nullptr;     // [slot, H, R], of steps that are the same everywhere
+  T* first_way_ = nullptr;            // [B, M, H, R]
 };
 
+// Calls function with the pass for the parameters, whose memory is laid out from `workspace` on.
 template <class Function>
-void visit_pass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
-                Stream stream, const Function& function) {
-  visit_storage(p.dtype, [&](auto storage) {
-    FeatureDecayPass<decltype(storage)> pass(p, backward, wants_decay, workspace, stream);
+void visit_pass(const LinearAttentionParams& p, void* workspace, bool allow_tf32, Stream stream,
+                const Function& function) {
+  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+    FeatureDecayPass<decltype(storage), decltype(operand)> pass(p, false, false, false, workspace,
+                                                                stream);
     function(pass);
   });
+}
+template <class Function>
+void visit_pass(const LinearAttentionBackwardParams& p, void* workspace, bool allow_tf32,
+                Stream stream, const Function& function) {
+  const bool wants_steps = p.grad_log_decay != nullptr;
+  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+    FeatureDecayPass<decltype(storage), decltype(operand)> pass(
+        p, true, wants_steps, wants_steps && p.constant_decay, workspace, stream);
+    function(pass);
+  });
+}
+
+// The same size whether tf32 is allowed or not: chunks of both are equally long.
+template <class Params>
+std::size_t workspace_size(const Params& p) {
+  std::size_t size = 0;
+  visit_pass(p, nullptr, false, Stream{}, [&](const auto& pass) { size = pass.workspace_size; });
+  return size;
 }
 
 }  // namespace
 
 std::size_t feature_decay_forward_workspace(const LinearAttentionParams& p) {
-  std::size_t size = 0;
-  visit_pass(p, false, false, nullptr, Stream{},
-             [&](const auto& pass) { size = pass.workspace_size; });
-  return size;
+  return workspace_size(p);
 }
 
 std::size_t feature_decay_backward_workspace(const LinearAttentionBackwardParams& p) {
-  std::size_t size = 0;
-  visit_pass(p, true, p.grad_log_decay != nullptr, nullptr, Stream{},
-             [&](const auto& pass) { size = pass.workspace_size; });
-  return size;
+  return workspace_size(p);
 }
 
-void feature_decay_forward(const LinearAttentionParams& p, void* workspace, Stream stream) {
-  visit_pass(p, false, false, workspace, stream, [](auto& pass) { pass.forward(); });
+void feature_decay_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
+                           Stream stream) {
+  visit_pass(p, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
 }
 
 void feature_decay_backward(const LinearAttentionBackwardParams& p, void* workspace,
-                            Stream stream) {
-  visit_pass(p, true, p.grad_log_decay != nullptr, workspace, stream,
-             [&](auto& pass) { pass.backward(p); });
+                            bool allow_tf32, Stream stream) {
+  visit_pass(p, workspace, allow_tf32, stream, [&](auto& pass) { pass.backward(p); });
 }
 
 }  // namespace torch_spe::cuda::attention

@@ -1,4 +1,4 @@
-// Linear attention with a decay per feature, by recurrences: see feature_recurrence.h.
+// Linear attention with a decay per feature: see feature_fading.h.
 #pragma once
 
 #include "linear_attention.h"
@@ -7,8 +7,9 @@ namespace torch_spe::cuda::attention {
 
 std::size_t feature_decay_forward_workspace(const LinearAttentionParams& params);
 std::size_t feature_decay_backward_workspace(const LinearAttentionBackwardParams& params);
-void feature_decay_forward(const LinearAttentionParams& params, void* workspace, Stream stream);
+void feature_decay_forward(const LinearAttentionParams& params, void* workspace, bool allow_tf32,
+                           Stream stream);
 void feature_decay_backward(const LinearAttentionBackwardParams& params, void* workspace,
-                            Stream stream);
+                            bool allow_tf32, Stream stream);
 
 }  // namespace torch_spe::cuda::attention

@@ -347,25 +347,11 @@ class AttentionPass {
   double* step_gradients_ = nullptr;  // [B, M, H], or [slot, H] of chunks
 };
 
-// Calls function(storage, operand). float16 goes through products as tf32, which has as many bits
-// of mantissa: states and products of features can be larger than float16's range, gradients
-// divided by denominators (about N R) smaller.
-template <class Function>
-void visit_types(core::DType dtype, bool allow_tf32, const Function& function) {
-  visit_operands(dtype, allow_tf32, [&](auto storage, auto operand) {
-    if constexpr (std::is_same_v<decltype(storage), core::Half>) {
-      function(storage, Tf32{});
-    } else {
-      function(storage, operand);
-    }
-  });
-}
-
 // Calls function with the pass for the parameters, whose memory is laid out from `workspace` on.
 template <class Function>
 void visit_pass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
                 bool allow_tf32, Stream stream, const Function& function) {
-  visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
+  attention::visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
     using Storage = decltype(storage);
     using Operand = decltype(operand);
     using T = core::accumulate_t<Storage>;
@@ -406,13 +392,15 @@ std::size_t linear_attention_backward_workspace(const LinearAttentionBackwardPar
 
 void linear_attention_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
                               Stream stream) {
-  if (fades_per_feature(p)) return attention::feature_decay_forward(p, workspace, stream);
+  if (fades_per_feature(p))
+    return attention::feature_decay_forward(p, workspace, allow_tf32, stream);
   visit_pass(p, false, false, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
 }
 
 void linear_attention_backward(const LinearAttentionBackwardParams& p, void* workspace,
                                bool allow_tf32, Stream stream) {
-  if (fades_per_feature(p)) return attention::feature_decay_backward(p, workspace, stream);
+  if (fades_per_feature(p))
+    return attention::feature_decay_backward(p, workspace, allow_tf32, stream);
   visit_pass(p, true, p.grad_log_decay != nullptr, workspace, allow_tf32, stream,
              [&](auto& pass) { pass.backward(p); });
 }

@@ -30,11 +30,18 @@ struct States {
 // Fills a tile of a state with operands; elements(row, column, out) gives four of a row.
 template <int kRows, int kColumns, class Operand, class Elements>
 TORCH_SPE_DEVICE void load_state(Operand* out, const Elements& elements) {
+  using T = core::accumulate_t<Operand>;
   constexpr int kRow = row_of<Operand>(kColumns), kFours = kColumns / 4;
-  for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) {
-    core::accumulate_t<Operand> four[4];
+  const auto load = [&](int i) {
+    T four[4];
     elements(i / kFours, i % kFours * 4, four);
     write_operands(four, out + i / kFours * kRow + i % kFours * 4);
+  };
+  if constexpr (sizeof(T) == 8) {  // which would take too many registers at once
+    TORCH_SPE_KEEP_LOOP
+    for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) load(i);
+  } else {
+    for (int i = thread_read_again(); i < kRows * kFours; i += kThreads) load(i);
   }
 }
 
@@ -136,6 +143,7 @@ template <class T, class Decay>
 struct Scan {
   struct Elements {
     std::int64_t size = 0, head_size = 1;  // elements of a state of all heads, and of one
+    std::int64_t row = 1;                  // elements of a feature
     const T* initial = nullptr;            // [S, size], or null
     T* sums = nullptr;                     // [slot, size]
     T* total = nullptr;                    // [S, size], or null
@@ -165,7 +173,8 @@ struct Scan {
       const bool is_needed = j + 1 < count || own.total != nullptr;
       const T sum = is_needed ? *entry : T(0);
       *entry = state;
-      state = core::join(decay.over_segment(slot, element / own.head_size), 0, state, sum);
+      state = core::join(decay.over_segment(slot, element / own.head_size),
+                         element % own.head_size / own.row, state, sum);
     }
     if (own.total != nullptr) own.total[i] = state;
   }
@@ -187,14 +196,15 @@ void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& se
            stream, tokens, chunks, segments, has_chunks, backwards, states, decay);
   }
   using Elements = typename Scan<T, Decay>::Elements;
-  const auto elements = [&](std::int64_t head_size, const T* initial, T* sums, T* total) {
-    return Elements{states.heads * head_size, head_size, initial, sums, total};
+  const auto elements = [&](std::int64_t row, const T* initial, T* sums, T* total) {
+    const std::int64_t head_size = states.features * row;
+    return Elements{states.heads * head_size, head_size, row, initial, sums, total};
   };
   Scan<T, Decay> scan{decay, segments, backwards, {}, {}};
   if (states.values > 0)
-    scan.s = elements(states.features * states.values, initial_s, states.segment_s, states.total_s);
+    scan.s = elements(states.values, initial_s, states.segment_s, states.total_s);
   if (states.segment_z != nullptr)
-    scan.z = elements(states.features, initial_z, states.segment_z, states.total_z);
+    scan.z = elements(1, initial_z, states.segment_z, states.total_z);
   for_each_index(segments.sequences * (scan.s.size + scan.z.size), scan, stream);
 }
 

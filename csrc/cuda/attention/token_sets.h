@@ -6,6 +6,20 @@
 
 namespace torch_spe::cuda::attention {
 
+// Calls function(storage, operand). float16 goes through products as tf32, which has as many bits
+// of mantissa: states and products of features can be larger than float16's range, gradients
+// divided by denominators (about N R) smaller.
+template <class Function>
+void visit_types(core::DType dtype, bool allow_tf32, const Function& function) {
+  visit_operands(dtype, allow_tf32, [&](auto storage, auto operand) {
+    if constexpr (std::is_same_v<decltype(storage), core::Half>) {
+      function(storage, Tf32{});
+    } else {
+      function(storage, operand);
+    }
+  });
+}
+
 template <class Storage>
 class TokenSets {
  public:
@@ -20,6 +34,7 @@ class TokenSets {
     has_zeros_ = true;
   }
 
+  bool has_zeros() const { return has_zeros_; }
   bool has_own_denominator() const { return p_.normalize && p_.denominator_k != nullptr; }
   bool divides() const { return (p_.normalize || p_.rms_norm) && p_.query_length > 0; }
   std::int64_t batch() const { return p_.cu_seqlens == nullptr ? p_.num_sequences : 1; }

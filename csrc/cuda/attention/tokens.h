@@ -224,6 +224,7 @@ struct Tokens {
     if (result != nullptr) {
       const Storage* const base_of_result =
           result + chunk.batch * result_strides[0] + head * result_strides[2];
+      TORCH_SPE_UNROLL_TWICE
       for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
         const int row = i / kColumns, column = i % kColumns;
         T value = 0;
