@@ -29,6 +29,17 @@ class VectorOperand {
       elements_[i] = value;
     }
   }
+  // An element as an operand of tile_product.h holds it: rounded, and nothing of what it lacks.
+  TORCH_SPE_DEVICE void set_rounded(int i, T value) const {
+    if constexpr (kSplit) {
+      write(value, elements_ + i);
+      write(T(0), elements_ + size_ + i);
+    } else {
+      Operand rounded;
+      write(value, &rounded);
+      elements_[i] = number_of(rounded);
+    }
+  }
   TORCH_SPE_DEVICE T at(int i) const {
     if constexpr (kSplit) {
       return read(elements_[i]) + read(elements_[size_ + i]);

@@ -622,6 +622,25 @@ def test_walks_of_bfloat16(compare, form, causal):
     compare(function, inputs, (grad, *grads[1:]), ATTENTION_TOLERANCES[torch.bfloat16])
 
 
+@pytest.mark.parametrize("decay", [False, True], ids=["no decay", "decay"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [64, 130])
+def test_values_of_one_give_one(compare, features, dtype, causal, decay):
+    """Numerators and denominators are sums of the same rounded operands."""
+    (q, k, v, *_), _ = attention_inputs(torch.float32, 1, 300, 300, 1, features, 2)
+    q, k = ((1.5 * x).exp().to(dtype) for x in (q, k))  # few features make most of a sum
+    log_decay = -0.05 * v[..., 0].abs() if decay else None
+
+    def function(q, k, v):
+        return torch.ops.torch_spe.linear_attention(
+            q, k, v, "identity", causal, True, 0.0, log_decay=on(q.device.type, log_decay)
+        )[0]
+
+    ones = torch.ones_like(v, dtype=dtype)
+    compare(function, [q, k, ones], None, 1e-3, [], expected=[ones])
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 3, 3, 40], [0, 5, 39, 40]], ids=str)
 def test_linear_attention_of_packed_sequences(compare, bounds, causal):

@@ -15,7 +15,7 @@ struct ValuesShared {
   Operand* col_y;                     // [column, e]
   Operand* state;                     // [r, e]
   Operand* weights;                   // [row, column]
-  VectorOperand<Operand> z;           // [r]
+  VectorOperand<Operand> z;           // [r], rounded as the state is
   VectorOperand<Operand> ones;        // [column]
   T* denominators;                    // [row]
   T* scale;                           // [row]: rows are multiplied by both
@@ -71,6 +71,15 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   TileProduct<Operand, kWide, kWide> state;
   VectorProduct<Operand, kWide> z;
+  // Beside values, denominators are sums of the rounded operands that numerators are sums of: values
+  // of 1 give 1. Alone, there is nothing that they should agree with.
+  const auto set_z = [&](int r, T element) {
+    if (makes_values) {
+      shared.z.set_rounded(r, element);
+    } else {
+      shared.z.set(r, element);
+    }
+  };
   if (thread < kTokens) shared.ones.set(thread, T(1));
   z.clear();
   TORCH_SPE_KEEP_LOOP
@@ -116,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
             z.clear();
             z.for_each([&](int r, T& element) {
               element = from.z_at(r0 + r);
-              shared.z.set(r, element);
+              set_z(r, element);
             });
           }
         }
@@ -267,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           z.template multiply<kTokens, Major::kOuter>(shared.col_x, shared.ones);
           z.for_each([&](int r, T element) {
             if constexpr (kOneTile) {
-              shared.z.set(r, element);
+              set_z(r, element);
             } else if (r0 + r < features) {
               from.kept_z[r0 + r] = element;
             }
