@@ -172,7 +172,12 @@ SHAPES = {  # batch, length, heads, features, values
 @pytest.mark.parametrize("form", ["token", "token and feature"])
 def test_sizes(compare, form, shape, causal, dtype):
     batch, length, heads, features, values = shape
-    case = Case(dtype, batch, length, heads, features, values, form=form, causal=causal)
+    # Of one feature, a divided row does not depend on the query: in 16 bits its gradient is what
+    # rounding leaves of differences.
+    normalize = dtype == torch.float64 or features > 1
+    case = Case(
+        dtype, batch, length, heads, features, values, form=form, causal=causal, normalize=normalize
+    )
     case.check(compare, TOLERANCES[dtype])
 
 
