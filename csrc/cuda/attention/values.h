@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   TileProduct<Operand, kWide, kWide> state;
   VectorProduct<Operand, kWide> z;
-  // Beside values, denominators are sums of the rounded operands that numerators are sums of: values
-  // of 1 give 1. Alone, there is nothing that they should agree with.
+  // Beside values, denominators are sums of the rounded operands that numerators are sums of:
+  // values of 1 give 1. Alone, there is nothing that they should agree with.
   const auto set_z = [&](int r, T element) {
     if (makes_values) {
       shared.z.set_rounded(r, element);
