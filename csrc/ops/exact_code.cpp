@@ -119,10 +119,10 @@ struct GateExactCode : Operator {
 
 const Registration<ExactCode> exact_code;
 const Registration<GateExactCode> gate_exact_code;
-[[maybe_unused]] const bool kernels =
-    register_cpu_kernel<cpu::exact_code>() && register_cpu_kernel<cpu::exact_code_backward>() &&
-    register_cpu_kernel<cpu::gate_exact_code>() &&
-    register_cpu_kernel<cpu::gate_exact_code_backward>();
+[[maybe_unused]] const bool kernels = register_cpu_kernel<cpu::exact_code>() &&
+                                      register_cpu_kernel<cpu::exact_code_backward>() &&
+                                      register_cpu_kernel<cpu::gate_exact_code>() &&
+                                      register_cpu_kernel<cpu::gate_exact_code_backward>();
 
 }  // namespace
 }  // namespace torch_spe::ops

@@ -21,11 +21,17 @@ struct DecaySteps {
   bool is_double = false;
   std::int64_t strides[4] = {};
 
-  TORCH_SPE_DEVICE double at(std::int64_t batch, std::int64_t n, std::int64_t head,
-                             std::int64_t r) const {
-    const std::int64_t i = batch * strides[0] + n * strides[1] + head * strides[2] + r * strides[3];
+  TORCH_SPE_DEVICE std::int64_t index(std::int64_t batch, std::int64_t n, std::int64_t head,
+                                      std::int64_t r) const {
+    return batch * strides[0] + n * strides[1] + head * strides[2] + r * strides[3];
+  }
+  TORCH_SPE_DEVICE double at(std::int64_t i) const {
     return is_double ? static_cast<const double*>(data)[i]
                      : static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+  TORCH_SPE_DEVICE double at(std::int64_t batch, std::int64_t n, std::int64_t head,
+                             std::int64_t r) const {
+    return at(index(batch, n, head, r));
   }
 };
 

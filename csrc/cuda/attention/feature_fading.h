@@ -282,16 +282,20 @@ struct ChunkFeatureFactors {
     const int sub_size = static_cast<int>(decay.chunks.size / kSubs);
     const bool inside = r < decay.features;
     T* const over = decay.over_subs + unit * kSubs * decay.width + r;
+    const std::int64_t first = decay.steps.index(chunk.batch, chunk.begin, head, r);
+    const std::int64_t stride = decay.steps.strides[1];
     double sum = 0;
+    // Loops are kept, or registers spill.
+    TORCH_SPE_KEEP_LOOP
     for (int sub = 0; sub < kSubs; ++sub) {
       double part = 0;
       const int begin = sub * sub_size;
       const int end = inside ? static_cast<int>(min_of(chunk.size, begin + sub_size)) : 0;
-      if (decay.steps.strides[1] == 0 && begin < end) {
-        part = decay.steps.at(chunk.batch, chunk.begin, head, r) * (end - begin);
+      if (stride == 0 && begin < end) {
+        part = decay.steps.at(first) * (end - begin);
       } else {
-        for (int row = begin; row < end; ++row)
-          part += decay.steps.at(chunk.batch, chunk.begin + row, head, r);
+        TORCH_SPE_KEEP_LOOP
+        for (int row = begin; row < end; ++row) part += decay.steps.at(first + row * stride);
       }
       over[sub * decay.width] = static_cast<T>(core::exp_nonpositive(part));
       sum += part;
