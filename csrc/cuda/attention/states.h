@@ -141,9 +141,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 // of the states separately, and writes the total where it is wanted.
 template <class T, class Decay>
 struct Scan {
-  struct Elements {
+  // Where features fade on their own.
+  static constexpr bool kPerFeature = requires(Decay d) { d.features; };
+  struct Row {
+    std::int64_t row = 1;  // elements of a feature
+  };
+  struct Nothing {};
+  struct Elements : std::conditional_t<kPerFeature, Row, Nothing> {
     std::int64_t size = 0, head_size = 1;  // elements of a state of all heads, and of one
-    std::int64_t row = 1;                  // elements of a feature
     const T* initial = nullptr;            // [S, size], or null
     T* sums = nullptr;                     // [slot, size]
     T* total = nullptr;                    // [S, size], or null
@@ -161,6 +166,10 @@ struct Scan {
       scan(z, i - size_s);
     }
   }
+  TORCH_SPE_DEVICE static std::int64_t feature_of(const Elements& own, std::int64_t element) {
+    if constexpr (kPerFeature) return element % own.head_size / own.row;
+    return 0;
+  }
   TORCH_SPE_DEVICE void scan(const Elements& own, std::int64_t i) const {
     const std::int64_t sequence = i / own.size, element = i % own.size;
     const std::int64_t count = ceil_div(segments.length_of(sequence), segments.size);
@@ -174,7 +183,7 @@ struct Scan {
       const T sum = is_needed ? *entry : T(0);
       *entry = state;
       state = core::join(decay.over_segment(slot, element / own.head_size),
-                         element % own.head_size / own.row, state, sum);
+                         feature_of(own, element), state, sum);
     }
     if (own.total != nullptr) own.total[i] = state;
   }
@@ -197,8 +206,14 @@ void make_states(const Tokens<Storage>& tokens, const Cut& chunks, const Cut& se
   }
   using Elements = typename Scan<T, Decay>::Elements;
   const auto elements = [&](std::int64_t row, const T* initial, T* sums, T* total) {
-    const std::int64_t head_size = states.features * row;
-    return Elements{states.heads * head_size, head_size, row, initial, sums, total};
+    Elements own;
+    own.head_size = states.features * row;
+    own.size = states.heads * own.head_size;
+    own.initial = initial;
+    own.sums = sums;
+    own.total = total;
+    if constexpr (Scan<T, Decay>::kPerFeature) own.row = row;
+    return own;
   };
   Scan<T, Decay> scan{decay, segments, backwards, {}, {}};
   if (states.values > 0)
