@@ -52,11 +52,7 @@ class FeatureDecayPass {
            &denominator_keys_);
     }
     if (!has_rows) return;
-    RowDivision<T> division;
-    division.eps = static_cast<T>(p_.eps);
-    division.divisor = p_.row_divisor == nullptr ? divisor_ : static_cast<T*>(p_.row_divisor);
-    if (p_.normalize) division.by = Divide::kByDenominator;
-    if (p_.rms_norm) division.by = Divide::kByRms;
+    RowDivision<T> division = sets_.division(divisor_);
     if (own) {
       values(sets_.denominator_queries(), sets_.denominator_keys(), false, denominator_keys_,
              division, nullptr);

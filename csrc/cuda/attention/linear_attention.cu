@@ -82,11 +82,7 @@ class AttentionPass {
     const TwoStates<T> sums =
         make_states(sets_.keys(), false, p_.initial_s, own ? nullptr : p_.initial_z, p_.final_s,
                     own ? nullptr : p_.final_z, keys_);
-    RowDivision<T> division;
-    division.eps = static_cast<T>(p_.eps);
-    division.divisor = p_.row_divisor == nullptr ? divisor_ : static_cast<T*>(p_.row_divisor);
-    if (p_.normalize) division.by = Divide::kByDenominator;
-    if (p_.rms_norm) division.by = Divide::kByRms;
+    RowDivision<T> division = sets_.division(divisor_);
     if (own) {
       const TwoStates<T> denominators =
           make_states(sets_.denominator_keys(), false, nullptr, p_.initial_z, nullptr, p_.final_z,

@@ -39,6 +39,15 @@ class TokenSets {
   bool divides() const { return (p_.normalize || p_.rms_norm) && p_.query_length > 0; }
   std::int64_t batch() const { return p_.cu_seqlens == nullptr ? p_.num_sequences : 1; }
   std::int64_t rows() const { return batch() * p_.query_length * p_.num_heads; }
+  // What becomes of rows; divisors go to `scratch` where nobody wants to keep them.
+  RowDivision<T> division(T* scratch) const {
+    RowDivision<T> division;
+    division.eps = static_cast<T>(p_.eps);
+    division.divisor = p_.row_divisor == nullptr ? scratch : static_cast<T*>(p_.row_divisor);
+    if (p_.normalize) division.by = Divide::kByDenominator;
+    if (p_.rms_norm) division.by = Divide::kByRms;
+    return division;
+  }
 
   // Queries may be none where there are keys, packed or not: they have no bounds then.
   Cut cut(std::int64_t length, std::int64_t size) const {
