@@ -64,7 +64,7 @@ def _conv(label: str, layer: dict | None = None, **options) -> Encoding:
 
 def _exact(label: str, num_sines: int = 1, **layer) -> Encoding:
     return _sine(
-        f"SineSPE after the map, no noise, K = {num_sines}{label}", num_sines=num_sines,
+        f"exact sines, K = {num_sines}{label}", num_sines=num_sines,
         noise="exact", more=False, layer=layer,
     )  # fmt: skip
 
@@ -74,7 +74,8 @@ DECAY = {"decay": "learned"}
 FEATURE = {"decay": "feature"}
 NEAR = {"decay_range": (8.0, 512.0)}
 
-# K divides R / 2, so that every sine of phase noise has equally many pairs.
+# SPE comes after the feature map where a label does not say otherwise. K divides R / 2, so that
+# every sine of phase noise has equally many pairs.
 ENCODINGS = {
     "none": CHORALES["none"],
     "sinusoids": Encoding("additive sinusoids", added=Sinusoids),
@@ -90,18 +91,18 @@ ENCODINGS = {
         layer={"feature_map": PositiveFeatures(REALIZATIONS, REALIZATIONS)}, more=False,
     ),
     "features-published": _sine(
-        "SineSPE after the map, published initialization", init="published"
+        "Gaussian noise, published initialization", init="published"
     ),
-    "gaussian": _sine("SineSPE after the map"),
-    "phase": _sine("SineSPE after the map, phase noise", noise="phase"),
+    "gaussian": _sine("Gaussian noise"),
+    "phase": _sine("phase noise", noise="phase"),
     "bandwidth": _sine(
-        "SineSPE after the map, phase noise, bandwidths", noise="phase", bandwidth=True
+        "phase noise, bandwidths", noise="phase", bandwidth=True
     ),
     "exact": _exact(""),
     "exact-3": _exact("", 3),
-    "conv": _conv("ConvSPE after the map, P = 64"),
+    "conv": _conv("ConvSPE, P = 64"),
     "conv-sparse": _conv(
-        "ConvSPE after the map, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
+        "ConvSPE, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
     ),
     "decay": Encoding("decay alone", layer=DECAY),
     "decay-near": Encoding("decay alone, to 512", layer=DECAY | NEAR),
@@ -117,10 +118,10 @@ ENCODINGS = {
         "rotary, random frequencies, decay of each pair", FEATURE, frequencies="random"
     ),
     "bandwidth-decay": _sine(
-        "SineSPE after the map, phase noise, bandwidths, decay", noise="phase", bandwidth=True,
+        "phase noise, bandwidths, decay", noise="phase", bandwidth=True,
         layer=DECAY,
     ),
-    "conv-decay": _conv("ConvSPE after the map, P = 64, decay", DECAY),
+    "conv-decay": _conv("ConvSPE, P = 64, decay", DECAY),
     "exact-decay": _exact(", decay", **DECAY),
     "exact-decay-near": _exact(", decay, to 512", **DECAY, **NEAR),
     "exact-3-decay": _exact(", decay", 3, **DECAY),

@@ -13,7 +13,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
+LEGEND_BELOW = 34  # points below an axis, where its label ends
 FAMILIES = (
     "absolute and rotary", "before the feature map", "after the feature map", "with a decay",
     "softmax attention",
@@ -96,7 +98,10 @@ def _plot_positions(path: Path, task: Task, rows: list[dict], note: str) -> None
         axes.set(title=title, xlabel="position (tokens)", xlim=(0, task.test_length))
         axes.grid(alpha=0.3)
         axes.set_ylabel("NLL (nats per token)")
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
+        below = axes.transAxes + ScaledTranslation(0, -LEGEND_BELOW / 72, figure.dpi_scale_trans)
+        axes.legend(
+            fontsize=8, loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, frameon=False
+        )
     figure.suptitle(
         f"{task.title}: test sequences, trained on {task.length} tokens\n{note}: mean and range",
         fontsize=10,
