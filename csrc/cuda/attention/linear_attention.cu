@@ -51,7 +51,7 @@ class AttentionPass {
         backward_(backward),
         one_launch_(kHasOneLaunch && backward && p.num_realizations <= attention::kWide &&
                     p.value_features > 0 && p.value_features <= attention::kWide &&
-                    !(kFades && !causal_) && !wants_terms_),
+                    !(kFades && (wants_decay || !causal_))),
         sets_(p),
         stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
@@ -215,7 +215,7 @@ class AttentionPass {
       terms_.slots = slots;
     } else {
       // The states of keys and of queries.
-      if (!one_launch_) queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
+      queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
       if (own) denominator_queries_ = take(layout, p_.denominator_features, 0, true);
     }
   }

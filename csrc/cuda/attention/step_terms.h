@@ -59,9 +59,10 @@ struct StepTerms {
         element += added + weight * itself(column);
       };
     });
-    const int thread = static_cast<int>(threadIdx.x);
+    // Read again, here and below, or what follows from it would be kept in registers.
+    const int thread = thread_read_again();
     const int part = Product::kTensorCores ? thread / 32 % 2 : thread / 4 % 2;
-    const std::int64_t to = (tile * kParts + part) * rows + first;
+    const std::int64_t to = (tile * kParts + part) * read_again(rows) + first;
     number = 0;
     product.for_each_row([&](int row) {
       T past_sum = quad_sum(past[number]), own_sum = quad_sum(own[number]);
@@ -84,6 +85,8 @@ struct StepTerms {
   template <class Tile>
   TORCH_SPE_DEVICE void take_state(Tile& tile, std::int64_t slot, std::int64_t r0, std::int64_t e0,
                                    std::int64_t features, std::int64_t values, T* sum) const {
+    features = read_again(features);
+    values = read_again(values);
     T* const there = s + (slot * features + r0) * values + e0;
     const int end_of_rows = static_cast<int>(min_of(kWide, features - r0));
     const int columns = static_cast<int>(min_of(kWide, values - e0));
