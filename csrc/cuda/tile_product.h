@@ -82,13 +82,6 @@ class TileProduct {
     }
   }
 
-  // Adds factor(row) times another product of the same tile.
-  template <class Factor>
-  TORCH_SPE_DEVICE void add(TileProduct& other, const Factor& factor) {
-    int i = 0;
-    other.for_each([&](int row, int, T element) { sum(i++) += factor(row) * element; });
-  }
-
   // Calls rows(row) for each row of which this thread holds elements, and what that returns with
   // (column, element) for each of them.
   template <class Rows>
@@ -116,6 +109,19 @@ class TileProduct {
         for (int j = 0; j < kN / 8; ++j) take(thread % 8 + 8 * j, sum(i * (kN / 8) + j));
       }
     }
+  }
+
+  // The same with the values of another product of the same tile: (column, element, of the other).
+  template <class Rows>
+  TORCH_SPE_DEVICE void for_each_row_with(TileProduct& other, const Rows& rows) {
+    T others[kCount];
+    int i = 0;
+    other.for_each_row([&](int) { return [&](int, T element) { others[i++] = element; }; });
+    i = 0;
+    for_each_row([&](int row) {
+      const auto take = rows(row);
+      return [&others, &i, take](int column, T& element) { take(column, element, others[i++]); };
+    });
   }
 
   // Writes the tile to shared memory, rows row_of<Out>(kN) apart: what rows(row) returns makes an

@@ -223,6 +223,34 @@ def test_walks_of_bfloat16(compare, causal):
     case.check(compare, TOLERANCES[torch.bfloat16])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_steps_that_forget(compare, causal, dtype):
+    # Their gradient is e^-15 of what tokens have from themselves and from the states.
+    case = Case(dtype, 1, 150, 1, 64, 64, normalize=False, causal=causal)
+    case.tensors["log_decay"].fill_(-15)
+    case.grads = tuple(g * 2**20 for g in case.grads)
+    case.check(compare, TOLERANCES[dtype], wanted=[3])
+
+
+@pytest.mark.parametrize("form", ["head", "token"])
+def test_features_of_three_tiles(compare, form):
+    # Sequences begin within chunks and take several segments.
+    bounds = [0, 70, 71, 470]
+    case = Case(torch.bfloat16, 1, 470, 1, 192, 8, form=form, steps="mixed", bounds=bounds)
+    case.check(compare, TOLERANCES[torch.bfloat16])
+
+
+def test_many_tokens(compare):
+    case = Case(torch.float32, 1, 5000, 1, 3, 2, steps="slow", normalize=False)
+    like = [*case.grads[:3], case.tensors["log_decay"]]
+    inputs = [None if t is None else t.double() for t in case.inputs]
+    grads = tuple(g.double() for g in case.grads)
+    expected = run(case.operator, inputs, grads, [3])
+    expected = [e.to(t.dtype) for e, t in zip(expected, like, strict=True)]
+    compare(case.operator, case.inputs, case.grads, 3e-6, [3], expected=expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("norm", ["none", "rms", "own denominator"])

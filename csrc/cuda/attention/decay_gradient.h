@@ -1,4 +1,5 @@
-// The kernel of the gradient of a decay with one column for all features.
+// The kernel of the gradient of a decay with one column for all features where all tokens are seen;
+// step_terms.h is for causal attention.
 //
 // The step of token t fades every weight of a pair with one token before t and one at or after it.
 // With a set of tokens whose states move forwards (before) and one whose states move backwards

@@ -1,6 +1,7 @@
 // The kernel whose results have the form of features: gradients of queries and keys.
 #pragma once
 
+#include "step_terms.h"
 #include "walk.h"
 
 namespace torch_spe::cuda::attention {
@@ -23,6 +24,7 @@ struct FeaturesShared {
   T* col_weight;                       // [column]
   T* z;                                // [r]
   T* fade;                             // [row], what reading the state fades by
+  T* diagonal;                         // [row], weights of the tokens themselves
   Between<Decay, Operand> between;
 
   TORCH_SPE_INLINE explicit FeaturesShared(MemoryLayout& layout)
@@ -38,6 +40,7 @@ struct FeaturesShared {
         col_weight(layout.take<T>(kTokens)),
         z(layout.take<T>(kWide)),
         fade(layout.take<T>(Decay::kFades ? kTokens : 0)),
+        diagonal(layout.take<T>(Decay::kFades ? kTokens : 0)),
         between(Between<Decay, Operand>::over(layout, weights)) {}
 };
 
@@ -48,6 +51,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
                                     const Tokens<Storage>& columns, const Walk& walk,
                                     const States<core::accumulate_t<Storage>>& states,
                                     const OtherDirection<core::accumulate_t<Storage>>& other,
+                                    const StepTerms<core::accumulate_t<Storage>>& terms,
                                     Storage* grad, const Decay& decay) {
   using T = core::accumulate_t<Storage>;
   using Shared = FeaturesShared<Storage, Operand, Decay>;
@@ -67,6 +71,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
   // Without values there is one tile of none: zeros.
   const std::int64_t end_of_values = kOneTile ? kWide : values;
   const bool has_values = values > 0, has_z = states.segment_z != nullptr;
+  const bool wants_terms = Decay::kFades && terms.wanted();
   WalkingState<T> from(states, walk.moves, slot, steps.segment.sequence, head, 0, 1);
 
   TileProduct<Operand, kWide, kWide> state;
@@ -81,7 +86,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
     product.clear();
     __syncthreads();  // the tiles before have been used
     if constexpr (Shared::kKeepsFeatures) {
-      if (!other.writes && rows.map != core::FeatureMap::kIdentity)
+      if (wants_terms || (!other.writes && rows.map != core::FeatureMap::kIdentity))
         rows.template copy_x<kTokens, kWide>(chunk, head, r0, features, shared.row_x);
     }
     if (thread < kTokens) {
@@ -140,7 +145,13 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
               return [=](int column, T value) {
                 const bool seen = !walk.masked || (walk.backwards ? column >= row : column <= row);
                 T weight = value + row_weight * col_weight[column];
-                if constexpr (Decay::kFades) weight *= between[column];
+                if constexpr (Decay::kFades) {
+                  weight *= between[column];
+                  if (wants_terms && column == row) {
+                    shared.diagonal[row] = weight;
+                    return T(0);
+                  }
+                }
                 return seen ? weight : T(0);
               };
             });
@@ -157,9 +168,44 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
     });
     copy_async_wait();
     __syncthreads();  // rows have been used, and weights are there
-    if (walk.within)
+    if (wants_terms) {
+      TileProduct<Operand, kTokens, kWide> within;
+      within.clear();
+      within.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.weights, shared.col_x);
+      const auto add_within = [&](auto is_mapped) {
+        const auto features_of = [&](int row) {
+          const T scale = shared.row_scale[row];
+          const Storage* const kept = shared.row_x + row * row_of<Storage>(kWide);
+          return [=, &rows, &chunk](int column) {
+            T x = 0;
+            if constexpr (Shared::kKeepsFeatures) {
+              x = read(kept[column]);
+              if constexpr (decltype(is_mapped)::value) x = select_feature<Storage>(rows.map, x);
+              x *= scale;
+            } else if (column < end && scale != T(0)) {
+              x = rows.x_at(chunk.batch, chunk.begin + row, head, r0 + column);
+            }
+            Operand rounded;  // as the other walk takes it
+            write(x, &rounded);
+            return number_of(rounded);
+          };
+        };
+        terms.add_within(product, within, tile,
+                         (chunk.batch * heads + head) * terms.length + chunk.begin, chunk.size,
+                         shared.diagonal, shared.row_scale, features_of, [&](int row) {
+                           const Operand* const x = shared.col_x + row * row_of<Operand>(kWide);
+                           return [=](int column) { return number_of(x[column]); };
+                         });
+      };
+      if (Shared::kKeepsFeatures && rows.map == core::FeatureMap::kIdentity) {
+        add_within(std::false_type{});
+      } else {
+        add_within(std::true_type{});
+      }
+    } else if (walk.within) {
       product.template multiply<kTokens, Major::kDepth, Major::kOuter>(shared.weights,
                                                                        shared.col_x);
+    }
 
     if constexpr (Decay::kFades) {
       if (other.sums != nullptr) {
@@ -175,7 +221,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
         });
       }
     }
-    if (!other.writes) {
+    if (!other.writes && grad != nullptr) {
       const Storage* const first_x = rows.x + chunk.batch * rows.x_strides[0] +
                                      chunk.begin * rows.x_strides[1] + head * rows.x_strides[2] +
                                      r0 * rows.x_strides[3];
@@ -200,6 +246,20 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
               return gradient_of_input_at(map, value, at) * row_scale;
             };
           });
+    }
+
+    if (wants_terms) {
+      const std::int64_t at = (steps.first_slot + steps.number(step)) * heads + head;
+      T passing = 0;
+      if (has_values) {
+        TORCH_SPE_KEEP_LOOP
+        for (std::int64_t e0 = 0; e0 < end_of_values; e0 += kWide) {
+          if constexpr (!kOneTile) from.read(r0, e0, state);
+          terms.take_state(state, at, r0, e0, features, values, &passing);
+        }
+      }
+      if (has_z) terms.take_z(z, at, r0, features, &passing);
+      terms.write_passing(passing, tile, at);
     }
 
     // The state passes over the chunk.
@@ -244,17 +304,18 @@ template <class Storage, class Operand, class Decay, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     features_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Walk walk,
                     const States<core::accumulate_t<Storage>> states,
-                    const OtherDirection<core::accumulate_t<Storage>> other, Storage* grad,
+                    const OtherDirection<core::accumulate_t<Storage>> other,
+                    const StepTerms<core::accumulate_t<Storage>> terms, Storage* grad,
                     const Decay decay) {
   walk_features<Storage, Operand, Decay, kOneTile>(static_cast<int>(blockIdx.x), rows, columns,
-                                                   walk, states, other, grad, decay);
+                                                   walk, states, other, terms, grad, decay);
 }
 
-// Gradients of the rows' features, [B, L, H, R].
+// Gradients of the rows' features, [B, L, H, R]; null where only `terms` are wanted.
 template <class Operand, class Storage, class Decay, class T = core::accumulate_t<Storage>>
 void make_features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, const Walk& walk,
-                   const States<T>& states, const OtherDirection<T>& other, Storage* grad,
-                   const Decay& decay, Stream stream) {
+                   const States<T>& states, const OtherDirection<T>& other,
+                   const StepTerms<T>& terms, Storage* grad, const Decay& decay, Stream stream) {
   const std::int64_t blocks =
       walk.segments.slots() * states.heads * ceil_div(states.features, kWide);
   if (blocks == 0) return;
@@ -262,7 +323,7 @@ void make_features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, 
   FeaturesShared<Storage, Operand, Decay>{size};
   const auto make = [&](auto kernel) {
     launch(kernel, grid_of(blocks), dim3(kThreads), size.size(), stream, rows, columns, walk,
-           states, other, grad, decay);
+           states, other, terms, grad, decay);
   };
   if (states.values <= kWide) {
     make(features_kernel<Storage, Operand, Decay, true>);

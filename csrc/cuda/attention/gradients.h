@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     walk_keys(block, keys, queries, walk_of_keys, query_states, grads.k, grads.v, decay);
   } else {
     walk_features<Storage, Storage, Decay, true>(block - key_blocks, queries, keys, walk_of_queries,
-                                                 key_states, {}, grads.q, decay);
+                                                 key_states, {}, {}, grads.q, decay);
   }
 }
 

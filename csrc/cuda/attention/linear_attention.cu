@@ -18,6 +18,8 @@ using attention::OtherDirection;
 using attention::RowDivision;
 using attention::RowFactors;
 using attention::States;
+using attention::StepGradients;
+using attention::StepTerms;
 using attention::Tokens;
 using attention::TokenSets;
 using attention::Walk;
@@ -44,11 +46,12 @@ class AttentionPass {
       : p_(p),
         // A state of keys alone is that of a causal pass.
         causal_(p.causal || (kFades && p.query_length == 0)),
-        has_chunks_(wants_decay),
+        wants_terms_(wants_decay && causal_),
+        wants_chunks_(wants_decay && !causal_),
         backward_(backward),
         one_launch_(kHasOneLaunch && backward && p.num_realizations <= attention::kWide &&
                     p.value_features > 0 && p.value_features <= attention::kWide &&
-                    !(kFades && !causal_)),
+                    !(kFades && (wants_decay || !causal_))),
         sets_(p),
         stream_(stream) {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
@@ -112,7 +115,8 @@ class AttentionPass {
     if (p.grad_q != nullptr || wants_decay) {
       key_states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr,
                                nullptr, keys_);
-      if (p.grad_q != nullptr && !one_launch) features(queries, keys, false, key_states, p.grad_q);
+      if ((p.grad_q != nullptr || wants_terms_) && !one_launch)
+        features(queries, keys, false, key_states, p.grad_q);
     }
     void* const grad_initial_z = own ? nullptr : p.grad_initial_z;
     if (p.grad_k != nullptr || p.grad_v != nullptr || p.grad_initial_s != nullptr ||
@@ -123,7 +127,7 @@ class AttentionPass {
       if (one_launch) {
         gradients(p, queries, keys, key_states.states, states.states);
       } else {
-        if (p.grad_k != nullptr) features(keys, queries, true, states, p.grad_k);
+        if (p.grad_k != nullptr || wants_terms_) features(keys, queries, true, states, p.grad_k);
         if (p.grad_v != nullptr) values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
       }
     }
@@ -152,7 +156,7 @@ class AttentionPass {
     const std::int64_t size_z = p_.num_heads * features, size_s = size_z * values;
     const std::int64_t slots =
         max_of(segments(p_.query_length).slots(), segments(p_.key_length).slots());
-    if (has_chunks_) {
+    if (wants_chunks_) {
       const std::int64_t chunk_slots = cut_of_keys().slots();
       states.chunk_s = layout.take<T>(chunk_slots * size_s);
       if (has_z) states.chunk_z = layout.take<T>(chunk_slots * size_z);
@@ -195,11 +199,25 @@ class AttentionPass {
     decay_.after_chunks = layout.take<T>(slots);
     decay_.over_segments = layout.take<T>(segments(p_.key_length).slots() * p_.num_heads);
     if (!wants_gradient) return;
-    // The gradient of the steps wants the states of keys and of queries.
     const bool own = sets_.has_own_denominator();
-    if (!one_launch_) queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
-    if (own) denominator_queries_ = take(layout, p_.denominator_features, 0, true);
     step_gradients_ = layout.take<double>(max_of(tokens, slots));
+    if (wants_terms_) {
+      const std::int64_t tiles = ceil_div(
+          max_of(p_.num_realizations, own ? p_.denominator_features : 0), attention::kWide);
+      const std::int64_t size_z = slots * p_.num_realizations;
+      terms_.terms = layout.take<T>(tiles * StepTerms<T>::kParts * tokens);
+      terms_.later_terms = layout.take<T>(tiles * StepTerms<T>::kParts * tokens);
+      terms_.passing = layout.take<T>(tiles * StepTerms<T>::kWarps * slots);
+      terms_.s = layout.take<T>(size_z * p_.value_features);
+      terms_.z = layout.take<T>(own ? slots * p_.denominator_features : size_z);
+      terms_.rows = tokens;
+      terms_.length = p_.key_length;
+      terms_.slots = slots;
+    } else {
+      // The states of keys and of queries.
+      queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
+      if (own) denominator_queries_ = take(layout, p_.denominator_features, 0, true);
+    }
   }
   void make_decay_factors() const {
     if constexpr (kFades) {
@@ -214,13 +232,13 @@ class AttentionPass {
     if (p.grad_denominator_q != nullptr || wants_decay) {
       const TwoStates<T> states =
           make_states(keys, false, nullptr, p.initial_z, nullptr, nullptr, denominator_keys_);
-      if (p.grad_denominator_q != nullptr)
+      if (p.grad_denominator_q != nullptr || wants_terms_)
         features(queries, keys, false, states, p.grad_denominator_q);
     }
     if (p.grad_denominator_k != nullptr || p.grad_initial_z != nullptr || wants_decay) {
       const TwoStates<T> states = make_states(queries, true, nullptr, p.grad_final_z, nullptr,
                                               p.grad_initial_z, denominator_queries_);
-      if (p.grad_denominator_k != nullptr)
+      if (p.grad_denominator_k != nullptr || wants_terms_)
         features(keys, queries, true, states, p.grad_denominator_k);
     }
     if constexpr (kFades) {
@@ -233,13 +251,17 @@ class AttentionPass {
   void decay_gradient(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
                       const Tokens<Storage>& keys, const TwoStates<T>& key_states,
                       const TwoStates<T>& query_states, bool adds) {
-    attention::StepGradients out;
+    StepGradients out;
     (p.constant_decay ? out.of_chunks : out.of_tokens) = step_gradients_;
     out.adds = adds;
+    if (wants_terms_) {
+      attention::make_step_gradients(terms_, key_states.states.features, chunks(keys), decay_, out,
+                                     stream_);
+      return;
+    }
     attention::make_decay_gradient<Operand>(queries, keys, chunks(keys), segments(keys.length),
                                             key_states.states, query_states.states, decay_, out,
                                             stream_);
-    if (causal_) return;
     out.adds = true;
     attention::make_decay_gradient<Operand>(keys, queries, chunks(keys), segments(keys.length),
                                             query_states.others, key_states.others, decay_, out,
@@ -254,9 +276,9 @@ class AttentionPass {
     if (total_s != nullptr) two.states.total_s = static_cast<T*>(total_s);
     if (total_z != nullptr) two.states.total_z = static_cast<T*>(total_z);
     const auto make = [&](bool back, const void* s, const void* z, const States<T>& states) {
-      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens.length), has_chunks_,
-                                      back, static_cast<const T*>(s), static_cast<const T*>(z),
-                                      states, decay_, stream_);
+      attention::make_states<Operand>(tokens, chunks(tokens), segments(tokens.length),
+                                      wants_chunks_, back, static_cast<const T*>(s),
+                                      static_cast<const T*>(z), states, decay_, stream_);
     };
     make(backwards, initial_s, initial_z, two.states);
     if (kFades && !causal_) make(!backwards, nullptr, nullptr, two.others);
@@ -298,7 +320,9 @@ class AttentionPass {
                 const TwoStates<T>& two, void* grad) const {
     walk_through(rows, columns_follow, two,
                  [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
-                   attention::make_features<Operand>(rows, columns, walk, states, other,
+                   StepTerms<T> terms = terms_;
+                   terms.of_keys = columns_follow;
+                   attention::make_features<Operand>(rows, columns, walk, states, other, terms,
                                                      static_cast<Storage*>(grad), decay_, stream_);
                  });
   }
@@ -327,7 +351,8 @@ class AttentionPass {
 
   const LinearAttentionParams& p_;
   bool causal_;
-  bool has_chunks_;  // states of chunks are kept, for the gradient of a decay
+  // The gradient of a decay is made from what walks leave, or from states of chunks.
+  bool wants_terms_, wants_chunks_;
   bool backward_;
   bool one_launch_;  // sizes allow for all gradients in one launch
   std::uint64_t* zero_ = nullptr;
@@ -340,6 +365,7 @@ class AttentionPass {
   T* divisor_ = nullptr;                        // [B, N, H]
   T* squares_ = nullptr;                        // [tile, B, N, H], sums
   OtherDirection<T> other_;
+  StepTerms<T> terms_;
   double* step_gradients_ = nullptr;  // [B, M, H], or [slot, H] of chunks
 };
 
