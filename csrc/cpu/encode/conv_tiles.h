@@ -31,6 +31,10 @@ void load_tile(const core::ConvFilterParams& p, const GridBox& box, const void* 
                });
 }
 
+// Columns that are filled, or read, side by side: more would be more pages than the processor has
+// at hand.
+constexpr std::int64_t kColumnsAtOnce = 16;
+
 // The same as [count, ld], where a column's elements stand together, row by row.
 template <class Storage, class T>
 void load_columns(const core::ConvFilterParams& p, const GridBox& box, const void* tensor,
@@ -38,16 +42,19 @@ void load_columns(const core::ConvFilterParams& p, const GridBox& box, const voi
                   std::int64_t count, std::int64_t ld, T* tile) {
   const Storage* from =
       static_cast<const Storage*>(tensor) + head * strides[4] + first * strides[5];
-  for_each_row(box, p.generated.stride,
-               [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
-                 for (std::int64_t b = 0; b < p.batch; ++b) {
-                   const Storage* token = from + b * strides[0] + offset_of(strides, i0, i1, i2);
-                   T* to = tile + row * p.batch + b;
-                   for (std::int64_t i = 0; i < count; ++i) {
-                     to[i * ld] = core::load(token[i * strides[5]]);
+  for (std::int64_t begin = 0; begin < count; begin += kColumnsAtOnce) {
+    const std::int64_t end = min_of(begin + kColumnsAtOnce, count);
+    for_each_row(box, p.generated.stride,
+                 [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
+                   for (std::int64_t b = 0; b < p.batch; ++b) {
+                     const Storage* token = from + b * strides[0] + offset_of(strides, i0, i1, i2);
+                     T* to = tile + row * p.batch + b;
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       to[i * ld] = core::load(token[i * strides[5]]);
+                     }
                    }
-                 }
-               });
+                 });
+  }
 }
 
 // Where the columns [first, first + count) of a token stand in a contiguous [B, *size, H, columns].
@@ -75,16 +82,19 @@ template <class Storage, class T>
 void store_columns(const core::ConvFilterParams& p, const GridBox& box, const T* tile,
                    std::int64_t head, std::int64_t first, std::int64_t count, std::int64_t ld,
                    std::int64_t columns, void* tensor) {
-  for_each_row(box, p.generated.stride,
-               [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
-                 for (std::int64_t b = 0; b < p.batch; ++b) {
-                   Storage* token =
-                       token_of<Storage>(p, tensor, b, i0, i1, i2, head, columns) + first;
-                   for (std::int64_t i = 0; i < count; ++i) {
-                     core::store(tile[i * ld + row * p.batch + b], token + i);
+  for (std::int64_t begin = 0; begin < count; begin += kColumnsAtOnce) {
+    const std::int64_t end = min_of(begin + kColumnsAtOnce, count);
+    for_each_row(box, p.generated.stride,
+                 [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
+                   for (std::int64_t b = 0; b < p.batch; ++b) {
+                     Storage* token =
+                         token_of<Storage>(p, tensor, b, i0, i1, i2, head, columns) + first;
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       core::store(tile[i * ld + row * p.batch + b], token + i);
+                     }
                    }
-                 }
-               });
+                 });
+  }
 }
 
 // Distance of columns: off the powers of two, which would meet in the same sets of the cache, and
@@ -130,6 +140,17 @@ struct AddEncoded {
                                    const Vec<T> (&codes)[kRows][kCols]) const {
     const T* from = x + row * batch;
     T* to = y + row * batch * width + column;
+    if (batch == 1 && valid == kRows) {  // without loops
+#pragma GCC unroll 16
+      for (int t = 0; t < kRows; ++t) {
+        const Vec<T> factor = Vec<T>{} + from[t];
+        for (int v = 0; v < kCols; ++v) {
+          T* at = to + t * width + v * kLanes<T>;
+          store_vec(at, load_vec(at) + factor * codes[t][v]);
+        }
+      }
+      return;
+    }
     for (int t = 0; t < kRows; ++t) {
       if (t >= valid) break;
       for (std::int64_t b = 0; b < batch; ++b, ++from, to += width) {
