@@ -238,6 +238,9 @@ void conv_filter_backward_of(const ConvFilterBackwardParams& p) {
   const std::int64_t all = p.size[0] * p.size[1] * p.size[2];
   const std::int64_t rows = max_of(kMinRows, min_of(kMaxRows, 4 * kMaxRows / p.batch));
   ConvPlan plan = make_conv_plan<T>(p, p.grad_noise != nullptr ? all : rows);
+  if (plan.split() && p.grad_noise == nullptr) {
+    plan = make_conv_plan<T>(p, min_of(rows, kSplitRows));
+  }
   // Small enough groups that a single head keeps several threads busy.
   plan.group = max_of(1, min_of(plan.group, p.num_heads * p.in_features / 16));
   const std::int64_t groups = (p.in_features + plan.group - 1) / plan.group;

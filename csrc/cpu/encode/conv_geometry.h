@@ -12,6 +12,7 @@ constexpr int kVecs = 4;
 template <class T>
 constexpr std::int64_t kWidth = kVecs* kLanes<T>;
 constexpr std::int64_t kMaxRows = 2048;             // positions of a chunk, in all batch rows x 4
+constexpr std::int64_t kSplitRows = 1024;           // with sums of noise and gradients in the cache
 constexpr std::int64_t kMinRows = 256;              // the noise beyond a chunk's end is made twice
 constexpr std::int64_t kWindowBytes = 1024 * 1024;  // noise of a group of features
 constexpr std::int64_t kMinSplitTaps = 32;          // fewer are not split

@@ -14,7 +14,8 @@ constexpr int kDenseRows = kVectorBytes == 64 ? 6 : 3;
 constexpr std::int64_t kWindowSlack = kSplit * kDenseRows;
 constexpr int kPhaseRows = kVectorBytes == 64 ? 4 : 2;
 // Taps of dense and of polyphase noise whose gradients are made together.
-constexpr int kDenseTaps = kVectorBytes == 64 ? 16 : 8;
+// (33, as kernels of 128 taps are split into, are three times eleven.)
+constexpr int kDenseTaps = kVectorBytes == 64 ? 11 : 8;
 constexpr int kPhaseTaps = 2;
 // Zeros on either side of a row of the kernel, so that vectors and blocks may reach over its ends.
 constexpr std::int64_t kPad = 16;

@@ -31,10 +31,6 @@ void load_tile(const core::ConvFilterParams& p, const GridBox& box, const void* 
                });
 }
 
-// Columns that are filled, or read, side by side: more would be more pages than the processor has
-// at hand.
-constexpr std::int64_t kColumnsAtOnce = 16;
-
 // The same as [count, ld], where a column's elements stand together, row by row.
 template <class Storage, class T>
 void load_columns(const core::ConvFilterParams& p, const GridBox& box, const void* tensor,
@@ -42,19 +38,16 @@ void load_columns(const core::ConvFilterParams& p, const GridBox& box, const voi
                   std::int64_t count, std::int64_t ld, T* tile) {
   const Storage* from =
       static_cast<const Storage*>(tensor) + head * strides[4] + first * strides[5];
-  for (std::int64_t begin = 0; begin < count; begin += kColumnsAtOnce) {
-    const std::int64_t end = min_of(begin + kColumnsAtOnce, count);
-    for_each_row(box, p.generated.stride,
-                 [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
-                   for (std::int64_t b = 0; b < p.batch; ++b) {
-                     const Storage* token = from + b * strides[0] + offset_of(strides, i0, i1, i2);
-                     T* to = tile + row * p.batch + b;
-                     for (std::int64_t i = begin; i < end; ++i) {
-                       to[i * ld] = core::load(token[i * strides[5]]);
-                     }
+  for_each_row(box, p.generated.stride,
+               [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
+                 for (std::int64_t b = 0; b < p.batch; ++b) {
+                   const Storage* token = from + b * strides[0] + offset_of(strides, i0, i1, i2);
+                   T* to = tile + row * p.batch + b;
+                   for (std::int64_t i = 0; i < count; ++i) {
+                     to[i * ld] = core::load(token[i * strides[5]]);
                    }
-                 });
-  }
+                 }
+               });
 }
 
 // Where the columns [first, first + count) of a token stand in a contiguous [B, *size, H, columns].
@@ -82,19 +75,16 @@ template <class Storage, class T>
 void store_columns(const core::ConvFilterParams& p, const GridBox& box, const T* tile,
                    std::int64_t head, std::int64_t first, std::int64_t count, std::int64_t ld,
                    std::int64_t columns, void* tensor) {
-  for (std::int64_t begin = 0; begin < count; begin += kColumnsAtOnce) {
-    const std::int64_t end = min_of(begin + kColumnsAtOnce, count);
-    for_each_row(box, p.generated.stride,
-                 [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
-                   for (std::int64_t b = 0; b < p.batch; ++b) {
-                     Storage* token =
-                         token_of<Storage>(p, tensor, b, i0, i1, i2, head, columns) + first;
-                     for (std::int64_t i = begin; i < end; ++i) {
-                       core::store(tile[i * ld + row * p.batch + b], token + i);
-                     }
+  for_each_row(box, p.generated.stride,
+               [&](std::int64_t row, std::int64_t i0, std::int64_t i1, std::int64_t i2) {
+                 for (std::int64_t b = 0; b < p.batch; ++b) {
+                   Storage* token =
+                       token_of<Storage>(p, tensor, b, i0, i1, i2, head, columns) + first;
+                   for (std::int64_t i = 0; i < count; ++i) {
+                     core::store(tile[i * ld + row * p.batch + b], token + i);
                    }
-                 });
-  }
+                 }
+               });
 }
 
 // Distance of columns: off the powers of two, which would meet in the same sets of the cache, and
