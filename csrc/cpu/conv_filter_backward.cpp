@@ -17,11 +17,13 @@ class ConvFilterGradient {
         plan_(plan),
         ld_(column_distance<T>(p, plan)),
         tables_(p, plan),
-        slots_(tables_),
+        slots_(tables_, 1),
         x_(plan.group * ld_),
         grad_x_(plan.group * ld_),
         g_(plan.chunk(p, 0).rows() * p.batch * kWidth<T>),
-        grad_code_(plan.chunk(p, 0).rows() * kWidth<T>),
+        led_((plan.chunk(p, 0).rows() + 2 * kSplit) * kWidth<T>),
+        sums_size_(plan.part_rows(plan.chunk(p, 0).rows()) * kWidth<T>),
+        sums_(plan.split() ? kSplitSums * sums_size_ : 0),
         partial_((plan.chunk(p, 0).rows() * p.batch + kLanes<T>)*kLanes<T>),
         grad_kernel_(plan.group * tables_.kernel_size()) {
     for (int i = 0; i < 3; ++i) {
@@ -55,12 +57,13 @@ class ConvFilterGradient {
   void run_block(std::int64_t first) {
     first_ = first;
     width_ = block_width<T>(p_.num_realizations, first);
+    grad_code_ = led_ + plan_.lead * width_;
     load_tile<Storage>(p_, box_, p_.grad_out, p_.grad_out_strides, head_, first,
                        min_of(width_, p_.num_realizations - first), width_, g_.get());
     tables_.load(box_, head_, first, d0_, count_);
     for_each_class(box_, p_.generated.stride, [&](const PhaseClass& positions) {
       for (std::int64_t d = 0; d < count_; ++d) {
-        const ConvFeatureCodes<T> codes(tables_, slots_, d0_ + d, positions);
+        const ConvFeatureCodes<T> codes(tables_, slots_, 0, d0_ + d, positions);
         if (p_.grad_x != nullptr) {
           codes.make(AddGradX<T>{g_, partial_, p_.batch, width_});
           add_grad_x(d, positions);
@@ -70,7 +73,8 @@ class ConvFilterGradient {
         }
         make_grad_code(d, positions);
         if (p_.grad_kernel != nullptr) {
-          codes.add_kernel_gradient(grad_code_, grad_kernel_ + d * tables_.kernel_size());
+          codes.add_kernel_gradient({led_, sums_, width_, sums_size_},
+                                    grad_kernel_ + d * tables_.kernel_size());
         }
         if (p_.grad_constant != nullptr) add_grad_constant(d, positions);
         if (p_.grad_noise != nullptr) store_grad_noise(d);
@@ -115,6 +119,10 @@ class ConvFilterGradient {
       g += batch * width;
       out += width;
     }
+    if (!plan_.split()) return;
+    for (std::int64_t i = 0; i < plan_.lead * width; ++i) led_[i] = 0;
+    for (std::int64_t i = 0; i < kSplit * width; ++i) out[i] = 0;
+    add_rows(led_.get(), plan_.part_rows(positions.rows()), width, sums_size_, sums_.get());
   }
 
   void add_grad_constant(std::int64_t d, const PhaseClass& positions) {
@@ -132,7 +140,7 @@ class ConvFilterGradient {
   // The gradient of given noise is the codes' gradient, with P - 1 zeros on every side, filtered
   // with the kernel back to front. The chunk is the whole grid then.
   void store_grad_noise(std::int64_t d) {
-    const std::int64_t rows = tables_.kernel_rows(), ld = tables_.kernel_ld();
+    const std::int64_t rows = tables_.kernel_rows(), ld = p_.kernel_size[2] + 2 * kPad;
     const T* kernel = static_cast<const T*>(p_.kernel) +
                       (head_ * p_.in_features + d0_ + d) * rows * p_.kernel_size[2];
     Workspace<T> flipped(rows * ld);
@@ -142,8 +150,8 @@ class ConvFilterGradient {
       for (std::int64_t i = 0; i < p_.kernel_size[2]; ++i) {
         flipped[o * ld + kPad + i] = kernel[(rows - o) * p_.kernel_size[2] - 1 - i];
       }
-      offsets[o] = (o / p_.kernel_size[1] * padded_size_[1] + o % p_.kernel_size[1]) *
-                   padded_size_[2] * width_;
+      offsets[o] =
+          (o / p_.kernel_size[1] * padded_size_[1] + o % p_.kernel_size[1]) * padded_size_[2];
     }
     const std::int64_t size =
         (padded_size_[0] * padded_size_[1] * padded_size_[2] + kDenseRows) * width_;
@@ -166,7 +174,7 @@ class ConvFilterGradient {
                                noise_size_[2] * p_.num_realizations +
                            first_;
       const T zeros[kWidth<T>] = {};
-      const DenseTaps<T> taps{flipped, zeros, p_.kernel_size[2], rows, ld, offsets};
+      const DenseTaps<T> taps{flipped, zeros, p_.kernel_size[2], rows, ld, offsets, width_};
       for (std::int64_t i0 = 0; i0 < noise_size_[0]; ++i0) {
         for (std::int64_t i1 = 0; i1 < noise_size_[1]; ++i1) {
           const T* line = padded + (i0 * padded_size_[1] + i1) * padded_size_[2] * width_;
@@ -188,9 +196,19 @@ class ConvFilterGradient {
     const std::int64_t taps = p_.kernel_size[2], rows = tables_.kernel_rows();
     T* grad = static_cast<T*>(p_.grad_kernel) + (head_ * p_.in_features + d0_) * rows * taps;
     const T scale = tables_.noise_scale();
+    const std::int64_t ld = tables_.kernel_ld();
     for (std::int64_t row = 0; row < count_ * rows; ++row) {
-      for (std::int64_t i = 0; i < taps; ++i) {
-        grad[row * taps + i] = grad_kernel_[row * tables_.kernel_ld() + kPad + i] * scale;
+      const T* from = grad_kernel_ + row / rows * tables_.kernel_size() + row % rows * ld + kPad;
+      if (!plan_.split()) {
+        for (std::int64_t i = 0; i < taps; ++i) grad[row * taps + i] = from[i] * scale;
+        continue;
+      }
+      for (std::int64_t i = 0; i < taps; i += kSplit) {
+        T joined[kSplit];
+        join_taps(from, rows * ld, i / kSplit, joined);
+        for (std::int64_t j = 0; j < min_of(kSplit, taps - i); ++j) {
+          grad[row * taps + i + j] = joined[j];
+        }
       }
     }
   }
@@ -200,11 +218,14 @@ class ConvFilterGradient {
   const std::int64_t ld_;
   ConvTables<T> tables_;
   ConvSlots<T> slots_;
-  Workspace<T> x_, grad_x_;   // [count, rows, B], ld_ apart
-  Workspace<T> g_;            // [rows, B, width]
-  Workspace<T> grad_code_;    // [rows, width], of one feature
+  Workspace<T> x_, grad_x_;  // [count, rows, B], ld_ apart
+  Workspace<T> g_;           // [rows, B, width]
+  Workspace<T> led_;         // [lead + rows + kSplit, width], of one feature: between zeros,
+  T* grad_code_;             // [rows, width]
+  const std::int64_t sums_size_;
+  Workspace<T> sums_;         // [sums, rows / 4, width], of them
   Workspace<T> partial_;      // [rows, B, lanes], of one feature
-  Workspace<T> grad_kernel_;  // [count, P0 P1, kPad + P2 + kPad]
+  Workspace<T> grad_kernel_;  // [count, parts, P0 P1, kPad + part_taps + kPad]
   std::int64_t noise_size_[3], padded_size_[3];
   // The task and the tile at hand.
   std::int64_t head_, d0_, count_, first_, width_;
@@ -217,6 +238,9 @@ void conv_filter_backward_of(const ConvFilterBackwardParams& p) {
   const std::int64_t all = p.size[0] * p.size[1] * p.size[2];
   const std::int64_t rows = max_of(kMinRows, min_of(kMaxRows, 4 * kMaxRows / p.batch));
   ConvPlan plan = make_conv_plan<T>(p, p.grad_noise != nullptr ? all : rows);
+  if (plan.split() && p.grad_noise == nullptr) {
+    plan = make_conv_plan<T>(p, min_of(rows, kSplitRows));
+  }
   // Small enough groups that a single head keeps several threads busy.
   plan.group = max_of(1, min_of(plan.group, p.num_heads * p.in_features / 16));
   const std::int64_t groups = (p.in_features + plan.group - 1) / plan.group;

@@ -158,6 +158,19 @@ def test_odd_and_even_sizes(length, heads, features, taps, real, constant, strid
         compare(arguments, real, noise_stride=stride, noise_kind=kind)
 
 
+@pytest.mark.parametrize("taps", [31, 32, 33, 34, 35, 128])
+@pytest.mark.parametrize("start", [0, -3, 2, 7])
+def test_taps_that_are_split(taps, start):
+    for length, batch in ((1, 2), (5, 1), (70, 5), (257, 1)):
+        compare(make(batch, (length,), 1, 2, (taps,), 37), 37, start=start)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("features", [1, 4, 9])
+def test_sums_of_polyphase_codes(features, batch):
+    compare(make(batch, (70,), 1, features, (20,), 37), 37, noise_stride=8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("size", "taps", "stride", "start", "real"),
@@ -221,9 +234,10 @@ def test_rows_of_a_batch_do_not_know_of_each_other(stride):
 
 
 @cpu_only
+@pytest.mark.parametrize("taps", [20, 61])
 @pytest.mark.parametrize("stride", [1, 4, 16])
-def test_the_same_bits_with_any_number_of_threads(stride):
-    arguments = leaves(make(2, (1200,), 3, 9, (20,), 70), torch.float32)
+def test_the_same_bits_with_any_number_of_threads(stride, taps):
+    arguments = leaves(make(5, (1200,), 3, 9, (taps,), 70), torch.float32)
     before = torch.get_num_threads()
     try:
         results = []

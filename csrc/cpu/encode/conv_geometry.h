@@ -3,17 +3,23 @@
 #pragma once
 
 #include "core/conv_filter.h"
-#include "cpu/simd.h"
+#include "cpu/encode/conv_split.h"
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
 // Realizations that are handled together: kVecs vectors.
 constexpr int kVecs = 4;
 template <class T>
-constexpr std::int64_t kWidth = kVecs * kLanes<T>;
+constexpr std::int64_t kWidth = kVecs* kLanes<T>;
 constexpr std::int64_t kMaxRows = 2048;             // positions of a chunk, in all batch rows x 4
+constexpr std::int64_t kSplitRows = 1024;           // with sums of noise and gradients in the cache
 constexpr std::int64_t kMinRows = 256;              // the noise beyond a chunk's end is made twice
 constexpr std::int64_t kWindowBytes = 1024 * 1024;  // noise of a group of features
+constexpr std::int64_t kMinSplitTaps = 32;          // fewer are not split
+
+// Features of polyphase noise that pass by at a time: the noise of more does not stay in the
+// nearest cache while it serves the rows of a class.
+constexpr std::int64_t kPhaseFeatures = 4;
 
 // A part of the grid of positions.
 struct GridBox {
@@ -76,7 +82,12 @@ struct ConvPlan {
   std::int64_t blocks;      // of realizations
   std::int64_t periods[3];  // of noise that the codes of a chunk need
   std::int64_t group;       // features whose noise is held together
+  // Along the last dimension, of the parts of conv_split.h, or of the only one.
+  std::int64_t parts, part_taps, part_periods;
+  std::int64_t lead;  // positions of the first four before the first row
 
+  bool split() const { return parts > 1; }
+  std::int64_t part_rows(std::int64_t rows) const { return (lead + rows + kSplit - 1) / kSplit; }
   std::int64_t windows() const { return periods[0] * periods[1] * periods[2]; }
 
   GridBox chunk(const core::ConvFilterParams& p, std::int64_t index) const {
@@ -93,7 +104,7 @@ ConvPlan make_conv_plan(const core::ConvFilterParams& p, std::int64_t rows) {
   const int ndim = p.generated.ndim;
   plan.axis = 3 - ndim;
   const std::int64_t others = p.size[0] * p.size[1] * p.size[2] / p.size[plan.axis];
-  plan.length = min_of(p.size[plan.axis], max_of(1, rows / others));
+  plan.length = min_of(p.size[plan.axis], max_of(1, round_up(rows, kSplit) / others));
   plan.chunks = (p.size[plan.axis] + plan.length - 1) / plan.length;
   plan.blocks = (p.num_realizations + kWidth<T> - 1) / kWidth<T>;
   for (int i = 0; i < 3; ++i) {
@@ -101,8 +112,25 @@ ConvPlan make_conv_plan(const core::ConvFilterParams& p, std::int64_t rows) {
     const std::int64_t stride = p.generated.stride[i];
     plan.periods[i] = (length + p.kernel_size[i] - 2 + stride - 1) / stride + 1;
   }
+  plan.parts = 1;
+  plan.part_taps = p.kernel_size[2];
+  plan.part_periods = plan.periods[2];
+  plan.lead = 0;
+  // Nothing in how a code is summed may depend on the chunk, or piece of a sequence, that it is in:
+  // fours begin at multiples of four, and there is noise for whole ones.
+  const std::int64_t(&s)[3] = p.generated.stride;
+  if (s[0] * s[1] * s[2] == 1 && p.kernel_size[2] >= kMinSplitTaps && ndim == 1) {
+    if (p.noise == nullptr) plan.lead = core::floor_modulo(p.generated.start[2], kSplit);
+    plan.parts = kSplitParts;
+    plan.part_taps = (p.kernel_size[2] + kSplit - 1) / kSplit + 1;
+    plan.part_periods = plan.part_rows(plan.length) + plan.part_taps - 1;
+    plan.periods[2] = kSplit * plan.part_periods;
+  }
   const std::int64_t bytes = plan.windows() * kWidth<T> * static_cast<std::int64_t>(sizeof(T));
-  plan.group = max_of(1, min_of(p.in_features, kWindowBytes / bytes));
+  plan.group = kWindowBytes / bytes;
+  // Polyphase codes are added up in groups of so many features.
+  if (s[0] * s[1] * s[2] > 1) plan.group = round_up(max_of(1, plan.group), kPhaseFeatures);
+  plan.group = max_of(1, min_of(p.in_features, plan.group));
   return plan;
 }
 

@@ -18,12 +18,12 @@ class ConvNoiseWindow {
         line_(sizeof(T) == sizeof(float) ? 0 : plan.periods[2] * kWidth<T> + kNoiseSlack) {}
 
   static std::int64_t size(const ConvPlan& plan) {
-    return plan.windows() * kWidth<T> + max_of(kNoiseSlack, kDenseRows * kWidth<T>);
+    return plan.windows() * kWidth<T> + max_of(kNoiseSlack, kWindowSlack * kWidth<T>);
   }
 
   void fill(const GridBox& box, std::int64_t head, std::int64_t feature,
             const std::int64_t shift[3], std::int64_t first, std::int64_t width, T* out) const {
-    const std::int64_t (&periods)[3] = plan_.periods;
+    const std::int64_t(&periods)[3] = plan_.periods;
     if (p_.noise == nullptr) {
       const core::NoiseParams& g = p_.generated;
       NoiseLine line{g.kind, g.seed, g.ndim, head, feature, {}, periods[2], first, width};
@@ -31,6 +31,7 @@ class ConvNoiseWindow {
       for (int i = 0; i < 3; ++i) {
         origin[i] = core::floor_divide(g.start[i] + box.begin[i] + shift[i], g.stride[i]);
       }
+      origin[2] -= plan_.lead;
       line.period[2] = origin[2];
       for (std::int64_t i0 = 0; i0 < periods[0]; ++i0) {
         for (std::int64_t i1 = 0; i1 < periods[1]; ++i1) {
@@ -46,7 +47,7 @@ class ConvNoiseWindow {
     }
     // Blocks of rows may reach over the end.
     T* end = out + plan_.windows() * width;
-    for (std::int64_t i = 0; i < (kDenseRows - 1) * width; ++i) end[i] = 0;
+    for (std::int64_t i = 0; i < kWindowSlack * width; ++i) end[i] = 0;
   }
 
  private:
@@ -68,9 +69,11 @@ class ConvNoiseWindow {
     const Storage* noise =
         static_cast<const Storage*>(p_.noise) + head * s[0] + feature * s[1] + first * s[5];
     const std::int64_t given = min_of(width, p_.num_realizations - first);
-    const std::int64_t (&periods)[3] = plan_.periods;
+    const std::int64_t(&periods)[3] = plan_.periods;
     std::int64_t available[3];
-    for (int i = 0; i < 3; ++i) available[i] = box.size[i] + p_.kernel_size[i] - 1;
+    for (int i = 0; i < 3; ++i) {
+      available[i] = p_.size[i] + p_.kernel_size[i] - 1 - box.begin[i];
+    }
     for (std::int64_t i0 = 0; i0 < periods[0]; ++i0) {
       for (std::int64_t i1 = 0; i1 < periods[1]; ++i1) {
         for (std::int64_t i2 = 0; i2 < periods[2]; ++i2) {

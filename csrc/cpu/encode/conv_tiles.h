@@ -130,6 +130,17 @@ struct AddEncoded {
                                    const Vec<T> (&codes)[kRows][kCols]) const {
     const T* from = x + row * batch;
     T* to = y + row * batch * width + column;
+    if (batch == 1 && valid == kRows) {  // without loops
+#pragma GCC unroll 16
+      for (int t = 0; t < kRows; ++t) {
+        const Vec<T> factor = Vec<T>{} + from[t];
+        for (int v = 0; v < kCols; ++v) {
+          T* at = to + t * width + v * kLanes<T>;
+          store_vec(at, load_vec(at) + factor * codes[t][v]);
+        }
+      }
+      return;
+    }
     for (int t = 0; t < kRows; ++t) {
       if (t >= valid) break;
       for (std::int64_t b = 0; b < batch; ++b, ++from, to += width) {
