@@ -138,7 +138,7 @@ class ConvFeatureCodes {
   TORCH_SPE_INLINE bool tap_index(const std::int64_t lag[3], const std::int64_t classes[3],
                                   std::int64_t lanes, std::int64_t* index) const {
     const std::int64_t p0 = classes[0] + lag[0], p1 = classes[1] + lag[1], p2 = classes[2] + lag[2];
-    const std::int64_t(&size)[3] = p_.kernel_size;
+    const std::int64_t (&size)[3] = p_.kernel_size;
     *index = 0;
     if (p0 < 0 || p0 >= size[0] || p1 < 0 || p1 >= size[1] || p2 + lanes <= 0 || p2 >= size[2]) {
       return false;
@@ -149,8 +149,8 @@ class ConvFeatureCodes {
   // The slots in which any realization has a tap in the kernel. In slot e of a dimension class c
   // has the tap c - phase + e s, on the noise of e periods after the row's.
   void make_slots(const std::int64_t phase[3]) {
-    const std::int64_t(&s)[3] = p_.generated.stride;
-    const std::int64_t(&size)[3] = p_.kernel_size;
+    const std::int64_t (&s)[3] = p_.generated.stride;
+    const std::int64_t (&size)[3] = p_.kernel_size;
     slots_ = 0;
     for (std::int64_t e0 = 0; e0 * s[0] < size[0] + phase[0]; ++e0) {
       for (std::int64_t e1 = 0; e1 * s[1] < size[1] + phase[1]; ++e1) {

@@ -10,7 +10,7 @@ namespace torch_spe::cpu::TORCH_SPE_ISA {
 // Realizations that are handled together: kVecs vectors.
 constexpr int kVecs = 4;
 template <class T>
-constexpr std::int64_t kWidth = kVecs* kLanes<T>;
+constexpr std::int64_t kWidth = kVecs * kLanes<T>;
 constexpr std::int64_t kMaxRows = 2048;             // positions of a chunk, in all batch rows x 4
 constexpr std::int64_t kSplitRows = 1024;           // with sums of noise and gradients in the cache
 constexpr std::int64_t kMinRows = 256;              // the noise beyond a chunk's end is made twice
@@ -118,7 +118,7 @@ ConvPlan make_conv_plan(const core::ConvFilterParams& p, std::int64_t rows) {
   plan.lead = 0;
   // Nothing in how a code is summed may depend on the chunk, or piece of a sequence, that it is in:
   // fours begin at multiples of four, and there is noise for whole ones.
-  const std::int64_t(&s)[3] = p.generated.stride;
+  const std::int64_t (&s)[3] = p.generated.stride;
   if (s[0] * s[1] * s[2] == 1 && p.kernel_size[2] >= kMinSplitTaps && ndim == 1) {
     if (p.noise == nullptr) plan.lead = core::floor_modulo(p.generated.start[2], kSplit);
     plan.parts = kSplitParts;

@@ -23,7 +23,7 @@ class ConvNoiseWindow {
 
   void fill(const GridBox& box, std::int64_t head, std::int64_t feature,
             const std::int64_t shift[3], std::int64_t first, std::int64_t width, T* out) const {
-    const std::int64_t(&periods)[3] = plan_.periods;
+    const std::int64_t (&periods)[3] = plan_.periods;
     if (p_.noise == nullptr) {
       const core::NoiseParams& g = p_.generated;
       NoiseLine line{g.kind, g.seed, g.ndim, head, feature, {}, periods[2], first, width};
@@ -69,7 +69,7 @@ class ConvNoiseWindow {
     const Storage* noise =
         static_cast<const Storage*>(p_.noise) + head * s[0] + feature * s[1] + first * s[5];
     const std::int64_t given = min_of(width, p_.num_realizations - first);
-    const std::int64_t(&periods)[3] = plan_.periods;
+    const std::int64_t (&periods)[3] = plan_.periods;
     std::int64_t available[3];
     for (int i = 0; i < 3; ++i) {
       available[i] = p_.size[i] + p_.kernel_size[i] - 1 - box.begin[i];

@@ -61,7 +61,7 @@ class ConvTables {
   const std::int64_t* classes(std::int64_t r) const { return classes_ + r * 3; }
 
   T noise_scale() const {
-    const std::int64_t(&s)[3] = p_.generated.stride;
+    const std::int64_t (&s)[3] = p_.generated.stride;
     return static_cast<T>(__builtin_sqrt(static_cast<double>(s[0] * s[1] * s[2])));
   }
 
@@ -120,7 +120,7 @@ class ConvTables {
             given ? constant[(head_ * p_.in_features + d) * p_.num_realizations + first + r] : T(0);
       }
     }
-    const std::int64_t(&s)[3] = p_.generated.stride;
+    const std::int64_t (&s)[3] = p_.generated.stride;
     for (std::int64_t r = 0; r < width; ++r) {
       classes_[r * 3 + 2] = (first + r) % s[2];
       classes_[r * 3 + 1] = (first + r) / s[2] % s[1];
