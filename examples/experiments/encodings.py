@@ -64,8 +64,8 @@ def _conv(label: str, layer: dict | None = None, **options) -> Encoding:
 
 def _exact(label: str, num_sines: int = 1, **layer) -> Encoding:
     return _sine(
-        f"exact sines, K = {num_sines}{label}", num_sines=num_sines,
-        noise="exact", more=False, layer=layer,
+        f"exact sines, K = {num_sines}{label}", num_sines=num_sines, noise="exact", more=False,
+        layer=layer,
     )  # fmt: skip
 
 
@@ -90,14 +90,10 @@ ENCODINGS = {
         "SineSPE before positive random features, spread", "inputs",
         layer={"feature_map": PositiveFeatures(REALIZATIONS, REALIZATIONS)}, more=False,
     ),
-    "features-published": _sine(
-        "Gaussian noise, published initialization", init="published"
-    ),
+    "features-published": _sine("Gaussian noise, published initialization", init="published"),
     "gaussian": _sine("Gaussian noise"),
     "phase": _sine("phase noise", noise="phase"),
-    "bandwidth": _sine(
-        "phase noise, bandwidths", noise="phase", bandwidth=True
-    ),
+    "bandwidth": _sine("phase noise, bandwidths", noise="phase", bandwidth=True),
     "exact": _exact(""),
     "exact-3": _exact("", 3),
     "conv": _conv("ConvSPE, P = 64"),
@@ -118,8 +114,7 @@ ENCODINGS = {
         "rotary, random frequencies, decay of each pair", FEATURE, frequencies="random"
     ),
     "bandwidth-decay": _sine(
-        "phase noise, bandwidths, decay", noise="phase", bandwidth=True,
-        layer=DECAY,
+        "phase noise, bandwidths, decay", noise="phase", bandwidth=True, layer=DECAY
     ),
     "conv-decay": _conv("ConvSPE, P = 64, decay", DECAY),
     "exact-decay": _exact(", decay", **DECAY),
