@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +78,7 @@ NEAR = {"decay_range": (8.0, 512.0)}
 
 # SPE comes after the feature map where a label does not say otherwise. K divides R / 2, so that
 # every sine of phase noise has equally many pairs.
-ENCODINGS = {
+POSITIONS = {
     "none": CHORALES["none"],
     "sinusoids": Encoding("additive sinusoids", added=Sinusoids),
     "learned": Encoding("learned absolute", added=LearnedPositions),
@@ -100,26 +102,28 @@ ENCODINGS = {
     "conv-sparse": _conv(
         "ConvSPE, P = 64, signs, stride 32", noise="rademacher", noise_stride=32
     ),
+}  # fmt: skip
+
+
+def _with_decay(encoding: Encoding) -> Encoding:
+    return dataclasses.replace(
+        encoding, label=f"{encoding.label}, decay", layer=encoding.layer | DECAY
+    )
+
+
+ENCODINGS = {
+    **POSITIONS,
     "decay": Encoding("decay alone", layer=DECAY),
+    **{f"{name}-decay": _with_decay(POSITIONS[name]) for name in POSITIONS if name != "none"},
     "decay-near": Encoding("decay alone, to 512", layer=DECAY | NEAR),
     "decay-fixed": Encoding("decay alone, fixed", layer={"decay": "fixed"}),
-    "rotary-1e4-decay": _rotary("rotary, base 10000, decay", DECAY),
-    "rotary-random-decay": _rotary(
-        "rotary, random frequencies, decay", DECAY, frequencies="random"
-    ),
     "rotary-random-decay-near": _rotary(
         "rotary, random frequencies, decay, to 512", DECAY | NEAR, frequencies="random"
     ),
     "rotary-random-decay-feature": _rotary(
         "rotary, random frequencies, decay of each pair", FEATURE, frequencies="random"
     ),
-    "bandwidth-decay": _sine(
-        "phase noise, bandwidths, decay", noise="phase", bandwidth=True, layer=DECAY
-    ),
-    "conv-decay": _conv("ConvSPE, P = 64, decay", DECAY),
-    "exact-decay": _exact(", decay", **DECAY),
     "exact-decay-near": _exact(", decay, to 512", **DECAY, **NEAR),
-    "exact-3-decay": _exact(", decay", 3, **DECAY),
     "exact-decay-feature": _exact(", decay of each feature", **FEATURE),
     "exact-decay-feature-near": _exact(", decay of each feature, to 512", **FEATURE, **NEAR),
     "exact-decay-gate": _exact(", decay, not of the gate's part", **DECAY, decay_gate=False),

@@ -33,7 +33,8 @@ class Decay {
         stride_(columns_ > 1 ? 1 : 0),
         width_(columns_ > 1 ? feature_width : columns_),
         rows_(columns_ == 0 ? 0 : chunk_size(p)),
-        doubles_(max_of(2 * columns_, rows_)),
+        doubles_(2 * columns_),
+        factors_(columns_ == 1 ? rows_ : 0),
         steps_(width_ * rows_),
         from_start_(width_ * rows_),
         to_end_(width_ * rows_),
@@ -128,16 +129,20 @@ class Decay {
   // Weights of a later token t and an earlier one m that are products of both; others become 0.
   // One column only.
   void fade_weights(std::int64_t size, bool strict, T* weights, std::int64_t ld) const {
+    make_between();
     for (std::int64_t t = 0; t < size; ++t) {
       T* const row = weights + t * ld;
       const T* const factors = between_ + t * rows_;
-      for (std::int64_t m = 0; m < t; ++m) row[m] *= factors[m];
-      if (strict) row[t] = 0;
+      const T own = strict ? T(0) : row[t];
+      for (std::int64_t m = 0; m < t; m += kLanes<T>)
+        store_vec(row + m, load_vec(row + m) * load_vec(factors + m));
+      row[t] = own;
       for (std::int64_t m = t + 1; m < size; ++m) row[m] = 0;
     }
   }
   // The same, and for earlier t and later m too; nothing becomes 0.
   void fade_weights_both_ways(std::int64_t size, T* weights, std::int64_t ld) const {
+    make_between();
     for (std::int64_t t = 0; t < size; ++t) {
       for (std::int64_t m = 0; m < t; ++m) {
         weights[t * ld + m] *= between_[t * rows_ + m];
@@ -246,7 +251,7 @@ class Decay {
   // In double: chains of products keep steps of every size.
   void load_column(const Chunk& chunk) {
     const std::int64_t size = chunk.size;
-    double* const a = doubles_;
+    double* const a = factors_;
     for (std::int64_t t = 0; t < size; ++t)
       read_steps(chunk.batch, chunk.begin + t, chunk.head, a + t);
     for (std::int64_t t = 0; t < size; ++t) a[t] = core::exp_nonpositive(a[t]);
@@ -263,12 +268,21 @@ class Decay {
       to_end_[t] = round(product);
       product *= a[t];
     }
-    double row[kChunk];
-    for (std::int64_t t = 0; t < size; ++t) {
-      for (std::int64_t m = 0; m < t; ++m) row[m] *= a[t];
-      row[t] = 1;
+    has_between_ = false;
+  }
+  // Of the chunk that is loaded, when they are first asked for: sums of keys do without.
+  void make_between() const {
+    if (has_between_) return;
+    has_between_ = true;
+    double row[kChunk] = {};  // up to token t
+    for (std::int64_t t = 0; t < size_; ++t) {
       T* const to = between_ + t * rows_;
-      for (std::int64_t m = 0; m < t; ++m) to[m] = round(row[m]);
+      const std::int64_t whole = round_up(t, kLanes<T>);
+      for (std::int64_t m = 0; m < whole; ++m) {
+        row[m] *= factors_[t];
+        to[m] = round(row[m]);
+      }
+      row[t] = 1;
     }
   }
 
@@ -305,13 +319,15 @@ class Decay {
   const std::int64_t width_;
   const std::int64_t rows_;                          // tokens of a chunk
   std::int64_t batch_ = -1, head_ = -1, size_ = -1;  // of the chunk that is loaded
-  Workspace<double> doubles_;
-  Workspace<T> steps_, from_start_, to_end_;  // [chunk, width]
-  Workspace<T> between_;                      // [chunk, chunk], below the diagonal
-  Workspace<T> total_;                        // [width]
-  Workspace<double> totals_, passed_;         // [width]
-  Workspace<T> passed_factors_, segment_;     // [width]
-  Workspace<T> running_;                      // [chunk, width]
+  Workspace<double> doubles_;                        // [2 * columns]
+  Workspace<double> factors_;                        // [chunk], of one column
+  Workspace<T> steps_, from_start_, to_end_;         // [chunk, width]
+  Workspace<T> between_;                             // [chunk, chunk], below the diagonal
+  mutable bool has_between_ = false;                 // of the chunk that is loaded
+  Workspace<T> total_;                               // [width]
+  Workspace<double> totals_, passed_;                // [width]
+  Workspace<T> passed_factors_, segment_;            // [width]
+  Workspace<T> running_;                             // [chunk, width]
 };
 
 }  // namespace torch_spe::cpu::TORCH_SPE_ISA
