@@ -8,11 +8,11 @@
 
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
-// The codes of a group of features at kCodePositions positions stay in the level 1 cache until the
-// batch has been multiplied with them, and where their gradients need kSineTile positions, in the
-// level 2 cache.
-constexpr std::int64_t kCodePositions = 6;
-constexpr std::int64_t kCodeTileBytes = 24 * 1024;
+// The codes of a group of features at kCodePositions positions stay in the level 2 cache until the
+// batch has been multiplied with them, and so do those that their gradients need, of kSineTile
+// positions. Weights, read from there once for kCodePositions positions, weigh more than codes do.
+constexpr std::int64_t kCodePositions = 12;
+constexpr std::int64_t kCodeTileBytes = 96 * 1024;
 constexpr std::int64_t kGradCodeTileBytes = 256 * 1024;
 constexpr std::int64_t kOneRowBytes = 512 * 1024;  // see one_row_group_size
 
