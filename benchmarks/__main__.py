@@ -285,8 +285,8 @@ def main() -> None:
         "cases",
         nargs="*",
         metavar="CASE",
-        help="sine, phasor, exact, conv, attention, decay, decay_both_ways, attend, layer, "
-        "encoder_layer, decode (default: all)",
+        help="sine, phasor, exact, conv, attention, decay, decay_both_ways, attend, "
+        "sine_attention, layer, encoder_layer, decode (default: all)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
@@ -315,6 +315,7 @@ def main() -> None:
         "decay": cases.decay,
         "decay_both_ways": functools.partial(cases.decay, causal=False),
         "attend": cases.attend,
+        "sine_attention": cases.sine_attention,
         "layer": cases.layer,
         "encoder_layer": cases.encoder_layer,
         "decode": decode,

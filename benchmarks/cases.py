@@ -514,6 +514,51 @@ def attend(
     )
 
 
+def sine_attention(
+    batch: int, length: int, device: str, dtype: torch.dtype,
+    heads: int = 8, features: int = 64, values: int = 64, sines: int = 1,
+) -> Case:  # fmt: skip
+    """What the layers' default does between its projections, in one operator and in two."""
+    q, k = (_leaf(batch, length, heads, features, device=device, dtype=dtype) for _ in range(2))
+    v = _leaf(batch, length, heads, values, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    spe = torch_spe.SineSPE(heads, features, num_sines=sines, noise="exact", init="spread")
+    filt = torch_spe.SPEFilter(code_shape=spe.code_shape, init="spread").to(device)
+    decay = torch_spe.Decay(heads, "learned").to(device)
+    spe.to(device)
+    options = {"causal": True, "normalize": False, "rms_norm": True}
+
+    def one() -> tuple[Tensor, ...]:
+        code = filt.gate_code(spe((batch, length)))
+        sines = code.sines(q, k)
+        out = functional.sine_attention(
+            q, k, v, **sines, feature_map="elu", log_decay=decay(), **options
+        )
+        return (out,)
+
+    def two() -> tuple[Tensor, ...]:
+        code = filt.gate_code(spe((batch, length)))
+        qhat, khat = code.encode(q, "query", "elu"), code.encode(k, "key", "elu")
+        out = functional.linear_attention(
+            qhat, khat, v, feature_map="identity", log_decay=decay(), **options
+        )
+        return (out,)
+
+    inputs = [q, k, v, *spe.parameters(), *filt.parameters(), *decay.parameters()]
+    encoded = (2 * sines + 1) * features
+    work = batch * length * heads * encoded * (2.0 + 4.0 * values)
+    return Case(
+        "exact sines and causal attention with a decay",
+        {"B": batch, "N": length, "H": heads, "D": features, "K": sines, "E": values},
+        flops=work,
+        flops_backward=2 * work,
+        implementations=[
+            Implementation("torch_spe", one, inputs),
+            Implementation("torch_spe, an operator each", two, inputs),
+        ],
+    )
+
+
 # What the layers are measured with: a name and the arguments of `SPEMultiheadAttention`.
 LAYERS = {
     "torch_spe": {},

@@ -5,6 +5,7 @@
 
 #include "dtype.h"
 #include "feature_map.h"
+#include "sine_features.h"
 
 namespace torch_spe::core {
 
@@ -49,9 +50,14 @@ struct LinearAttentionParams {
   std::int64_t log_decay_strides[4] = {};
   DType log_decay_dtype = DType::kFloat32;  // or kFloat64
   std::int64_t decay_features = 0;          // 1 or R; 0 for none
-  const void* initial_s;                    // [S, H, R, E], or null
-  const void* initial_z;                    // [S, H, F], or null
-  void* out;                                // [B, N, H, E]
+  // Exact sines that encode q and k where they are loaded, or null. Then q and k are x of these,
+  // [B, N, H, D], and the feature map is that of the encoded rows; positions are consecutive,
+  // sequences rows of the batch, and there is at most one column of decay. CPU only.
+  const SineFeaturesParams* q_sines = nullptr;
+  const SineFeaturesParams* k_sines = nullptr;
+  const void* initial_s;  // [S, H, R, E], or null
+  const void* initial_z;  // [S, H, F], or null
+  void* out;              // [B, N, H, E]
   // What every row was divided by, kept for the backward pass: the denominator plus eps, or the
   // root of the mean square plus eps; where that is 0, out is 0. Null where nobody wants it.
   void* row_divisor = nullptr;  // [B, N, H], accumulate type
@@ -80,6 +86,9 @@ struct LinearAttentionBackwardParams : LinearAttentionParams {
   // (constant_decay), else [B, M, H, 1 or R].
   void* grad_log_decay = nullptr;
   bool constant_decay = false;
+  // With sines grad_q and grad_k are grad_x of these, [B, N, H, D].
+  const SineFeaturesBackwardParams* grad_q_sines = nullptr;
+  const SineFeaturesBackwardParams* grad_k_sines = nullptr;
 };
 
 }  // namespace torch_spe::core

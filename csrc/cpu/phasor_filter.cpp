@@ -57,16 +57,16 @@ void encode_positions(const PhasorFilterParams& p, PhasorEncoder<T>& encoder,
 template <class Storage>
 void phasor_filter_forward_of(const PhasorFilterParams& p) {
   if (p.length == 1 && p.ndim == 1) return encode_phasors_of_one_position<Storage>(p);
-  const std::int64_t segments = (p.length + kSegment - 1) / kSegment;
+  const std::int64_t segments = (p.length + kPhasorSegment - 1) / kPhasorSegment;
   const std::int64_t heads = group_heads(p), groups = (p.num_heads + heads - 1) / heads;
 #pragma omp parallel num_threads(p.num_threads)
   {
     PhasorEncoder<core::accumulate_t<Storage>> encoder(p);
 #pragma omp for schedule(static)
     for (std::int64_t task = 0; task < groups * segments; ++task) {
-      const std::int64_t n0 = task % segments * kSegment, head = task / segments * heads;
+      const std::int64_t n0 = task % segments * kPhasorSegment, head = task / segments * heads;
       encode_positions<Storage>(p, encoder, {head, min_of(heads, p.num_heads - head)}, n0,
-                                min_of(n0 + kSegment, p.length));
+                                min_of(n0 + kPhasorSegment, p.length));
     }
   }
 }

@@ -9,10 +9,10 @@ namespace {
 template <class Function>
 TORCH_SPE_INLINE void for_each_tile(const SineFeaturesParams& p, std::int64_t n0, std::int64_t n1,
                                     const Function& function) {
-  for (std::int64_t n = n0; n < n1; n += kChunk) {
+  for (std::int64_t n = n0; n < n1; n += kPhasorChunk) {
     for (std::int64_t b = 0; b < p.batch; b += kSineFeaturesRows) {
       const std::int64_t rows = min_of(kSineFeaturesRows, p.batch - b);
-      function(SineFeaturesTile{n, min_of(kChunk, n1 - n), rows, 0, p.num_heads}, b);
+      function(SineFeaturesTile{n, min_of(kPhasorChunk, n1 - n), rows, 0, p.num_heads}, b);
     }
   }
 }
@@ -20,38 +20,21 @@ TORCH_SPE_INLINE void for_each_tile(const SineFeaturesParams& p, std::int64_t n0
 template <class Storage>
 void sine_features_forward_of(const SineFeaturesParams& p) {
   using T = core::accumulate_t<Storage>;
-  const std::int64_t segments = (p.length + kSegment - 1) / kSegment;
+  const std::int64_t segments = (p.length + kPhasorSegment - 1) / kPhasorSegment;
   const std::int64_t outputs = num_outputs(p);
 #pragma omp parallel num_threads(p.num_threads) if (segments > 1)
   {
     SineFeaturesPhasors<T> phasors(p);
 #pragma omp for schedule(static)
     for (std::int64_t segment = 0; segment < segments; ++segment) {
-      const std::int64_t n0 = segment * kSegment;
+      const std::int64_t n0 = segment * kPhasorSegment;
       for_each_tile(
-          p, n0, min_of(n0 + kSegment, p.length),
+          p, n0, min_of(n0 + kPhasorSegment, p.length),
           [&](const SineFeaturesTile& tile, std::int64_t b) {
             encode_sine_features_tile(
                 phasors, tile, strided_tile<Storage>(p.x, p.x_strides, b, tile.n, 0),
                 contiguous_tile<Storage>(p.out, p.length, p.num_heads, outputs, b, tile.n, 0));
           });
-    }
-  }
-}
-
-void store_gradients(const SineFeaturesBackwardParams& p, std::int64_t width,
-                     const SineFeaturesSums& sums) {
-  for (std::int64_t head = 0; head < p.num_heads; ++head) {
-    for (std::int64_t d = 0; d < p.in_features; ++d) {
-      const std::int64_t feature = head * p.in_features + d;
-      if (p.grad_constant != nullptr) p.grad_constant[feature] = sums.constant(head)[d];
-      for (std::int64_t k = 0; k < p.num_sines; ++k) {
-        const std::int64_t row = head * p.num_sines + k, at = feature * p.num_sines + k;
-        if (p.grad_amplitudes != nullptr) p.grad_amplitudes[at] = sums.amplitudes(row)[d];
-        if (p.grad_offsets != nullptr) p.grad_offsets[at] = sums.offsets(row)[d];
-        for (std::int64_t a = 0; a < p.ndim && p.grad_freqs != nullptr; ++a)
-          p.grad_freqs[at * p.ndim + a] = sums.freqs(row)[a * width + d];
-      }
     }
   }
 }
@@ -71,7 +54,8 @@ void sine_features_backward_of(const SineFeaturesBackwardParams& p) {
   }
 #pragma omp parallel num_threads(p.num_threads)
   {
-    SineFeaturesGradient<T> gradient(p);
+    SineFeaturesPhasors<T> phasors(p);
+    SineFeaturesGradient<T> gradient(phasors);
 #pragma omp for schedule(static)
     for (std::int64_t part = 0; part < parts.count; ++part) {
       const std::int64_t n0 = part * parts.length;
@@ -90,7 +74,7 @@ void sine_features_backward_of(const SineFeaturesBackwardParams& p) {
   for (std::int64_t part = 1; part < parts.count; ++part) {
     for (std::int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
   }
-  store_gradients(p, width, SineFeaturesSums(p, width, sums));
+  store_gradients(p, 0, p.num_heads, width, SineFeaturesSums(p, width, sums));
 }
 
 }  // namespace

@@ -69,20 +69,21 @@ void check_state(const char* op, const char* name, const at::Tensor& tensor, con
 }
 
 void check_keys(const char* op, const AttentionKeys& a, const at::Tensor& like,
-                const char* like_name) {
-  check_data(op, "k", a.k, 4, "[B, M, H, R]");
+                const char* like_name, const char* features) {
+  const std::string letter = features;
+  check_data(op, "k", a.k, 4, ("[B, M, H, " + letter + "]").c_str());
   check_data(op, "v", a.v, 4, "[B, M, H, E]");
   check_like(op, "k", a.k, like, like_name);
   check_like(op, "v", a.v, like, like_name);
   const std::string of = std::string(" of ") + like_name;
   check_size(op, "k", a.k, 0, like.sym_size(0), ("B" + of).c_str());
   check_size(op, "k", a.k, 2, like.sym_size(2), ("H" + of).c_str());
-  check_size(op, "k", a.k, 3, like.sym_size(3), ("R" + of).c_str());
+  check_size(op, "k", a.k, 3, like.sym_size(3), (letter + of).c_str());
   check_size(op, "v", a.v, 0, like.sym_size(0), ("B" + of).c_str());
   check_size(op, "v", a.v, 1, a.k.sym_size(1), "M of k");
   check_size(op, "v", a.v, 2, like.sym_size(2), ("H" + of).c_str());
-  TORCH_CHECK_VALUE(like.sym_size(3) > 0, op, ": ", like_name,
-                    " must have at least one feature (R >= 1), got shape ", like.sym_sizes());
+  TORCH_CHECK_VALUE(like.sym_size(3) > 0, op, ": ", like_name, " must have at least one feature (",
+                    letter, " >= 1), got shape ", like.sym_sizes());
   TORCH_CHECK_VALUE(a.v.sym_size(3) > 0, op,
                     ": v must have at least one feature (E >= 1), got shape ", a.v.sym_sizes());
   to_feature_map(op, "feature_map", a.feature_map);

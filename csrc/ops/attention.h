@@ -26,9 +26,10 @@ struct AttentionKeys {
   TensorSpec z() const;
 };
 
-// k and v alone; `like` is a tensor of the batch size, number of heads and type that all have.
+// k and v alone; `like` is a tensor of the batch size, number of heads and type that all have, and
+// `features` the letter of its last size.
 void check_keys(const char* op, const AttentionKeys& a, const at::Tensor& like,
-                const char* like_name);
+                const char* like_name, const char* features = "R");
 // What comes with them.
 void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor& like,
                        const char* like_name);

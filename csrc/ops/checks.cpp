@@ -34,10 +34,10 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
 }
 
 void check_parameter_type(const char* op, const char* name, const at::Tensor& tensor,
-                          const at::Tensor& x) {
+                          const at::Tensor& x, const char* x_name) {
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), op, ": ",
-                   name, " must be ", x.scalar_type(), " like x or ",
+                   name, " must be ", x.scalar_type(), " like ", x_name, " or ",
                    accumulate_type(x.scalar_type()), ", got ", type);
 }
 

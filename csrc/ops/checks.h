@@ -28,7 +28,7 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
 
 // Parameters have the type of x, or float32 beside a half-precision x.
 void check_parameter_type(const char* op, const char* name, const at::Tensor& tensor,
-                          const at::Tensor& x);
+                          const at::Tensor& x, const char* x_name = "x");
 
 // Positions [N] or [N, ndim] for x [B, N, H, D] and freqs [H, D, *] or [H, D, *, ndim]; without
 // them, ndim is 1 and start is finite.

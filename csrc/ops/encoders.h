@@ -25,11 +25,12 @@ struct EncoderArguments {
 };
 
 // freqs [H, D, count] or [H, D, count, ndim].
-void check_freqs(const char* op, const EncoderArguments& a, const char* count, const char* missing);
+void check_freqs(const char* op, const EncoderArguments& a, const char* count, const char* missing,
+                 const char* x_name = "x");
 
 // A table of an encoder: its device and type, and its first sizes, those of x.
 void check_table(const char* op, const char* name, const at::Tensor& table, const at::Tensor& x,
-                 int64_t dim, const char* layout);
+                 int64_t dim, const char* layout, const char* x_name = "x");
 
 // x, positions, start and the feature map.
 void check_encoder(const char* op, const EncoderArguments& a);

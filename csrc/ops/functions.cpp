@@ -90,6 +90,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(
   return {results[0].toTensor(), results[1].toTensor(), results[2].toTensor()};
 }
 
+at::Tensor sine_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const at::Tensor& freqs, const at::Tensor& amplitudes,
+                          const MaybeTensor& offsets, const MaybeTensor& constant, double start,
+                          std::string_view feature_map, std::string_view encoded_feature_map,
+                          bool causal, bool normalize, double eps,
+                          const MaybeTensor& key_padding_mask, const MaybeTensor& denominator_q,
+                          const MaybeTensor& denominator_k,
+                          std::string_view denominator_feature_map, bool rms_norm,
+                          const MaybeTensor& log_decay) {
+  static const auto op = find("torch_spe::sine_attention");
+  return call(op,
+              {q, k, v, freqs, amplitudes, offsets, constant, start, text(feature_map),
+               text(encoded_feature_map), causal, normalize, eps, key_padding_mask, denominator_q,
+               denominator_k, text(denominator_feature_map), rms_norm, log_decay})[0]
+      .toTensor();
+}
+
 std::tuple<at::Tensor, at::Tensor> linear_attention_state(
     const at::Tensor& k, const at::Tensor& v, std::string_view feature_map,
     const MaybeTensor& key_padding_mask, const MaybeTensor& cu_seqlens,

@@ -16,11 +16,13 @@ std::unordered_map<std::type_index, KernelSlots>& all_slots() {
 
 }  // namespace
 
+Slot slot_of(c10::DeviceType device) {
+  if (device == c10::kCUDA) return Slot::kCuda;
+  return alternative_wanted ? Slot::kAlternative : Slot::kCpu;
+}
+
 const AnyKernel& KernelSlots::of(c10::DeviceType device) const {
-  const Slot slot = device == c10::kCUDA ? Slot::kCuda
-                    : alternative_wanted ? Slot::kAlternative
-                                         : Slot::kCpu;
-  const AnyKernel& found = slots[static_cast<int>(slot)];
+  const AnyKernel& found = slots[static_cast<int>(slot_of(device))];
   TORCH_CHECK_NOT_IMPLEMENTED(found.call != nullptr, "torch_spe: no kernel for the device ",
                               device);
   return found;

@@ -37,6 +37,9 @@ struct KernelSlots {
 };
 KernelSlots& kernel_slots(std::type_index params);
 
+// Whose kernels run for tensors on a device.
+Slot slot_of(c10::DeviceType device);
+
 // Whether any kernel is registered there: a build for the CPU alone has none for CUDA.
 bool has_kernels(Slot slot);
 

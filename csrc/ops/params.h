@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "checks.h"
 
@@ -28,6 +29,11 @@ class KernelTensors {
   }
   const void* contiguous(const OptionalTensor& tensor) {
     return tensor.has_value() ? contiguous(*tensor) : nullptr;
+  }
+  // As it is.
+  const at::Tensor& keep(at::Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
   }
   template <class MaybeTensor>
   const double* doubles(const MaybeTensor& tensor) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -72,6 +72,22 @@ class Encoder:
         """
         encoded = self.encode(queries, "query", feature_map), self.encode(keys, "key", feature_map)
         return *encoded, "identity"
+
+    def sines(
+        self,
+        queries: Tensor,  # [B, *size, H, D]
+        keys: Tensor,  # [B, *size, H, D]
+    ) -> dict[str, Any] | None:
+        """Return the sines that encode these, where that is all that an encoder does.
+
+        A layer then attends with `torch_spe.functional.sine_attention`, which has no encoded
+        queries and keys in memory, instead of encoding first.
+
+        Returns:
+            Its arguments by name, ``freqs``, ``amplitudes``, ``offsets``, ``constant`` and
+            ``start``; or None, the default.
+        """
+        return None
 
     def spread(self, values: Tensor, gate: bool = True) -> Tensor:  # [..., D] -> [..., R]
         """Give values of features to the encoded features that belong to each of them.

@@ -88,6 +88,33 @@ def sine_features(
     return (x.unsqueeze(-2) * basis.to(x.dtype).transpose(-1, -2)).flatten(-2)
 
 
+def sine_attention(
+    q: Tensor,  # [B, N, H, D]
+    k: Tensor,  # [B, M, H, D]
+    v: Tensor,  # [B, M, H, E]
+    freqs: Tensor,  # [H, D, K]
+    amplitudes: Tensor,  # [H, D, K]
+    offsets: Tensor | None = None,  # [H, D, K]
+    constant: Tensor | None = None,  # [H, D]
+    start: float = 0.0,
+    feature_map: str = "identity",
+    encoded_feature_map: str = "identity",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,  # [B, M], True where a key is padding
+    log_decay: Tensor | None = None,  # [H] or [B, N, H]
+) -> Tensor:  # [B, N, H, E]
+    """`torch_spe.functional.sine_attention`: `sine_features`, then `linear_attention`."""
+    q, k = (FEATURE_MAPS[feature_map](x) for x in (q, k))
+    q = sine_features(q, freqs, amplitudes, offsets, constant, start=start)
+    k = sine_features(k, freqs, amplitudes, None, constant, start=start)
+    return linear_attention(
+        q, k, v, encoded_feature_map, causal, normalize, eps, key_padding_mask,
+        log_decay=log_decay,
+    )[0]  # fmt: skip
+
+
 def sine_cycles(freqs: Tensor) -> Tensor:  # like freqs, [H, D, K] or [H, D, K, ndim]
     """Frequencies in cycles per position from the parameter `freqs` of `torch_spe.SineSPE`."""
     if freqs.dim() == 3:

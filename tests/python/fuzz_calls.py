@@ -460,6 +460,54 @@ def linear_attention(draw):
     return Call("linear_attention", arguments, shapes, function, expected)
 
 
+def sine_attention(draw):
+    """A call of `linear_attention` whose queries and keys are encoded before."""
+    fixed = dict(draw.fixed)
+    draw.fixed = {**fixed, "R": fixed.get("D", draw.choose(1, 2, 3, 5, 8, 17))}
+    while True:
+        call = linear_attention(draw)
+        arguments = {n: x for n, x in call.arguments.items() if n != "return_state"}
+        divided = arguments["normalize"] and "denominator_q" not in arguments
+        cannot = {"cu_seqlens", "initial_s"} & set(arguments) or "R" in call.shapes.get(
+            "log_decay", ""
+        )
+        # A sine near 0 may be the only weight that relu leaves.
+        if not cannot and not (divided and arguments["feature_map"] == "relu"):
+            break
+    draw.fixed = fixed
+    shapes = {name: shape.replace("R", "D") for name, shape in call.shapes.items()}
+    heads, features = arguments["q"].shape[2:]
+    sines = draw.size("K", least=1, most=5)
+    # Weights must not come near 0 where they are divided by: all phases then lie in one quarter.
+    arguments["encoded_feature_map"] = arguments.pop("feature_map")
+    arguments["feature_map"] = "identity" if divided else draw.choose("identity", "elu", "relu")
+    freqs = draw.normal(heads, features, sines).sigmoid() / (4000 if divided else 2)
+    arguments["freqs"] = draw.tensor(freqs, draw.choose(*DATA_TYPES[:2], draw.dtype))
+    shapes["freqs"] = "H D K"
+    for name, shape in (("amplitudes", (sines,)), ("offsets", (sines,)), ("constant", ())):
+        arguments[name] = None
+        if name == "amplitudes" or (draw.chance(0.5) and not (divided and name == "offsets")):
+            values = draw.normal(heads, features, *shape)
+            values = values.abs() if divided else values
+            arguments[name] = draw.tensor(values, draw.parameter_type())
+            shapes[name] = "H D K" if shape else "H D"
+    arguments["start"] = 0 if divided else draw.choose(0.0, 5, -3.5, 100.25)
+
+    def expected(
+        q, k, freqs, amplitudes, offsets, constant, start, feature_map, encoded_feature_map,
+        **attention,
+    ):  # fmt: skip
+        q, k = (apply_feature_map(feature_map, x) for x in (q, k))
+        q = reference.sine_features(q, freqs, amplitudes, offsets, constant, start=start)
+        k = reference.sine_features(k, freqs, amplitudes, None, constant, start=start)
+        return (plain_linear_attention(q, k, feature_map=encoded_feature_map, **attention)[0],)
+
+    return Call(
+        "sine_attention", arguments, shapes, one_output(functional.sine_attention), expected,
+        ("freqs", "amplitudes", "offsets", "constant"),
+    )  # fmt: skip
+
+
 def linear_attention_state(draw):
     """The keys of a call of `linear_attention` without queries."""
     call = linear_attention(draw)
@@ -578,7 +626,7 @@ OPERATORS = {
     f.__name__: f
     for f in (
         sine_filter, phasor_filter, sine_features, rotary, conv_filter, conv_noise,
-        linear_attention, linear_attention_state, sine_code, phase_code, exact_code,
+        linear_attention, linear_attention_state, sine_attention, sine_code, phase_code, exact_code,
         gate_code, gate_exact_code,
     )
 }  # fmt: skip

@@ -10,7 +10,10 @@ REQUIRED = {
     "x", "freqs", "weight", "coefficients", "amplitudes", "kernel", "q", "k", "v", "offsets",
     "gains", "noise", "sine", "phases", "query", "key", "gate", "seed",
 }  # fmt: skip
-OPTIONAL = {("conv_filter", "noise"), ("conv_filter", "seed"), ("sine_features", "offsets")}
+OPTIONAL = {
+    ("conv_filter", "noise"), ("conv_filter", "seed"), ("sine_features", "offsets"),
+    ("sine_attention", "offsets"),
+}  # fmt: skip
 
 
 def complaint(call, argument, kind, value):
@@ -132,7 +135,7 @@ def of_values(call, name, value):
 
 def of_others(call, name, value):
     """Numbers, words, flags and seeds."""
-    encoder = "freqs" in call.shapes and "x" in call.shapes
+    encoder = "freqs" in call.shapes and ("x" in call.shapes or "q" in call.shapes)
     ndim = call.shapes.get("kernel", "").count("P") or len(call.arguments.get("size", []))
     if name == "start" and encoder:
         wrong = {"list": [0.0], "str": "wrong", "nan": math.nan, "inf": math.inf, "none": None}
@@ -141,7 +144,7 @@ def of_others(call, name, value):
         return {"list": [0.3], "str": "wrong", "none": None}
     if name == "eps":
         return {"nan": math.nan, "negative": -1e-6, "inf": math.inf, "str": "a", "list": [0.1]}
-    if name in ("feature_map", "noise_kind"):
+    if name in ("feature_map", "encoded_feature_map", "noise_kind"):
         return {"another": "wrong", "none": None, "number": 3, "list": ["elu"], "empty": ""}
     if name in ("causal", "normalize"):
         return {"str": "wrong", "list": [True], "none": None}

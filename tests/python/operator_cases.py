@@ -50,6 +50,14 @@ def _linear_attention():
     return [q, k, v, "elu", True, True, 1e-3, None, bounds, *state, *rest]
 
 
+def _sine_attention():
+    q, k, v = _draw(1, 5, 2, 3), _draw(1, 5, 2, 3).flip(1), _draw(1, 5, 2, 4)
+    tables = [_draw(2, 3, 2).sigmoid(), _draw(2, 3, 2), _draw(2, 3, 2).flip(0), _draw(2, 3)]
+    own = [_draw(1, 5, 2, 2).abs(), _draw(1, 5, 2, 2).flip(1).abs()]
+    rest = ["identity", False, -_draw(2).abs()]
+    return [q, k, v, *tables, 3.0, "identity", "elu", True, True, 1e-3, None, *own, *rest]
+
+
 def _linear_attention_state():
     return [
         _draw(1, 5, 2, 3), _draw(1, 5, 2, 4), "elu", None, None, _draw(1, 2, 3, 4), _draw(1, 2, 3),
@@ -88,6 +96,7 @@ DIFFERENTIABLE = {
     "linear_attention_state": _linear_attention_state,
     "phase_code": _phase_code,
     "phasor_filter": _phasor_filter,
+    "sine_attention": _sine_attention,
     "sine_code": _sine_code,
     "sine_features": _sine_features,
     "sine_filter": _sine_filter,
@@ -131,7 +140,8 @@ def make_function(name):
             values[i] = value
         outputs = operator(name)(*values)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return outputs[:3]  # the divisor of linear_attention has no gradient
+        # The divisors of attention have no gradient.
+        return outputs[: 1 if name == "sine_attention" else 3]
 
     return function, [arguments[i].requires_grad_() for i in which]
 

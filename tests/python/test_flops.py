@@ -70,6 +70,18 @@ def test_linear_attention(normalize):
     assert count(attend, *tensors) == (expected, 2 * expected)
 
 
+@pytest.mark.parametrize("gate", [False, True])
+def test_sine_attention(gate):
+    def attend(q, k, v, freqs, *gate):
+        return functional.sine_attention(q, k, v, freqs, freqs, None, *gate)
+
+    tensors = data(B, N, H, D), data(B, N + 2, H, D), data(B, N + 2, H, R), data(H, D, K)
+    rows, features = B * H * (2 * N + 2), D * (2 * K + gate)
+    expected = rows * D * (2 * K + 1) + 2 * rows * features * (R + 1)
+    got = count(attend, *tensors, *[data(H, D)] * gate)
+    assert got == (expected, 2 * expected)
+
+
 def test_linear_attention_state():
     def state(k, v):
         return functional.linear_attention_state(k, v)[0]

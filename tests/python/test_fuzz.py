@@ -143,7 +143,7 @@ def check(call, repeat, monkeypatch):
     data = next((t.dtype for t in tensors.values()), torch.float32)
     # What float64 loses is what float32 loses, in other units.
     narrow = torch.float32 if data == torch.float64 else None
-    lucky = call.operator == "linear_attention"
+    lucky = call.operator in ("linear_attention", "sine_attention")
     factor = 3 if lucky and least_exact in TOLERANCE else 2
     if narrow:
         factor *= torch.finfo(data).eps / torch.finfo(narrow).eps
@@ -180,6 +180,7 @@ EMPTY = {
     "rotary": ("B N H", ""),
     "linear_attention": ("B N M H", "R E F"),
     "linear_attention_state": ("B M H", "R E F"),
+    "sine_attention": ("B N M H", "D K E F"),
     "sine_code": ("H D R", "K ndim"),
     "phase_code": ("H D R", "K ndim"),
     "exact_code": ("H D", "K ndim"),

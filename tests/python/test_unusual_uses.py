@@ -87,6 +87,9 @@ def operators(x, freqs, weight):
         "sine_filter": lambda x: functional.sine_filter(x, freqs, weight),
         "phasor_filter": lambda x: functional.phasor_filter(x, freqs, pairs.mT.contiguous()),
         "sine_features": lambda x: functional.sine_features(x, freqs, freqs),
+        "sine_attention": lambda x: functional.sine_attention(
+            x, x, x, freqs, freqs, normalize=False
+        ),
         "rotary": lambda x: functional.rotary(x, freqs[..., 0][:, ::2]),
         "conv_filter": lambda x: functional.conv_filter(x, freqs, seed=1, num_realizations=4),
         "linear_attention": lambda x: functional.linear_attention(x, x, x),

@@ -29,6 +29,7 @@ void backward_ordered(const LinearAttentionBackwardParams& p) {
   using T = core::accumulate_t<Storage>;
   const Segments segments(p, p.key_length);
   const StateLayout<T> layout(p);
+  const SumsOfEncoders<T> sums_of_encoders(p);
   const bool wants_steps = p.grad_log_decay != nullptr;
   const bool wants_states = p.grad_q != nullptr || p.grad_denominator_q != nullptr || wants_steps;
   const bool wants_initial = p.grad_initial_s != nullptr || p.grad_initial_z != nullptr;
@@ -64,7 +65,7 @@ void backward_ordered(const LinearAttentionBackwardParams& p) {
 #pragma omp parallel num_threads(p.num_threads)
   {
     Decay<T> decay(p, layout.feature_width);
-    const BackwardWorker<Storage> worker(p, layout, decay);
+    const BackwardWorker<Storage> worker(p, layout, decay, sums_of_encoders);
     if (!shares) {
       const std::int64_t rows = segments.rows_of_task();
 #pragma omp for schedule(dynamic)
@@ -110,6 +111,7 @@ void backward_ordered(const LinearAttentionBackwardParams& p) {
     }
   }
   if (sums_steps) store_constant_steps<T>(p, segments, step_sums);
+  sums_of_encoders.store();
 }
 
 // Every query sees every key: all keys are in one state.
@@ -118,6 +120,7 @@ void backward_full(const LinearAttentionBackwardParams& p) {
   using T = core::accumulate_t<Storage>;
   const Segments queries(p, p.query_length), keys(p, p.key_length);
   const StateLayout<T> layout(p);
+  const SumsOfEncoders<T> sums_of_encoders(p);
   const bool wants_queries = p.grad_q != nullptr || p.grad_denominator_q != nullptr;
   const bool wants_keys =
       p.grad_k != nullptr || p.grad_v != nullptr || p.grad_denominator_k != nullptr;
@@ -126,7 +129,7 @@ void backward_full(const LinearAttentionBackwardParams& p) {
 #pragma omp parallel num_threads(p.num_threads)
   {
     Decay<T> decay(p, layout.feature_width);
-    const BackwardWorker<Storage> worker(p, layout, decay);
+    const BackwardWorker<Storage> worker(p, layout, decay, sums_of_encoders);
     if (wants_queries) {
 #pragma omp for schedule(dynamic)
       for (std::int64_t i = 0; i < keys.total(); ++i) {
@@ -156,6 +159,7 @@ void backward_full(const LinearAttentionBackwardParams& p) {
       }
     }
   }
+  sums_of_encoders.store();
 }
 
 }  // namespace

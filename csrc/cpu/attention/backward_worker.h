@@ -25,11 +25,15 @@ class BackwardWorker {
   using T = core::accumulate_t<Storage>;
 
   BackwardWorker(const LinearAttentionBackwardParams& p, const StateLayout<T>& layout,
-                 Decay<T>& decay)
+                 Decay<T>& decay, const SumsOfEncoders<T>& sums)
       : p_(p),
         layout_(layout),
         decay_(decay),
         tiles_(p, layout, decay),
+        query_gradients_(p.grad_q_sines != nullptr, tiles_.query_encoder(), p.grad_q_sines,
+                         sums.queries()),
+        key_gradients_(p.grad_k_sines != nullptr, tiles_.key_encoder(), p.grad_k_sines,
+                       sums.keys()),
         own_(has_own_denominator(p)),
         shares_features_(p.normalize && !own_),
         is_ordered_(p.causal || decay.fades()),
@@ -136,7 +140,7 @@ class BackwardWorker {
       tiles_.ahead().start();
       if (const Chunk next = segment.next(chunk); next.size > 0) {
         ask_for_queries(next);
-        tiles_.ask_for_rows(next, p_.grad_q, p_.query_length, layout_.features);
+        tiles_.ask_for_rows(next, p_.grad_q, p_.query_length, row_features(p_));
       }
       load_queries(chunk);
       if (p_.grad_q != nullptr) {
@@ -156,7 +160,7 @@ class BackwardWorker {
       tiles_.ahead().start();
       if (const Chunk next = segment.next(chunk); next.size > 0) {
         tiles_.ask_for_keys(next);
-        tiles_.ask_for_rows(next, p_.grad_k, p_.key_length, layout_.features);
+        tiles_.ask_for_rows(next, p_.grad_k, p_.key_length, row_features(p_));
         tiles_.ask_for_rows(next, p_.grad_v, p_.key_length, layout_.values);
       }
       tiles_.load_keys(chunk, keys_);
@@ -198,8 +202,8 @@ class BackwardWorker {
   // What is written where queries see the keys in order.
   void ask_for_gradients(const Chunk& chunk) const {
     if (p_.query_length > 0)
-      tiles_.ask_for_rows(chunk, p_.grad_q, p_.query_length, layout_.features);
-    tiles_.ask_for_rows(chunk, p_.grad_k, p_.key_length, layout_.features);
+      tiles_.ask_for_rows(chunk, p_.grad_q, p_.query_length, row_features(p_));
+    tiles_.ask_for_rows(chunk, p_.grad_k, p_.key_length, row_features(p_));
     tiles_.ask_for_rows(chunk, p_.grad_v, p_.key_length, layout_.values);
   }
 
@@ -451,11 +455,11 @@ class BackwardWorker {
 
   void store_query_gradient(const Chunk& chunk, T* rows) const {
     store_features(chunk, p_.feature_map, layout_.features, layout_.feature_width, queries_, rows,
-                   p_.query_length, false, p_.grad_q);
+                   p_.query_length, false, p_.grad_q, query_gradients_.get());
   }
   void store_key_gradient(const Chunk& chunk, const T* keys, T* rows) const {
     store_features(chunk, p_.feature_map, layout_.features, layout_.feature_width, keys, rows,
-                   p_.key_length, true, p_.grad_k);
+                   p_.key_length, true, p_.grad_k, key_gradients_.get());
   }
   void store_own_query_gradient(const Chunk& chunk, T* rows) const {
     store_features(chunk, p_.denominator_feature_map, layout_.denominator_features,
@@ -468,23 +472,32 @@ class BackwardWorker {
                    p_.grad_denominator_k);
   }
   // Stores rows of gradients times the derivative of the feature map, given the tile of features;
-  // queries and their gradients leave their scale behind.
+  // queries and their gradients leave their scale behind. Those of encoded rows go through their
+  // encoder.
   void store_features(const Chunk& chunk, FeatureMap feature_map, std::int64_t columns,
                       std::int64_t width, const T* features, T* rows, std::int64_t length,
-                      bool are_keys, void* grad) const {
+                      bool are_keys, void* grad,
+                      EncodedGradients<Storage>* encoder = nullptr) const {
     with_feature_map(feature_map, [&](auto map) {
       for (std::int64_t t = 0; t < chunk.size; ++t) {
         T* row = rows + t * width;
         if (are_keys && is_padding(p_, chunk, t)) set_zero(row, columns);
         const T* phi = features + t * width;
         const T scale = are_keys ? T(1) : query_scales_[t], inverse = 1 / scale;
-        Storage* to = contiguous_row(p_, static_cast<Storage*>(grad), length, columns, chunk, t);
-        for (std::int64_t c = 0; c < columns; ++c) {
-          core::store(scale * row[c] * core::feature_map_derivative<map.value>(inverse * phi[c]),
-                      to + c);
+        const auto store_to = [&](auto* to) {
+          for (std::int64_t c = 0; c < columns; ++c) {
+            core::store(scale * row[c] * core::feature_map_derivative<map.value>(inverse * phi[c]),
+                        to + c);
+          }
+        };
+        if (encoder != nullptr) {
+          store_to(row);
+        } else {
+          store_to(contiguous_row(p_, static_cast<Storage*>(grad), length, columns, chunk, t));
         }
       }
     });
+    if (encoder != nullptr) encoder->add(chunk, rows, width);
   }
   void store_value_gradient(const Chunk& chunk, T* rows) const {
     for (std::int64_t t = 0; t < chunk.size; ++t) {
@@ -500,6 +513,7 @@ class BackwardWorker {
   const StateLayout<T>& layout_;
   Decay<T>& decay_;
   const AttentionTiles<Storage> tiles_;
+  const Maybe<EncodedGradients<Storage>> query_gradients_, key_gradients_;
   const bool own_;              // the denominator has features of its own
   const bool shares_features_;  // there is a denominator, of the features of the numerator
   const bool is_ordered_;       // queries see the keys in order

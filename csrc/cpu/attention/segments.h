@@ -11,12 +11,14 @@ using core::LinearAttentionParams;
 
 constexpr std::int64_t kChunk = 64;            // tokens whose weights are formed at once, at most
 constexpr std::int64_t kChunkOfFeatures = 16;  // where features fade apart from each other
+constexpr std::int64_t kChunkOfSines = 48;     // where sines encode queries and keys
 // A segment is a unit of work. The pages that all heads of its tokens lie in are as many as the
 // machine keeps the addresses of.
 constexpr std::int64_t kChunksOfSegment = 8;
 
 TORCH_SPE_INLINE std::int64_t chunk_size(const LinearAttentionParams& p) {
-  return p.decay_features > 1 ? kChunkOfFeatures : kChunk;
+  if (p.decay_features > 1) return kChunkOfFeatures;
+  return p.q_sines == nullptr ? kChunk : kChunkOfSines;
 }
 TORCH_SPE_INLINE std::int64_t segment_size(const LinearAttentionParams& p) {
   return kChunksOfSegment * chunk_size(p);

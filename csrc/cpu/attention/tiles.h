@@ -5,6 +5,7 @@
 #include "core/feature_map.h"
 #include "cpu/products.h"
 #include "cpu/rows.h"
+#include "encoded_rows.h"
 #include "rows_ahead.h"
 #include "state.h"
 
@@ -89,6 +90,11 @@ TORCH_SPE_INLINE T* contiguous_row(const LinearAttentionParams& p, T* data, std:
   return data + ((chunk.batch * length + chunk.begin + t) * p.num_heads + chunk.head) * columns;
 }
 
+// Columns of q and k, and of their gradients, in memory.
+TORCH_SPE_INLINE std::int64_t row_features(const LinearAttentionParams& p) {
+  return p.q_sines == nullptr ? p.num_realizations : p.q_sines->in_features;
+}
+
 // Rows of tiles are padded like those of a state, with zeros; those of padding keys are zero.
 template <class Storage>
 class AttentionTiles {
@@ -99,6 +105,8 @@ class AttentionTiles {
       : p_(p),
         layout_(layout),
         decay_(decay),
+        query_encoder_(p.q_sines != nullptr, p.q_sines),
+        key_encoder_(p.k_sines != nullptr, p.k_sines),
         sum_(layout.denominator_width),
         row_sum_(layout.denominator_width),
         sent_(decay.per_feature() ? kChunk * layout.feature_width : 0),
@@ -112,13 +120,16 @@ class AttentionTiles {
     TORCH_SPE_ISA::multiply(m, n, k, a, b, ldb, beta, c, ldc, skip, ahead_);
   }
   RowsAhead& ahead() const { return ahead_; }
+  // Null where rows are in memory.
+  EncodedRows<Storage>* query_encoder() const { return query_encoder_.get(); }
+  EncodedRows<Storage>* key_encoder() const { return key_encoder_.get(); }
   void ask_for_queries(const Chunk& chunk) const {
-    Strided<Storage>(p_.q, p_.q_strides, layout_.features).ask(chunk, ahead_);
+    Strided<Storage>(p_.q, p_.q_strides, row_features(p_)).ask(chunk, ahead_);
     Strided<Storage>(p_.denominator_q, p_.denominator_q_strides, layout_.denominator_features)
         .ask(chunk, ahead_);
   }
   void ask_for_keys(const Chunk& chunk) const {
-    Strided<Storage>(p_.k, p_.k_strides, layout_.features).ask(chunk, ahead_);
+    Strided<Storage>(p_.k, p_.k_strides, row_features(p_)).ask(chunk, ahead_);
     Strided<Storage>(p_.v, p_.v_strides, layout_.values).ask(chunk, ahead_);
     Strided<Storage>(p_.denominator_k, p_.denominator_k_strides, layout_.denominator_features)
         .ask(chunk, ahead_);
@@ -133,11 +144,14 @@ class AttentionTiles {
 
   // phi(q) [chunk, R], rows `ld` apart.
   void load_queries(const Chunk& chunk, T* out, std::int64_t ld) const {
+    if (query_encoder() != nullptr) return load_encoded(*query_encoder(), chunk, false, out, ld);
     load_features({p_.q, p_.q_strides, layout_.features}, p_.feature_map, chunk, false, out, ld,
                   layout_.feature_width);
   }
   // phi(k) [chunk, R].
   void load_keys(const Chunk& chunk, T* out) const {
+    if (key_encoder() != nullptr)
+      return load_encoded(*key_encoder(), chunk, true, out, layout_.feature_width);
     load_features({p_.k, p_.k_strides, layout_.features}, p_.feature_map, chunk, true, out,
                   layout_.feature_width, layout_.feature_width);
   }
@@ -298,9 +312,26 @@ class AttentionTiles {
     });
   }
 
+  // The same of rows that sines encode.
+  void load_encoded(EncodedRows<Storage>& encoder, const Chunk& chunk, bool are_keys, T* out,
+                    std::int64_t ld) const {
+    encoder.encode(chunk, out, ld);
+    with_feature_map(p_.feature_map, [&](auto map) {
+      for (std::int64_t t = 0; t < chunk.size; ++t) {
+        T* row = out + t * ld;
+        if (are_keys && is_padding(p_, chunk, t))
+          set_zero(row, layout_.features);
+        else if (map.value != FeatureMap::kIdentity)
+          load_mapped_row<map.value>(row, 1, layout_.features, row);
+        set_zero(row + layout_.features, layout_.feature_width - layout_.features);
+      }
+    });
+  }
+
   const LinearAttentionParams& p_;
   const StateLayout<T>& layout_;
   Decay<T>& decay_;
+  const Maybe<EncodedRows<Storage>> query_encoder_, key_encoder_;
   mutable RowsAhead ahead_;     // no part of any result
   Workspace<T> sum_, row_sum_;  // [F]
   // Times factors of a decay.

@@ -29,10 +29,10 @@ class PhasorEncoder {
         coefficients_(2 * rows_of_heads_ * width_),
         constant_(2 * rows_of_heads_ * width_),
         table_(consecutive_ ? rows_of_heads_ : 0, width_),
-        phasors_(consecutive_ ? 0 : kChunk * kGroup * 2 * kWidth),
+        phasors_(consecutive_ ? 0 : kPhasorChunk * kGroup * 2 * kWidth),
         x_stride_(odd_lines<T>(features_)),
-        x_(kChunk * num_shared_rows(p) * x_stride_),
-        y_(kChunk * num_shared_rows(p) * 2 * width_) {}
+        x_(kPhasorChunk * num_shared_rows(p) * x_stride_),
+        y_(kPhasorChunk * num_shared_rows(p) * 2 * width_) {}
 
   // Encodes the rows of a tile of one of the heads of a group. Meanwhile other(step, steps) is
   // called for steps 0 .. steps - 1.
@@ -58,7 +58,7 @@ class PhasorEncoder {
   }
   const T* y(std::int64_t i, std::int64_t t,
              std::int64_t b) const {  // [R/2 / lanes, t, b, 2, lanes]
-    return y_ + ((i / kWidth * kChunk + t) * rows_ + b) * 2 * kWidth;
+    return y_ + ((i / kWidth * kPhasorChunk + t) * rows_ + b) * 2 * kWidth;
   }
 
   // Copies the parameters of heads with pairs along the lanes: freqs [ndim, heads, D, R/2],
@@ -122,7 +122,7 @@ class PhasorEncoder {
   template <class Other>
   void compute(const Other& other) {
     clear_missing_x();
-    for (std::int64_t k = 0; k < kChunk * rows_ * 2 * width_; ++k) y_[k] = 0;
+    for (std::int64_t k = 0; k < kPhasorChunk * rows_ * 2 * width_; ++k) y_[k] = 0;
     const int group = group_size(rows_ == 1 && consecutive_);
     const std::int64_t steps = features_ / group * (width_ / kWidth);
     std::int64_t step = 0;
@@ -178,7 +178,7 @@ class PhasorEncoder {
       if constexpr (kConsecutive) trio[g].start(table_, first_row_ + d + g, i);
     }
     const T* x_row = x_ + d;
-    T* y_row = y_ + i / kWidth * kChunk * rows * 2 * kWidth;
+    T* y_row = y_ + i / kWidth * kPhasorChunk * rows * 2 * kWidth;
     for (std::int64_t t = 0; t < size_; t += kTrio) {
       Complex<T> code[kSize][kTrio];
       for (int g = 0; g < kSize; ++g) {

@@ -42,10 +42,10 @@ class PhasorGradient {
         coefficients_(2 * rows_of_heads_ * width_),
         constant_(2 * rows_of_heads_ * width_),
         table_(consecutive_ ? rows_of_heads_ : 0, width_),
-        phasors_(consecutive_ ? 0 : kChunk * 2 * kWidth),
-        grad_phase_(consecutive_ ? 0 : kChunk * kWidth),
-        x_and_grad_x_(kChunk * num_shared_rows(p) * 2 * width_),
-        g_stride_(odd_lines<T>(2 * kChunk * num_shared_rows(p))),
+        phasors_(consecutive_ ? 0 : kPhasorChunk * 2 * kWidth),
+        grad_phase_(consecutive_ ? 0 : kPhasorChunk * kWidth),
+        x_and_grad_x_(kPhasorChunk * num_shared_rows(p) * 2 * width_),
+        g_stride_(odd_lines<T>(2 * kPhasorChunk * num_shared_rows(p))),
         g_(p.num_pairs * g_stride_) {}
 
   // From the gradient of the encoded rows of a tile of one of the heads of a group, that of x
@@ -94,7 +94,7 @@ class PhasorGradient {
  private:
   // [D / lanes, t, b, 2, lanes]: a vector of x beside that of its gradient.
   T* x(std::int64_t d, std::int64_t t, std::int64_t b) const {
-    return x_and_grad_x_ + ((d / kWidth * kChunk + t) * rows_ + b) * 2 * kWidth + d % kWidth;
+    return x_and_grad_x_ + ((d / kWidth * kPhasorChunk + t) * rows_ + b) * 2 * kWidth + d % kWidth;
   }
   T* grad_x(std::int64_t d, std::int64_t t, std::int64_t b) const { return x(d, t, b) + kWidth; }
   T* g(std::int64_t i, std::int64_t t, std::int64_t b) const {  // [R/2, t, b, 2]

@@ -8,12 +8,12 @@
 namespace torch_spe::cpu::TORCH_SPE_ISA {
 
 // Phasors are made three positions at a time. Their middle goes on to the next three by one
-// multiplication, whose rounding adds up; it is recomputed every kChunk positions from phasors that
-// themselves advance by kChunk positions at a time, and these are exact every kSegment positions.
-// The error in float32 stays below 1e-6, wherever the positions lie.
+// multiplication, whose rounding adds up; it is recomputed every kPhasorChunk positions from
+// phasors that themselves advance by kPhasorChunk positions at a time, and these are exact every
+// kPhasorSegment positions. The error in float32 stays below 1e-6, wherever the positions lie.
 constexpr std::int64_t kTrio = 3;
-constexpr std::int64_t kChunk = 16 * kTrio;
-constexpr std::int64_t kSegment = 4 * kChunk;
+constexpr std::int64_t kPhasorChunk = 16 * kTrio;
+constexpr std::int64_t kPhasorSegment = 4 * kPhasorChunk;
 
 // cos and sin of the exact phases of `size` sines at a position with `ndim` coordinates.
 // Frequencies of coordinate a start at freqs + a * stride.
@@ -55,23 +55,23 @@ class PhasorTable {
     freqs_ = freqs;
     coefficients_ = coefficients;
     start_ = start;
-    chunk_ = -kSegment;
+    chunk_ = -kPhasorSegment;
     fill(1, step_);
     if (length > kTrio) fill(kTrio, trio_step_);
-    if (length > kChunk) fill(kChunk, chunk_step_);
+    if (length > kPhasorChunk) fill(kPhasorChunk, chunk_step_);
   }
 
-  // Goes to the chunk that begins at the n-th position, n a multiple of kChunk. The phasors are the
-  // same to the last bit in whatever order chunks are visited.
+  // Goes to the chunk that begins at the n-th position, n a multiple of kPhasorChunk. The phasors
+  // are the same to the last bit in whatever order chunks are visited.
   void go_to(std::int64_t n) {
     if (n == chunk_) return;
-    const std::int64_t segment = n / kSegment * kSegment;
-    if (n == segment || n != chunk_ + kChunk) {
+    const std::int64_t segment = n / kPhasorSegment * kPhasorSegment;
+    if (n == segment || n != chunk_ + kPhasorChunk) {
       chunk_ = segment;
       fill(start_ + static_cast<double>(segment) + 1, middle_);
       rotate(coefficients_);
     }
-    for (; chunk_ < n; chunk_ += kChunk) rotate(chunk_step_);
+    for (; chunk_ < n; chunk_ += kPhasorChunk) rotate(chunk_step_);
   }
 
   // Of the present chunk.
@@ -107,7 +107,7 @@ class PhasorTable {
   const double* freqs_ = nullptr;
   const T* coefficients_ = nullptr;
   double start_ = 0;
-  std::int64_t chunk_ = -kSegment;  // where the present chunk begins
+  std::int64_t chunk_ = -kPhasorSegment;  // where the present chunk begins
   // [rows, 2, width]: the phasors in the middle of the chunk's first three positions, and the
   // rotations of one position, of three, and of a chunk.
   Workspace<T> middle_, step_, trio_step_, chunk_step_;
@@ -170,13 +170,14 @@ class Tiles {
   Tile next() const {
     const std::int64_t b = tile_.b + tile_.rows;
     if (b < batch_) return at(tile_.n, tile_.head, b);
-    return tile_.head + 1 < heads_ ? at(tile_.n, tile_.head + 1, 0) : at(tile_.n + kChunk, 0, 0);
+    return tile_.head + 1 < heads_ ? at(tile_.n, tile_.head + 1, 0)
+                                   : at(tile_.n + kPhasorChunk, 0, 0);
   }
   void advance() { tile_ = next(); }
 
  private:
   Tile at(std::int64_t n, std::int64_t head, std::int64_t b) const {
-    return {n, min_of(kChunk, n1_ - n), head, b, min_of(shared_rows_, batch_ - b)};
+    return {n, min_of(kPhasorChunk, n1_ - n), head, b, min_of(shared_rows_, batch_ - b)};
   }
 
   const std::int64_t heads_, batch_, shared_rows_, n1_;
@@ -200,7 +201,7 @@ struct Parts {
   std::int64_t count;
 
   Parts(std::int64_t sequence, std::int64_t most) {
-    length = max_of(kSegment, round_up((sequence + most - 1) / most, kSegment));
+    length = max_of(kPhasorSegment, round_up((sequence + most - 1) / most, kPhasorSegment));
     count = max_of(1, (sequence + length - 1) / length);
   }
 };

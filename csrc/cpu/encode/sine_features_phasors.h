@@ -24,28 +24,33 @@ class SineFeaturesPhasors {
         constant_(p.num_heads * width_),
         table_(consecutive_ ? rows_ : 0, width_),
         middle_(2 * rows_ * width_) {
-    const T* amplitudes = static_cast<const T*>(p.amplitudes);
-    const T* constant = static_cast<const T*>(p.constant);
+    load();
+  }
+
+  // Reads the parameters, once more where they are now those of other heads.
+  void load() {
+    const T* amplitudes = static_cast<const T*>(p_.amplitudes);
+    const T* constant = static_cast<const T*>(p_.constant);
     for (std::int64_t row = 0; row < rows_; ++row) {
-      const std::int64_t head = row / p.num_sines, k = row % p.num_sines;
+      const std::int64_t head = row / p_.num_sines, k = row % p_.num_sines;
       for (std::int64_t d = 0; d < width_; ++d) {
-        const bool inside = d < p.in_features;
-        const std::int64_t from = (head * p.in_features + d) * p.num_sines + k;
-        for (std::int64_t a = 0; a < p.ndim; ++a)
-          freqs_[(a * rows_ + row) * width_ + d] = inside ? p.freqs[from * p.ndim + a] : 0;
+        const bool inside = d < p_.in_features;
+        const std::int64_t from = (head * p_.in_features + d) * p_.num_sines + k;
+        for (std::int64_t a = 0; a < p_.ndim; ++a)
+          freqs_[(a * rows_ + row) * width_ + d] = inside ? p_.freqs[from * p_.ndim + a] : 0;
         amplitudes_[row * width_ + d] = inside ? amplitudes[from] : 0;
-        const double cycles = inside ? p.offsets[from] / core::kTwoPi : 0;
+        const double cycles = inside ? p_.offsets[from] / core::kTwoPi : 0;
         core::cos_sin_cycles(core::wrap_cycles(cycles), offsets_ + 2 * row * width_ + d,
                              offsets_ + (2 * row + 1) * width_ + d);
         if (k == 0)
           constant_[head * width_ + d] =
-              inside && constant != nullptr ? constant[head * p.in_features + d] : 0;
+              inside && constant != nullptr ? constant[head * p_.in_features + d] : 0;
       }
     }
-    if (consecutive_) table_.load_sines(rows_, freqs_, offsets_, p.start, p.length);
+    if (consecutive_) table_.load_sines(rows_, freqs_, offsets_, p_.start, p_.length);
   }
 
-  // Goes to position n, a multiple of kChunk, for the given heads.
+  // Goes to position n, a multiple of kPhasorChunk, for the given heads.
   void go_to(std::int64_t n, std::int64_t first_head, std::int64_t heads) {
     n_ = n;
     if (!consecutive_) return;

@@ -10,8 +10,8 @@ namespace torch_spe::cpu::TORCH_SPE_ISA {
 // Rows of the batch that share phasors.
 constexpr std::int64_t kSineFeaturesRows = 4;
 
-// What a tile covers: positions [n, n + size), n a multiple of kChunk and size at most kChunk,
-// `rows` batch rows, at most kSineFeaturesRows, and heads [head, head + heads).
+// What a tile covers: positions [n, n + size), n a multiple of kPhasorChunk and size at most
+// kPhasorChunk, `rows` batch rows, at most kSineFeaturesRows, and heads [head, head + heads).
 struct SineFeaturesTile {
   std::int64_t n, size, rows, head, heads;
 };
@@ -41,6 +41,42 @@ TORCH_SPE_INLINE void load_mapped_trio(core::FeatureMap map, const TileView<cons
   });
 }
 
+// Some positions, batch rows and features of one head in a tile: a vector of features, at most
+// kTrio positions. Sizes that are known when this is inlined unroll its loops.
+template <class T, class Storage, class Out>
+TORCH_SPE_INLINE void encode_trio(SineFeaturesPhasors<T>& phasors, const TileView<const Storage>& x,
+                                  const TileView<Out>& encoded, std::int64_t head, std::int64_t h,
+                                  std::int64_t d, std::int64_t t, std::int64_t rows,
+                                  std::int64_t count, std::int64_t lanes) {
+  const core::SineFeaturesParams& p = phasors.params();
+  const std::int64_t features = p.in_features;
+  Vec<T> row[kSineFeaturesRows][kTrio];
+  Out* out[kSineFeaturesRows][kTrio];
+  load_mapped_trio<T>(p.feature_map, x, rows, t, count, h, d, lanes, row);
+  for (std::int64_t b = 0; b < rows; ++b) {
+    for (std::int64_t j = 0; j < count; ++j) out[b][j] = encoded.row(b, t + j, h) + d;
+  }
+  for (std::int64_t k = 0; k < p.num_sines; ++k) {
+    Complex<T> e[kTrio];
+    phasors.next(head * p.num_sines + k, d, t, e);
+    const Vec<T> amplitude = phasors.amplitudes(head * p.num_sines + k, d);
+    for (std::int64_t b = 0; b < rows; ++b) {
+      for (std::int64_t j = 0; j < count; ++j) {
+        const Vec<T> scaled = amplitude * row[b][j];
+        store_lanes<T>(scaled * e[j].re, out[b][j] + 2 * k * features, lanes);
+        store_lanes<T>(scaled * e[j].im, out[b][j] + (2 * k + 1) * features, lanes);
+      }
+    }
+  }
+  if (p.constant == nullptr) return;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    for (std::int64_t j = 0; j < count; ++j) {
+      store_lanes<T>(phasors.constant(head, d) * row[b][j], out[b][j] + 2 * p.num_sines * features,
+                     lanes);
+    }
+  }
+}
+
 // Makes the encoded rows of a tile. The heads, features and batch rows of three positions lie next
 // to each other, and are gone through in the order of memory: this costs what reading x and writing
 // the result costs.
@@ -49,39 +85,17 @@ void encode_sine_features_tile(SineFeaturesPhasors<T>& phasors, const SineFeatur
                                const TileView<const Storage>& x,  // [rows, size, heads, D]
                                const TileView<Out>& encoded) {    // [rows, size, heads, J D]
   constexpr std::int64_t kWidth = kLanes<T>;
-  const core::SineFeaturesParams& p = phasors.params();
-  const std::int64_t features = p.in_features;
+  const std::int64_t features = phasors.params().in_features;
   phasors.go_to(tile.n, tile.head, tile.heads);
   for (std::int64_t t = 0; t < tile.size; t += kTrio) {
     const std::int64_t count = min_of(kTrio, tile.size - t);
     for (std::int64_t h = 0; h < tile.heads; ++h) {
-      const std::int64_t head = tile.head + h;
       for (std::int64_t d = 0; d < features; d += kWidth) {
-        const std::int64_t lanes = min_of(kWidth, features - d);
-        Vec<T> row[kSineFeaturesRows][kTrio];
-        Out* out[kSineFeaturesRows][kTrio];
-        load_mapped_trio<T>(p.feature_map, x, tile.rows, t, count, h, d, lanes, row);
-        for (std::int64_t b = 0; b < tile.rows; ++b) {
-          for (std::int64_t j = 0; j < count; ++j) out[b][j] = encoded.row(b, t + j, h) + d;
-        }
-        for (std::int64_t k = 0; k < p.num_sines; ++k) {
-          Complex<T> e[kTrio];
-          phasors.next(head * p.num_sines + k, d, t, e);
-          const Vec<T> amplitude = phasors.amplitudes(head * p.num_sines + k, d);
-          for (std::int64_t b = 0; b < tile.rows; ++b) {
-            for (std::int64_t j = 0; j < count; ++j) {
-              const Vec<T> scaled = amplitude * row[b][j];
-              store_lanes<T>(scaled * e[j].re, out[b][j] + 2 * k * features, lanes);
-              store_lanes<T>(scaled * e[j].im, out[b][j] + (2 * k + 1) * features, lanes);
-            }
-          }
-        }
-        if (p.constant == nullptr) continue;
-        for (std::int64_t b = 0; b < tile.rows; ++b) {
-          for (std::int64_t j = 0; j < count; ++j) {
-            store_lanes<T>(phasors.constant(head, d) * row[b][j],
-                           out[b][j] + 2 * p.num_sines * features, lanes);
-          }
+        const std::int64_t head = tile.head + h, lanes = min_of(kWidth, features - d);
+        if (tile.rows == 1 && count == kTrio && lanes == kWidth) {
+          encode_trio(phasors, x, encoded, head, h, d, t, 1, kTrio, kWidth);
+        } else {
+          encode_trio(phasors, x, encoded, head, h, d, t, tile.rows, count, lanes);
         }
       }
     }
@@ -118,18 +132,38 @@ class SineFeaturesSums {
   double* const sums_;
 };
 
+// Writes the sums of `heads` heads, the first of which is `first`, as gradients.
+TORCH_SPE_INLINE void store_gradients(const core::SineFeaturesBackwardParams& p, std::int64_t first,
+                                      std::int64_t heads, std::int64_t width,
+                                      const SineFeaturesSums& sums) {
+  for (std::int64_t head = 0; head < heads; ++head) {
+    for (std::int64_t d = 0; d < p.in_features; ++d) {
+      const std::int64_t feature = (first + head) * p.in_features + d;
+      if (p.grad_constant != nullptr) p.grad_constant[feature] = sums.constant(head)[d];
+      for (std::int64_t k = 0; k < p.num_sines; ++k) {
+        const std::int64_t row = head * p.num_sines + k, at = feature * p.num_sines + k;
+        if (p.grad_amplitudes != nullptr) p.grad_amplitudes[at] = sums.amplitudes(row)[d];
+        if (p.grad_offsets != nullptr) p.grad_offsets[at] = sums.offsets(row)[d];
+        for (std::int64_t a = 0; a < p.ndim && p.grad_freqs != nullptr; ++a)
+          p.grad_freqs[at * p.ndim + a] = sums.freqs(row)[a * width + d];
+      }
+    }
+  }
+}
+
 // Adds up the gradients of a tile: first in the type of computation, then to the sums in double.
 template <class T>
 class SineFeaturesGradient {
   static constexpr std::int64_t kWidth = kLanes<T>;
 
  public:
-  explicit SineFeaturesGradient(const core::SineFeaturesParams& p)
-      : p_(p),
-        phasors_(p),
-        width_(phasors_.width()),
-        tile_sums_(p.num_heads * p.num_sines * 3 * width_),
-        tile_constant_(p.num_heads * width_) {}
+  // The phasors may be at other positions between tiles.
+  explicit SineFeaturesGradient(SineFeaturesPhasors<T>& phasors)
+      : p_(phasors.params()),
+        phasors_(phasors),
+        width_(phasors.width()),
+        tile_sums_(p_.num_heads * p_.num_sines * 3 * width_),
+        tile_constant_(p_.num_heads * width_) {}
 
   // From the gradient of a tile's encoded rows, that of x (unless grad_x.first is null); adds those
   // of the parameters to `sums`, and those of given positions to grad_positions, [N, ndim] or null.
@@ -143,27 +177,36 @@ class SineFeaturesGradient {
     clear_tile_sums(tile);
     for (std::int64_t t = 0; t < tile.size; t += kTrio) {
       for (std::int64_t h = 0; h < tile.heads; ++h) {
-        for (std::int64_t d = 0; d < p_.in_features; d += kWidth)
-          add_trio(tile, h, d, t, x, grad_out, grad_x, sums, grad_positions);
+        for (std::int64_t d = 0; d < p_.in_features; d += kWidth) {
+          const std::int64_t count = min_of(kTrio, tile.size - t);
+          const std::int64_t lanes = min_of(kWidth, p_.in_features - d);
+          if (tile.rows == 1 && count == kTrio && lanes == kWidth) {
+            add_trio(tile, h, d, t, 1, kTrio, kWidth, x, grad_out, grad_x, sums, grad_positions);
+          } else {
+            add_trio(tile, h, d, t, tile.rows, count, lanes, x, grad_out, grad_x, sums,
+                     grad_positions);
+          }
+        }
       }
     }
     add_tile_sums(tile, sums);
   }
 
  private:
+  // Sizes that are known when this is inlined unroll its loops.
   template <class Storage, class In, class Out>
-  void add_trio(const SineFeaturesTile& tile, std::int64_t h, std::int64_t d, std::int64_t t,
-                const TileView<const Storage>& x, const TileView<const In>& grad_out,
-                const TileView<Out>& grad_x, const SineFeaturesSums& sums, double* grad_positions) {
+  TORCH_SPE_INLINE void add_trio(const SineFeaturesTile& tile, std::int64_t h, std::int64_t d,
+                                 std::int64_t t, std::int64_t rows, std::int64_t count,
+                                 std::int64_t lanes, const TileView<const Storage>& x,
+                                 const TileView<const In>& grad_out, const TileView<Out>& grad_x,
+                                 const SineFeaturesSums& sums, double* grad_positions) {
     const std::int64_t head = tile.head + h;
-    const std::int64_t count = min_of(kTrio, tile.size - t);
-    const std::int64_t lanes = min_of(kWidth, p_.in_features - d);
     const std::int64_t g_stride = grad_out.column_stride;
     Vec<T> row[kSineFeaturesRows][kTrio], grad_row[kSineFeaturesRows][kTrio];
     const In* g[kSineFeaturesRows][kTrio];
     Vec<T> grad_constant = {};
-    load_mapped_trio<T>(p_.feature_map, x, tile.rows, t, count, h, d, lanes, row);
-    for (std::int64_t b = 0; b < tile.rows; ++b) {
+    load_mapped_trio<T>(p_.feature_map, x, rows, t, count, h, d, lanes, row);
+    for (std::int64_t b = 0; b < rows; ++b) {
       for (std::int64_t j = 0; j < count; ++j) {
         g[b][j] = grad_out.row(b, t + j, h) + d * g_stride;
         grad_row[b][j] = Vec<T>{};
@@ -184,7 +227,7 @@ class SineFeaturesGradient {
       alignas(64) T grad_phase[kTrio * kWidth];
       for (std::int64_t j = 0; j < count; ++j) {
         Complex<T> product = {};  // G
-        for (std::int64_t b = 0; b < tile.rows; ++b) {
+        for (std::int64_t b = 0; b < rows; ++b) {
           const In* at = g[b][j] + 2 * k * p_.in_features * g_stride;
           const Vec<T> re = load_lanes<T>(at, g_stride, lanes);
           const Vec<T> im = load_lanes<T>(at + p_.in_features * g_stride, g_stride, lanes);
@@ -212,13 +255,13 @@ class SineFeaturesGradient {
     if (grad_x.first == nullptr) return;
     if (p_.feature_map != core::FeatureMap::kIdentity) {
       with_feature_map(p_.feature_map, [&](auto map) {
-        for (std::int64_t b = 0; b < tile.rows; ++b) {
+        for (std::int64_t b = 0; b < rows; ++b) {
           for (std::int64_t j = 0; j < count; ++j)
             grad_row[b][j] = scale_lanes_by_derivative<map.value, T>(row[b][j], grad_row[b][j]);
         }
       });
     }
-    for (std::int64_t b = 0; b < tile.rows; ++b) {
+    for (std::int64_t b = 0; b < rows; ++b) {
       for (std::int64_t j = 0; j < count; ++j)
         store_lanes<T>(grad_row[b][j], grad_x.row(b, t + j, h) + d, lanes);
     }
@@ -259,7 +302,7 @@ class SineFeaturesGradient {
   }
 
   const core::SineFeaturesParams& p_;
-  SineFeaturesPhasors<T> phasors_;
+  SineFeaturesPhasors<T>& phasors_;
   const std::int64_t width_;    // D, filled up
   Workspace<T> tile_sums_;      // [H K, 3, D]: Re(w), dphase, t dphase
   Workspace<T> tile_constant_;  // [H, D]

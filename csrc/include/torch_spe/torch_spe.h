@@ -139,6 +139,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_attention(
     // [H], [H, R], [B, N, H] or [B, N, H, R]
     const std::optional<at::Tensor>& log_decay = std::nullopt);
 
+// sine_features of q (with the offsets) and k at the positions start, start + 1, ..., then
+// linear_attention of these with `encoded_feature_map`, without encoded queries and keys in memory
+// on the CPU, and for the backward pass on no device. The result is [B, N, H, E], of q's type.
+at::Tensor sine_attention(
+    const at::Tensor& q,                                       // [B, N, H, D]
+    const at::Tensor& k,                                       // [B, M, H, D]
+    const at::Tensor& v,                                       // [B, M, H, E]
+    const at::Tensor& freqs,                                   // [H, D, K]
+    const at::Tensor& amplitudes,                              // [H, D, K]
+    const std::optional<at::Tensor>& offsets = std::nullopt,   // [H, D, K]
+    const std::optional<at::Tensor>& constant = std::nullopt,  // [H, D]
+    double start = 0, std::string_view feature_map = "identity",
+    std::string_view encoded_feature_map = "identity", bool causal = false, bool normalize = true,
+    double eps = 1e-6,
+    const std::optional<at::Tensor>& key_padding_mask = std::nullopt,  // [B, M], true for padding
+    const std::optional<at::Tensor>& denominator_q = std::nullopt,     // [B, N, H, F]
+    const std::optional<at::Tensor>& denominator_k = std::nullopt,     // [B, M, H, F]
+    std::string_view denominator_feature_map = "identity", bool rms_norm = false,
+    const std::optional<at::Tensor>& log_decay = std::nullopt);  // [H] or [B, N, H]
+
 // The state (S, z) that linear_attention returns, of keys and values alone.
 std::tuple<at::Tensor, at::Tensor> linear_attention_state(
     const at::Tensor& k,  // [B, M, H, R]

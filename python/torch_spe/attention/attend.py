@@ -81,6 +81,40 @@ class Call:
         out: Any = self.operator(q, k, v, **arguments)
         return (out, None) if self.state is None else out
 
+    def without_encoding(
+        self,
+        encoder: Encoder,
+        q: Tensor,  # [B, *size, H, D]
+        k: Tensor,  # [B, *size, H, D]
+        log_decay: Tensor | None,
+        feature_map: str = "identity",
+    ) -> Call | None:
+        """Return the call that attends to what is not encoded yet, where one operator does both.
+
+        Args:
+            encoder: of queries and keys.
+            q: queries.
+            k: keys.
+            log_decay: of the call.
+            feature_map: of what is encoded, before that.
+        """
+        others = (self.state, self.cu_seqlens, self.extra)
+        if any(x is not None for x in others) or self.operator is not functional.linear_attention:
+            return None
+        sines = encoder.sines(q, k)
+        if sines is None or (log_decay is not None and log_decay.dim() % 2 == 0):
+            return None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+            del arguments["cu_seqlens"]
+            encoded_feature_map = arguments.pop("feature_map")
+            return functional.sine_attention(
+                q, k, v, **sines, feature_map=feature_map, encoded_feature_map=encoded_feature_map,
+                **arguments,
+            )  # fmt: skip
+
+        return dataclasses.replace(self, operator=attend)
+
     def draw_map(self, layer: SPEMultiheadAttention, q: Tensor) -> FeatureMap:
         """Return the layer's feature map, with the rows that belong to the noise of the state."""
         if self.state is None:
@@ -100,7 +134,12 @@ def attend_inputs(
     call = call.on_ranks(layer, q)
     encoder, extra = draw_encoder(layer, q, k, call), call.extra
     log_decay = _log_decay(layer, encoder, q, call)
-    q, k, _ = encoder.encode_both(q, k)
+    fused = None
+    if isinstance(layer.feature_map, str):  # which the operator applies
+        fused = call.without_encoding(encoder, q, k, log_decay)
+    if fused is None:
+        q, k, _ = encoder.encode_both(q, k)
+    call = fused or call
     drawn = call.draw_map(layer, q)
     q, k, feature_map, scaled = apply_drawn_map(drawn, q, k)
     if extra is not None:
@@ -138,10 +177,14 @@ def attend_features(
 
     def attend(v: Tensor) -> tuple[Tensor, Sums | None]:
         encoder = draw_encoder(layer, q, k, call)
-        qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
         log_decay = _log_decay(layer, encoder, q, call)
+        fused = call.without_encoding(encoder, q, k, log_decay, feature_map)
+        if fused is None:
+            qhat, khat, remaining = encoder.encode_both(q, k, feature_map)
+        else:
+            qhat, khat, remaining = q, k, "identity"
         denominator, extra = {}, mapped
-        encoded = qhat is not q or khat is not k
+        encoded = fused is not None or qhat is not q or khat is not k
         if extra is not None and mapped is not None and encoded:
             extra = dataclasses.replace(mapped.encode(encoder), denominators=mapped.keys)
         if normalize and encoded:
@@ -152,7 +195,7 @@ def attend_features(
             }
             if log_decay is not None and log_decay.dim() % 2 == 0:  # of each encoded feature
                 denominator = fading.fading_denominators(q, k, feature_map, qhat.shape[-1])
-        out, sums = call.attend(
+        out, sums = (fused or call).attend(
             qhat, khat, v, extra, feature_map=remaining, normalize=normalize,
             rms_norm=not normalize, eps=0.0 if scaled else layer.eps, log_decay=log_decay,
             **denominator,

@@ -337,6 +337,17 @@ class ExactCode(SinusoidCode):
         sines = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=3)
         return torch.cat((sines.flatten(2, 4), sums[:, :, self.num_realizations :]), dim=2)
 
+    def sines(self, queries: Tensor, keys: Tensor) -> dict[str, Any] | None:
+        """Return the sines at consecutive positions of one dimension; see `Encoder.sines`."""
+        sizes = self._check(queries, "query"), self._check(keys, "key")
+        if self.positions is not None or len(sizes[0]) > 1:
+            return None
+        amplitudes, constant = self._scaled_tensors()
+        return {
+            "freqs": self.freqs, "amplitudes": amplitudes, "offsets": self.offsets,
+            "constant": constant, "start": self.start[0],
+        }  # fmt: skip
+
     def scaled(self, factor: float) -> ExactCode:
         """Return the code times a factor; see `Encoder.scaled`."""
         return self if factor == 1 else dataclasses.replace(self, factor=self.factor * factor)

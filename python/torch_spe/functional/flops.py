@@ -133,6 +133,39 @@ def _linear_attention_backward(
     return 2 * _linear_attention(*arguments)
 
 
+@register_flop_formula(_ops.sine_attention)
+def _sine_attention(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    freqs: Shape,
+    amplitudes: Shape,
+    offsets: Shape | None = None,
+    constant: Shape | None = None,
+    start: float = 0,
+    feature_map: str = "identity",
+    encoded_feature_map: str = "identity",
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    key_padding_mask: Shape | None = None,
+    denominator_q: Shape | None = None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    features = freqs[1] * (2 * freqs[2] + (constant is not None))
+    encoded = [(*x[:3], features) for x in (q, k)]
+    attention = _linear_attention(*encoded, v, normalize=normalize, denominator_q=denominator_q)
+    return _sine_features(q, freqs) + _sine_features(k, freqs) + attention
+
+
+@register_flop_formula(_ops.sine_attention_backward)
+def _sine_attention_backward(
+    grad_out: Shape, out: Shape | None, divisor: Shape | None, *arguments: Any, **__: Any
+) -> int:
+    return 2 * _sine_attention(*arguments)
+
+
 @register_flop_formula(_ops.linear_attention_state)
 def _linear_attention_state(k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(k) * (v[3] + 1)

@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from torch_spe.onnx.seeds import SeededValues
 
+_ops = torch.ops.torch_spe
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # What torch.export records beside the computation.
 _RECORDS = (
@@ -47,6 +48,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
         The program.
     """
     _remove_records(program.graph)
+    _split_sine_attention(program.graph)
     values, seeded = constants_of(program), SeededValues()
     folded = _find_codes(program.graph, set(values))
     for node in folded:
@@ -74,6 +76,37 @@ def _remove_records(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node.target in _RECORDS and not node.users:
             graph.erase_node(node)
+
+
+def _split_sine_attention(graph: fx.Graph) -> None:
+    """Put the operators that `sine_attention` is one of in its place, which have translations."""
+    for node in list(graph.nodes):
+        if node.target is not _ops.sine_attention.default:
+            continue
+        schema = _ops.sine_attention.default._schema.arguments
+        named = {a.name: a.default_value for a in schema if a.has_default_value()}
+        named |= dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+
+        def call(
+            target: torch._ops.OpOverload, *arguments: Any, before: fx.Node = node, **kwargs: Any
+        ) -> fx.Node:
+            with graph.inserting_before(before):
+                made = graph.call_function(target, arguments, kwargs)
+            values, named_values = fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
+            made.meta["val"] = target(*values, **named_values)
+            return made
+
+        freqs, amplitudes, offsets, constant = (
+            named.pop(name) for name in ("freqs", "amplitudes", "offsets", "constant")
+        )
+        q, k, v = (named.pop(name) for name in "qkv")
+        rest = [None, named.pop("start"), named.pop("feature_map")]
+        q = call(_ops.sine_features.default, q, freqs, amplitudes, offsets, constant, *rest)
+        k = call(_ops.sine_features.default, k, freqs, amplitudes, None, constant, *rest)
+        named["feature_map"] = named.pop("encoded_feature_map")
+        # The output is the first of both.
+        node.replace_all_uses_with(call(_ops.linear_attention.default, q, k, v, **named))
+        graph.erase_node(node)
 
 
 def _find_codes(graph: fx.Graph, constants: set[str]) -> list[fx.Node]:
