@@ -154,8 +154,8 @@ def _sine_attention(
     **__: Any,
 ) -> int:
     features = freqs[1] * (2 * freqs[2] + (constant is not None))
-    encoded = [(*x[:3], features) for x in (q, k)]
-    attention = _linear_attention(*encoded, v, normalize=normalize, denominator_q=denominator_q)
+    qhat, khat = ((*x[:3], features) for x in (q, k))
+    attention = _linear_attention(qhat, khat, v, normalize=normalize, denominator_q=denominator_q)
     return _sine_features(q, freqs) + _sine_features(k, freqs) + attention
 
 
