@@ -952,3 +952,23 @@ def test_packed_sequences_do_not_wait_for_the_device():
             torch.ops.torch_spe.linear_attention(q, q, q, "elu", True, cu_seqlens=bounds)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("length", [0, 5, 70])
+def test_sine_attention(compare, length, causal, dtype):
+    # On a GPU the encoder's kernels and those of attention, also again for the backward pass.
+    def function(q, k, v, freqs, amplitudes, offsets, constant, log_decay):
+        return torch.ops.torch_spe.sine_attention(
+            q, k, v, freqs, amplitudes, offsets, constant, 3.0, "elu", "identity", causal, False,
+            1e-3, None, None, None, "identity", False, log_decay,
+        )[0]  # fmt: skip
+
+    (x, *tables, _), _ = feature_inputs(dtype, 2, length, 2, 5, 1, True)
+    (_, k, v, *_), (grad, *_) = attention_inputs(dtype, 2, length, length, 2, 5, 6)
+    log_decay = torch.tensor([-0.01, -0.5], dtype=torch.promote_types(dtype, torch.float32))
+    inputs = [x, k, v, *tables, log_decay]
+    # Those of an encoder and of attention, whose rows the CPU does not round in between.
+    tolerance = 2 * TOLERANCES[dtype]
+    compare(function, inputs, grad, tolerance, may_launch_nothing=length == 0)
