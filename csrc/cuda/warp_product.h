@@ -7,6 +7,21 @@
 
 namespace torch_spe::cuda {
 
+// A fragment of mma with 16 rows of a warp, from 16-bit operands in shared memory that begin at
+// `a`, their rows `row_a` apart. The lane is given, so that the caller decides whether it is read
+// again.
+template <Major kA, class Operand>
+TORCH_SPE_DEVICE void load_fragment(std::uint32_t (&out)[4], const Operand* a, int row_a,
+                                    int lane) {
+  // The lane's row within the 16 x 16 values that one ldmatrix brings, for each of both orders.
+  const int low = lane % 16, high = lane / 16 * 8;
+  if constexpr (kA == Major::kDepth) {
+    ldmatrix_x4<false>(out, a + low * row_a + high);
+  } else {
+    ldmatrix_x4<true>(out, a + (lane % 8 + high) * row_a + low - lane % 8);
+  }
+}
+
 // D [kM, kN] += A [kM, kK] B [kK, kN] of one warp; kM is 16 on tensor cores, else 8 or 16.
 template <class Operand, int kM, int kN>
 class WarpProduct {
@@ -33,6 +48,34 @@ class WarpProduct {
     } else {
       multiply_plain<kK, kA, kB>(a, row_a, b, row_b);
     }
+  }
+
+  // The same for a depth of 16, with A in registers; `b` begins at that depth.
+  template <Major kB>
+  TORCH_SPE_DEVICE void multiply_fragment(const std::uint32_t (&fa)[4], const Operand* b, int row_b,
+                                          int lane) {
+    const int low = lane % 16, high = lane / 16 * 8;
+    TORCH_SPE_UNROLL
+    for (int j = 0; j < kN / 16; ++j) {
+      std::uint32_t fb[4];
+      if constexpr (kB == Major::kDepth) {
+        ldmatrix_x4<false>(fb, b + (16 * j + lane % 8 + high) * row_b + low - lane % 8);
+      } else {
+        ldmatrix_x4<true>(fb, b + low * row_b + 16 * j + high);
+      }
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const std::uint32_t pair[2] = {fb[2 * e], fb[2 * e + 1]};
+        mma_m16n8k16<Operand>(sums_[2 * j + e], fa, pair);
+      }
+    }
+  }
+  // The result as a fragment A of the next product: sums of D and values of A are held alike.
+  TORCH_SPE_DEVICE void to_fragment(std::uint32_t (&out)[4]) const {
+    static_assert(kM == 16 && kN == 16);
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < 4; ++e)
+      out[e] = pack_pair<Operand>(sums_[e / 2][e % 2 * 2], sums_[e / 2][e % 2 * 2 + 1]);
   }
 
   // Calls rows(row) for each row of which this thread holds elements, and what that returns with
@@ -113,30 +156,11 @@ class WarpProduct {
   TORCH_SPE_DEVICE void multiply_16_bit(const Operand* a, int row_a, const Operand* b, int row_b) {
     static_assert(kK % 16 == 0);
     const int lane = thread_read_again() % 32;
-    // The lane's row within the 16 x 16 values that one ldmatrix brings, for each of both orders.
-    const int low = lane % 16, high = lane / 16 * 8;
     TORCH_SPE_UNROLL
     for (int k0 = 0; k0 < kK; k0 += 16) {
       std::uint32_t fa[4];
-      if constexpr (kA == Major::kDepth) {
-        ldmatrix_x4<false>(fa, a + low * row_a + k0 + high);
-      } else {
-        ldmatrix_x4<true>(fa, a + (k0 + lane % 8 + high) * row_a + low - lane % 8);
-      }
-      TORCH_SPE_UNROLL
-      for (int j = 0; j < kN / 16; ++j) {
-        std::uint32_t fb[4];
-        if constexpr (kB == Major::kDepth) {
-          ldmatrix_x4<false>(fb, b + (16 * j + lane % 8 + high) * row_b + k0 + low - lane % 8);
-        } else {
-          ldmatrix_x4<true>(fb, b + (k0 + low) * row_b + 16 * j + high);
-        }
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const std::uint32_t pair[2] = {fb[2 * e], fb[2 * e + 1]};
-          mma_m16n8k16<Operand>(sums_[2 * j + e], fa, pair);
-        }
-      }
+      load_fragment<kA>(fa, a + (kA == Major::kDepth ? k0 : k0 * row_a), row_a, lane);
+      multiply_fragment<kB>(fa, b + (kB == Major::kDepth ? k0 : k0 * row_b), row_b, lane);
     }
   }
 

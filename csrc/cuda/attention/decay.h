@@ -73,6 +73,10 @@ struct ColumnDecay {
   TORCH_SPE_DEVICE core::Passage<T> over_chunk(std::int64_t slot, std::int64_t head) const {
     return {over_chunks + slot * heads + head, 0};
   }
+  // The token's factor when it is added to a state that moves forwards (backwards).
+  TORCH_SPE_DEVICE T adding(std::int64_t i, bool backwards) const {
+    return backwards ? from_start[i] : to_end[i];
+  }
   // From the segment's start to the chunk's or, backwards, from the segment's end to the chunk's.
   TORCH_SPE_DEVICE core::Passage<T> to_chunk(std::int64_t slot, std::int64_t head,
                                              bool backwards) const {

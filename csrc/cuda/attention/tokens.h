@@ -168,27 +168,10 @@ struct Tokens {
       return own == nullptr ? faded : own[row * own_stride].scale * faded;
     };
     if constexpr (std::is_same_v<Operand, Storage> && sizeof(Storage) == 2) {
-      if (is_whole<kRows>(chunk) && x_aligned && r0 + kColumns <= count) {
-        const Storage* const first = base + chunk.begin * x_strides[1];
-        if (map == core::FeatureMap::kElu) {
-          load_whole<kRows, kColumns>(first, x_strides[1], out, [&](int row, auto& pairs) {
-            const T times = factor(row);
-            TORCH_SPE_UNROLL
-            for (std::uint32_t& pair : pairs) {
-              T low, high;
-              map_elu_pair<Storage>(pair, &low, &high);
-              pair = pack_pair<Storage>(low * times, high * times);
-            }
-          });
-        } else {
-          const bool is_relu = map == core::FeatureMap::kRelu;
-          load_whole<kRows, kColumns>(first, x_strides[1], out, [&](int row, auto& pairs) {
-            const T times = factor(row);
-            TORCH_SPE_UNROLL
-            for (std::uint32_t& pair : pairs)
-              pair = multiply_pair(is_relu ? map_relu_pair(pair) : pair, times);
-          });
-        }
+      if (has_whole_x<kRows, kColumns>(chunk, r0, count)) {
+        map_pairs(factor, [&](const auto& make) {
+          load_whole<kRows, kColumns>(base + chunk.begin * x_strides[1], x_strides[1], out, make);
+        });
         return;
       }
     }
@@ -209,9 +192,41 @@ struct Tokens {
                                std::int64_t count, Storage* out) const {
     const Storage* const base = x + chunk.batch * x_strides[0] + chunk.begin * x_strides[1] +
                                 head * x_strides[2] + r0 * x_strides[3];
+    if constexpr (sizeof(Storage) == 2) {
+      if (has_whole_x<kRows, kColumns>(chunk, r0, count))
+        return copy_whole<kRows, kColumns>(base, x_strides[1], out);
+    }
     copy_tile<kRows, kColumns, Storage>(out, count - r0, x_strides[3], x_aligned, [&](int row) {
       return row < chunk.size ? base + row * x_strides[1] : nullptr;
     });
+  }
+
+  // What load_x makes, in two parts: a whole tile is copied until copy_async_wait, after which
+  // finish_x, before a barrier, maps what the thread itself has copied; any other tile is loaded
+  // at once.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void begin_x(const Part& chunk, std::int64_t head, std::int64_t r0,
+                                std::int64_t count, Storage* out) const {
+    if (has_whole_x<kRows, kColumns>(chunk, r0, count)) {
+      copy_whole<kRows, kColumns>(x + chunk.batch * x_strides[0] + chunk.begin * x_strides[1] +
+                                      head * x_strides[2] + r0 * x_strides[3],
+                                  x_strides[1], out);
+    } else {
+      load_x<kRows, kColumns>(chunk, head, r0, count, out);
+    }
+  }
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void finish_x(const Part& chunk, std::int64_t head, std::int64_t r0,
+                                 std::int64_t count, Storage* out) const {
+    if (!has_whole_x<kRows, kColumns>(chunk, r0, count)) return;
+    const RowFactors<T>* const own = factors_of(chunk, head);
+    if (map == core::FeatureMap::kIdentity && own == nullptr) return;
+    const auto change = [&](const auto& make) { change_whole<kRows, kColumns>(out, make); };
+    if (own == nullptr) {  // the factor 1 costs nothing then
+      map_pairs([](int) { return T(1); }, change);
+    } else {
+      map_pairs([&](int row) { return own[row * static_cast<int>(heads)].scale; }, change);
+    }
   }
 
   // Y of a chunk's tokens, values [e0, e0 + kColumns) of `count`.
@@ -242,15 +257,9 @@ struct Tokens {
       return;
     }
     if constexpr (std::is_same_v<Operand, Storage> && sizeof(Storage) == 2) {
-      if (is_whole<kRows>(chunk) && y_aligned && e0 + kColumns <= count) {
-        const Storage* const first = base + chunk.begin * y_strides[1];
-        const int own_stride = static_cast<int>(heads);
-        load_whole<kRows, kColumns>(first, y_strides[1], out, [&](int row, auto& pairs) {
-          if (own == nullptr) return;
-          const T inverse = own[row * own_stride].inverse;
-          TORCH_SPE_UNROLL
-          for (std::uint32_t& pair : pairs) pair = multiply_pair(pair, inverse);
-        });
+      if (has_whole_y<kRows, kColumns>(chunk, e0, count)) {
+        load_whole<kRows, kColumns>(base + chunk.begin * y_strides[1], y_strides[1], out,
+                                    divided_pairs(own));
         return;
       }
     }
@@ -266,37 +275,128 @@ struct Tokens {
         });
   }
 
+  // What load_y makes, in the same two parts.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void begin_y(const Part& chunk, std::int64_t head, std::int64_t e0,
+                                std::int64_t count, Storage* out) const {
+    if (result == nullptr && has_whole_y<kRows, kColumns>(chunk, e0, count)) {
+      copy_whole<kRows, kColumns>(y + chunk.batch * y_strides[0] + chunk.begin * y_strides[1] +
+                                      head * y_strides[2] + e0 * y_strides[3],
+                                  y_strides[1], out);
+    } else {
+      load_y<kRows, kColumns>(chunk, head, e0, count, out);
+    }
+  }
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void finish_y(const Part& chunk, std::int64_t head, std::int64_t e0,
+                                 std::int64_t count, Storage* out) const {
+    const RowFactors<T>* const own = factors_of(chunk, head);
+    if (own == nullptr || result != nullptr || !has_whole_y<kRows, kColumns>(chunk, e0, count))
+      return;
+    change_whole<kRows, kColumns>(out, divided_pairs(own));
+  }
+
  private:
   TORCH_SPE_DEVICE const RowFactors<T>* factors_of(const Part& chunk, std::int64_t head) const {
     return factors == nullptr ? nullptr : factors + index(chunk.batch, chunk.begin, head);
   }
 
-  // Whether nothing of a chunk's tile is zero for being padding or behind the end.
-  template <int kRows>
-  TORCH_SPE_DEVICE bool is_whole(const Part& chunk) const {
-    return chunk.size == kRows && padding == nullptr;
+  // Whether nothing of a chunk's tile is zero for being padding or behind the end, and rows can be
+  // read 16 bytes at once.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE bool has_whole_x(const Part& chunk, std::int64_t r0, std::int64_t count) const {
+    return chunk.size == kRows && padding == nullptr && x_aligned && r0 + kColumns <= count;
   }
-  // Loads a whole tile of 16-bit elements, 8 of a row at once; make(row, pairs) replaces them.
-  template <int kRows, int kColumns, class Make>
-  TORCH_SPE_DEVICE static void load_whole(const Storage* from, std::int64_t stride, Storage* out,
-                                          const Make& make) {
-    struct alignas(16) Eight {
-      std::uint32_t pairs[4];
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE bool has_whole_y(const Part& chunk, std::int64_t e0, std::int64_t count) const {
+    return chunk.size == kRows && padding == nullptr && y_aligned && e0 + kColumns <= count;
+  }
+
+  // Calls call(make) with what maps the pairs of a row and multiplies them by factor(row).
+  template <class Factor, class Call>
+  TORCH_SPE_DEVICE void map_pairs(const Factor& factor, const Call& call) const {
+    if (map == core::FeatureMap::kElu) {
+      call([&](int row, auto& pairs) {
+        const T times = factor(row);
+        TORCH_SPE_UNROLL
+        for (std::uint32_t& pair : pairs) {
+          T low, high;
+          map_elu_pair<Storage>(pair, &low, &high);
+          pair = pack_pair<Storage>(low * times, high * times);
+        }
+      });
+    } else {
+      const bool is_relu = map == core::FeatureMap::kRelu;
+      call([&](int row, auto& pairs) {
+        const T times = factor(row);
+        TORCH_SPE_UNROLL
+        for (std::uint32_t& pair : pairs)
+          pair = multiply_pair(is_relu ? map_relu_pair(pair) : pair, times);
+      });
+    }
+  }
+  // What divides the pairs of a row, given the factors of the first one.
+  TORCH_SPE_DEVICE auto divided_pairs(const RowFactors<T>* own) const {
+    return [own, stride = static_cast<int>(heads)](int row, auto& pairs) {
+      if (own == nullptr) return;
+      const T inverse = own[row * stride].inverse;
+      TORCH_SPE_UNROLL
+      for (std::uint32_t& pair : pairs) pair = multiply_pair(pair, inverse);
     };
-    constexpr int kVectors = kColumns / 8, kStep = kThreads / kVectors, kCount = kRows / kStep;
+  }
+
+  // A whole tile of 16-bit elements as threads share it, 8 of a row at once.
+  struct alignas(16) Eight {
+    std::uint32_t pairs[4];
+  };
+  template <int kRows, int kColumns>
+  struct Whole {
+    static constexpr int kVectors = kColumns / 8, kStep = kThreads / kVectors;
+    static constexpr int kCount = kRows / kStep, kRow = row_of<Storage>(kColumns);
     static_assert(kRows % kStep == 0);
     const int thread = thread_read_again();
     const int row = thread / kVectors, column = thread % kVectors * 8;
-    Eight eights[kCount];
-    from += row * stride + column;
+  };
+  // Loads a whole tile; make(row, pairs) replaces its elements.
+  template <int kRows, int kColumns, class Make>
+  TORCH_SPE_DEVICE static void load_whole(const Storage* from, std::int64_t stride, Storage* out,
+                                          const Make& make) {
+    using Shares = Whole<kRows, kColumns>;
+    const Shares own;
+    Eight eights[Shares::kCount];
+    from += own.row * stride + own.column;
     TORCH_SPE_UNROLL
-    for (int i = 0; i < kCount; ++i, from += kStep * stride)
+    for (int i = 0; i < Shares::kCount; ++i, from += Shares::kStep * stride)
       eights[i] = *reinterpret_cast<const Eight*>(from);
-    out += row * row_of<Storage>(kColumns) + column;
+    out += own.row * Shares::kRow + own.column;
     TORCH_SPE_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      make(row + i * kStep, eights[i].pairs);
-      *reinterpret_cast<Eight*>(out + i * kStep * row_of<Storage>(kColumns)) = eights[i];
+    for (int i = 0; i < Shares::kCount; ++i) {
+      make(own.row + i * Shares::kStep, eights[i].pairs);
+      *reinterpret_cast<Eight*>(out + i * Shares::kStep * Shares::kRow) = eights[i];
+    }
+  }
+  // Starts to copy a whole tile, and changes what the thread has copied.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE static void copy_whole(const Storage* from, std::int64_t stride, Storage* out) {
+    using Shares = Whole<kRows, kColumns>;
+    const Shares own;
+    from += own.row * stride + own.column;
+    out += own.row * Shares::kRow + own.column;
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < Shares::kCount; ++i, from += Shares::kStep * stride)
+      copy_async16(out + i * Shares::kStep * Shares::kRow, from);
+  }
+  template <int kRows, int kColumns, class Make>
+  TORCH_SPE_DEVICE static void change_whole(Storage* out, const Make& make) {
+    using Shares = Whole<kRows, kColumns>;
+    const Shares own;
+    out += own.row * Shares::kRow + own.column;
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < Shares::kCount; ++i) {
+      Eight& eight = *reinterpret_cast<Eight*>(out + i * Shares::kStep * Shares::kRow);
+      Eight changed = eight;
+      make(own.row + i * Shares::kStep, changed.pairs);
+      eight = changed;
     }
   }
   TORCH_SPE_DEVICE static std::uint32_t multiply_pair(std::uint32_t pair, float factor) {

@@ -1,7 +1,7 @@
 // The kernel whose results have the form of values: outputs, divisors of rows, gradients of values.
 #pragma once
 
-#include "walk.h"
+#include "warp_values.h"
 
 namespace torch_spe::cuda::attention {
 
@@ -295,6 +295,11 @@ void make_values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, co
   const std::int64_t blocks =
       walk.segments.slots() * states.heads * max_of(1, ceil_div(states.values, kWide));
   if (blocks == 0) return;
+  if constexpr (std::is_same_v<Operand, Storage> && sizeof(Operand) == 2) {
+    if (states.values > 0 && states.features > kWide &&
+        states.features <= kMostTiles<Decay> * kWide)
+      return make_warp_values(rows, columns, walk, states, other, division, out, decay, stream);
+  }
   MemoryLayout size;
   ValuesShared<Operand, Decay>{size};
   const auto make = [&](auto kernel) {

@@ -1,0 +1,53 @@
+"""What the kernels that walk through sequences wait for, as the virtual GPU counts it.
+
+Results are compared in test_cuda_kernels.py and test_cuda_decay.py."""
+
+import json
+
+import pytest
+import torch
+from cuda_backends import VIRTUAL_GPU, load_virtual_gpu
+
+CHUNK, HEADS = 64, 2
+
+
+def launches_of(causal, features, log_decay):
+    """The launches of a forward pass, with all their blocks."""
+    virtual_gpu = load_virtual_gpu()
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 16 * CHUNK, HEADS, size, generator=g).bfloat16()
+        for size in (features, features, 64)
+    )
+    virtual_gpu.enable(True)
+    virtual_gpu.profile(True, 1000)
+    try:
+        torch.ops.torch_spe.linear_attention(q, k, v, "elu", causal, True, log_decay=log_decay)
+        return json.loads(virtual_gpu.report())
+    finally:
+        virtual_gpu.profile(False, 0)
+        virtual_gpu.enable(False)
+
+
+@pytest.mark.skipif(not VIRTUAL_GPU.exists(), reason="the virtual GPU is not built")
+@pytest.mark.parametrize(
+    ("causal", "features", "fades", "tiles"),
+    [(True, 192, False, 7), (False, 192, False, 3)],
+    ids=["causal", "full"],
+)
+def test_values_wait_once_for_tiles_that_are_copied_ahead(causal, features, fades, tiles):
+    log_decay = torch.full((HEADS,), -0.1) if fades else None
+    (launch,) = (
+        launch
+        for launch in launches_of(causal, features, log_decay)
+        if "values_kernel" in launch["kernel"]
+    )
+
+    def count(opcode):
+        """How often a warp executes an instruction while its block passes over a chunk."""
+        executed = sum(warps for _, text, _, warps, *_ in launch["instructions"] if opcode in text)
+        return executed / (4 * HEADS * 16)
+
+    assert launch["executed_blocks"] == launch["grid"][0]
+    assert count("bar.sync") == max(1, features // 64)
+    assert count("cp.async.cg") == 4 * tiles
