@@ -32,8 +32,8 @@ def launches_of(causal, features, log_decay):
 @pytest.mark.skipif(not VIRTUAL_GPU.exists(), reason="the virtual GPU is not built")
 @pytest.mark.parametrize(
     ("causal", "features", "fades", "tiles"),
-    [(True, 192, False, 7), (False, 192, False, 3)],
-    ids=["causal", "full"],
+    [(True, 64, False, 3), (True, 64, True, 3), (True, 192, False, 7), (False, 192, False, 3)],
+    ids=["causal", "with a decay", "more features", "full"],
 )
 def test_values_wait_once_for_tiles_that_are_copied_ahead(causal, features, fades, tiles):
     log_decay = torch.full((HEADS,), -0.1) if fades else None

@@ -296,8 +296,9 @@ void make_values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, co
       walk.segments.slots() * states.heads * max_of(1, ceil_div(states.values, kWide));
   if (blocks == 0) return;
   if constexpr (std::is_same_v<Operand, Storage> && sizeof(Operand) == 2) {
-    if (states.values > 0 && states.features > kWide &&
-        states.features <= kMostTiles<Decay> * kWide)
+    // With one tile of features and a state that stays, values_kernel has fewer instructions.
+    if (states.values > 0 && states.features <= kMostTiles<Decay> * kWide &&
+        (walk.moves || states.features > kWide))
       return make_warp_values(rows, columns, walk, states, other, division, out, decay, stream);
   }
   MemoryLayout size;
