@@ -122,6 +122,23 @@ def test_grids_are_encoded_before():
     assert {"sine_features", "linear_attention"} <= called
 
 
+class LouderCode(ExactCode):
+    def encode(self, x, side, feature_map="identity"):
+        return super().encode(x, side, feature_map) * (3 if side == "query" else 1)
+
+
+class LouderSPE(SineSPE):
+    def draw(self, *args, **kwargs):
+        return LouderCode(**vars(super().draw(*args, **kwargs)))
+
+
+def test_a_subclass_of_the_code_encodes_itself():
+    position = LouderSPE(H, EMBED // H, num_sines=2, noise="exact")
+    _, called = run(make(position))
+    assert {"sine_features", "linear_attention"} <= called
+    assert "sine_attention" not in called
+
+
 def test_in_eval_mode_with_a_kept_code():
     layer = make().eval()
     expected = run(layer)[0][0]
