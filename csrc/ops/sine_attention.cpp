@@ -71,9 +71,12 @@ struct SineAttention : Operator {
     check_data(kName, "q", a.q, 4, "[B, N, H, D]");
     TORCH_CHECK_VALUE(a.freqs.dim() == 3, kName,
                       ": freqs must have 3 dimensions [H, D, K], got shape ", a.freqs.sym_sizes());
-    TORCH_CHECK_VALUE(!a.log_decay.has_value() || a.log_decay->dim() % 2 == 1, kName,
-                      ": log_decay must have the shape [H] or [B, N, H], got shape ",
-                      a.log_decay->sym_sizes());
+    if (a.log_decay.has_value()) {
+      const int64_t dim = a.log_decay->dim();
+      TORCH_CHECK_VALUE(dim == 1 || dim == 3, kName,
+                        ": log_decay must have the shape [H] or [B, N, H], got shape ",
+                        a.log_decay->sym_sizes());
+    }
     to_feature_map(kName, "feature_map", a.map_before);
     to_feature_map(kName, "encoded_feature_map", a.feature_map);
     LinearAttention::check(a, kName, "D");

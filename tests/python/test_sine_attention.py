@@ -364,6 +364,10 @@ def put(tensor, value):
             change("log_decay", lambda t: t[:, None].expand(-1, 15)), ValueError,
             r"log_decay must have the shape \[H\] or \[B, N, H\], got shape \[2, 15\]",
         ),
+        (
+            change("log_decay", lambda t: t[:, None, None, None, None]), ValueError,
+            r"log_decay must have the shape \[H\] or \[B, N, H\], got shape \[2, 1, 1, 1, 1\]",
+        ),
         (change("start", lambda _: math.nan), ValueError, "start must be finite, got nan"),
         (change("start", lambda _: "one"), Exception, "start"),
         (change("eps", lambda _: -1.0), ValueError, "eps must be finite and not negative"),
