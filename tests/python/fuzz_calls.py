@@ -482,7 +482,9 @@ def sine_attention(draw):
     arguments["encoded_feature_map"] = arguments.pop("feature_map")
     arguments["feature_map"] = "identity" if divided else draw.choose("identity", "elu", "relu")
     freqs = draw.normal(heads, features, sines).sigmoid() / (4000 if divided else 2)
-    arguments["freqs"] = draw.tensor(freqs, draw.choose(*DATA_TYPES[:2], draw.dtype))
+    # Of a frequency of few bits some sines are 0, but for the rounding of pi: relu has no slope.
+    short = [] if arguments["encoded_feature_map"] == "relu" else [draw.dtype]
+    arguments["freqs"] = draw.tensor(freqs, draw.choose(*DATA_TYPES[:2], *short))
     shapes["freqs"] = "H D K"
     for name, shape in (("amplitudes", (sines,)), ("offsets", (sines,)), ("constant", ())):
         arguments[name] = None

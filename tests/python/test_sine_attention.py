@@ -8,6 +8,7 @@ import helpers
 import pytest
 import torch
 from helpers import (
+    TOLERANCE,
     assert_at_most_twice_as_far,
     assert_close,
     by_turns,
@@ -98,9 +99,17 @@ class Case:
         tensors = [None if t is None else t.to(dtype) for t in self.tensors]
         ours = outputs_and_gradients(self.ours, leaves(tensors))
         truth = outputs_and_gradients(self.reference, leaves(tensors, torch.float64))
-        for name, got, expected in zip(("out", *self.data), ours, truth, strict=False):
+        theirs = truth
+        if dtype != torch.float64:  # the gradients of frequencies are known less well, by anyone
+            theirs = outputs_and_gradients(self.reference, leaves(tensors))
+        names = ("out", *self.data)
+        for name, got, exact, other in zip(names, ours, truth, theirs, strict=False):
             assert got.dtype == dtype, name
-            assert_close(got, expected, dtype, factor)
+            if exact is None:  # PyTorch's, of no tokens
+                assert not got.any(), name
+                continue
+            limit = max(factor * TOLERANCE[dtype], 2 * error(other, exact))
+            assert error(got, exact) <= limit, (name, error(got, exact), limit)
 
 
 def skip_none(tensors):
