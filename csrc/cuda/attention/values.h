@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                                 walk.backwards)
                 : T(0);
       }
-      if (walk.within) shared.between.fill(decay, chunk, head, step == 0);
+      if (walk.within) shared.between.fill(decay, chunk, head);
     }
     {
       TileProduct<Operand, kTokens, kTokens> weights;
