@@ -99,16 +99,14 @@ class Case:
         tensors = [None if t is None else t.to(dtype) for t in self.tensors]
         ours = outputs_and_gradients(self.ours, leaves(tensors))
         truth = outputs_and_gradients(self.reference, leaves(tensors, torch.float64))
-        theirs = truth
-        if dtype != torch.float64:  # the gradients of frequencies are known less well, by anyone
-            theirs = outputs_and_gradients(self.reference, leaves(tensors))
-        names = ("out", *self.data)
-        for name, got, exact, other in zip(names, ours, truth, theirs, strict=False):
+        for name, got, exact in zip(("out", *self.data), ours, truth, strict=False):
             assert got.dtype == dtype, name
             if exact is None:  # PyTorch's, of no tokens
                 assert not got.any(), name
                 continue
-            limit = max(factor * TOLERANCE[dtype], 2 * error(other, exact))
+            limit = factor * TOLERANCE[dtype]
+            if name == "freqs":  # sums of terms that grow with the position, and cancel
+                limit = max(limit, len(self.data["k"][0]) * torch.finfo(dtype).eps)
             assert error(got, exact) <= limit, (name, error(got, exact), limit)
 
 
