@@ -35,10 +35,9 @@ void check_size(const char* op, const char* name, const at::Tensor& tensor, int6
 
 void check_parameter_type(const char* op, const char* name, const at::Tensor& tensor,
                           const at::Tensor& x, const char* x_name) {
-  const auto type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == x.scalar_type() || type == accumulate_type(x.scalar_type()), op, ": ",
-                   name, " must be ", x.scalar_type(), " like ", x_name, " or ",
-                   accumulate_type(x.scalar_type()), ", got ", type);
+  const auto type = tensor.scalar_type(), own = x.scalar_type(), wide = accumulate_type(own);
+  TORCH_CHECK_TYPE(type == own || type == wide, op, ": ", name, " must be ", own, " like ", x_name,
+                   own == wide ? "" : std::string(" or ") + c10::toString(wide), ", got ", type);
 }
 
 void check_positions(const char* op, const OptionalTensor& positions, const c10::Scalar& start,

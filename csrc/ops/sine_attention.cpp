@@ -68,7 +68,6 @@ struct SineAttention : Operator {
   static bool keeps_outputs(const Arguments& a) { return a.divides(); }
 
   static void check(const Arguments& a) {
-    check_data(kName, "q", a.q, 4, "[B, N, H, D]");
     TORCH_CHECK_VALUE(a.freqs.dim() == 3, kName,
                       ": freqs must have 3 dimensions [H, D, K], got shape ", a.freqs.sym_sizes());
     if (a.log_decay.has_value()) {

@@ -13,7 +13,8 @@ using core::SineFeaturesParams;
 
 static_assert(kChunkOfSines == kPhasorChunk, "a chunk is a tile of the encoder");
 
-// An object that may be there.
+// An object that may be there. Where it is not, the arguments it would be made of, which may be
+// null, are not touched.
 template <class U>
 class Maybe {
  public:

@@ -92,12 +92,13 @@ struct WalkingState {
       element = row < rows && column < columns ? from[row * stride + column] : T(0);
     });
   }
-  template <class Product>
-  TORCH_SPE_DEVICE void read_rows(std::int64_t r0, std::int64_t e0, Product& product) const {
+  // The same row by row, with which a warp's tile takes fewer registers and a block's more.
+  template <class Tile>
+  TORCH_SPE_DEVICE void read_rows(std::int64_t r0, std::int64_t e0, Tile& tile) const {
     const T* const from = s + r0 * values + e0;
     const int rows = static_cast<int>(min_of(kWide, features - r0));
     const int columns = static_cast<int>(min_of(kWide, values - e0));
-    product.for_each_row([&](int row) {
+    tile.for_each_row([&](int row) {
       const T* const own = from + row * values;
       const int end = row < rows ? columns : 0;
       return [=](int column, T& element) { element = column < end ? own[column] : T(0); };

@@ -41,6 +41,8 @@ struct RowQuotients {
 
 // Divisors of rows. `denominators` are sums of the weights, or unused; `product` has the rows'
 // values, zero outside.
+// values_kernel has the same for rows whose sums are in shared memory: in each form of one function
+// for both that was tried, registers of one of these kernels spilled.
 template <class Product, class T>
 TORCH_SPE_DEVICE RowQuotients<T> divide_rows(Product& product, const T (&denominators)[2],
                                              const RowDivision<T>& division,

@@ -50,7 +50,7 @@ def sine_attention(
         q: queries, ``[B, N, H, D]``; float32, float64, float16 or bfloat16.
         k: keys, ``[B, M, H, D]``, of the type of ``q``.
         v: values, ``[B, M, H, E]``, of the type of ``q``.
-        freqs: frequencies in cycles per position, ``[H, D, K]``.
+        freqs: frequencies in cycles per position, ``[H, D, K]``, of any of these types.
         amplitudes: ``[H, D, K]``; of the type of ``q``, or float32 beside a half-precision ``q``.
         offsets: of the phases of queries, in radians, ``[H, D, K]``, of a type as the amplitudes;
             default 0.
@@ -60,7 +60,8 @@ def sine_attention(
         feature_map: phi: what is encoded is phi(q) and phi(k); ``"identity"``, ``"elu"`` (elu(x) +
             1) or ``"relu"``.
         encoded_feature_map: psi, of the encoded queries and keys: one of the same.
-        causal: as in `linear_attention`, and so are all that follow.
+        causal: as in `linear_attention`, and so are all that follow. Packed sequences and states
+            are for `sine_features` and `linear_attention`.
         normalize: divide by the sum of the weights.
         eps: added to the sum of the weights, or to the mean square.
         key_padding_mask: bool, ``[B, M]``, true for keys to leave out.
