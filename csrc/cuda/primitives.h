@@ -42,6 +42,11 @@ __device__ __forceinline__ int thread_read_again() {
 }
 
 // The value, as if it were read again: products with it are not kept either.
+__device__ __forceinline__ int read_again(int value) {
+  int result;
+  asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
 __device__ __forceinline__ std::int64_t read_again(std::int64_t value) {
   std::int64_t result;
   asm volatile("mov.u64 %0, %1;" : "=l"(result) : "l"(value));
@@ -122,19 +127,24 @@ __device__ __forceinline__ std::uint32_t multiply_pairs<core::BFloat16>(std::uin
   return result;
 }
 
+// The value of lane `lane ^ offset`.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int offset) {
+  return __shfl_xor_sync(0xffffffffu, value, offset);
+}
+
 // The sum over the lanes of a warp, in every lane.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-  for (int offset = 16; offset > 0; offset /= 2)
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = 16; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
   return value;
 }
 
 // The sum over lanes 4 g .. 4 g + 3, in each of them.
 template <class T>
 __device__ __forceinline__ T quad_sum(T value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
 }
 
 // Cosine and sine of an angle in [-pi, pi], to 20 bits.

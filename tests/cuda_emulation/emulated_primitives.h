@@ -52,35 +52,35 @@ std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
 }
 
 template <class T>
-T warp_sum(T value) {
+T shuffle_xor(T value, int offset) {
+  struct Lane {
+    T value;
+    int offset;
+  } lane = {value, offset};
   cuda_emulation::rendezvous(
-      0xffffffffu, &value,
+      0xffffffffu, &lane,
       [](void* const(&arguments)[32]) {
-        // The tree of the hardware version, for the same rounding.
-        for (int offset = 16; offset > 0; offset /= 2) {
-          T old[32];
-          for (int i = 0; i < 32; ++i) old[i] = *static_cast<T*>(arguments[i]);
-          for (int i = 0; i < 32; ++i) *static_cast<T*>(arguments[i]) = old[i] + old[i ^ offset];
+        T values[32];
+        for (int i = 0; i < 32; ++i) values[i] = static_cast<Lane*>(arguments[i])->value;
+        for (int i = 0; i < 32; ++i) {
+          Lane* const own = static_cast<Lane*>(arguments[i]);
+          own->value = values[(i ^ own->offset) % 32];
         }
       },
       __FILE__, __LINE__);
+  return lane.value;
+}
+
+template <class T>
+T warp_sum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
   return value;
 }
 
 template <class T>
 T quad_sum(T value) {
-  cuda_emulation::rendezvous(
-      0xffffffffu, &value,
-      [](void* const(&arguments)[32]) {
-        for (int i = 0; i < 32; i += 4) {
-          T* lanes[4];
-          for (int e = 0; e < 4; ++e) lanes[e] = static_cast<T*>(arguments[i + e]);
-          const T sum = (*lanes[0] + *lanes[1]) + (*lanes[2] + *lanes[3]);
-          for (T* lane : lanes) *lane = sum;
-        }
-      },
-      __FILE__, __LINE__);
-  return value;
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
 }
 
 inline void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
@@ -205,6 +205,7 @@ inline void copy_async16(void* shared, const void* global) {
   cuda_emulation::copy_async(shared, global, 16);
 }
 inline int thread_read_again() { return static_cast<int>(threadIdx.x); }
+inline int read_again(int value) { return value; }
 inline std::int64_t read_again(std::int64_t value) { return value; }
 inline float read_again(float value) { return value; }
 inline double read_again(double value) { return value; }

@@ -241,6 +241,17 @@ def test_features_of_three_tiles(compare, form):
     case.check(compare, TOLERANCES[torch.bfloat16])
 
 
+@pytest.mark.parametrize("norm", ["none", "rms", "rms of 70 values"])
+@pytest.mark.parametrize(("features", "form"), [(100, "token"), (192, "head"), (192, "token")])
+def test_tiles_of_features_that_a_warp_takes(compare, features, form, norm):
+    values, rms_norm = 70 if "70" in norm else 64, "rms" in norm
+    options = {"form": form, "steps": "mixed", "normalize": False, "rms_norm": rms_norm}
+    case = Case(torch.bfloat16, 1, 203, 1, features, values, padding=True, **options)
+    case.check(compare, TOLERANCES[torch.bfloat16])
+    case = Case(torch.bfloat16, 1, 203, 1, features, values, bounds=[0, 70, 71, 203], **options)
+    case.check(compare, TOLERANCES[torch.bfloat16])
+
+
 def test_many_tokens(compare):
     case = Case(torch.float32, 1, 5000, 1, 3, 2, steps="slow", normalize=False)
     like = [*case.grads[:3], case.tensors["log_decay"]]

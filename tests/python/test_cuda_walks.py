@@ -11,7 +11,7 @@ from cuda_backends import VIRTUAL_GPU, load_virtual_gpu
 CHUNK, HEADS = 64, 2
 
 
-def launches_of(causal, features, log_decay):
+def launches_of(causal, features, fades, rms_norm):
     """The launches of a forward pass, with all their blocks."""
     virtual_gpu = load_virtual_gpu()
     g = torch.Generator().manual_seed(0)
@@ -19,10 +19,13 @@ def launches_of(causal, features, log_decay):
         torch.randn(1, 16 * CHUNK, HEADS, size, generator=g).bfloat16()
         for size in (features, features, 64)
     )
+    log_decay = torch.full((HEADS,), -0.1) if fades else None
     virtual_gpu.enable(True)
     virtual_gpu.profile(True, 1000)
     try:
-        torch.ops.torch_spe.linear_attention(q, k, v, "elu", causal, True, log_decay=log_decay)
+        torch.ops.torch_spe.linear_attention(
+            q, k, v, "elu", causal, not rms_norm, log_decay=log_decay, rms_norm=rms_norm
+        )
         return json.loads(virtual_gpu.report())
     finally:
         virtual_gpu.profile(False, 0)
@@ -32,14 +35,19 @@ def launches_of(causal, features, log_decay):
 @pytest.mark.skipif(not VIRTUAL_GPU.exists(), reason="the virtual GPU is not built")
 @pytest.mark.parametrize(
     ("causal", "features", "fades", "tiles"),
-    [(True, 64, False, 3), (True, 64, True, 3), (True, 192, False, 7), (False, 192, False, 3)],
-    ids=["causal", "with a decay", "more features", "full"],
+    [
+        (True, 64, False, 3),
+        (True, 64, True, 3),
+        (True, 192, False, 7),
+        (True, 192, True, 7),
+        (False, 192, False, 3),
+    ],
+    ids=["causal", "with a decay", "more features", "as in the default layer", "full"],
 )
 def test_values_wait_once_for_tiles_that_are_copied_ahead(causal, features, fades, tiles):
-    log_decay = torch.full((HEADS,), -0.1) if fades else None
     (launch,) = (
         launch
-        for launch in launches_of(causal, features, log_decay)
+        for launch in launches_of(causal, features, fades, rms_norm=fades and features > 64)
         if "values_kernel" in launch["kernel"]
     )
 

@@ -5,8 +5,9 @@
 
 Operators: sine_filter, phasor_filter, sine_features, exact_sines (K = 1 and a constant), rotary,
 conv_filter, polyphase_filter, linear_attention. Shape names: B N H D R K P E stride dtype causal
-decay; defaults are those of `SHAPE`; with decay=1 linear attention has a decay per head, which
-wants a gradient with decay=2; with decay=3 and decay=4 it has a decay per feature.
+decay rms; defaults are those of `SHAPE`; with decay=1 linear attention has a decay per head, which
+wants a gradient with decay=2; with decay=3 and decay=4 it has a decay per feature; with rms=1 it
+divides by the root of the mean square, as layers with a decay do, not by denominators.
 --sass names the table of sass_map.py, if not FOLDER/sass.json; without it --ptxas names the
 folder with ptxas' reports (*.ptxas), for registers and so occupancy.
 
@@ -45,7 +46,8 @@ RATES = {
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 * 1024, 2048, 32
 
 SHAPE = dict(
-    B=8, N=4096, H=8, D=64, R=64, K=10, P=128, E=64, stride=32, dtype="bfloat16", causal=1, decay=0
+    B=8, N=4096, H=8, D=64, R=64, K=10, P=128, E=64, stride=32, dtype="bfloat16", causal=1, decay=0,
+    rms=0,
 )  # fmt: skip
 
 
@@ -306,8 +308,9 @@ def make_case(operator, s):
 
         def function(q, k, v, log_decay=decay):
             return ops.linear_attention(
-                q, k, v, "elu", bool(s["causal"]), True, 1e-6, log_decay=log_decay
-            )[0]
+                q, k, v, "elu", bool(s["causal"]), not s["rms"], 1e-6, rms_norm=bool(s["rms"]),
+                log_decay=log_decay,
+            )[0]  # fmt: skip
 
         inputs = [q, k, v, decay] if s["decay"] in (2, 4) else [q, k, v]
         # Chunked or recurrent: a state update and a read of it for every token.

@@ -108,33 +108,41 @@ struct ColumnDecay {
 };
 
 // The factors of a chunk's tokens, and of the chunk; also the zero that stands for queries where
-// there are none. A thread takes one direction through a chunk of a head.
+// there are none. A warp takes a chunk of a head, a lane two tokens.
 template <class T>
-__global__ void __launch_bounds__(64)
+__global__ void __launch_bounds__(kThreads)
     chunk_factors_kernel(const ColumnDecay<T> decay, const Cut chunks, std::uint64_t* zero) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
-  const bool backwards = threadIdx.x >= 32;
-  if (i == 0 && !backwards) *zero = 0;
+  static_assert(kChunk<T> <= 64);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + thread / 32;
+  if (i == 0 && lane == 0) *zero = 0;
   if (i >= chunks.slots() * decay.heads) return;
   const std::int64_t head = i % decay.heads;
   const Part chunk(chunks, i / decay.heads);
-  double sum = 0;
-  if (backwards) {
-    TORCH_SPE_KEEP_LOOP
-    for (int row = chunk.size - 1; row >= 0; --row) {
-      const std::int64_t n = chunk.begin + row;
-      decay.to_end[decay.index(chunk.batch, n, head)] = static_cast<T>(core::exp_nonpositive(sum));
-      sum += decay.steps.at(chunk.batch, n, head, 0);
+  const auto step_to = [&](int row) {
+    return row < chunk.size ? decay.steps.at(chunk.batch, chunk.begin + row, head, 0) : 0.0;
+  };
+  const double first = step_to(2 * lane), second = step_to(2 * lane + 1);
+  double sum = first + second, before = 0, after = 0;  // of the lane, of those on either side
+  TORCH_SPE_UNROLL
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const double other = shuffle_xor(sum, offset);
+    if ((lane & offset) != 0) {
+      before += other;
+    } else {
+      after += other;
     }
-    return;
+    sum += other;
   }
-  TORCH_SPE_KEEP_LOOP
-  for (int row = 0; row < chunk.size; ++row) {
-    const std::int64_t n = chunk.begin + row;
-    sum += decay.steps.at(chunk.batch, n, head, 0);
-    decay.from_start[decay.index(chunk.batch, n, head)] =
-        static_cast<T>(core::exp_nonpositive(sum));
-  }
+  const auto store = [&](int row, double from_start, double to_end) {
+    if (row >= chunk.size) return;
+    const std::int64_t at = decay.index(chunk.batch, chunk.begin + row, head);
+    decay.from_start[at] = static_cast<T>(core::exp_nonpositive(from_start));
+    decay.to_end[at] = static_cast<T>(core::exp_nonpositive(to_end));
+  };
+  store(2 * lane, before + first, second + after);
+  store(2 * lane + 1, before + first + second, after);
+  if (lane != 0) return;
   decay.sums[i] = sum;
   decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
 }
@@ -170,9 +178,10 @@ struct SegmentFactors {
 template <class T>
 void make_decay_factors(const ColumnDecay<T>& decay, const Cut& chunks, const Cut& segments,
                         std::uint64_t* zero, Stream stream) {
-  const std::int64_t blocks = ceil_div(chunks.slots() * decay.heads, 32);
+  const std::int64_t blocks = ceil_div(chunks.slots() * decay.heads, kThreads / 32);
   if (blocks > 0)
-    launch(chunk_factors_kernel<T>, grid_of(blocks), dim3(64), 0, stream, decay, chunks, zero);
+    launch(chunk_factors_kernel<T>, grid_of(blocks), dim3(kThreads), 0, stream, decay, chunks,
+           zero);
   for_each_index(segments.slots() * decay.heads, SegmentFactors<T>{decay, chunks, segments},
                  stream);
 }
@@ -205,13 +214,17 @@ struct Between {
     }
   }
 
-  // All threads take part; a barrier must follow.
-  TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head) const {
+  // All threads take part; a barrier must follow. One step for all tokens gives every chunk of a
+  // walk the same factors, which are made for the first one.
+  TORCH_SPE_DEVICE void fill(const Decay& decay, const Part& chunk, std::int64_t head,
+                             bool is_first) const {
+    const bool is_constant = !kInPlace && decay.steps.strides[1] == 0;
+    if (is_constant && !is_first) return;
     const int own = static_cast<int>(threadIdx.x) % kTokens;
     const int part = static_cast<int>(threadIdx.x) / kTokens;
     if (part == 0) {
       steps[own] =
-          own < chunk.size
+          own < chunk.size || is_constant
               ? core::exp_nonpositive(decay.steps.at(chunk.batch, chunk.begin + own, head, 0))
               : 1.0;
     }

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     shared.row_weight[thread] = inside ? after.weight_of(chunk.batch, n, head) : T(0);
     shared.col_weight[thread] = inside ? before.weight_of(chunk.batch, n, head) : T(0);
   }
-  shared.between.fill(decay, chunk, head);
+  shared.between.fill(decay, chunk, head, true);
 
   // M, in the place of the factors.
   {

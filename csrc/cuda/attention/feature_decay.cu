@@ -28,6 +28,7 @@ class FeatureDecayPass {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
     // First: they are aligned to more than a layout does.
     if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
+    if (backward && sets_.divided_size() > 0) divided_ = layout.take<Storage>(sets_.divided_size());
     zero_ = layout.take<std::uint64_t>(1);
     if (backward && p.query_length == 0) sets_.replace_queries(zero_);
     take_decay(layout);
@@ -64,8 +65,8 @@ class FeatureDecayPass {
   void backward(const LinearAttentionBackwardParams& p) {
     make_decay_factors(decay_, segments(), zero_, stream_);
     const bool own = sets_.has_own_denominator();
-    if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
-    const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
+    if (sets_.divides()) sets_.make_factors(p, factors_, divided_, stream_);
+    const Tokens<Storage> queries = sets_.queries(p, factors_, divided_), keys = sets_.keys();
     make(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr, nullptr, &keys_);
     make(queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z, p.grad_initial_s,
          own ? nullptr : p.grad_initial_z, &queries_);
@@ -189,6 +190,7 @@ class FeatureDecayPass {
   StatesOfBothWays<T> keys_, queries_;
   StatesOfBothWays<T> denominator_keys_, denominator_queries_;
   RowFactors<T>* factors_ = nullptr;  // [B, N, H]
+  Storage* divided_ = nullptr;        // [B, N, H, E], of a norm
   T* divisor_ = nullptr;              // [B, N, H]
   double* chunk_steps_ = nullptr;     // [slot, H, R], of steps that are the same everywhere
   T* first_way_ = nullptr;            // [B, M, H, R]

@@ -107,7 +107,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
     if (thread < kWide && !has_z) shared.z[thread] = 0;
     if (has_z) z.for_each([&](int r, T& element) { shared.z[r] = element; });
     if constexpr (Decay::kFades) {
-      if (walk.within) shared.between.fill(decay, chunk, head);
+      if (walk.within) shared.between.fill(decay, chunk, head, step == 0);
     }
     if (walk.within)
       columns.template load_x<kTokens, kWide>(chunk, head, r0, features, shared.col_x);

@@ -86,7 +86,7 @@ TORCH_SPE_DEVICE void walk_keys(int block, const Tokens<Storage>& keys,
     }
     if (thread < kWide && !has_z) shared.z[thread] = 0;
     if (has_z) z.for_each([&](int r, T& element) { shared.z[r] = element; });
-    if constexpr (Decay::kFades) shared.between.fill(decay, chunk, head);
+    if constexpr (Decay::kFades) shared.between.fill(decay, chunk, head, step == 0);
     if (keys.map != core::FeatureMap::kIdentity)
       keys.template copy_x<kTokens, kWide>(chunk, head, 0, features, shared.unmapped);
     keys.template load_x<kTokens, kWide>(chunk, head, 0, features, shared.row_x);

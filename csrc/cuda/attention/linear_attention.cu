@@ -57,6 +57,7 @@ class AttentionPass {
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
     // First: they are aligned to more than a layout does.
     if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
+    if (backward && sets_.divided_size() > 0) divided_ = layout.take<Storage>(sets_.divided_size());
     const bool own = sets_.has_own_denominator();
     keys_ = take(layout, p.num_realizations, p.value_features, !own);
     if (own) denominator_keys_ = take(layout, p.denominator_features, 0, true);
@@ -107,8 +108,8 @@ class AttentionPass {
   void backward(const LinearAttentionBackwardParams& p) {
     make_decay_factors();
     const bool own = sets_.has_own_denominator(), wants_decay = kFades && p.grad_log_decay;
-    if (sets_.divides()) sets_.make_factors(p, factors_, stream_);
-    const Tokens<Storage> queries = sets_.queries(p, factors_), keys = sets_.keys();
+    if (sets_.divides()) sets_.make_factors(p, factors_, divided_, stream_);
+    const Tokens<Storage> queries = sets_.queries(p, factors_, divided_), keys = sets_.keys();
     const bool one_launch =
         one_launch_ && p.grad_q != nullptr && p.grad_k != nullptr && p.grad_v != nullptr;
     TwoStates<T> key_states;
@@ -362,6 +363,7 @@ class AttentionPass {
   TwoStates<T> keys_, denominator_keys_;
   TwoStates<T> queries_, denominator_queries_;  // in the same memory, unless both are wanted
   RowFactors<T>* factors_ = nullptr;            // [B, N, H]
+  Storage* divided_ = nullptr;                  // [B, N, H, E], of a norm
   T* divisor_ = nullptr;                        // [B, N, H]
   T* squares_ = nullptr;                        // [tile, B, N, H], sums
   OtherDirection<T> other_;

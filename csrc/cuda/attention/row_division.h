@@ -70,13 +70,15 @@ struct RowGradients {
   bool norm;
   bool aligned;            // all rows can be read 16 bytes at once
   RowFactors<T>* factors;  // [B, N, H]
+  // [B, N, H, E] or null: the gradients before the division, for a norm. `inverse` is then 1.
+  Storage* divided;
 
   static constexpr int kRows = 64;             // of a block
   static constexpr int kParts = 8;             // of a row
   static constexpr int kPartRow = kParts + 1;  // in shared memory
 };
 
-// Eight threads add up a row.
+// Eight threads add up a row, and divide it.
 template <class Storage>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     row_factors_kernel(const RowGradients<Storage> p) {
@@ -112,13 +114,46 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     parts[row * Rows::kPartRow + part] = sum;
   }
   __syncthreads();
-  if (thread >= count) return;
-  T sum = 0;
-  for (int i = 0; i < Rows::kParts; ++i) sum += parts[thread * Rows::kPartRow + i];
-  const std::int64_t i = (batch * p.length + n0 + thread) * p.heads + head;
-  const Quotient<T> quotient(p.divisor[i]);
-  p.factors[i] = {quotient.scale, quotient.inverse, p.norm ? T(0) : -sum * quotient.inverse,
-                  p.norm ? sum / static_cast<T>(p.values) : T(0)};
+  RowFactors<T> own = {};
+  if (thread < count) {
+    T sum = 0;
+    for (int i = 0; i < Rows::kParts; ++i) sum += parts[thread * Rows::kPartRow + i];
+    const std::int64_t i = (batch * p.length + n0 + thread) * p.heads + head;
+    const Quotient<T> quotient(p.divisor[i]);
+    own = {quotient.scale, quotient.inverse, p.norm ? T(0) : -sum * quotient.inverse,
+           p.norm ? sum / static_cast<T>(p.values) : T(0)};
+    p.factors[i] = own;
+    if (p.divided != nullptr) p.factors[i].inverse = T(1);
+  }
+  if (p.divided == nullptr) return;
+  __syncthreads();
+  if (thread < count) {
+    parts[2 * thread] = own.mean;
+    parts[2 * thread + 1] = own.inverse;
+  }
+  __syncthreads();
+  Storage* const divided = p.divided + ((batch * p.length + n0) * p.heads + head) * p.values;
+  for (int row = thread / Rows::kParts; row < count; row += kThreads / Rows::kParts) {
+    const Storage* const grad = grads + row * p.grad_strides[1];
+    const Storage* const result = results + row * p.result_strides[1];
+    Storage* const to = divided + row * p.heads * p.values;
+    const T mean = parts[2 * row], inverse = parts[2 * row + 1];
+    if (p.aligned) {
+      for (std::int64_t e = part * kVector; e < p.values; e += Rows::kParts * kVector) {
+        auto a = *reinterpret_cast<const Vector<Storage>*>(grad + e);
+        const auto b = *reinterpret_cast<const Vector<Storage>*>(result + e);
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kVector; ++i)
+          write((read(a.values[i]) - mean * read(b.values[i])) * inverse, a.values + i);
+        *reinterpret_cast<Vector<Storage>*>(to + e) = a;
+      }
+    } else {
+      for (std::int64_t e = part; e < p.values; e += Rows::kParts) {
+        const T y = read(result[e * p.result_strides[3]]);
+        write((read(grad[e * p.grad_strides[3]]) - mean * y) * inverse, to + e);
+      }
+    }
+  }
 }
 
 template <class Storage>

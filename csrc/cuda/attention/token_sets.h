@@ -37,6 +37,12 @@ class TokenSets {
   bool has_zeros() const { return has_zeros_; }
   bool has_own_denominator() const { return p_.normalize && p_.denominator_k != nullptr; }
   bool divides() const { return (p_.normalize || p_.rms_norm) && p_.query_length > 0; }
+  // Elements of the gradients before the division, where these are made once for all kernels: of a
+  // norm, but for float16, whose range they leave.
+  std::int64_t divided_size() const {
+    const bool keeps = divides() && p_.rms_norm && !std::is_same_v<Storage, core::Half>;
+    return keeps ? rows() * p_.value_features : 0;
+  }
   std::int64_t batch() const { return p_.cu_seqlens == nullptr ? p_.num_sequences : 1; }
   std::int64_t rows() const { return batch() * p_.query_length * p_.num_heads; }
   // What becomes of rows; divisors go to `scratch` where nobody wants to keep them.
@@ -69,16 +75,25 @@ class TokenSets {
                   p_.denominator_feature_map);
   }
 
-  // Queries of a backward pass. `factors` [B, N, H] are those of rows that were divided.
-  Tokens<Storage> queries(const LinearAttentionBackwardParams& p,
-                          const RowFactors<T>* factors) const {
+  // Queries of a backward pass. `factors` [B, N, H] are those of rows that were divided, and
+  // `divided` [B, N, H, E], or null, the gradients before the division.
+  Tokens<Storage> queries(const LinearAttentionBackwardParams& p, const RowFactors<T>* factors,
+                          const Storage* divided) const {
     if (has_zeros_) return zeros();
     Tokens<Storage> all =
         tokens(p.q, p.q_strides, p.grad_out, p.grad_out_strides, p.query_length, p.feature_map);
     if (!divides()) return all;
     all.factors = factors;
     all.weighted = p.normalize && !has_own_denominator();
-    if (p.rms_norm) {
+    if (divided != nullptr) {
+      const std::int64_t row = p.num_heads * p.value_features;
+      const std::int64_t strides[4] = {p.query_length * row, row, p.value_features, 1};
+      all.y = divided;
+      for (int i = 0; i < 4; ++i) all.y_strides[i] = strides[i];
+      all.y_aligned = is_aligned<Storage>(divided, strides);
+      // Divisors of at least the root of eps are not scaled: nothing is left to be multiplied by.
+      if (p_.eps >= 1e-50) all.factors = nullptr;
+    } else if (p.rms_norm) {
       all.result = static_cast<const Storage*>(p.result);
       for (int i = 0; i < 4; ++i) all.result_strides[i] = p.result_strides[i];
     }
@@ -92,8 +107,9 @@ class TokenSets {
     return all;
   }
 
+  // The factors, and the gradients before the division where `divided` is not null.
   void make_factors(const LinearAttentionBackwardParams& p, RowFactors<T>* factors,
-                    Stream stream) const {
+                    Storage* divided, Stream stream) const {
     RowGradients<Storage> rows;
     rows.batch = batch();
     rows.length = p.query_length;
@@ -111,6 +127,7 @@ class TokenSets {
                    is_aligned<Storage>(p.result, p.result_strides) &&
                    p.value_features % Vector<Storage>::kSize == 0;
     rows.factors = factors;
+    rows.divided = divided;
     make_row_factors(rows, stream);
   }
 

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                                 walk.backwards)
                 : T(0);
       }
-      if (walk.within) shared.between.fill(decay, chunk, head);
+      if (walk.within) shared.between.fill(decay, chunk, head, step == 0);
     }
     {
       TileProduct<Operand, kTokens, kTokens> weights;
@@ -296,9 +296,7 @@ void make_values(const Tokens<Storage>& rows, const Tokens<Storage>& columns, co
       walk.segments.slots() * states.heads * max_of(1, ceil_div(states.values, kWide));
   if (blocks == 0) return;
   if constexpr (std::is_same_v<Operand, Storage> && sizeof(Operand) == 2) {
-    // With one tile of features and a state that stays, values_kernel has fewer instructions.
-    if (states.values > 0 && states.features <= kMostTiles<Decay> * kWide &&
-        (walk.moves || states.features > kWide))
+    if (warp_values_can<Decay>(walk, states, other, division))
       return make_warp_values(rows, columns, walk, states, other, division, out, decay, stream);
   }
   MemoryLayout size;

@@ -6,9 +6,12 @@
 
 namespace torch_spe::cuda::attention {
 
-// Of features. With a decay, registers spill from two tiles on.
-template <class Decay>
-constexpr int kMostTiles = Decay::kFades ? 1 : 3;
+constexpr int kMostTiles = 3;  // of features
+
+// With a decay and more tiles, registers do not suffice for denominators and for results of both
+// directions.
+template <class Decay, int kTiles>
+constexpr bool kIsWhole = !Decay::kFades || kTiles == 1;
 
 template <class Operand, class Decay, int kTiles>
 struct WarpValuesShared {
@@ -42,14 +45,19 @@ struct RowQuotients {
 // Divisors of rows. `denominators` are sums of the weights, or unused; `product` has the rows'
 // values, zero outside.
 // values_kernel has the same for rows whose sums are in shared memory: in each form of one function
-// for both that was tried, registers of one of these kernels spilled.
-template <class Product, class T>
+// for both that was tried, registers of one of these kernels spilled. They are as scarce as that:
+// kReadsAgain takes fewer with a decay and more without one.
+template <bool kReadsAgain, class Product, class T>
 TORCH_SPE_DEVICE RowQuotients<T> divide_rows(Product& product, const T (&denominators)[2],
                                              const RowDivision<T>& division,
                                              const OtherDirection<T>& other, std::int64_t first_row,
                                              std::int64_t heads, int size, std::int64_t values,
                                              int tile) {
   RowQuotients<T> quotients;
+  const auto again = [](auto value) {
+    if constexpr (kReadsAgain) return read_again(value);
+    return value;
+  };
   if (division.by == Divide::kNot) return quotients;
   T divisors[2] = {denominators[0], denominators[1]};
   if (division.by == Divide::kByRms || division.by == Divide::kSumSquares) {
@@ -64,7 +72,7 @@ TORCH_SPE_DEVICE RowQuotients<T> divide_rows(Product& product, const T (&denomin
     if (row >= size) continue;
     const std::int64_t at = first_row + row * heads;
     T divisor = divisors[i];
-    const bool is_first = threadIdx.x % 4 == 0;
+    const bool is_first = thread_read_again() % 4 == 0;
     if (division.by == Divide::kByDenominator) {
       if (other.denominators != nullptr) divisor += other.denominators[at];
       divisor += division.eps;
@@ -73,12 +81,12 @@ TORCH_SPE_DEVICE RowQuotients<T> divide_rows(Product& product, const T (&denomin
     } else {
       if (division.by == Divide::kBySquares) {
         divisor = 0;
-        for (int j = 0; j < ceil_div(values, kWide); ++j)
-          divisor += division.squares[j * division.rows + at];
+        const std::int64_t count = ceil_div(again(values), kWide);
+        for (int j = 0; j < count; ++j) divisor += division.squares[j * division.rows + at];
       } else if (division.by == Divide::kSumSquares && is_first) {
-        division.squares[tile * division.rows + at] = divisor;
+        division.squares[again(tile) * division.rows + at] = divisor;
       }
-      divisor = square_root(divisor / static_cast<T>(values) + division.eps);
+      divisor = square_root(divisor / static_cast<T>(again(values)) + division.eps);
     }
     if (division.writes(tile) && is_first) division.divisor[at] = divisor;
     const Quotient<T> quotient(divisor);
@@ -113,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   const int end = static_cast<int>(min_of(kWide, values - e0));
   const Steps<kTokens> steps(walk, slot);
   if (steps.segment.size == 0) return;
-  const bool sums_denominators = division.by == Divide::kByDenominator;
+  const bool sums_denominators = kIsWhole<Decay, kTiles> && division.by == Divide::kByDenominator;
   const WalkingState<T> from(states, walk.moves, slot, steps.segment.sequence, head, tile, tiles);
   const std::uint32_t ones = pack_pair<Operand>(1, 1);
   const std::uint32_t vector_of_ones[2] = {ones, ones};
@@ -157,7 +165,10 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
         columns.template begin_y<kTokens, kWide>(chunk, own_head, e0, values,
                                                  shared.col_y + step % 2 * kTile);
     }
-    if (Decay::kFades && t == 0) ahead = Factors::read(decay, chunk, own_head, walk.backwards);
+    if (Decay::kFades && t == 0) {
+      const bool backwards = read_again(std::int64_t{walk.backwards}) != 0;
+      ahead = Factors::read(decay, chunk, own_head, backwards);
+    }
   };
   begin_tiles(0, 0, 0);
   TORCH_SPE_KEEP_LOOP
@@ -268,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       if (t + 1 == kTiles) {
         const std::int64_t first_row = rows.index(chunk.batch, chunk.begin, head);
         bool finishes = true;
-        if constexpr (Decay::kFades) {
+        if constexpr (Decay::kFades && kIsWhole<Decay, kTiles>) {
           if (other.sums != nullptr) {
             T* const sums = other.sums + first_row * values + e0;
             product.for_each_row([&](int row) {
@@ -296,8 +307,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
         }
         if (finishes) {
           const T sums[2] = {denominators[0], denominators[2]};
-          const RowQuotients<T> quotients = divide_rows(product, sums, division, other, first_row,
-                                                        heads, chunk.size, values, tile);
+          const RowQuotients<T> quotients = divide_rows<Decay::kFades>(
+              product, sums, division, other, first_row, heads, chunk.size, values, tile);
           if (division.by != Divide::kSumSquares) {
             __syncwarp();  // rows and table have been used
             int number = 0;
@@ -317,8 +328,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
 
       if (!passes) continue;
       // This tile of the state passes over the chunk.
-      const core::Passage<T> passage =
-          decay.over_chunk(steps.first_slot + steps.number(step), head);
+      const core::Passage<T> passage = factors.over_chunk(chunk.size, walk.backwards);
       state[t].for_each([&](int, int, T& element) { element = core::carry(passage, 0, element); });
       if (t == 0) {
         TORCH_SPE_UNROLL
@@ -341,6 +351,16 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   }
 }
 
+template <class Decay, class T>
+bool warp_values_can(const Walk& walk, const States<T>& states, const OtherDirection<T>& other,
+                     const RowDivision<T>& division) {
+  if (states.values == 0 || states.features > kMostTiles * kWide) return false;
+  // With one tile of features and a state that stays, values_kernel has fewer instructions.
+  if (states.features <= kWide) return walk.moves;
+  return kIsWhole<Decay, kMostTiles> ||
+         (division.by != Divide::kByDenominator && other.sums == nullptr);
+}
+
 template <class Operand, class Decay, class T = core::accumulate_t<Operand>>
 void make_warp_values(const Tokens<Operand>& rows, const Tokens<Operand>& columns, const Walk& walk,
                       const States<T>& states, const OtherDirection<T>& other,
@@ -359,12 +379,10 @@ void make_warp_values(const Tokens<Operand>& rows, const Tokens<Operand>& column
     make(std::integral_constant<int, 1>{});
     return;
   }
-  if constexpr (kMostTiles<Decay> > 1) {
-    if (states.features <= 2 * kWide) {
-      make(std::integral_constant<int, 2>{});
-    } else {
-      make(std::integral_constant<int, 3>{});
-    }
+  if (states.features <= 2 * kWide) {
+    make(std::integral_constant<int, 2>{});
+  } else {
+    make(std::integral_constant<int, 3>{});
   }
 }
 

@@ -185,6 +185,11 @@ struct WarpFactors {
       }
     }
   }
+  // What a state fades by over a chunk: the way from its start to the last of its tokens.
+  TORCH_SPE_DEVICE core::Passage<T> over_chunk(int size, bool backwards) const {
+    if constexpr (Decay::kFades) return {(backwards ? adding : reading) + size - 1, 0};
+    return {};
+  }
   // What lies between two sixteens.
   TORCH_SPE_DEVICE T between(int a, int b) const {
     T factor = 1;
