@@ -142,6 +142,11 @@ class FlatParameterModule(Float32Module):
         self._shapes[name] = tuple(shape)
         self.register_parameter(name, nn.Parameter(torch.empty(math.prod(shape), **factory)))
 
+    def _whole(self, name: str) -> Tensor:
+        """Return a tensor in a flat parameter's shape, without values, also if it is sharded."""
+        stored = getattr(self, name)
+        return torch.empty(self._shapes[name], dtype=stored.dtype, device=stored.device)
+
     def _in_shape(self, name: str) -> Tensor | None:
         for place in (self._parameters, self._buffers, self.__dict__):
             if name in place:
