@@ -1,18 +1,22 @@
 """Models made on the meta device and sharded by FSDP start from the values of any other model."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from test_reset_parameters import MODULES, attention
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 
 from torch_spe import ConvSPE, SineSPE
 from torch_spe.models import ModelConfig, SPECausalLM
-from torch_spe.precision import Float32Module
+from torch_spe.precision import Float32Module, float32_parameters
 
 pytestmark = pytest.mark.cpu_only
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "precision.md"
 
 
 def causal_model(**options):
@@ -82,3 +86,54 @@ def compare_reset(names):
 def test_reset_parameters_of_sharded_parameters(ranks, tmp_path):
     names = [*MADE] if ranks == 2 else ["attention, extra keys", "causal model"]
     run_on_ranks(compare_reset, ranks, tmp_path, names)
+
+
+def shard_from_meta(kind, page):
+    """A model on the meta device that FSDP shards but for its positions, gates and decays."""
+    with torch.device("meta"):
+        model = attention(position="sine", num_sines=3)
+    page["make_memory"](model, "cpu")
+    if kind == 2:
+        page["shard"](model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        model.to_empty(device="cpu")
+        reset(model)
+        return model
+    kept = float32_parameters(model)
+    for parameter in kept:
+        parameter.register_post_accumulate_grad_hook(page["average_over_ranks"])
+    return FullyShardedDataParallel(
+        model, ignored_states=kept, device_id=torch.device("cpu"), use_orig_params=True,
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16),
+    )  # fmt: skip
+
+
+def compare_what_is_left_out(kind):
+    page = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)), page)
+    torch.manual_seed(0)
+    model = shard_from_meta(kind, page)
+    kept = {n: p for n, p in model.named_parameters() if "position" in n or "filter" in n}
+    assert set(kept.values()) == float32_parameters(model)
+    assert len(kept) == 5
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(2, 7, 16)
+    model(x, x, x)[0].float().square().sum().backward()
+    for name, parameter in kept.items():
+        assert parameter.dtype == torch.float32
+        assert 0 < parameter.detach().norm() < 100, name
+        for tensor in (parameter.detach(), parameter.grad):
+            others = tensor.clone()
+            dist.broadcast(others, 0)
+            assert torch.equal(tensor, others), name
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_what_fsdp_leaves_out_of_a_model_from_the_meta_device(kind, tmp_path):
+    run_on_ranks(compare_what_is_left_out, 2, tmp_path, kind)
+
+
+def test_parameters_on_the_meta_device_cannot_be_left_out():
+    with torch.device("meta"):
+        layer = attention()
+    with pytest.raises(ValueError, match="module must have memory for them"):
+        float32_parameters(layer)
