@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_spe.checks import under_modes
 from torch_spe.precision import Float32Module
 
 __all__ = ["FlatParameterModule", "flat_parameter"]
@@ -157,7 +158,8 @@ class FlatParameterModule(Float32Module):
         view = self._shaped(name, stored)
         if view is None or view is stored or torch.compiler.is_compiling():
             return view
-        if type(stored) is nn.Parameter and type(view) is Tensor:  # not under modes such as fakes
+        # Not under modes: there are no subclasses under fakes, and make_fx takes none.
+        if type(stored) is nn.Parameter and type(view) is Tensor and not under_modes():
             view = view.as_subclass(FlatParameterView)
             view._stored = stored
         else:

@@ -12,7 +12,8 @@ from helpers import error
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, linearize, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_spe import (
     LinearAttention,
@@ -164,6 +165,29 @@ def test_transforms(kind):
         assert error(out, model(x, x, x)[0]) < 1e-5
     with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* not implemented"):
         jvp(lambda x: loss(parameters, x), (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* not implemented"):
+        linearize(lambda x: models[0](x, x, x)[0], x)
+
+
+@for_every_kind
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx(kind, pre_dispatch):
+    layer = attention(kind).eval()
+    x, y = torch.randn(2, 2, 6, DIM)
+
+    def attend(x):
+        return layer(x, x, x)[0]
+
+    def call(parameters, x):
+        return functional_call(layer, parameters, (x, x, x))[0]
+
+    parameters = dict(layer.named_parameters())
+    of_layer = make_fx(attend, pre_dispatch=pre_dispatch)(x)
+    of_values = make_fx(call, pre_dispatch=pre_dispatch)(parameters, x)
+    assert torch.equal(of_layer(y), attend(y))
+    with torch.no_grad():
+        changed = {name: p + 0.1 for name, p in parameters.items()}
+        assert torch.equal(of_values(changed, y), call(changed, y))
 
 
 @for_every_kind
