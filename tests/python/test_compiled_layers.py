@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, linearize, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import torch_spe
 from torch_spe import (
     LinearAttention,
     PositiveFeatures,
@@ -216,6 +217,15 @@ def test_scripting_is_refused(module):
         TypeError, match=r"torch\.jit\.script cannot compile it: use torch\.compile"
     ):
         torch.jit.script(module)
+
+
+def test_scripted_functions_call_operators():
+    def attend(q, k, v):
+        return torch.ops.torch_spe.linear_attention(q, k, v, causal=True)[0]
+
+    q, k, v = torch.randn(3, 1, 5, HEADS, 8)
+    expected = torch_spe.functional.linear_attention(q, k, v, causal=True)
+    assert torch.equal(torch.jit.script(attend)(q, k, v), expected)
 
 
 @pytest.mark.parametrize("kind", ["fading", "paper"])
