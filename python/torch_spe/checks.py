@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _INTEGER_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -238,6 +237,13 @@ def check_choice(owner: str, name: str, value: object, choices: Sequence[object]
         raise ValueError(f"{owner}: {name} must be {expected}, got {value!r}")
 
 
+def under_modes() -> bool:
+    """Say whether a mode sees the operators, such as those of fake tensors and of ``make_fx``."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+
+
 def check_not_nan(owner: str, **parameters: Tensor) -> None:
     """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap.
 
@@ -246,7 +252,7 @@ def check_not_nan(owner: str, **parameters: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return
-    if _get_current_dispatch_mode() is not None:
+    if under_modes():
         return
     for name, parameter in parameters.items():
         if parameter.device.type != "cpu":

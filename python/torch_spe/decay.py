@@ -19,6 +19,7 @@ from torch_spe.checks import (
     check_tensor,
 )
 from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
+from torch_spe.initialization import assign
 from torch_spe.precision import parameter_type
 
 __all__ = ["Decay"]
@@ -105,10 +106,10 @@ class Decay(FlatParameterModule):
         low, high = (math.log(tau) for tau in self.decay_range)
         count = self.rate.numel()
         share = torch.arange(count, dtype=torch.float64, device=self.rate.device)
-        share = (share / (count - 1) if count > 1 else share + 0.5).view(self.rate.shape)
+        share = share / (count - 1) if count > 1 else share + 0.5
         rate = (-low - share * (high - low)).exp()
         # The inverse of softplus; log(expm1(rate)) overflows where rates are large.
-        self.rate.copy_(rate + (-(-rate).expm1()).log())
+        assign(self.rate, rate + (-(-rate).expm1()).log())
         if self.kind == "data":
             self.weight.zero_()
 

@@ -27,6 +27,7 @@ from torch_spe.feature_maps import (
     ranged_type,
 )
 from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
+from torch_spe.initialization import assign
 from torch_spe.precision import parameter_type
 
 __all__ = ["SPEFilter", "SPESoftmaxFilter"]
@@ -110,7 +111,7 @@ class SPEFilter(FlatParameterModule):
         if self.gate is None:
             return
         if self.init == "published":
-            self.gate.normal_()
+            assign(self.gate, self._whole("gate").normal_())
         else:
             self.gate.fill_(-2)
 

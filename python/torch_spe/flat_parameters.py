@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_spe.checks import under_modes
 from torch_spe.precision import Float32Module
 
 __all__ = ["FlatParameterModule", "flat_parameter"]
@@ -142,6 +143,11 @@ class FlatParameterModule(Float32Module):
         self._shapes[name] = tuple(shape)
         self.register_parameter(name, nn.Parameter(torch.empty(math.prod(shape), **factory)))
 
+    def _whole(self, name: str) -> Tensor:
+        """Return a tensor in a flat parameter's shape, without values, also if it is sharded."""
+        stored = getattr(self, name)
+        return torch.empty(self._shapes[name], dtype=stored.dtype, device=stored.device)
+
     def _in_shape(self, name: str) -> Tensor | None:
         for place in (self._parameters, self._buffers, self.__dict__):
             if name in place:
@@ -152,7 +158,8 @@ class FlatParameterModule(Float32Module):
         view = self._shaped(name, stored)
         if view is None or view is stored or torch.compiler.is_compiling():
             return view
-        if type(stored) is nn.Parameter and type(view) is Tensor:  # not under modes such as fakes
+        # Not under modes: there are no subclasses under fakes, and make_fx takes none.
+        if type(stored) is nn.Parameter and type(view) is Tensor and not under_modes():
             view = view.as_subclass(FlatParameterView)
             view._stored = stored
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["EagerModule", "reset_modules"]
+__all__ = ["EagerModule", "assign", "reset_modules"]
 
 
 class EagerModule(nn.Module):
@@ -17,6 +18,24 @@ class EagerModule(nn.Module):
             f"{type(self).__name__}: torch.jit.script cannot compile it: use torch.compile, "
             "torch.export (docs/pytorch.md) or torch.jit.trace"
         )
+
+
+@torch.no_grad()
+def assign(stored: Any, value: Tensor) -> None:
+    """Set a parameter or buffer, which may be flat, and sharded, to a whole value.
+
+    A DTensor takes its part of the value without communication: ranks must have the same.
+
+    Args:
+        stored: what is set.
+        value: as many elements, of any type.
+    """
+    value = value.reshape(stored.shape)
+    if hasattr(stored, "device_mesh"):
+        value = torch.distributed.tensor.distribute_tensor(
+            value, stored.device_mesh, stored.placements, src_data_rank=None
+        )
+    stored.copy_(value)
 
 
 def reset_modules(*modules: object) -> None:

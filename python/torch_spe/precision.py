@@ -84,11 +84,21 @@ def float32_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that stay float32: those of the `Float32Module` in a model.
 
     For tools that convert parameters on their own, as ``ignored_params`` of FSDP's ``fully_shard``.
+
+    Raises:
+        ValueError: one of them is on the meta device, where ``to_empty`` puts another in its place.
     """
     check_module("float32_parameters", "module", module)
-    return {
+    kept = {
         parameter
         for part in module.modules()
         if isinstance(part, Float32Module)
         for parameter in part.parameters()
     }
+    if any(parameter.is_meta for parameter in kept):
+        raise ValueError(
+            "float32_parameters: module must have memory for them, got parameters on the meta "
+            "device, which to_empty replaces by others: call it on every Float32Module before "
+            "(docs/precision.md)"
+        )
+    return kept

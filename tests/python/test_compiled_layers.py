@@ -12,8 +12,10 @@ from helpers import error
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, linearize, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import torch_spe
 from torch_spe import (
     LinearAttention,
     PositiveFeatures,
@@ -164,6 +166,29 @@ def test_transforms(kind):
         assert error(out, model(x, x, x)[0]) < 1e-5
     with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* not implemented"):
         jvp(lambda x: loss(parameters, x), (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* not implemented"):
+        linearize(lambda x: models[0](x, x, x)[0], x)
+
+
+@for_every_kind
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx(kind, pre_dispatch):
+    layer = attention(kind).eval()
+    x, y = torch.randn(2, 2, 6, DIM)
+
+    def attend(x):
+        return layer(x, x, x)[0]
+
+    def call(parameters, x):
+        return functional_call(layer, parameters, (x, x, x))[0]
+
+    parameters = dict(layer.named_parameters())
+    of_layer = make_fx(attend, pre_dispatch=pre_dispatch)(x)
+    of_values = make_fx(call, pre_dispatch=pre_dispatch)(parameters, x)
+    assert torch.equal(of_layer(y), attend(y))
+    with torch.no_grad():
+        changed = {name: p + 0.1 for name, p in parameters.items()}
+        assert torch.equal(of_values(changed, y), call(changed, y))
 
 
 @for_every_kind
@@ -192,6 +217,15 @@ def test_scripting_is_refused(module):
         TypeError, match=r"torch\.jit\.script cannot compile it: use torch\.compile"
     ):
         torch.jit.script(module)
+
+
+def test_scripted_functions_call_operators():
+    def attend(q, k, v):
+        return torch.ops.torch_spe.linear_attention(q, k, v, causal=True)[0]
+
+    q, k, v = torch.randn(3, 1, 5, HEADS, 8)
+    expected = torch_spe.functional.linear_attention(q, k, v, causal=True)
+    assert torch.equal(torch.jit.script(attend)(q, k, v), expected)
 
 
 @pytest.mark.parametrize("kind", ["fading", "paper"])

@@ -194,7 +194,7 @@ def test_meta_and_a_checkpoint_that_is_assigned(name):
 @for_modules
 @pytest.mark.parametrize("through_meta", [False, True])
 @torch.no_grad()
-def test_what_fsdp_does(name, through_meta):
+def test_what_fsdp1_does_before_it_shards(name, through_meta):
     """to_empty of every module for itself, then reset_parameters of those with tensors."""
     module = on_meta(name) if through_meta else make(name)
     expected = make(name)

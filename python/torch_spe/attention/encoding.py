@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from torch_spe.attention.places import Places
 from torch_spe.attention.rows import RowEncoder, group_rows, group_segments
+from torch_spe.checks import under_modes
 from torch_spe.codes import Code
 from torch_spe.encoder import Encoder
 from torch_spe.noise import draw_seed
@@ -152,7 +152,7 @@ def may_keep(tensors: Sequence[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if _get_current_dispatch_mode() is not None:
+    if under_modes():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False

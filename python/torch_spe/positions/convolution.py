@@ -24,6 +24,7 @@ from torch_spe.checks import (
 from torch_spe.codes import ConvCode
 from torch_spe.codes.base import code_scale, code_type
 from torch_spe.flat_parameters import flat_parameter
+from torch_spe.initialization import assign
 from torch_spe.noise import draw_seed, seed_tensor
 from torch_spe.positions.spe import SPE
 from torch_spe.precision import parameter_type
@@ -123,13 +124,15 @@ class ConvSPE(SPE):
     def reset_parameters(self) -> None:
         """Draw the parameters as `init` says, from PyTorch's generator."""
         taps = math.prod(self.kernel_size)
-        self.query_kernel.uniform_().mul_(math.sqrt(2 / taps))
+        query_kernel, key_kernel = self._whole("query_kernel"), self._whole("key_kernel")
+        query_kernel.uniform_().mul_(math.sqrt(2 / taps))
         if self.init == "published":
-            self.key_kernel.uniform_().mul_(math.sqrt(2 / taps))
+            key_kernel.uniform_().mul_(math.sqrt(2 / taps))
         else:
-            place = torch.randint(taps, (*self.code_shape, 1), device=self.key_kernel.device)
-            self.key_kernel.zero_()
-            self.key_kernel.flatten(2).scatter_(2, place, 1.0)
+            place = torch.randint(taps, (*self.code_shape, 1), device=key_kernel.device)
+            key_kernel.zero_().flatten(2).scatter_(2, place, 1.0)
+        assign(self.query_kernel, query_kernel)
+        assign(self.key_kernel, key_kernel)
 
     def forward(
         self,

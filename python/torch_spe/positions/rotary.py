@@ -25,6 +25,7 @@ from torch_spe.checks import (
 from torch_spe.codes.sinusoids import rotation
 from torch_spe.encoder import Encoder
 from torch_spe.flat_parameters import flat_parameter
+from torch_spe.initialization import assign
 from torch_spe.positions.protocol import Position
 from torch_spe.precision import parameter_type
 
@@ -161,11 +162,11 @@ class RotaryPositions(Position):
     def reset_parameters(self) -> None:
         """Set the frequencies as the constructor does."""
         if self.frequencies == "random":
-            self.freqs.normal_(-1.5, 1.5)
+            self.freqs.normal_(-1.5, 1.5)  # a buffer, which is not sharded
             return
         pair = torch.arange(self.in_features // 2, dtype=torch.float64, device=self.freqs.device)
         cycles = self.base ** (-2 * pair / self.in_features) / (2 * math.pi)
-        self.freqs.copy_((2 * cycles).logit())
+        assign(self.freqs, (2 * cycles).logit().expand(self.num_heads, -1))
 
     def forward(
         self,

@@ -25,6 +25,7 @@ from torch_spe.codes import ExactCode, PhaseCode, SineCode, SinusoidCode
 from torch_spe.codes.base import code_scale, code_type
 from torch_spe.codes.sinusoids import kernel_amplitudes
 from torch_spe.flat_parameters import flat_parameter
+from torch_spe.initialization import assign
 from torch_spe.noise import STREAMS, PhaseNoise, draw_normal, orthogonal_noise, phase_noise
 from torch_spe.positions.spe import SPE
 from torch_spe.precision import parameter_type
@@ -174,16 +175,17 @@ class SineSPE(SPE):
     def reset_parameters(self) -> None:
         """Draw the parameters as `init` says, from PyTorch's generator."""
         mean, std = (-4, 1) if self.init == "published" else (-1.5, 1.5)
-        self.freqs.normal_().mul_(std).add_(mean)
+        freqs = self._whole("freqs").normal_().mul_(std).add_(mean)
         if self.ndim > 1:
             # The other dimensions: the same distribution of the frequency, with a random sign.
-            other = self.freqs[..., 1:]
+            other = freqs[..., 1:]
             sign = torch.randint_like(other, 2) * 2 - 1
             other.copy_((0.5 + sign * other.sigmoid() / 2).logit())
-        self.offsets.normal_()
+        assign(self.freqs, freqs)
+        assign(self.offsets, self._whole("offsets").normal_())
         if self.init == "published":
-            self.gains.normal_()
-            self.gains.div_(self.gains.norm(dim=-1, keepdim=True).sqrt() / 2)
+            gains = self._whole("gains").normal_()
+            assign(self.gains, gains / (gains.norm(dim=-1, keepdim=True).sqrt() / 2))
         else:
             self.gains.fill_(math.log(math.expm1(math.sqrt(2))))
         if self.bandwidths is not None:
