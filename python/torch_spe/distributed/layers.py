@@ -22,7 +22,7 @@ from torch_spe.decay import steps_between
 from torch_spe.distributed.agreement import check_agreement
 from torch_spe.distributed.attention import linear_attention
 from torch_spe.distributed.bounds import LocalBounds, cut_bounds
-from torch_spe.distributed.exchange import check_group, gather, gather_integers
+from torch_spe.distributed.exchange import check_group, gather, gather_integers, sum_of_states
 from torch_spe.feature_maps import FeatureMap, PositiveFeatures
 from torch_spe.noise import draw_seed
 
@@ -268,6 +268,19 @@ class SequenceRanks:
         """Attend to the tokens of all ranks."""
         arguments["cu_seqlens"] = place.cu_seqlens
         return linear_attention(q, k, v, group=self.group, start=place.start, **arguments)
+
+    def sum_over_tokens(
+        self,
+        own: Tensor,  # [B, D]
+        count: Tensor,  # [B, 1]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum over the tokens of all ranks, differentiable, and how many these are.
+
+        Args:
+            own: sum over this rank's tokens.
+            count: how many tokens of each sequence the rank has, of the same type.
+        """
+        return sum_of_states(own, count, self.group)
 
     def _steps_between(self, places: Places, place: _Place) -> Tensor:  # [B or 1, N]
         """Return what lies between given positions; the first one follows that of a rank before."""
