@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -347,7 +347,7 @@ class PositiveFeatures(EagerModule):
         """
         as_fixed = isinstance(seed, str) and seed == "fixed"
         if not as_fixed:
-            check_source("PositiveFeatures", None, seed)
+            check_source("PositiveFeatures", None, cast(Any, seed))
         fixed = self.resample == "never" or (self.resample == "train" and not self.training)
         if self.resample == "never" or as_fixed or (fixed and seed is None):
             return PositiveProjection(self.weight, self.scale)

@@ -46,7 +46,7 @@ def first_token(lengths: Tensor, rank: int) -> int:
 
 
 @first_token.register_fake
-def _(lengths: Tensor, rank: int) -> int:
+def _(lengths: Tensor, rank: int) -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
