@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -277,13 +277,17 @@ def check_seed(owner: str, seed: int) -> int:
     return seed
 
 
-def check_source(owner: str, generator: torch.Generator | None, seed: int | None) -> None:
-    """Raise if both generator and seed are given, or a seed that is none."""
+def check_source(owner: str, generator: torch.Generator | None, seed: int | Tensor | None) -> None:
+    """Raise if both generator and seed are given, or a seed that is none.
+
+    It may also be a tensor with one int64, which a compiled graph has in place of an integer.
+    """
     if seed is None:
         return
     if generator is not None:
         raise ValueError(f"{owner}: give generator or seed, not both")
-    check_seed(owner, seed)
+    if not isinstance(seed, Tensor) or seed.shape != (1,) or seed.dtype != torch.int64:
+        check_seed(owner, cast(int, seed))
 
 
 def check_noise(owner: str, noise: Tensor, shape: Sequence[int | None], layout: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch_spe.checks import (
     check_number,
     check_positive,
     check_seed,
+    check_source,
     check_tensor,
 )
 from torch_spe.initialization import EagerModule
@@ -60,7 +61,7 @@ def map_features(
     feature_map: FeatureMap,
     queries: Tensor,  # [B, *size, H, R]
     keys: Tensor,  # [B, *size, H, R]
-    seed: int | Literal["fixed"] | None = None,
+    seed: int | Tensor | Literal["fixed"] | None = None,
 ) -> tuple[Tensor, Tensor, str, bool]:  # [B, *size, H, M] twice
     """Apply the feature map of one call: a random one is drawn once, for queries and keys alike.
 
@@ -83,7 +84,7 @@ def map_features(
 
 
 def draw_map(
-    feature_map: FeatureMap, queries: Tensor, seed: int | Literal["fixed"] | None = None
+    feature_map: FeatureMap, queries: Tensor, seed: int | Tensor | Literal["fixed"] | None = None
 ) -> FeatureMap:
     """Return the map of one call; see `map_features`."""
     if isinstance(feature_map, PositiveFeatures):
@@ -321,7 +322,7 @@ class PositiveFeatures(EagerModule):
                 self.weight.copy_(before)
         return self
 
-    def _rows(self, like: Tensor, seed: int | None) -> Tensor:  # [M, D]
+    def _rows(self, like: Tensor, seed: Any) -> Tensor:  # [M, D]
         """Draw rows, each of them a unit normal vector."""
         shape = (self.num_features, self.in_features)
         dtype, device = _wide_type(like), like.device
@@ -337,17 +338,18 @@ class PositiveFeatures(EagerModule):
         directions = directions.flatten(0, 2)[: self.num_features] / math.sqrt(self.in_features)
         return directions * normal.norm(dim=-1, keepdim=True)
 
-    def draw(self, seed: int | Literal["fixed"] | None = None) -> PositiveProjection:
+    def draw(self, seed: int | Tensor | Literal["fixed"] | None = None) -> PositiveProjection:
         """Return the map of one call, with new or fixed rows as `resample` says.
 
         Args:
-            seed: an integer makes new rows a function of it, for calls that belong to each other;
-                ``"fixed"`` asks for the fixed ones.
+            seed: an integer, or a tensor with one int64, makes new rows a function of it, for calls
+                that belong to each other; ``"fixed"`` asks for the fixed ones.
         """
-        if seed is not None and seed != "fixed":
-            seed = check_seed("PositiveFeatures", seed)
+        as_fixed = isinstance(seed, str) and seed == "fixed"
+        if not as_fixed:
+            check_source("PositiveFeatures", None, cast(Any, seed))
         fixed = self.resample == "never" or (self.resample == "train" and not self.training)
-        if self.resample == "never" or seed == "fixed" or (fixed and seed is None):
+        if self.resample == "never" or as_fixed or (fixed and seed is None):
             return PositiveProjection(self.weight, self.scale)
         return PositiveProjection(self._rows(self.weight, seed), self.scale)
 

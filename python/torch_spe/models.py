@@ -144,6 +144,32 @@ def check_saved(owner: str, config: ModelConfig) -> None:
             ) from None
 
 
+def mean_of_tokens(
+    layers: Sequence[nn.Module] | nn.ModuleList,
+    hidden: Tensor,  # [B, N, D]
+    kept: Tensor | None,  # [B, N]
+) -> Tensor:  # [B, D]
+    """Return the mean over a sequence's tokens: those of all ranks where it is cut over some.
+
+    Args:
+        layers: of the model, which know the ranks.
+        hidden: what the last one gives, normalized.
+        kept: False at tokens that are none.
+    """
+    ranks = getattr(getattr(layers[0], "self_attn", None), "_ranks", None)
+    if kept is None and ranks is None:
+        return hidden.mean(1)
+    if kept is None:
+        kept = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+    kept = kept.unsqueeze(-1)
+    hidden = hidden.masked_fill(~kept, 0)
+    if ranks is None:
+        return hidden.sum(1) / kept.sum(1).clamp(min=1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # where counts are exact
+    total, count = ranks.sum_over_tokens(hidden.sum(1, dtype=wide), kept.sum(1, dtype=wide))
+    return (total / count.clamp(min=1)).to(hidden.dtype)
+
+
 class _Model(nn.Module):
     """Embedding, pre-norm layers and a last norm, to which each model adds its output layer."""
 
@@ -488,6 +514,9 @@ class SPECausalLM(_Model):
 class SPESequenceClassifier(_Model):
     """Attends in both directions and names the class of a sequence, from the mean over its tokens.
 
+    Where `torch_spe.distributed.SPESequenceParallel` cuts sequences over ranks, the mean is that
+    over the tokens of all ranks, and each of them has the same logits.
+
     Args:
         config: sizes and options; ``num_classes`` is needed.
 
@@ -526,7 +555,5 @@ class SPESequenceClassifier(_Model):
                 `SPEMultiheadAttention.forward`.
         """
         hidden = self.hidden(tokens, padding, is_causal=False, start=start, grid=grid)
-        if padding is None:
-            return self.head(hidden.mean(1))
-        kept = (padding == 0).unsqueeze(-1)
-        return self.head(hidden.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1))
+        kept = None if padding is None else padding == 0
+        return self.head(mean_of_tokens(self.layers, hidden, kept))

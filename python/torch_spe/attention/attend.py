@@ -37,7 +37,7 @@ class Call:
         state: of the tokens before.
         cu_seqlens: bounds of packed sequences, ``[S + 1]``.
         extra: keys beside those of the input.
-        seed: of the noise, where it is not fixed; default any.
+        seed: of the noise, where it is not fixed; default any. A tensor in a compiled graph.
         map_seed: of a random feature map; default as the map says.
         operator: what attends; that of a sequence on several ranks has their bounds.
     """
@@ -49,8 +49,8 @@ class Call:
     state: AttentionState | None = None
     cu_seqlens: Tensor | None = None
     extra: ExtraKeys | None = None
-    seed: int | None = None
-    map_seed: int | None = None
+    seed: int | Tensor | None = None
+    map_seed: int | Tensor | None = None
     operator: Callable[..., Tensor] = functional.linear_attention
 
     @property

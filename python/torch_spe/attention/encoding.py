@@ -43,12 +43,13 @@ def draw_encoder(
     position = NO_POSITIONS if layer.position is None else layer.position
     position.warn_of_half_precision()
     size = tuple(max(n, m) for n, m in zip(q.shape[1:-2], k.shape[1:-2], strict=True))
+    seed: Any
     if call.state is not None:
         seed = call.state.seed
     else:
         seed = layer.seed if layer._fixes_noise() else call.seed
         if seed is None and (call.places.each or call.cu_seqlens is not None):
-            seed = cast(int, draw_seed(None, q.device).item())  # of several draws
+            seed = draw_seed(None, q.device).item()  # of several draws
     trained = used = position.num_realizations
     if trained is not None:
         trained = used = layer.num_realizations or trained

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,17 +15,32 @@ from torch.distributed.tensor import DTensor
 from torch_spe.distributed.exchange import gather_integers
 
 if TYPE_CHECKING:
-    from torch_spe.attention.attend import Call
     from torch_spe.attention.multihead import SPEMultiheadAttention
 
 _TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FACTOR = -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is to be alike in a call of all ranks, beside the layer.
+
+    Attributes:
+        causal: whether a position attends to those up to itself only.
+        given: whether each of the optional inputs is.
+        shape: of the projected queries, ``[B, *size, H, D]``.
+        dtype: of the same.
+    """
+
+    causal: bool
+    given: Sequence[bool]
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+
 def check_agreement(
     layer: SPEMultiheadAttention,
-    call: Call,
-    query: Tensor,  # [B, *size, H, D]
+    kind: Kind,
     group: dist.ProcessGroup,
     equal_lengths: bool,
 ) -> None:
@@ -31,8 +48,7 @@ def check_agreement(
 
     Args:
         layer: of a call.
-        call: what it is about.
-        query: projected queries.
+        kind: of the call.
         group: the ranks.
         equal_lengths: whether lengths are to agree as well.
     """
@@ -48,13 +64,12 @@ def check_agreement(
             f"{layer.decay_gate} {layer.feature_map if isinstance(layer.feature_map, str) else ''}"
         ),
         "mode (train or eval)": layer.training,
-        "is_causal": call.causal,
+        "is_causal": kind.causal,
         "inputs (batch, features, type)": (
-            f"{query.shape[0]} {tuple(query.shape[-2:])} {query.dtype} "
-            f"{query.shape[1:-2] if equal_lengths else ''}"
+            kind.shape[0], *kind.shape[-2:], kind.dtype,
+            *(kind.shape[1:-2] if equal_lengths else ()),
         ),
-        "optional inputs": (call.mask is None, call.cu_seqlens is None, call.places.each,
-                            call.places.positions is None),
+        "optional inputs": [*kind.given],
         "names and shapes of parameters": [(name, tuple(t.shape), t.dtype) for name, t in named],
     }  # fmt: skip
     of_tensors = [hash_tensor(tensor) for _, tensor in named]

@@ -25,8 +25,29 @@ def sequence_start(length: int, group: dist.ProcessGroup | None = None) -> int:
         RuntimeError: there is no process group.
     """
     check_group("sequence_start")
-    lengths = gather_integers([length], group)[:, 0]
-    return int(lengths[: dist.get_rank(group)].sum())
+    lengths = gather_integers(integer(length), group)[:, 0]
+    return first_token(lengths, dist.get_rank(group))
+
+
+def integer(value: int, device: torch.device | str = "cpu") -> Tensor:  # [1]
+    """Return a tensor with one integer, which is no constant in a compiled graph."""
+    return torch.full((1,), value, dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("torch_spe_distributed::first_token", mutates_args=())
+def first_token(lengths: Tensor, rank: int) -> int:
+    """Return the first token of a rank: an operator, whose result a compiled graph leaves open.
+
+    Args:
+        lengths: of all ranks.
+        rank: whose token.
+    """
+    return int(lengths[:rank].sum())
+
+
+@first_token.register_fake
+def _(lengths: Tensor, rank: int) -> torch.SymInt:
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def check_group(owner: str) -> None:

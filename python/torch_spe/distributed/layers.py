@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +22,17 @@ from torch_spe.attention.multihead import SPEMultiheadAttention
 from torch_spe.attention.places import Places
 from torch_spe.checks import check_flags, check_module, is_sequence
 from torch_spe.decay import steps_between
-from torch_spe.distributed.agreement import check_agreement
+from torch_spe.distributed.agreement import Kind, check_agreement
 from torch_spe.distributed.attention import linear_attention
 from torch_spe.distributed.bounds import LocalBounds, cut_bounds
-from torch_spe.distributed.exchange import check_group, gather, gather_integers
+from torch_spe.distributed.exchange import (
+    check_group,
+    first_token,
+    gather,
+    gather_integers,
+    integer,
+    sum_of_states,
+)
 from torch_spe.feature_maps import FeatureMap, PositiveFeatures
 from torch_spe.noise import draw_seed
 
@@ -118,7 +128,7 @@ class _Place:
     """
 
     start: int
-    seed: int | None
+    seed: int | Tensor | None
     cu_seqlens: Tensor | None = None
     bounds: LocalBounds | None = None
     is_consecutive: bool = False
@@ -140,18 +150,27 @@ class SequenceRanks:
         self.equal_lengths = equal_lengths
         self._place: _Place | None = None
         self._agreed = False
+        self._layer: weakref.ref[SPEMultiheadAttention] | None = None
+        number = next(_NUMBERS)
+        _RANKS[number] = self
+        # A tensor, as an integer would be a constant of a graph, which several layers may share.
+        self._number = integer(number)
 
     def attach(self, layer: SPEMultiheadAttention) -> None:
         """Give the layer these ranks."""
         if layer._ranks is not None:
             raise ValueError(f"{OWNER}: module must not be parallel already, got one that is")
         layer._ranks = self
+        self._layer = weakref.ref(layer)
         layer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
         layer.register_forward_hook(self._behind, always_call=True)
 
     def __deepcopy__(self, memo: dict) -> SequenceRanks:
         copied = SequenceRanks(self.group, self.equal_lengths)
         memo[id(self)] = copied
+        layer = None if self._layer is None else self._layer()
+        if layer is not None:  # of which there is a copy already, as far as its attributes
+            copied._layer = weakref.ref(memo.get(id(layer), layer))
         return copied
 
     def __reduce__(self) -> tuple:
@@ -213,23 +232,30 @@ class SequenceRanks:
 
     def _find(
         self, layer: SPEMultiheadAttention, rows: int, device: torch.device
-    ) -> tuple[int, int | None]:
+    ) -> tuple[int, int | Tensor | None]:
         """Return the rank's first token or row of a grid, and the seed of the call."""
         rank = dist.get_rank(self.group)
-        seed = None
-        if _draws(layer):
-            # All ranks draw, so that their generators move on alike.
-            seed = int(draw_seed(None, device).item())
+        # All ranks draw, so that their generators move on alike.
+        seed = draw_seed(None, device) if _draws(layer) else None
         if self.equal_lengths and seed is None:
             return rank * rows, None
-        gathered = gather_integers([rows, 0 if seed is None else seed], self.group)
-        if self.equal_lengths and (gathered[:, 0] != rows).any():
+        seed_or_0 = integer(0) if seed is None else seed  # ranks may disagree, which is found later
+        own = torch.cat((integer(rows, seed_or_0.device), seed_or_0))
+        lengths, seeds = gather_integers(own, self.group).unbind(1)
+        is_compiling = torch.compiler.is_compiling()
+        if not self.equal_lengths:
+            start = first_token(lengths, rank)
+        elif is_compiling or (lengths == rows).all():  # a graph cannot look
+            start = rank * rows
+        else:
             raise ValueError(
                 f"{OWNER}: all ranks must have as many tokens with equal_lengths=True, got "
-                f"{gathered[:, 0].tolist()}"
+                f"{lengths.tolist()}"
             )
-        start = int(gathered[:rank, 0].sum())
-        return start, None if seed is None else int(gathered[0, 1])
+        if seed is None:
+            return start, None
+        # As an integer it would be a constant of a graph, compiled again for each.
+        return start, seeds[:1].to(device) if is_compiling else int(seeds[0])
 
     def join(self, layer: SPEMultiheadAttention, call: Call, query: Tensor) -> Call:
         """Return what a call is about on this rank; what is no call of the layer stays.
@@ -242,10 +268,14 @@ class SequenceRanks:
         place, self._place = self._place, None
         if place is None:  # what the layer computes beside calls
             return call
-        if not self._agreed and not torch.compiler.is_compiling():
-            check_agreement(layer, call, query, self.group, self.equal_lengths)
-            self._agreed = True
         places = call.places
+        given = [x is not None for x in (call.mask, call.cu_seqlens, places.positions)] + [
+            places.each
+        ]
+        if torch.compiler.is_compiling():
+            _agree(self._number, call.causal, given, query.shape, query.dtype)
+        else:
+            self.agree(Kind(call.causal, given, query.shape, query.dtype))
         if layer.decay is not None and places.positions is not None:
             if place.is_consecutive:
                 places = dataclasses.replace(places, between=None, consecutive=True)
@@ -269,6 +299,26 @@ class SequenceRanks:
         arguments["cu_seqlens"] = place.cu_seqlens
         return linear_attention(q, k, v, group=self.group, start=place.start, **arguments)
 
+    def agree(self, kind: Kind) -> None:
+        """Raise RuntimeError on every rank unless all call the same layer alike; only once."""
+        layer = None if self._layer is None else self._layer()
+        if not self._agreed and layer is not None:
+            check_agreement(layer, kind, self.group, self.equal_lengths)
+            self._agreed = True
+
+    def sum_over_tokens(
+        self,
+        own: Tensor,  # [B, D]
+        count: Tensor,  # [B, 1]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum over the tokens of all ranks, differentiable, and how many these are.
+
+        Args:
+            own: sum over this rank's tokens.
+            count: how many tokens of each sequence the rank has, of the same type.
+        """
+        return sum_of_states(own, count, self.group)
+
     def _steps_between(self, places: Places, place: _Place) -> Tensor:  # [B or 1, N]
         """Return what lies between given positions; the first one follows that of a rank before."""
         assert places.positions is not None
@@ -288,6 +338,27 @@ class SequenceRanks:
                     first = first * place.bounds.from_before
                 return torch.cat((first, between[:, 1:]), dim=1)
         return between
+
+
+# The ranks of all layers, by number, where the operator of a compiled graph finds them.
+_NUMBERS = itertools.count()
+_RANKS: weakref.WeakValueDictionary[int, SequenceRanks] = weakref.WeakValueDictionary()
+
+
+# As it says to change the number no compiler leaves it out, although it returns nothing.
+@torch.library.custom_op("torch_spe_distributed::agree", mutates_args=("number",))
+def _agree(
+    number: Tensor, causal: bool, given: Sequence[bool], shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Call `SequenceRanks.agree`, of the ranks with the number, when a graph runs."""
+    _RANKS[int(number)].agree(Kind(causal, given, shape, dtype))
+
+
+@_agree.register_fake
+def _(
+    number: Tensor, causal: bool, given: Sequence[bool], shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    pass
 
 
 def _draws(layer: SPEMultiheadAttention) -> bool:

@@ -23,7 +23,7 @@ from torch_spe.flat_parameters import FlatParameterModule
 from torch_spe.hf.cache import SPECache, layer_of, prepare_cache
 from torch_spe.hf.configuration import SPEConfig
 from torch_spe.hf.inputs import find_bounds, find_padding
-from torch_spe.models import SPECausalLM
+from torch_spe.models import SPECausalLM, mean_of_tokens
 
 __all__ = ["SPEForCausalLM", "SPEForSequenceClassification", "SPEModel", "SPEPreTrainedModel"]
 
@@ -151,7 +151,7 @@ class SPEModel(SPEPreTrainedModel):
             cache: `SPECache` of the tokens before, or an empty `DynamicCache`.
             inputs_embeds: in place of input_ids.
             use_cache: whether to return a cache. Default: that of the configuration in eval mode,
-                False in training.
+                False in training and where a sequence is cut over ranks.
             output_hidden_states: whether to return those between the layers.
             output_attentions: must be False.
             kwargs: ``cu_seq_lens_q``, bounds of packed sequences; others have no effect.
@@ -170,8 +170,9 @@ class SPEModel(SPEPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         causal = self.config.is_causal is not False
+        on_ranks = any(cast(Any, layer).self_attn._ranks is not None for layer in self.layers)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and causal
+            use_cache = self.config.use_cache and not self.training and causal and not on_ranks
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache, cache = False, None
         padding = find_padding(attention_mask, hidden.shape[1])
@@ -180,6 +181,16 @@ class SPEModel(SPEPreTrainedModel):
             raise ValueError(
                 f"{type(self).__name__}: cache must be None with sequences packed in one, whose "
                 "bounds are cu_seq_lens_q, or position_ids that start again from 0"
+            )
+        if on_ranks and (use_cache or cache is not None):
+            raise ValueError(
+                f"{type(self).__name__}: cache must be None, and use_cache=False, where a sequence "
+                "is cut over ranks (SPESequenceParallel): no rank has the state behind all tokens"
+            )
+        if on_ranks and padding is not None and bounds is None:
+            raise ValueError(
+                f"{type(self).__name__}: attention_mask must have no padding where a sequence is "
+                "cut over ranks (SPESequenceParallel)"
             )
         if use_cache and cache is None and bounds is None:
             cache = SPECache(self.config)
@@ -327,12 +338,8 @@ class SPEForSequenceClassification(SPEPreTrainedModel):
             input_ids, attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs
         )
         hidden = outputs.last_hidden_state
-        if attention_mask is None:
-            mean = hidden.mean(1)
-        else:
-            kept = attention_mask.bool().unsqueeze(-1)
-            mean = hidden.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1)
-        logits = self.score(mean)
+        kept = None if attention_mask is None else attention_mask.bool()
+        logits = self.score(mean_of_tokens(self.model.layers, hidden, kept))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -97,7 +97,8 @@ class Position(FlatParameterModule):
         Args:
             size: largest lengths of queries and keys, one for each dimension.
             num_realizations: overrides the module's; without a meaning where there is no noise.
-            seed: makes the noise a function of this integer.
+            seed: makes the noise a function of this integer; in a compiled graph of a sequence on
+                several ranks a tensor with one int64, for `torch_spe.noise`.
             generator: for the noise, instead of PyTorch's own.
             start: first position.
             positions: ``[N]`` or ``[N, ndim]``, instead of consecutive ones.
