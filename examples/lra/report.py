@@ -88,6 +88,7 @@ def plot(path: Path, task: str, results: list[dict]) -> None:
 def report(source: Path, folder: Path) -> str:
     """Write results.json, tables.md and the plots of the runs there are; return the tables."""
     results = results_in(source)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = []
     for task in sorted({result["task"] for result in results}):
         of_task = [result for result in results if result["task"] == task]

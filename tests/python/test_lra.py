@@ -214,7 +214,7 @@ def test_the_runner_makes_a_run_once_and_reports(tmp_path, monkeypatch, capsys):
     assert (
         "published: softmax Transformer | 500 to 2000 tokens | | 36.37" in capsys.readouterr().out
     )
-    assert "| exact sines, decay (the default) | cpu |" in report(tmp_path, tmp_path)
+    assert "| exact sines, decay (the default) | cpu |" in report(tmp_path, tmp_path / "new")
 
 
 def test_the_presets_have_the_sizes_that_are_said():
