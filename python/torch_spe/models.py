@@ -144,8 +144,14 @@ def check_saved(owner: str, config: ModelConfig) -> None:
             ) from None
 
 
+def ranks_of(layers: Iterable[nn.Module]) -> Any:
+    """Return the ranks over which a model's sequences are cut, `SequenceRanks`, or None."""
+    attentions = (getattr(layer, "self_attn", None) for layer in layers)
+    return next(filter(None, (getattr(x, "_ranks", None) for x in attentions)), None)
+
+
 def mean_of_tokens(
-    layers: Sequence[nn.Module] | nn.ModuleList,
+    layers: Iterable[nn.Module],
     hidden: Tensor,  # [B, N, D]
     kept: Tensor | None,  # [B, N]
 ) -> Tensor:  # [B, D]
@@ -156,7 +162,7 @@ def mean_of_tokens(
         hidden: what the last one gives, normalized.
         kept: False at tokens that are none.
     """
-    ranks = getattr(getattr(layers[0], "self_attn", None), "_ranks", None)
+    ranks = ranks_of(layers)
     if kept is None and ranks is None:
         return hidden.mean(1)
     if kept is None:

@@ -23,7 +23,7 @@ from torch_spe.flat_parameters import FlatParameterModule
 from torch_spe.hf.cache import SPECache, layer_of, prepare_cache
 from torch_spe.hf.configuration import SPEConfig
 from torch_spe.hf.inputs import find_bounds, find_padding
-from torch_spe.models import SPECausalLM, mean_of_tokens
+from torch_spe.models import SPECausalLM, mean_of_tokens, ranks_of
 
 __all__ = ["SPEForCausalLM", "SPEForSequenceClassification", "SPEModel", "SPEPreTrainedModel"]
 
@@ -170,7 +170,7 @@ class SPEModel(SPEPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         causal = self.config.is_causal is not False
-        on_ranks = any(cast(Any, layer).self_attn._ranks is not None for layer in self.layers)
+        on_ranks = ranks_of(self.layers) is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and causal and not on_ranks
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
