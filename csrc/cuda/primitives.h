@@ -133,20 +133,6 @@ __device__ __forceinline__ T shuffle_xor(T value, int offset) {
   return __shfl_xor_sync(0xffffffffu, value, offset);
 }
 
-// The sum over the lanes of a warp, in every lane.
-template <class T>
-__device__ __forceinline__ T warp_sum(T value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
-  return value;
-}
-
-// The sum over lanes 4 g .. 4 g + 3, in each of them.
-template <class T>
-__device__ __forceinline__ T quad_sum(T value) {
-  value += shuffle_xor(value, 1);
-  return value + shuffle_xor(value, 2);
-}
-
 // Cosine and sine of an angle in [-pi, pi], to 20 bits.
 __device__ __forceinline__ void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
   asm("cos.approx.ftz.f32 %0, %1;" : "=f"(*cos_out) : "f"(angle));
@@ -242,6 +228,20 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const std::uint3
 #endif
 
 namespace torch_spe::cuda {
+
+// The sum over the lanes of a warp, in every lane.
+template <class T>
+TORCH_SPE_DEVICE T warp_sum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
+  return value;
+}
+
+// The sum over lanes 4 g .. 4 g + 3, in each of them.
+template <class T>
+TORCH_SPE_DEVICE T quad_sum(T value) {
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
+}
 
 // Storage to the type of computation, and back.
 TORCH_SPE_DEVICE float read(float value) { return value; }

@@ -71,18 +71,6 @@ T shuffle_xor(T value, int offset) {
   return lane.value;
 }
 
-template <class T>
-T warp_sum(T value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
-  return value;
-}
-
-template <class T>
-T quad_sum(T value) {
-  value += shuffle_xor(value, 1);
-  return value + shuffle_xor(value, 2);
-}
-
 inline void fast_cos_sin(float angle, float* cos_out, float* sin_out) {
   *cos_out = std::cos(angle);
   *sin_out = std::sin(angle);

@@ -57,6 +57,11 @@ struct alignas(4 * sizeof(T)) RowFactors {
   T inverse;  // 1 / (d scale)
   T weight;   // gradient of the denominator, -(dy . y) / (d scale); 0 for a norm
   T mean;     // of dy y, for a norm: dy - mean y is divided
+
+  // The gradient before the norm.
+  TORCH_SPE_DEVICE T before_norm(T grad, T result) const {
+    return (grad - mean * result) * inverse;
+  }
 };
 
 template <class Storage>
@@ -137,20 +142,21 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const Storage* const grad = grads + row * p.grad_strides[1];
     const Storage* const result = results + row * p.result_strides[1];
     Storage* const to = divided + row * p.heads * p.values;
-    const T mean = parts[2 * row], inverse = parts[2 * row + 1];
+    own.mean = parts[2 * row];
+    own.inverse = parts[2 * row + 1];
     if (p.aligned) {
       for (std::int64_t e = part * kVector; e < p.values; e += Rows::kParts * kVector) {
         auto a = *reinterpret_cast<const Vector<Storage>*>(grad + e);
         const auto b = *reinterpret_cast<const Vector<Storage>*>(result + e);
         TORCH_SPE_UNROLL
         for (int i = 0; i < kVector; ++i)
-          write((read(a.values[i]) - mean * read(b.values[i])) * inverse, a.values + i);
+          write(own.before_norm(read(a.values[i]), read(b.values[i])), a.values + i);
         *reinterpret_cast<Vector<Storage>*>(to + e) = a;
       }
     } else {
       for (std::int64_t e = part; e < p.values; e += Rows::kParts) {
         const T y = read(result[e * p.result_strides[3]]);
-        write((read(grad[e * p.grad_strides[3]]) - mean * y) * inverse, to + e);
+        write(own.before_norm(read(grad[e * p.grad_strides[3]]), y), to + e);
       }
     }
   }

@@ -143,15 +143,13 @@ struct Tokens {
   TORCH_SPE_DEVICE T y_at(std::int64_t batch, std::int64_t n, std::int64_t head,
                           std::int64_t e) const {
     if (is_padding(batch, n)) return T(0);
-    T value =
+    const T value =
         read(y[batch * y_strides[0] + n * y_strides[1] + head * y_strides[2] + e * y_strides[3]]);
     if (factors == nullptr) return value;
     const RowFactors<T> own = factors[index(batch, n, head)];
-    if (result != nullptr) {
-      value -= own.mean * read(result[batch * result_strides[0] + n * result_strides[1] +
-                                      head * result_strides[2] + e * result_strides[3]]);
-    }
-    return value * own.inverse;
+    if (result == nullptr) return value * own.inverse;
+    return own.before_norm(value, read(result[batch * result_strides[0] + n * result_strides[1] +
+                                              head * result_strides[2] + e * result_strides[3]]));
   }
 
   // X of a chunk's tokens, features [r0, r0 + kColumns) of `count`, each token times its factor in
@@ -246,11 +244,9 @@ struct Tokens {
         if (row < chunk.size && e0 + column < count) {
           const std::int64_t n = chunk.begin + row;
           const RowFactors<T> factor = own[row * heads];
-          value =
-              read(base[n * y_strides[1] + column * y_strides[3]]) -
-              factor.mean *
-                  read(base_of_result[n * result_strides[1] + (e0 + column) * result_strides[3]]);
-          value *= factor.inverse;
+          value = factor.before_norm(
+              read(base[n * y_strides[1] + column * y_strides[3]]),
+              read(base_of_result[n * result_strides[1] + (e0 + column) * result_strides[3]]));
         }
         write(value, out + row * row_of<Operand>(kColumns) + column);
       }
