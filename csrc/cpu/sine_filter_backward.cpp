@@ -261,12 +261,14 @@ class SineFilterGradient {
 
 template <class Storage>
 void sine_filter_backward_of(const SineFilterBackwardParams& p) {
-  // Small enough groups that a single head keeps several threads busy.
+  // Small enough groups that a single head keeps several threads busy, of one size: a last one of a
+  // single feature would read the whole gradient of the output for it.
   using T = core::accumulate_t<Storage>;
   const std::int64_t fitting =
-      p.batch == 1 ? one_row_group_size<T>(p) : group_size<T>(p, kSineTile, kGradCodeTileBytes);
-  const std::int64_t group = max_of(1, min_of(fitting, p.num_heads * p.in_features / 16));
-  const std::int64_t groups = (p.in_features + group - 1) / group;
+      p.batch == 1 ? one_row_group_size<T>(p) : group_size<T>(p, kSineTile, grad_code_tile_bytes());
+  const std::int64_t most = max_of(1, min_of(fitting, p.num_heads * p.in_features / 16));
+  const std::int64_t groups = (p.in_features + most - 1) / most;
+  const std::int64_t group = (p.in_features + groups - 1) / groups;
   const std::int64_t tasks = p.num_heads * groups;
   const std::int64_t positions = p.grad_positions == nullptr ? 0 : p.length * p.ndim;
   Workspace<double> partial(tasks * positions);

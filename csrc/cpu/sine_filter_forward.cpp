@@ -19,7 +19,7 @@ class SineFilterEncoder {
       : p_(p),
         rows_(num_basis_rows(p)),
         width_(round_up(p.num_realizations, kLanes<T>)),
-        group_(p.batch == 1 ? group_size<T>(p, kSineTile, kGradCodeTileBytes)
+        group_(p.batch == 1 ? group_size<T>(p, kSineTile, kOneRowCodeTileBytes)
                             : group_size<T>(p, kCodePositions, kCodeTileBytes)),
         basis_of_(p),
         weights_(p.in_features * rows_ * width_),
