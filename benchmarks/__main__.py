@@ -22,7 +22,12 @@ from benchmarks.decode import decode
 
 SLOW = 2.0  # seconds of a call; fewer calls of such ones
 DIRECTIONS = ("forward", "forward+backward")
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def outputs(implementation: cases.Implementation) -> list[torch.Tensor]:

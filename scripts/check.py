@@ -1,8 +1,8 @@
 """Run tests, format and lint checks, and end with one summary. `make test` calls it.
 
 A part that fails does not keep the others from running. Arguments go to pytest. With --all every
-test, and what takes long: more random calls, sanitizers, PTX for a second architecture. With --fix,
-rewrites the sources in the project style instead.
+test, and what takes long: more random calls, sanitizers, lower instruction sets, PTX for a second
+architecture. With --fix, rewrites the sources in the project style instead.
 """
 
 import os
@@ -26,6 +26,13 @@ CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 # A process for each core, with one thread each.
 PARALLEL = ("-n", "auto", "--dist", "worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+CPU_TESTS = tuple(
+    f"tests/python/test_{name}.py"
+    for name in (
+        *("linear_attention", "decay", "sine_attention", "sine_filter", "sine_features"),
+        *("phasor_filter", "conv_filter", "fuzz"),
+    )
+)
 CUDA_TESTS = ("tests/python/test_cuda_kernels.py", "tests/python/test_cuda_decay.py")
 
 
@@ -101,6 +108,26 @@ def python_tests(report, arguments, everything):
     return count("Python tests", succeeded, report)
 
 
+def lower_instruction_sets():
+    """Those below the one that the tests run with, best first."""
+    command = "import torch_spe; print(torch_spe.build_info()['instruction_set'])"
+    used = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    names = ["avx512", "avx2", "baseline"]
+    used = used.stdout.strip()
+    return names[names.index(used) + 1 :] if used in names else []
+
+
+def older_processor_tests(name, report):
+    """The CPU kernels as compiled for a lower instruction set."""
+    succeeded = run(
+        *(sys.executable, "-m", "pytest", f"--junitxml={report}", *PARALLEL),
+        *("-p", "no:cacheprovider", *CPU_TESTS),
+        **ONE_THREAD,
+        TORCH_SPE_CPU_CAPABILITY=name,
+    )
+    return count(name, succeeded, report)
+
+
 def more_cuda_tests(name, executor, report, **variables):
     """As many runs of the CUDA kernels as in `make test`, in another way."""
     succeeded = run(
@@ -156,6 +183,8 @@ def main(arguments):
             check("ruff format", *ruff, "format", "--check", "."),
             check("ruff check", *ruff, "check", "."),
         ]
+        for name in lower_instruction_sets() if everything else ():
+            results.append(older_processor_tests(name, Path(reports) / f"{name}.xml"))
         if everything and has_nvcc():
             results.append(older_gpu_tests(Path(reports) / "compute_80.xml"))
         if everything:

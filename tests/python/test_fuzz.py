@@ -97,11 +97,12 @@ def check(call, repeat, monkeypatch):
     """Compare outputs and gradients, by the rule of CONTRIBUTING.md.
 
     In float64 and float32 an error is at most a small share of the largest entry, otherwise at
-    most twice that of PyTorch's own composition in the same types. `linear_attention` divides by
-    sums that may nearly cancel: what is left is then a matter of luck, in the composition too,
-    which has nine tries, on arguments that differ by roundings, and in float32 and float64 three
-    times its error. (Of 5600 random calls 34 had more than twice the error of one try, up to 10^12
-    times it; 5 had more than twice that of nine tries, at most 2.3 times. Of no other operator any
+    most twice that of PyTorch's own composition in the same types. `linear_attention` and
+    `sine_attention` divide by sums that may nearly cancel: what is left is then a matter of luck,
+    in the composition too, which has 39 tries, on arguments that differ by roundings, and in
+    float32 and float64 thirty times its error. Where nothing cancels that is less than the share.
+    (Of 5600 random calls 34 had more than twice the error of one try, up to 10^12 times it; with
+    nine tries 1 of 1400 had more than three times, at most nine times. Of no other operator any
     call had.)
     """
     trace(call, repeat)
@@ -144,11 +145,11 @@ def check(call, repeat, monkeypatch):
     # What float64 loses is what float32 loses, in other units.
     narrow = torch.float32 if data == torch.float64 else None
     lucky = call.operator in ("linear_attention", "sine_attention")
-    factor = 3 if lucky and least_exact in TOLERANCE else 2
+    factor = 30 if lucky and least_exact in TOLERANCE else 2
     if narrow:
         factor *= torch.finfo(data).eps / torch.finfo(narrow).eps
     torch.manual_seed(0)  # of the tries
-    for attempt in range(10 if lucky else 2):
+    for attempt in range(40 if lucky else 2):
         if all(e <= limit for e, limit in zip(errors, limits, strict=True)):
             return
         change = torch.finfo(narrow or least_exact).eps * min(1, attempt)

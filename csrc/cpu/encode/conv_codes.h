@@ -78,8 +78,15 @@ class ConvFeatureCodes {
 
   // Polyphase noise: the taps, and the noise of the class's first row.
   PhaseTaps<T> phase_taps() const {
-    return {tables_.contiguous() ? kernel_ : slot_taps_, constants_, slots_, slot_index_,
-            slot_offsets_};
+    bool in_line = slots_ > 0;
+    for (std::int64_t i = 1; i < slots_; ++i)
+      in_line = in_line && slot_offsets_[i] == slot_offsets_[i - 1] + width_;
+    return {tables_.contiguous() ? kernel_ : slot_taps_,
+            constants_,
+            slots_,
+            slot_index_,
+            slot_offsets_,
+            in_line};
   }
   const T* first_noise() const {
     return noise_ +

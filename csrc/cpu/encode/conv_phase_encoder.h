@@ -90,28 +90,56 @@ struct PhaseEncoder {
                  std::int64_t column) const {
     constexpr int kSums = kRows * kBatch;
     T* to = y + row * width + column;
-    Vec<T> acc[kSums][kCols] = {};
+    Vec<T> acc[kSums][kCols];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kCols; ++v) acc[i][v] = Vec<T>{};
+    }
     for (std::int64_t d = 0; d < count; ++d) {
       const PhaseTaps<T>& taps = features[d].taps;
       const T* z = features[d].z + offset;
       const T* from = x + row * x_ld + d;
       Vec<T> factors[kSums];
+#pragma GCC unroll 4
       for (int i = 0; i < kSums; ++i) factors[i] = Vec<T>{} + from[i * x_ld];
 #pragma GCC unroll 4
       for (int v = 0; v < kCols; ++v) {
         const std::int64_t* index = taps.index + column / kLanes<T> + v;
         Vec<T> code[kRows];
+#pragma GCC unroll 4
         for (int t = 0; t < kRows; ++t) code[t] = load_vec(taps.init + column + v * kLanes<T>);
-        for (std::int64_t i = 0; i < taps.slots; ++i, index += kVecs) {
-          const Vec<T> tap = load_vec(taps.taps + *index);
-          const T* noise = z + taps.offsets[i] + v * kLanes<T>;
-          for (int t = 0; t < kRows; ++t) code[t] += tap * load_vec(noise + t * width);
+        if (taps.in_line) {
+          const T* noise = z + taps.offsets[0] + v * kLanes<T>;
+          // A slot has the rows of the one before and one more, and loads are what takes time.
+          Vec<T> seen[kRows];
+#pragma GCC unroll 4
+          for (int t = 0; t + 1 < kRows; ++t) seen[t + 1] = load_vec(noise + t * width);
+          noise += (kRows - 1) * width;
+          for (std::int64_t i = 0; i < taps.slots; ++i, index += kVecs, noise += width) {
+#pragma GCC unroll 4
+            for (int t = 0; t + 1 < kRows; ++t) seen[t] = seen[t + 1];
+            seen[kRows - 1] = load_vec(noise);
+            const Vec<T> tap = load_vec(taps.taps + *index);
+#pragma GCC unroll 4
+            for (int t = 0; t < kRows; ++t) code[t] += tap * seen[t];
+          }
+        } else {
+          for (std::int64_t i = 0; i < taps.slots; ++i, index += kVecs) {
+            const Vec<T> tap = load_vec(taps.taps + *index);
+            const T* noise = z + taps.offsets[i] + v * kLanes<T>;
+#pragma GCC unroll 4
+            for (int t = 0; t < kRows; ++t) code[t] += tap * load_vec(noise + t * width);
+          }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < kSums; ++i) acc[i][v] += factors[i] * code[i / kBatch];
       }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
       if (i >= valid) break;
+#pragma GCC unroll 4
       for (int v = 0; v < kCols; ++v) {
         T* at = to + i * width + v * kLanes<T>;
         store_vec(at, load_vec(at) + acc[i][v]);

@@ -101,6 +101,7 @@ struct PhaseTaps {
   std::int64_t slots;           //
   const std::int64_t* index;    // [slots, kVecs]
   const std::int64_t* offsets;  // [slots]
+  bool in_line;                 // slot by slot one row further; there is a slot then
 
   template <int kRows, int kCols>
   TORCH_SPE_INLINE void block(const T* z, std::int64_t width, std::int64_t column,
