@@ -82,6 +82,19 @@ def compare_transformers():
             model(own(tokens), **cache)
     with pytest.raises(ValueError, match="attention_mask must have no padding where a sequence"):
         model(own(tokens), torch.arange(own(tokens).shape[1]).expand(2, -1) > 0)
+    # Labels of a rank's last token are the next rank's. Masked ones count for no rank.
+    for labels in (tokens, tokens.masked_fill(tokens > 9, -100)):
+        reference.zero_grad()
+        expected = reference(tokens, labels=labels)
+        expected.loss.backward()
+        model.zero_grad()
+        loss = model(own(tokens), labels=own(labels)).loss
+        loss.backward()
+        dist.all_reduce(loss.detach())
+        assert error(loss / 2, expected.loss) < 1e-5
+        for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+            dist.all_reduce(a.grad)
+            assert error(a.grad / 2, b.grad) < 1e-4
     reference = SPEForSequenceClassification(SPEConfig(**options, num_labels=3)).eval()
     model = parallel(copy.deepcopy(reference))
     assert error(model(own(tokens)).logits, reference(tokens).logits) < 1e-5

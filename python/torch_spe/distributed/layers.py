@@ -319,6 +319,28 @@ class SequenceRanks:
         """
         return sum_of_states(own, count, self.group)
 
+    def next_labels(self, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+        """Return the label after each token, which may be another rank's, and how many there are.
+
+        Args:
+            labels: of this rank's tokens, ``[B, N]``.
+            ignored: the label that stands for none.
+
+        Returns:
+            The labels, ``[B, N]``, and the number of those of all ranks that are not ignored.
+        """
+        # One row more says whether there are tokens.
+        length = labels.shape[1]
+        first = labels[:, 0] if length else labels.new_zeros(len(labels))
+        behind = labels.new_full((len(labels),), ignored)
+        rank = dist.get_rank(self.group)
+        for row in gather(F.pad(first, (0, 1), value=int(length > 0)), self.group)[rank + 1 :].flip(
+            0
+        ):
+            behind = torch.where(row[-1] > 0, row[:-1], behind)
+        labels = torch.cat([labels, behind.unsqueeze(1)], 1)[:, 1:].contiguous()
+        return labels, gather((labels != ignored).sum(), self.group).sum()
+
     def _steps_between(self, places: Places, place: _Place) -> Tensor:  # [B or 1, N]
         """Return what lies between given positions; the first one follows that of a rank before."""
         assert places.positions is not None

@@ -277,7 +277,8 @@ class SPEForCausalLM(SPEPreTrainedModel, GenerationMixin):
             position_ids: see `SPEModel.forward`.
             cache: see `SPEModel.forward`.
             inputs_embeds: see `SPEModel.forward`.
-            labels: tokens, -100 where there is none to predict; shifted here.
+            labels: tokens, -100 where there is none to predict; shifted here. Where a sequence is
+                cut over ranks, the average of their losses is the loss of one process.
             use_cache: see `SPEModel.forward`.
             logits_to_keep: of the last tokens only; 0 means all.
             kwargs: of `SPEModel.forward`, and of the loss.
@@ -289,6 +290,10 @@ class SPEForCausalLM(SPEPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
+            if (ranks := ranks_of(self.model.layers)) is not None and "shift_labels" not in kwargs:
+                shifted, count = ranks.next_labels(labels, kwargs.get("ignore_index", -100))
+                share = count / torch.distributed.get_world_size(ranks.group)
+                kwargs = {"num_items_in_batch": share, **kwargs, "shift_labels": shifted}
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
