@@ -27,7 +27,7 @@ QUESTIONS = (
     (
         "Is time short, and recall\nfrom afar not needed?",
         'position="rotary",\ndecay="learned",\ndecay_range=(8, 512)',
-        "3/4 of the time of a step, level\non text, 0.015 nats behind on music",
+        "7/8 of the time of a step, level\non text, 0.015 nats behind on music",
     ),
 )
 OTHERWISE = (
