@@ -333,10 +333,8 @@ class SequenceRanks:
         length = labels.shape[1]
         first = labels[:, 0] if length else labels.new_zeros(len(labels))
         behind = labels.new_full((len(labels),), ignored)
-        rank = dist.get_rank(self.group)
-        for row in gather(F.pad(first, (0, 1), value=int(length > 0)), self.group)[rank + 1 :].flip(
-            0
-        ):
+        firsts = gather(F.pad(first, (0, 1), value=int(length > 0)), self.group)
+        for row in firsts[dist.get_rank(self.group) + 1 :].flip(0):
             behind = torch.where(row[-1] > 0, row[:-1], behind)
         labels = torch.cat([labels, behind.unsqueeze(1)], 1)[:, 1:].contiguous()
         return labels, gather((labels != ignored).sum(), self.group).sum()
