@@ -148,12 +148,13 @@ def measure_case(
         for i in case.implementations
         if i.timed
     }
-    for name, run, flops, moved in (
-        ("forward", forward, case.flops, read + written),
+    for name, run, flops, executed, moved in (
+        ("forward", forward, case.flops, case.executed, read + written),
         (
             "forward+backward",
             forward_and_backward,
             case.flops + case.flops_backward,
+            case.executed + case.executed_backward,
             3 * read + 2 * written,
         ),
     ):
@@ -177,6 +178,8 @@ def measure_case(
             row[f"{name} GFLOP/s"] = flops / time / 1e9
             row[f"{name} share"] = flops / time / 1e9 / machine.gflops
             row[f"{name} share of the bandwidth"] = moved / time / 1e9 / machine.gbytes
+            if executed and device == "cpu":
+                row[f"{name} share executed"] = executed / time / 1e9 / machine.gflops
     return list(rows.values())
 
 
@@ -241,7 +244,9 @@ def table(rows: list[dict], digits: int = 2) -> str:
         if "forward share" in row:
             rate = " / ".join(
                 f"{row[f'{name} GFLOP/s']:.0f} ({row[f'{name} share']:.0%}, "
-                f"{row[f'{name} share of the bandwidth']:.0%})"
+                f"{row[f'{name} share of the bandwidth']:.0%}"
+                + (f", executed {row[key]:.0%}" if (key := f"{name} share executed") in row else "")
+                + ")"
                 for name in DIRECTIONS
                 if f"{name} share" in row
             )

@@ -45,6 +45,9 @@ class Case:
     flops: float  # forward
     flops_backward: float
     implementations: list[Implementation] = field(default_factory=list)
+    # What the library's CPU kernel executes for it instead, where that is known.
+    executed: float = 0.0
+    executed_backward: float = 0.0
     exact: bool = True  # whether all implementations, given the same seed, give the same values
     shares: bool = False  # whether to say what share of the time which operators take, on the CPU
 
@@ -66,6 +69,8 @@ def published_module(checkout: Path):
 # Bytes that materializing takes for each entry of the codes of queries and keys, forward and
 # backward: codes, the same with the gate, in the type of the data, and a gradient of each.
 MATERIALIZED = 2 * 2 * 10.0
+# Tokens of a chunk of causal attention on the CPU (kChunk in csrc/cpu/attention/segments.h).
+CHUNK = 64
 # Where PyTorch's depthwise convolutions begin to take seconds on a GPU.
 LONG_CONVOLUTION = 4096
 # Names that `crossings` looks for.
@@ -331,6 +336,21 @@ def conv(
     return case
 
 
+def executed(tokens: float, features: int, values: int) -> dict[str, float]:
+    """Operations that causal attention on the CPU executes, of `tokens` of all heads.
+
+    A product with the state, or one that adds to it, has ``2 R E`` of each token, one within chunks
+    ``C R`` or ``C E``, as what is above the diagonal is left out. Forward: weights, values, the
+    state read and added to. Backward: the state again and its gradient, and what each gradient
+    takes. Segments of a sequence that several threads share take more.
+    """
+    state, of_queries, of_values = 2.0 * features * values, CHUNK * features, CHUNK * values
+    return {
+        "executed": tokens * (2 * state + of_queries + of_values),
+        "executed_backward": tokens * (5 * state + 3 * of_queries + 2 * of_values),
+    }
+
+
 def attention(
     batch: int, length: int, device: str, dtype: torch.dtype,
     heads: int = 8, features: int = 64, values: int = 64,
@@ -347,6 +367,7 @@ def attention(
         {"B": batch, "N": length, "H": heads, "R": features, "E": values},
         flops=work,
         flops_backward=2 * work,
+        **executed(batch * length * heads, features, values),
         implementations=[
             Implementation(
                 "torch_spe", lambda: (functional.linear_attention(q, k, v, causal=True),), inputs
@@ -420,6 +441,7 @@ def decay(
         {"B": batch, "N": length, "H": heads, "R": features, "E": values},
         flops=work,
         flops_backward=2 * work,
+        **(executed(batch * length * heads, features, values) if causal else {}),
         implementations=[Implementation("torch_spe", attend, [q, k, v])],
     )
     for form, expanded in forms.items():
@@ -430,6 +452,8 @@ def decay(
                 lambda log_decay=log_decay: attend(log_decay),
                 [q, k, v, log_decay],
                 function="decay",
+                # A decay of each feature has other products.
+                rated=form in ("[H]", "[B, N, H]"),
             )
         )
     if batch * heads * length**2 <= 2**24:

@@ -27,9 +27,9 @@ class LearnedPositions(nn.Module):
         return self.table[:length]
 
 
-def _rotary(label: str, layer: dict | None = None, **options) -> Encoding:
+def _rotary(label: str, layer: dict | None = None, head: int = HEAD, **options) -> Encoding:
     return Encoding(
-        label, position=lambda: RotaryPositions(HEADS, HEAD, **options), layer=layer or {},
+        label, position=lambda: RotaryPositions(HEADS, head, **options), layer=layer or {},
         spe_lr_scale=5,
     )  # fmt: skip
 
@@ -120,8 +120,18 @@ ENCODINGS = {
     "rotary-random-decay-near": _rotary(
         "rotary, random frequencies, decay, to 512", DECAY | NEAR, frequencies="random"
     ),
+    # As many features a head as exact sines with K = 1 have: cosine, sine and gate of each.
+    "rotary-random-decay-near-wide": _rotary(
+        f"rotary, random frequencies, decay, to 512, {3 * HEAD} features a head",
+        DECAY | NEAR | {"head_dim": 3 * HEAD}, head=3 * HEAD, frequencies="random",
+    ),
     "rotary-random-decay-feature": _rotary(
         "rotary, random frequencies, decay of each pair", FEATURE, frequencies="random"
+    ),
+    "exact-8-decay": _exact(", decay", 8, **DECAY),
+    "bandwidth-8-decay": _sine(
+        "phase noise, bandwidths, K = 8, decay", num_sines=8, noise="phase", bandwidth=True,
+        layer=DECAY,
     ),
     "exact-decay-near": _exact(", decay, to 512", **DECAY, **NEAR),
     "exact-decay-feature": _exact(", decay of each feature", **FEATURE),

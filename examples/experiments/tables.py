@@ -8,7 +8,8 @@ from experiments.intervals import paired
 from experiments.tasks import Task
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """Write a table, its first column words, the others numbers."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
@@ -24,7 +25,7 @@ def means(task: Task, rows: list[dict]) -> str:
         ]
         rate = f"{row['rate']:g}" + (f" of {len(row['rates'])}" if len(row["rates"]) > 1 else "")
         lines.append([row["label"], rate, str(len(row["seeds"])), *cells])
-    return _markdown([task.title, "rate", "seeds", *task.heads], lines)
+    return markdown([task.title, "rate", "seeds", *task.heads], lines)
 
 
 def add_differences(rows: list[dict], baseline: str) -> dict | None:
@@ -65,4 +66,4 @@ def differences(task: Task, rows: list[dict], reference: dict) -> str:
             for mean, half in row["differences"]
         ]
         lines.append([row["label"], *cells])
-    return _markdown([f"{task.title}: minus {reference['label']}", *task.heads], lines)
+    return markdown([f"{task.title}: minus {reference['label']}", *task.heads], lines)

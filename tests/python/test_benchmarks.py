@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.__main__ import check, measure_case
-from benchmarks.cases import LAYERS, Case, Implementation, decay, layer
+from benchmarks.cases import CHUNK, LAYERS, Case, Implementation, decay, layer
 from benchmarks.communication import Machine as Link
 from benchmarks.communication import Model, count, state_messages, step_seconds
 from benchmarks.decode import decode
@@ -104,3 +104,18 @@ def test_bytes_that_ranks_send_are_counted(ranks):
     times = step_seconds(ranks, 1000, model, Link())
     assert times[0] > times[1] > 0
     assert times[2] >= times[3] > 0
+
+
+def test_executed_products_of_attention():
+    header = Path(__file__).resolve().parents[2] / "csrc/cpu/attention/segments.h"
+    assert f"kChunk = {CHUNK};" in header.read_text()
+    case = decay(1, 128, "cpu", torch.float32)
+    # Forward of one token and head: weights and values of 64 tokens, of which half, the state twice.
+    assert case.executed == 128 * 8 * (2 * 64 * 64 / 2 * 2 + 2 * 2 * 64 * 64)
+    assert decay(1, 128, "cpu", torch.float32, causal=False).executed == 0
+    row = measure_case(case, "cpu", 0.1, Machine("", 1, 100.0, 10.0))[0]
+    for direction, work in (
+        ("forward", case.executed), ("forward+backward", case.executed + case.executed_backward)
+    ):  # fmt: skip
+        share = row[f"{direction} share executed"]
+        assert share * 100e9 * row[f"{direction} ms"] / 1e3 == pytest.approx(work)

@@ -15,8 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import torch_spe
+from experiments import costs, runs, tables
 from experiments import run as command
-from experiments import runs, tables
 from experiments.encodings import ENCODINGS
 from experiments.intervals import paired, t_quantile
 from experiments.models import make_model
@@ -352,6 +353,28 @@ def test_processes_share_the_runs(tmp_path):
     assert "written to" in done.stdout
     assert done.stdout.count("| no positions |") == 1
     assert not list(tmp_path.glob("*.claim"))
+
+
+# ---- costs
+
+
+def test_costs_of_a_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "load_task", lambda name: small_copy_task())
+    names = ["exact-decay", "rotary-random-decay-near-wide", "softmax-alibi"]
+    command_line = ["--rounds", "2", "--steps", "1", "--threads", str(torch.get_num_threads())]
+    costs.main([*command_line, "--encodings", *names, "--out", str(tmp_path / "costs.json")])
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert [row["encoding"] for row in found["rows"]] == names
+    # A cosine, a sine and a gate for each of the 32 features of a head.
+    assert [row["features"] for row in found["rows"]] == [96, 96, None]
+    assert all(0 < row["seconds"] < 60 for row in found["rows"])
+    assert found["machine"]["instruction_set"] == torch_spe.build_info()["instruction_set"]
+    text = capsys.readouterr().out
+    assert f"| {ENCODINGS['exact-decay'].label} | 96 | {found['rows'][0]['parameters']} |" in text
+    assert text.splitlines()[2].endswith("| 1.00 |")
+    with pytest.raises(SystemExit):
+        costs.main(["--rounds", "0"])
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
 
 
 # ---- intervals and tables
