@@ -110,7 +110,7 @@ def test_executed_products_of_attention():
     header = Path(__file__).resolve().parents[2] / "csrc/cpu/attention/segments.h"
     assert f"kChunk = {CHUNK};" in header.read_text()
     case = decay(1, 128, "cpu", torch.float32)
-    # Forward of one token and head: weights and values of 64 tokens, of which half, the state twice.
+    # Forward of a token and head: weights and values of half of 64 tokens, the state twice.
     assert case.executed == 128 * 8 * (2 * 64 * 64 / 2 * 2 + 2 * 2 * 64 * 64)
     assert decay(1, 128, "cpu", torch.float32, causal=False).executed == 0
     row = measure_case(case, "cpu", 0.1, Machine("", 1, 100.0, 10.0))[0]
