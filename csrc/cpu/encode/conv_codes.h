@@ -175,6 +175,7 @@ class ConvFeatureCodes {
 
   // The taps of a slot; false if none lies in the kernel.
   bool make_taps(const std::int64_t lag[3]) {
+    if (tables_.in_a_line()) return make_taps_in_a_line(lag[2]);
     bool any = false;
     std::int64_t index[kVecs] = {};
     for (int v = 0; v * kLanes<T> < width_; ++v) {
@@ -191,6 +192,22 @@ class ConvFeatureCodes {
       }
     }
     for (int v = 0; v < kVecs; ++v) slot_index_[slots_ * kVecs + v] = index[v];
+    return any;
+  }
+
+  // The same along one dimension, where all taps of a vector stand in the kernel one after the
+  // other.
+  bool make_taps_in_a_line(std::int64_t lag) {
+    bool any = false;
+    for (int v = 0; v < kVecs; ++v) {
+      std::int64_t& index = slot_index_[slots_ * kVecs + v];
+      index = 0;
+      if (v * kLanes<T> >= width_) continue;
+      const std::int64_t tap = tables_.classes(v * kLanes<T>)[2] + lag;
+      if (tap + kLanes<T> <= 0 || tap >= p_.kernel_size[2]) continue;
+      index = kPad + tap;
+      any = true;
+    }
     return any;
   }
 

@@ -45,6 +45,12 @@ class ConvTables {
   // Whether the classes of the realizations of a vector are consecutive.
   bool contiguous() const { return p_.generated.stride[2] % kLanes<T> == 0; }
 
+  // And there is one dimension.
+  bool in_a_line() const {
+    const std::int64_t (&s)[3] = p_.generated.stride;
+    return contiguous() && kernel_rows_ == 1 && s[0] * s[1] == 1;
+  }
+
   std::int64_t kernel_rows() const { return kernel_rows_; }
   std::int64_t kernel_ld() const { return kernel_ld_; }
   std::int64_t kernel_size() const { return plan_.parts * kernel_rows_ * kernel_ld_; }
