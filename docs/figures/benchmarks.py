@@ -144,7 +144,7 @@ def draw_generation(folder):
         axes.loglog(*zip(*points, strict=True), "o-", color=color, label=label)
         for length, ms in points:
             axes.annotate(
-                show_time(ms), (length, ms), (0, 7 if ms > 0.3 else -14), ha="center",
+                show_time(ms), (length, ms), (0, 7 if ms > 0.6 else -14), ha="center",
                 textcoords="offset points",
                 fontsize=9, color=color,
             )  # fmt: skip
