@@ -383,7 +383,8 @@ def attention(
                 inputs,
             )
         )
-    if importlib.util.find_spec("fast_transformers") is not None:
+    # It takes float32 only.
+    if dtype == torch.float32 and importlib.util.find_spec("fast_transformers") is not None:
         from fast_transformers.causal_product import causal_dot_product
 
         phi = reference.FEATURE_MAPS["elu"]
