@@ -30,7 +30,8 @@ CPU_TESTS = tuple(
     f"tests/python/test_{name}.py"
     for name in (
         *("linear_attention", "decay", "sine_attention", "sine_filter", "sine_features"),
-        *("phasor_filter", "conv_filter", "fuzz"),
+        *("phasor_filter", "conv_filter", "codes", "noise", "noise_kinds", "state"),
+        *("generation", "fuzz"),
     )
 )
 CUDA_TESTS = ("tests/python/test_cuda_kernels.py", "tests/python/test_cuda_decay.py")
