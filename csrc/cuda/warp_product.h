@@ -109,6 +109,17 @@ class WarpProduct {
     }
   }
 
+  // Calls function(i, j, pair, of the other) for the pairs of neighbouring elements of this thread,
+  // in columns from 8 j on, and those of another product in the same place.
+  template <class Function>
+  TORCH_SPE_DEVICE void for_each_pair_with(const WarpProduct& other, const Function& function) {
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kN / 8; ++j) function(i, j, &sums_[j][2 * i], &other.sums_[j][2 * i]);
+    }
+  }
+
   // Writes the rows of all warps to shared memory, `stride` apart: what rows(row) returns makes an
   // element of (column, value).
   template <class Out, class Rows>
@@ -133,6 +144,9 @@ class WarpProduct {
         return [=](int column, T value) { write(make(column, value), to + column); };
       });
     }
+  }
+  TORCH_SPE_DEVICE void store(Operand* out) {
+    store(out, [](int) { return [](int, T value) { return value; }; });
   }
   // Adds an element of another product to each, where function(i, column) is true.
   template <class Function>

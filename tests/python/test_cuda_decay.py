@@ -33,7 +33,7 @@ class Case:
     def __init__(
         self, dtype, batch=2, length=70, heads=2, features=5, values=7, form="token",
         steps="moderate", causal=True, normalize=True, rms_norm=False, state=True, own=0,
-        bounds=None, padding=False, wide=None, feature_map="elu", seed=0,
+        bounds=None, padding=False, wide=None, feature_map="elu", seed=0, state_gradients=True,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         accumulate = torch.promote_types(dtype, torch.float32)
@@ -77,6 +77,7 @@ class Case:
         self.bounds = None if bounds is None else torch.tensor(bounds)
         self.causal, self.normalize, self.rms_norm = causal, normalize and not rms_norm, rms_norm
         self.feature_map, self.eps = feature_map, 1e-2
+        self.state_gradients = state_gradients
 
     @property
     def inputs(self):
@@ -114,21 +115,22 @@ class Case:
             out = out / (out.square().mean(-1, keepdim=True) + self.eps).sqrt()
         return out, last_s, last_z.squeeze(-1)
 
-    def expected(self, function, inputs, grads, like):
+    def expected(self, function, inputs, grads, like, wanted=None):
         """Results in float64, of the types that the operator gives."""
         wide = [None if t is None else t.double() for t in inputs]
-        results = run(function, wide, tuple(g.double() for g in grads))
+        results = run(
+            function, wide, tuple(None if g is None else g.double() for g in grads), wanted
+        )
         return [r.to(t.dtype) for r, t in zip(results, like, strict=True)]
 
     def check(self, compare, tolerance, wanted=None):
         numbers = [i for i, t in enumerate(self.inputs) if t is not None]
-        like = [*self.grads, *(self.inputs[i] for i in numbers)]
-        expected = self.expected(self.equations, self.inputs, self.grads, like)
-        if wanted is not None:
-            expected = [*expected[:3], *(expected[3 + numbers.index(i)] for i in wanted)]
+        like = [*self.grads, *(self.inputs[i] for i in numbers if wanted is None or i in wanted)]
+        grads = self.grads if self.state_gradients else (self.grads[0], None, None)
+        expected = self.expected(self.equations, self.inputs, grads, like, wanted)
         if self.form in ("head", "feature"):
             tolerance *= 3  # the gradient of a shared step is a sum over all tokens
-        compare(self.operator, self.inputs, self.grads, tolerance, wanted, expected=expected)
+        compare(self.operator, self.inputs, grads, tolerance, wanted, expected=expected)
 
     def check_state(self, compare, tolerance):
         names = ("k", "v", "log_decay", "initial_s", "initial_z", "denominator_k")
@@ -250,6 +252,67 @@ def test_tiles_of_features_that_a_warp_takes(compare, features, form, norm):
     case.check(compare, TOLERANCES[torch.bfloat16])
     case = Case(torch.bfloat16, 1, 203, 1, features, values, bounds=[0, 70, 71, 203], **options)
     case.check(compare, TOLERANCES[torch.bfloat16])
+
+
+# batch, length, heads, features, values
+WARP_SHAPES = {
+    "one of everything": (1, 1, 1, 1, 1),
+    "a token more": (2, 65, 2, 9, 3),
+    "aligned": (1, 192, 1, 64, 64),
+    "two tiles": (1, 330, 1, 100, 40),
+    "three tiles": (1, 129, 2, 131, 64),
+    "aligned tiles": (1, 192, 1, 192, 64),
+}
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "identity"])
+@pytest.mark.parametrize("form", ["head", "token"])
+@pytest.mark.parametrize("norm", ["none", "rms"])
+@pytest.mark.parametrize("shape", WARP_SHAPES.values(), ids=WARP_SHAPES)
+def test_features_of_warps(compare, shape, norm, form, feature_map):
+    """Without denominators, and where no gradient comes from a state."""
+    case = Case(
+        torch.bfloat16, *shape, form=form, steps="mixed", normalize=False, rms_norm=norm == "rms",
+        feature_map=feature_map, state_gradients=False,
+    )  # fmt: skip
+    case.check(compare, TOLERANCES[torch.bfloat16], wanted=[0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("features", [24, 64, 192])
+@pytest.mark.parametrize("kind", ["padded", "packed", "strided", "some gradients", "tiny eps"])
+def test_tokens_of_features_of_warps(compare, kind, features):
+    bounds = [0, 70, 70, 71, 300] if kind == "packed" else None
+    case = Case(
+        torch.bfloat16, 1, 300, 2, features, 32, steps="moderate", rms_norm=True,
+        padding=kind == "padded", bounds=bounds, state_gradients=False,
+    )  # fmt: skip
+    wanted = [0, 1, 2, 3, 4]
+    if kind == "strided":
+        tensors = case.tensors
+        tensors["q"] = tensors["q"].transpose(1, 2).contiguous().transpose(1, 2)
+        tensors["k"] = tensors["k"].transpose(2, 3).contiguous().transpose(2, 3)
+        tensors["v"] = tensors["v"].repeat_interleave(2, -1)[..., ::2]
+    elif kind == "some gradients":
+        wanted = [0] if features == 24 else [3]  # of one walk, and of none
+    elif kind == "tiny eps":
+        case.eps = 1e-60
+    case.check(compare, TOLERANCES[torch.bfloat16], wanted=wanted)
+
+
+@pytest.mark.parametrize("features", [64, 192])
+def test_features_of_warps_without_a_gradient_of_the_decay(compare, features):
+    case = Case(torch.bfloat16, 1, 300, 1, features, 64, rms_norm=True, state_gradients=False)
+    case.check(compare, TOLERANCES[torch.bfloat16], wanted=[0, 1])
+    case.check(compare, TOLERANCES[torch.bfloat16], wanted=[0, 1, 2, 4])
+
+
+@pytest.mark.parametrize("features", [64, 192])
+def test_steps_that_warps_forget(compare, features):
+    # As in test_steps_that_forget.
+    case = Case(torch.bfloat16, 1, 150, 1, features, 64, normalize=False, state_gradients=False)
+    case.tensors["log_decay"].fill_(-15)
+    case.grads = tuple(g * 2**20 for g in case.grads)
+    case.check(compare, TOLERANCES[torch.bfloat16], wanted=[3])
 
 
 def test_many_tokens(compare):

@@ -5,6 +5,7 @@
 #include "linear_attention.h"
 #include "token_sets.h"
 #include "values.h"
+#include "warp_features.h"
 
 namespace torch_spe::cuda {
 namespace {
@@ -31,39 +32,57 @@ struct TwoStates {
   States<T> states, others;
 };
 
+struct PassOptions {
+  bool backward = false;
+  bool wants_decay = false;  // its gradient
+  // Whether z, the sums of denominators, can be other than zero or is wanted.
+  bool wants_z = true;
+
+  PassOptions() = default;
+  explicit PassOptions(const LinearAttentionBackwardParams& p)
+      : backward(true),
+        wants_decay(p.grad_log_decay != nullptr),
+        wants_z(p.normalize || p.grad_final_z != nullptr || p.grad_initial_z != nullptr) {}
+};
+
 // The scratch memory of one pass, and its launches.
 template <class Storage, class Operand, class Decay>
 class AttentionPass {
  public:
   using T = core::accumulate_t<Storage>;
   static constexpr bool kFades = Decay::kFades;
-  // Whether there is a kernel that makes all gradients.
+  // Whether there are kernels that make all gradients, and features by warps.
   static constexpr bool kHasOneLaunch = std::is_same_v<Operand, Storage> && sizeof(Operand) == 2;
   std::size_t workspace_size = 0;
 
-  AttentionPass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
+  AttentionPass(const LinearAttentionParams& p, const PassOptions& options, void* workspace,
                 Stream stream)
       : p_(p),
         // A state of keys alone is that of a causal pass.
         causal_(p.causal || (kFades && p.query_length == 0)),
-        wants_terms_(wants_decay && causal_),
-        wants_chunks_(wants_decay && !causal_),
-        backward_(backward),
-        one_launch_(kHasOneLaunch && backward && p.num_realizations <= attention::kWide &&
+        wants_terms_(options.wants_decay && causal_),
+        wants_chunks_(options.wants_decay && !causal_),
+        backward_(options.backward),
+        one_launch_(kHasOneLaunch && backward_ && p.num_realizations <= attention::kWide &&
                     p.value_features > 0 && p.value_features <= attention::kWide &&
-                    !(kFades && (wants_decay || !causal_))),
+                    !(kFades && (options.wants_decay || !causal_))),
         sets_(p),
         stream_(stream) {
+    const bool backward = options.backward, wants_decay = options.wants_decay;
+    by_warps_ = kHasOneLaunch && backward && causal_ && !options.wants_z && !sets_.has_factors() &&
+                p.value_features > 0 && p.value_features <= attention::kWide &&
+                p.num_realizations <= attention::kMostTiles * attention::kWide;
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
     // First: they are aligned to more than a layout does.
     if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
     if (backward && sets_.divided_size() > 0) divided_ = layout.take<Storage>(sets_.divided_size());
     const bool own = sets_.has_own_denominator();
-    keys_ = take(layout, p.num_realizations, p.value_features, !own);
+    has_z_ = !own && options.wants_z;
+    keys_ = take(layout, p.num_realizations, p.value_features, has_z_);
     if (own) denominator_keys_ = take(layout, p.denominator_features, 0, true);
     queries_ = keys_;
     denominator_queries_ = denominator_keys_;
-    if (one_launch_) queries_ = take(layout, p.num_realizations, p.value_features, !own);
+    if (one_launch_) queries_ = take(layout, p.num_realizations, p.value_features, has_z_);
     if constexpr (kFades) take_decay(layout, backward, wants_decay);
     if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
     if (!backward && p.rms_norm && p.value_features > attention::kWide)
@@ -209,14 +228,16 @@ class AttentionPass {
       terms_.terms = layout.take<T>(tiles * StepTerms<T>::kParts * tokens);
       terms_.later_terms = layout.take<T>(tiles * StepTerms<T>::kParts * tokens);
       terms_.passing = layout.take<T>(tiles * StepTerms<T>::kWarps * slots);
-      terms_.s = layout.take<T>(size_z * p_.value_features);
+      terms_.s = layout.take<T>(by_warps_ ? StepTerms<T>::rounded_size(slots * tiles)
+                                          : size_z * p_.value_features);
       terms_.z = layout.take<T>(own ? slots * p_.denominator_features : size_z);
       terms_.rows = tokens;
       terms_.length = p_.key_length;
       terms_.slots = slots;
+      terms_.of_warps = by_warps_;
     } else {
       // The states of keys and of queries.
-      queries_ = take(layout, p_.num_realizations, p_.value_features, !own);
+      queries_ = take(layout, p_.num_realizations, p_.value_features, has_z_);
       if (own) denominator_queries_ = take(layout, p_.denominator_features, 0, true);
     }
   }
@@ -323,6 +344,12 @@ class AttentionPass {
                  [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
                    StepTerms<T> terms = terms_;
                    terms.of_keys = columns_follow;
+                   if constexpr (kHasOneLaunch) {
+                     if (by_warps_)
+                       return attention::make_warp_features(rows, columns, walk, states, terms,
+                                                            static_cast<Storage*>(grad), decay_,
+                                                            stream_);
+                   }
                    attention::make_features<Operand>(rows, columns, walk, states, other, terms,
                                                      static_cast<Storage*>(grad), decay_, stream_);
                  });
@@ -355,7 +382,9 @@ class AttentionPass {
   // The gradient of a decay is made from what walks leave, or from states of chunks.
   bool wants_terms_, wants_chunks_;
   bool backward_;
-  bool one_launch_;  // sizes allow for all gradients in one launch
+  bool one_launch_;        // sizes allow for all gradients in one launch
+  bool by_warps_ = false;  // features' gradients are those of warp_features.h
+  bool has_z_ = false;     // states have z
   std::uint64_t* zero_ = nullptr;
   TokenSets<Storage> sets_;
   Stream stream_;
@@ -373,15 +402,14 @@ class AttentionPass {
 
 // Calls function with the pass for the parameters, whose memory is laid out from `workspace` on.
 template <class Function>
-void visit_pass(const LinearAttentionParams& p, bool backward, bool wants_decay, void* workspace,
+void visit_pass(const LinearAttentionParams& p, const PassOptions& options, void* workspace,
                 bool allow_tf32, Stream stream, const Function& function) {
   attention::visit_types(p.dtype, allow_tf32, [&](auto storage, auto operand) {
     using Storage = decltype(storage);
     using Operand = decltype(operand);
     using T = core::accumulate_t<Storage>;
     const auto call = [&](auto decay) {
-      AttentionPass<Storage, Operand, decltype(decay)> pass(p, backward, wants_decay, workspace,
-                                                            stream);
+      AttentionPass<Storage, Operand, decltype(decay)> pass(p, options, workspace, stream);
       function(pass);
     };
     if (p.decay_features > 0) {
@@ -395,9 +423,9 @@ void visit_pass(const LinearAttentionParams& p, bool backward, bool wants_decay,
 bool fades_per_feature(const LinearAttentionParams& p) { return p.decay_features > 1; }
 
 // The same size whether tf32 is allowed or not: chunks of both are equally long.
-std::size_t workspace_size(const LinearAttentionParams& p, bool backward, bool wants_decay) {
+std::size_t workspace_size(const LinearAttentionParams& p, const PassOptions& options) {
   std::size_t size = 0;
-  visit_pass(p, backward, wants_decay, nullptr, false, Stream{},
+  visit_pass(p, options, nullptr, false, Stream{},
              [&](const auto& pass) { size = pass.workspace_size; });
   return size;
 }
@@ -406,26 +434,26 @@ std::size_t workspace_size(const LinearAttentionParams& p, bool backward, bool w
 
 std::size_t linear_attention_forward_workspace(const LinearAttentionParams& p) {
   if (fades_per_feature(p)) return attention::feature_decay_forward_workspace(p);
-  return workspace_size(p, false, false);
+  return workspace_size(p, PassOptions{});
 }
 
 std::size_t linear_attention_backward_workspace(const LinearAttentionBackwardParams& p) {
   if (fades_per_feature(p)) return attention::feature_decay_backward_workspace(p);
-  return workspace_size(p, true, p.grad_log_decay != nullptr);
+  return workspace_size(p, PassOptions(p));
 }
 
 void linear_attention_forward(const LinearAttentionParams& p, void* workspace, bool allow_tf32,
                               Stream stream) {
   if (fades_per_feature(p))
     return attention::feature_decay_forward(p, workspace, allow_tf32, stream);
-  visit_pass(p, false, false, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
+  visit_pass(p, PassOptions{}, workspace, allow_tf32, stream, [](auto& pass) { pass.forward(); });
 }
 
 void linear_attention_backward(const LinearAttentionBackwardParams& p, void* workspace,
                                bool allow_tf32, Stream stream) {
   if (fades_per_feature(p))
     return attention::feature_decay_backward(p, workspace, allow_tf32, stream);
-  visit_pass(p, true, p.grad_log_decay != nullptr, workspace, allow_tf32, stream,
+  visit_pass(p, PassOptions(p), workspace, allow_tf32, stream,
              [&](auto& pass) { pass.backward(p); });
 }
 

@@ -19,7 +19,8 @@
 namespace torch_spe::cuda::attention {
 
 // What the two walks leave, first that of queries, then that of keys. The parts of a row are sums
-// over tiles of features and halves of these, those of a chunk over tiles and warps.
+// over tiles of features and halves of these, those of a chunk over tiles and warps; walks of warps
+// (warp_features.h) have all features of a row in one part, and those of a chunk over warps.
 template <class T>
 struct StepTerms {
   static constexpr int kParts = 2, kWarps = kThreads / 32;
@@ -27,14 +28,34 @@ struct StepTerms {
   T* terms = nullptr;                  // [tile, kParts, B, H, L], or null where nobody wants them
   T* later_terms = nullptr;            // [tile, kParts, B, H, L]
   T* passing = nullptr;                // [tile, kWarps, slot, H], <before, after>
-  T* s = nullptr;                      // [slot, H, R, E], states of keys before chunks
-  T* z = nullptr;                      // [slot, H, R], or null
-  std::int64_t rows = 0;               // B H L
-  std::int64_t length = 0;             // L
-  std::int64_t slots = 0;              // of chunks, times H
-  bool of_keys = false;                // the walk
+  // [slot, H, R, E], states of keys before chunks; of walks of warps [slot, H, tile, kWide, kWide]
+  // of 16 bits, as products take them, in an order of their own.
+  T* s = nullptr;
+  T* z = nullptr;           // [slot, H, R], or null
+  std::int64_t rows = 0;    // B H L
+  std::int64_t length = 0;  // L
+  std::int64_t slots = 0;   // of chunks, times H
+  bool of_keys = false;     // the walk
+  bool of_warps = false;    // both walks
 
   TORCH_SPE_INLINE bool wanted() const { return terms != nullptr; }
+  TORCH_SPE_INLINE std::int64_t row_parts(int tiles) const { return of_warps ? 1 : tiles * kParts; }
+  TORCH_SPE_INLINE std::int64_t chunk_parts(int tiles) const {
+    return (of_warps ? 1 : tiles) * kWarps;
+  }
+
+  // Writes the terms of a row, of which four threads have parts.
+  TORCH_SPE_DEVICE void write_row(std::int64_t to, bool inside, T past, T own) const {
+    past = quad_sum(past);
+    own = quad_sum(own);
+    if (!inside || thread_read_again() % 4 != 0) return;
+    if (of_keys) {
+      later_terms[to] = past;
+      terms[to] -= own;
+    } else {
+      terms[to] = past + own;
+    }
+  }
 
   // Of a product with a state and one within the chunk, without pairs of a token with itself: adds
   // the second one, and diagonal[row] times what columns(row) says of these pairs, to the first
@@ -65,17 +86,10 @@ struct StepTerms {
     const std::int64_t to = (tile * kParts + part) * read_again(rows) + first;
     number = 0;
     product.for_each_row([&](int row) {
-      T past_sum = quad_sum(past[number]), own_sum = quad_sum(own[number]);
+      T past_sum = past[number], own_sum = own[number];
       ++number;
       if (scales[row] == T(0)) past_sum = own_sum = 0;
-      if (thread % 4 == 0 && row < size) {
-        if (of_keys) {
-          later_terms[to + row] = past_sum;
-          terms[to + row] -= own_sum;
-        } else {
-          terms[to + row] = past_sum + own_sum;
-        }
-      }
+      write_row(to + row, row < size, past_sum, own_sum);
       return [](int, T) {};
     });
   }
@@ -123,6 +137,34 @@ struct StepTerms {
       }
     });
   }
+  // Elements of T that `tiles` of the states take so.
+  TORCH_SPE_INLINE static constexpr std::int64_t rounded_size(std::int64_t tiles) {
+    return tiles * kWide * kWide / 2;
+  }
+  // The same of a warp's rows of a tile, with what the walk of queries has rounded for products.
+  template <class Operand, class Tile>
+  TORCH_SPE_DEVICE void take_rounded(Tile& tile, std::int64_t at, T* sum) const {
+    constexpr int kFours = kWide * kWide / 2 / (4 * kThreads);
+    struct alignas(16) Four {
+      std::uint32_t pairs[4];
+    };
+    Four* const there = reinterpret_cast<Four*>(s) + at * kFours * kThreads + thread_read_again();
+    int number = 0;
+    Four own;
+    tile.for_each_pair_with(tile, [&](int, int, T* pair, const T*) {
+      std::uint32_t& rounded = own.pairs[number % 4];
+      if (of_keys) {
+        if (number % 4 == 0) own = there[number / 4 * kThreads];
+        T low, high;
+        unpack_pair<Operand>(rounded, &low, &high);
+        *sum += pair[0] * low + pair[1] * high;
+      } else {
+        rounded = pack_pair<Operand>(pair[0], pair[1]);
+        if (number % 4 == 3) there[number / 4 * kThreads] = own;
+      }
+      ++number;
+    });
+  }
   // Writes what the threads have of the product of states.
   TORCH_SPE_DEVICE void write_passing(T sum, int tile, std::int64_t slot) const {
     if (!of_keys) return;
@@ -151,12 +193,12 @@ __global__ void __launch_bounds__(64)
   double own = 0, later = 0, sum = 0;
   if (row < chunk.size) {
     const std::int64_t i = (chunk.batch * decay.heads + head) * terms.length + chunk.begin + row;
-    for (std::int64_t part = 0; part < tiles * StepTerms<T>::kParts; ++part) {
+    for (std::int64_t part = 0; part < terms.row_parts(tiles); ++part) {
       own += static_cast<double>(terms.terms[part * terms.rows + i]);
       later += static_cast<double>(terms.later_terms[part * terms.rows + i]);
     }
   }
-  for (std::int64_t part = 0; part < tiles * StepTerms<T>::kWarps; ++part)
+  for (std::int64_t part = 0; part < terms.chunk_parts(tiles); ++part)
     sum += static_cast<double>(terms.passing[part * terms.slots + blockIdx.x]);
   sum *= static_cast<double>(decay.over_chunk(slot, head).factor(0));
   sums[row] = own;

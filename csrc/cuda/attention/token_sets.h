@@ -43,6 +43,10 @@ class TokenSets {
     const bool keeps = divides() && p_.rms_norm && !std::is_same_v<Storage, core::Half>;
     return keeps ? rows() * p_.value_features : 0;
   }
+  // Whether queries of the backward pass come with factors. Divisors of at least the root of eps
+  // are not scaled: where the gradients before the division are made once, nothing is left to be
+  // multiplied by.
+  bool has_factors() const { return divides() && (divided_size() == 0 || p_.eps < 1e-50); }
   std::int64_t batch() const { return p_.cu_seqlens == nullptr ? p_.num_sequences : 1; }
   std::int64_t rows() const { return batch() * p_.query_length * p_.num_heads; }
   // What becomes of rows; divisors go to `scratch` where nobody wants to keep them.
@@ -83,7 +87,7 @@ class TokenSets {
     Tokens<Storage> all =
         tokens(p.q, p.q_strides, p.grad_out, p.grad_out_strides, p.query_length, p.feature_map);
     if (!divides()) return all;
-    all.factors = factors;
+    if (has_factors()) all.factors = factors;
     all.weighted = p.normalize && !has_own_denominator();
     if (divided != nullptr) {
       const std::int64_t row = p.num_heads * p.value_features;
@@ -91,8 +95,6 @@ class TokenSets {
       all.y = divided;
       for (int i = 0; i < 4; ++i) all.y_strides[i] = strides[i];
       all.y_aligned = is_aligned<Storage>(divided, strides);
-      // Divisors of at least the root of eps are not scaled: nothing is left to be multiplied by.
-      if (p_.eps >= 1e-50) all.factors = nullptr;
     } else if (p.rms_norm) {
       all.result = static_cast<const Storage*>(p.result);
       for (int i = 0; i < 4; ++i) all.result_strides[i] = p.result_strides[i];

@@ -6,8 +6,6 @@
 
 namespace torch_spe::cuda::attention {
 
-constexpr int kMostTiles = 3;  // of features
-
 // With a decay and more tiles, registers do not suffice for denominators and for results of both
 // directions.
 template <class Decay, int kTiles>
@@ -130,8 +128,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   WarpProduct<Operand, kWarpRows, kWide> state[kTiles];
   T z[4] = {};  // of a product whose column t is that of tile t
   const auto store_state = [&](int t, int to) {
-    state[t].store(shared.state + to * kTile,
-                   [](int) { return [](int, T value) { return value; }; });
+    state[t].store(shared.state + to * kTile);
     if (sums_denominators && lane % 4 == t / 2) {
       Operand* const own = shared.z + to * kWide + first_row_of_thread();
       write(z[t % 2], own);
@@ -329,23 +326,16 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       if (!passes) continue;
       // This tile of the state passes over the chunk.
       const core::Passage<T> passage = factors.over_chunk(chunk.size, walk.backwards);
-      state[t].for_each([&](int, int, T& element) { element = core::carry(passage, 0, element); });
       if (t == 0) {
         TORCH_SPE_UNROLL
         for (T& sum : z) sum = core::carry(passage, 0, sum);
       }
       const std::uint32_t own = lane / 4 == t ? ones : 0;
       const std::uint32_t column_of_ones[2] = {own, own};
-      TORCH_SPE_UNROLL
-      for (int k = 0; k < kTokens / 16; ++k) {
-        std::uint32_t fragment[4];
-        load_fragment<Major::kOuter>(fragment, col_x + 16 * k * kTileRow + warp * kWarpRows,
-                                     kTileRow, lane);
-        factors.template fade_added<Operand>(fragment, k);
-        state[t].template multiply_fragment<Major::kOuter>(fragment, col_y + 16 * k * kTileRow,
-                                                           kTileRow, lane);
-        if (sums_denominators) mma_m16n8k16<Operand>(z, fragment, column_of_ones);
-      }
+      pass_over_chunk(state[t], factors, passage, col_x, col_y,
+                      [&](const std::uint32_t (&fragment)[4]) {
+                        if (sums_denominators) mma_m16n8k16<Operand>(z, fragment, column_of_ones);
+                      });
       if constexpr (kTiles == 1) store_state(0, (step + 1) % 2);
     }
   }

@@ -11,6 +11,7 @@ namespace torch_spe::cuda::attention {
 constexpr int kWarpRows = 16;
 constexpr int kSixteens = kThreads / 32;  // of the rows, or columns, of a chunk
 constexpr int kTileRow = row_of<core::BFloat16>(kWide);
+constexpr int kMostTiles = 3;  // of features
 
 // The rows of a thread's elements are the first two: first_row() and that plus 8.
 TORCH_SPE_DEVICE int first_row_of_thread() {
@@ -226,6 +227,27 @@ TORCH_SPE_DEVICE void fade_weights(WarpProduct<Operand, kWarpRows, 16>& weights,
     const T* const of_columns = (after ? factors.from_start : factors.to_end) + 16 * j;
     const T own[2] = {of_rows[0] * between, of_rows[8] * between};
     weights.for_each([&](int i, int column, T& weight) { weight *= own[i] * of_columns[column]; });
+  }
+}
+
+// The warp's 16 rows of a tile of the state pass over a chunk, whose tokens are those of the tiles;
+// also(fragment) takes the factors of the product that adds them.
+template <class Decay, class Operand, class T, class Also>
+TORCH_SPE_DEVICE void pass_over_chunk(WarpProduct<Operand, kWarpRows, kWide>& state,
+                                      const WarpFactors<Decay, T>& factors,
+                                      const core::Passage<T>& passage, const Operand* col_x,
+                                      const Operand* col_y, const Also& also) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  state.for_each([&](int, int, T& element) { element = core::carry(passage, 0, element); });
+  TORCH_SPE_UNROLL
+  for (int k = 0; k < kSixteens; ++k) {
+    std::uint32_t fragment[4];
+    load_fragment<Major::kOuter>(fragment, col_x + 16 * k * kTileRow + warp * kWarpRows, kTileRow,
+                                 lane);
+    factors.template fade_added<Operand>(fragment, k);
+    state.template multiply_fragment<Major::kOuter>(fragment, col_y + 16 * k * kTileRow, kTileRow,
+                                                    lane);
+    also(fragment);
   }
 }
 

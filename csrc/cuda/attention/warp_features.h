@@ -1,0 +1,312 @@
+// What features.h makes of causal attention without denominators, for 16-bit operands, one tile of
+// values and up to kMostTiles tiles of features: a block makes all features of its rows, so that
+// weights are made once; they and the state are in registers, and the next tiles are copied while
+// these are multiplied.
+#pragma once
+
+#include "step_terms.h"
+#include "warp_walk.h"
+
+namespace torch_spe::cuda::attention {
+
+template <class Operand, class Decay, int kTiles>
+struct WarpFeaturesShared {
+  using T = core::accumulate_t<Operand>;
+  static constexpr int kTile = kChunk<Operand> * kTileRow;
+  // As for values; rows of Y are in registers when those of the next chunk are copied.
+  static constexpr int kStates = kTiles == 1 ? 2 : kTiles, kRowTiles = kTiles == 1 ? 2 : 1;
+  Operand* row_y;  // [kRowTiles][row, e]
+  Operand* col_y;  // [2][column, e]
+  Operand* row_x;  // [2][row, r], not mapped; then results
+  Operand* col_x;  // [2][column, r]
+  Operand* state;  // [kStates][r, e]
+  T* factors;      // [2], WarpFactors
+
+  TORCH_SPE_INLINE explicit WarpFeaturesShared(MemoryLayout& layout)
+      : row_y(layout.take<Operand>(kRowTiles * kTile)),
+        col_y(layout.take<Operand>(2 * kTile)),
+        row_x(layout.take<Operand>(2 * kTile)),
+        col_x(layout.take<Operand>(2 * kTile)),
+        state(layout.take<Operand>(kStates * kTile)),
+        factors(layout.take<T>(2 * WarpFactors<Decay, T>::kSize)) {}
+};
+
+// Of a pair of features in a register: phi, and its derivative times a gradient.
+template <class Operand, bool kIsElu>
+TORCH_SPE_DEVICE void map_pair(bool is_relu, std::uint32_t pair, float (&phi)[2]) {
+  if constexpr (kIsElu) {
+    map_elu_pair<Operand>(pair, phi, phi + 1);
+  } else {
+    unpack_pair<Operand>(is_relu ? map_relu_pair(pair) : pair, phi, phi + 1);
+  }
+}
+template <bool kIsElu>
+TORCH_SPE_DEVICE float gradient_of_pair(bool is_relu, float gradient, float phi) {
+  if constexpr (kIsElu) return gradient_of_input(FeatureMap::kElu, gradient, phi);
+  return is_relu ? gradient_of_input(FeatureMap::kRelu, gradient, phi) : gradient;
+}
+
+// What a thread has of its two rows, for the gradient of the steps (StepTerms).
+template <class T>
+struct RowTerms {
+  T diagonal[2] = {};  // the weight of the token itself
+  T past[2] = {}, own[2] = {};
+};
+
+// Takes the diagonal out of the weights of a warp's own 16 tokens.
+template <class Operand, class T>
+TORCH_SPE_DEVICE void take_diagonal(WarpProduct<Operand, kWarpRows, 16>& weights,
+                                    RowTerms<T>& terms) {
+  const int row = thread_read_again() % 32 / 4;
+  weights.for_each([&](int i, int column, T& weight) {
+    if (column != row + 8 * i) return;
+    terms.diagonal[i] = weight;
+    weight = 0;
+  });
+  TORCH_SPE_UNROLL
+  for (T& weight : terms.diagonal) weight = quad_sum(weight);
+}
+
+// Puts the gradients of the warp's 16 rows and kHalf features in the place of the features
+// themselves, at `x`, from a product with the state and one within the chunk. `itself` is where
+// features of the rows' tokens begin among the columns.
+constexpr int kHalf = kWide / 2;
+template <class Operand, class T, class Map>
+TORCH_SPE_DEVICE void finish_features(WarpProduct<Operand, kWarpRows, kHalf>& past,
+                                      const WarpProduct<Operand, kWarpRows, kHalf>& within,
+                                      const Map&, core::FeatureMap map, bool reads_x,
+                                      bool wants_terms, Operand* x, const Operand* itself,
+                                      const T (&fade)[2], RowTerms<T>& terms) {
+  constexpr bool kIsElu = Map::value;
+  const int lane = thread_read_again() % 32;
+  const bool is_relu = map == core::FeatureMap::kRelu;
+  std::uint32_t features[kHalf / 16][4] = {}, columns[kHalf / 16][4] = {};
+  TORCH_SPE_UNROLL
+  for (int k = 0; k < kHalf / 16; ++k) {
+    if (reads_x) load_fragment<Major::kDepth>(features[k], x + 16 * k, kTileRow, lane);
+    if (wants_terms) load_fragment<Major::kDepth>(columns[k], itself + 16 * k, kTileRow, lane);
+  }
+  __syncwarp();
+  Operand* const out = x + lane / 4 * kTileRow + lane % 4 * 2;
+  past.for_each_pair_with(within, [&](int i, int j, T* element, const T* added) {
+    T phi[2];
+    map_pair<Operand, kIsElu>(is_relu, features[j / 2][j % 2 * 2 + i], phi);
+    T result[2] = {element[0] * fade[i], element[1] * fade[i]};
+    if (wants_terms) {
+      T feature[2], other[2];
+      unpack_pair<Operand>(pack_pair<Operand>(phi[0], phi[1]), feature, feature + 1);
+      unpack_pair<Operand>(columns[j / 2][j % 2 * 2 + i], other, other + 1);
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        terms.past[i] += result[e] * feature[e];
+        terms.own[i] += added[e] * feature[e];
+        result[e] += added[e] + terms.diagonal[i] * other[e];
+      }
+    } else {
+      result[0] += added[0];
+      result[1] += added[1];
+    }
+    *reinterpret_cast<std::uint32_t*>(out + 8 * i * kTileRow + 8 * j) =
+        pack_pair<Operand>(gradient_of_pair<kIsElu>(is_relu, result[0], phi[0]),
+                           gradient_of_pair<kIsElu>(is_relu, result[1], phi[1]));
+  });
+}
+
+// A block makes the features' gradients of the rows of a segment.
+template <class Operand, class Decay, int kTiles>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    warp_features_kernel(const Tokens<Operand> rows, const Tokens<Operand> columns, const Walk walk,
+                         const States<core::accumulate_t<Operand>> states,
+                         const StepTerms<core::accumulate_t<Operand>> terms, Operand* grad,
+                         const Decay decay) {
+  using T = core::accumulate_t<Operand>;
+  using Shared = WarpFeaturesShared<Operand, Decay, kTiles>;
+  using Factors = WarpFactors<Decay, T>;
+  constexpr int kTokens = kChunk<Operand>, kTile = Shared::kTile;
+  static_assert(kTokens == kSixteens * kWarpRows && kTokens == kWide);
+  TORCH_SPE_SHARED_MEMORY(memory);
+  MemoryLayout layout(memory);
+  const Shared shared(layout);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int first_of_warp = warp * kWarpRows * kTileRow;  // of its rows in a tile
+  const std::int64_t features = states.features, values = states.values;
+  const int heads = static_cast<int>(states.heads), block = static_cast<int>(blockIdx.x);
+  const int head = block % heads, slot = block / heads;
+  const Steps<kTokens> steps(walk, slot);
+  if (steps.segment.size == 0) return;
+  const bool wants_terms = Decay::kFades && terms.wanted();
+  const bool reads_x = wants_terms || rows.map != core::FeatureMap::kIdentity;
+
+  // A warp has 16 rows of each tile of the state.
+  WarpProduct<Operand, kWarpRows, kWide> state[kTiles];
+  {
+    const WalkingState<T> from(states, walk.moves, slot, steps.segment.sequence, head, 0, 1);
+    TORCH_SPE_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      from.read_rows(t * kWide, 0, state[t]);
+      state[t].store(shared.state + t * kTile);
+    }
+  }
+
+  int stage = 0;
+  typename Factors::Ahead ahead;
+  const auto row_y_of = [&](int step) {
+    return shared.row_y + (Shared::kRowTiles == 1 ? 0 : step % 2 * kTile);
+  };
+  const auto begin_tiles = [&](int step, int t, int to) {
+    Part chunk = steps.chunk(step);
+    // Read again, or what follows from it would be kept in registers.
+    chunk.batch = read_again(chunk.batch);
+    const std::int64_t r0 = t * kWide, own_head = read_again(std::int64_t{head});
+    if (reads_x)
+      rows.template copy_x<kTokens, kWide>(chunk, own_head, r0, features,
+                                           shared.row_x + to * kTile);
+    columns.template begin_x<kTokens, kWide>(chunk, own_head, r0, features,
+                                             shared.col_x + to * kTile);
+    if (t > 0) return;
+    rows.template begin_y<kTokens, kWide>(chunk, own_head, 0, values, row_y_of(step));
+    columns.template begin_y<kTokens, kWide>(chunk, own_head, 0, values,
+                                             shared.col_y + step % 2 * kTile);
+    if (Decay::kFades) {
+      const bool backwards = read_again(std::int64_t{walk.backwards}) != 0;
+      ahead = Factors::read(decay, chunk, own_head, backwards);
+    }
+  };
+  begin_tiles(0, 0, 0);
+  TORCH_SPE_KEEP_LOOP
+  for (int step = 0; step < steps.count; ++step) {
+    const Part chunk = steps.chunk(step);
+    const bool passes = step + 1 < steps.count;
+    Operand* const col_y = shared.col_y + step % 2 * kTile;
+    const Factors factors(shared.factors + step % 2 * Factors::kSize);
+    WarpRows<Operand> y;
+    std::uint32_t weights[kSixteens][4];
+    RowTerms<T> row_terms;
+    T fade[2] = {1, 1}, passing = 0;
+    TORCH_SPE_UNROLL
+    for (int t = 0; t < kTiles; ++t, stage ^= 1) {
+      Operand* const row_x = shared.row_x + stage * kTile;
+      Operand* const col_x = shared.col_x + stage * kTile;
+      copy_async_wait();
+      columns.template finish_x<kTokens, kWide>(chunk, head, t * kWide, features, col_x);
+      if (t == 0) factors.fill(ahead);
+      __syncthreads();  // the tiles are there, and those before have been used
+      if (t + 1 < kTiles) {
+        begin_tiles(step, t + 1, stage ^ 1);
+      } else if (passes) {
+        begin_tiles(step + 1, 0, stage ^ 1);
+      }
+      const int before = (t + kTiles - 1) % kTiles;
+      if (kTiles > 1 && (t > 0 ? passes : step > 0))
+        state[before].store(shared.state + before * kTile);
+
+      if (t == 0) {
+        Operand* const row_y = row_y_of(step);
+        T* const table = reinterpret_cast<T*>(row_y + first_of_warp);
+        y.load(row_y);
+        if constexpr (Decay::kFades) {
+          TORCH_SPE_UNROLL
+          for (int i = 0; i < 2; ++i) fade[i] = factors.reading[first_row_of_thread() + 8 * i];
+          __syncwarp();  // the rows are in registers
+          factors.fill_table(table);
+          __syncwarp();
+        }
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kSixteens; ++j) {
+          if (!sees_sixteen(walk, j)) continue;
+          WarpProduct<Operand, kWarpRows, 16> sums;
+          sums.clear();
+          TORCH_SPE_UNROLL
+          for (int k = 0; k < kWide / 16; ++k)
+            sums.template multiply_fragment<Major::kDepth>(
+                y.fragments[k], col_y + 16 * j * kTileRow + 16 * k, kTileRow, lane);
+          fade_weights(sums, j, walk, factors, table);
+          if (wants_terms && j == warp) take_diagonal(sums, row_terms);
+          sums.to_fragment(weights[j]);
+        }
+      }
+      const Operand* const state_tile = shared.state + (kTiles == 1 ? step % 2 : t) * kTile;
+      TORCH_SPE_KEEP_LOOP
+      for (int first = 0; first < kWide; first += kHalf) {
+        WarpProduct<Operand, kWarpRows, kHalf> product, within;
+        product.clear();
+        within.clear();
+        TORCH_SPE_UNROLL
+        for (int k = 0; k < kWide / 16; ++k)
+          product.template multiply_fragment<Major::kDepth>(
+              y.fragments[k], state_tile + first * kTileRow + 16 * k, kTileRow, lane);
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kSixteens; ++j) {
+          if (!sees_sixteen(walk, j)) continue;
+          within.template multiply_fragment<Major::kOuter>(
+              weights[j], col_x + 16 * j * kTileRow + first, kTileRow, lane);
+        }
+        const auto finish = [&](auto is_elu) {
+          finish_features(product, within, is_elu, rows.map, reads_x, wants_terms,
+                          row_x + first_of_warp + first, col_x + first_of_warp + first, fade,
+                          row_terms);
+        };
+        if (rows.map == core::FeatureMap::kElu) {
+          finish(std::true_type{});
+        } else {
+          finish(std::false_type{});
+        }
+      }
+      __syncwarp();
+      const std::int64_t first_row = rows.index(chunk.batch, chunk.begin, head);
+      if (grad != nullptr)
+        write_warp_rows(row_x, grad + first_row * features + t * kWide, heads * features,
+                        chunk.size, static_cast<int>(min_of(kWide, features - t * kWide)),
+                        rows_are_aligned<Operand>(grad, features),
+                        [&](int row) { return rows.is_padding(chunk.batch, chunk.begin + row); });
+      if constexpr (Decay::kFades) {
+        if (wants_terms) {
+          const std::int64_t at = (steps.first_slot + steps.number(step)) * heads + head;
+          terms.template take_rounded<Operand>(state[t], at * kTiles + t, &passing);
+          if (t + 1 == kTiles) {
+            const std::int64_t to =
+                (chunk.batch * heads + head) * terms.length + chunk.begin + first_row_of_thread();
+            TORCH_SPE_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              const int row = first_row_of_thread() + 8 * i;
+              const bool inside = row < chunk.size;
+              const bool counts = inside && !rows.is_padding(chunk.batch, chunk.begin + row);
+              terms.write_row(to + 8 * i, inside, counts ? row_terms.past[i] : T(0),
+                              counts ? row_terms.own[i] : T(0));
+            }
+            terms.write_passing(passing, 0, at);
+          }
+        }
+      }
+      if (!passes) continue;
+      pass_over_chunk(state[t], factors, factors.over_chunk(chunk.size, walk.backwards), col_x,
+                      col_y, [](const std::uint32_t (&)[4]) {});
+      if constexpr (kTiles == 1) state[0].store(shared.state + (step + 1) % 2 * kTile);
+    }
+  }
+}
+
+// Gradients of the rows' features, as make_features has it.
+template <class Operand, class Decay, class T = core::accumulate_t<Operand>>
+void make_warp_features(const Tokens<Operand>& rows, const Tokens<Operand>& columns,
+                        const Walk& walk, const States<T>& states, const StepTerms<T>& terms,
+                        Operand* grad, const Decay& decay, Stream stream) {
+  const std::int64_t blocks = walk.segments.slots() * states.heads;
+  if (blocks == 0) return;
+  const auto make = [&](auto tiles) {
+    constexpr int kTiles = decltype(tiles)::value;
+    MemoryLayout size;
+    WarpFeaturesShared<Operand, Decay, kTiles>{size};
+    launch(warp_features_kernel<Operand, Decay, kTiles>, grid_of(blocks), dim3(kThreads),
+           size.size(), stream, rows, columns, walk, states, terms, grad, decay);
+  };
+  if (states.features <= kWide) {
+    make(std::integral_constant<int, 1>{});
+  } else if (states.features <= 2 * kWide) {
+    make(std::integral_constant<int, 2>{});
+  } else {
+    make(std::integral_constant<int, 3>{});
+  }
+}
+
+}  // namespace torch_spe::cuda::attention
