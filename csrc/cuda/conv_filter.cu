@@ -13,6 +13,7 @@
 #include "encode/conv/input_gradient.h"
 #include "encode/conv/make_noise.h"
 #include "encode/conv/noise_gradient.h"
+#include "encode/conv/polyphase_code_products.h"
 #include "encode/conv/polyphase_products.h"
 #include "encode/conv/polyphase_tap_gradient.h"
 #include "encode/conv/tap_gradient.h"
@@ -78,7 +79,8 @@ void launch_backward(const ConvFilterBackwardParams& p, void* memory, Stream str
   const std::int64_t features = p.num_heads * p.in_features;
   bool needs_x = p.grad_x != nullptr;
   if constexpr (!kDense && sizeof(Storage) == 2)
-    needs_x = needs_x && !launch_polyphase<Storage, true>(p, stream);
+    needs_x = needs_x && !launch_polyphase_codes<Storage, true>(p, stream) &&
+              !launch_polyphase<Storage, true>(p, stream);
   if constexpr (kDense && sizeof(Storage) == 2) {
     if (needs_x) launch_dense_input_gradient<Storage>(p, stream);
   } else if (needs_x) {
@@ -135,7 +137,9 @@ void conv_filter_forward(const ConvFilterParams& p, bool allow_tf32, Stream stre
     if constexpr (!kDense && sizeof(Storage) == 2) {
       ConvFilterBackwardParams forward{};
       static_cast<ConvFilterParams&>(forward) = p;
-      if (launch_polyphase<Storage, false>(forward, stream)) return;
+      if (launch_polyphase_codes<Storage, false>(forward, stream) ||
+          launch_polyphase<Storage, false>(forward, stream))
+        return;
     }
     if constexpr (kDense && sizeof(Storage) == 2) {
       launch_dense_forward<Storage>(p, stream);

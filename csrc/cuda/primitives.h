@@ -209,6 +209,28 @@ __device__ __forceinline__ void mma_m16n8k16<core::BFloat16>(float (&d)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for a depth of 8: of the fragments above, registers a[0], a[1] and b[0].
+template <class T>
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[2],
+                                            std::uint32_t b);
+template <>
+__device__ __forceinline__ void mma_m16n8k8<core::Half>(float (&d)[4], const std::uint32_t (&a)[2],
+                                                        std::uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k8<core::BFloat16>(float (&d)[4],
+                                                            const std::uint32_t (&a)[2],
+                                                            std::uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 __device__ __forceinline__ std::uint32_t to_tf32(float value) {
   std::uint32_t result;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));

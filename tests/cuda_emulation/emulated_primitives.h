@@ -205,6 +205,11 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
   cuda_emulation::rendezvous(0xffffffffu, &argument, emulated::mma_m16n8k16<T>, __FILE__, __LINE__);
 }
 
+template <class T>
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[2], std::uint32_t b) {
+  mma_m16n8k16<T>(d, {a[0], a[1], 0, 0}, {b, 0});
+}
+
 inline std::uint32_t to_tf32(float value) {
   // To nearest, ties away from zero, on the 10 bits of mantissa that are left.
   return (core::float_to_bits(value) + 0x1000u) & 0xffffe000u;

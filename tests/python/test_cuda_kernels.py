@@ -396,6 +396,10 @@ POLYPHASE_SHAPES = {  # batch, positions, heads, features, taps, realizations, c
     "more classes than taps": (3, 50, 1, 9, 30, 96, False, 96),
     "more classes than realizations": (2, 35, 1, 40, 90, 18, True, 70),
     "few classes": (2, 35, 1, 40, 9, 66, False, 2),
+    "codes in tiles": (8, 300, 2, 32, 128, 64, False, 32),
+    "odd tiles of codes": (9, 150, 2, 21, 100, 50, True, 32),
+    "tiles of codes of many phases": (3, 200, 1, 9, 30, 96, True, 48),
+    "tiles of codes of one phase": (1, 70, 2, 34, 90, 20, False, 16),
     "too many taps for shared memory": (1, 20, 1, 17, 900, 8, False, 3),
 }
 

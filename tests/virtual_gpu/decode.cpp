@@ -151,11 +151,14 @@ void decode(const std::string& opcode, std::vector<Operand>& ops, Decoder& d, In
     const std::string shape = "sync.aligned.m16n8k";
     if (opcode == "mma." + shape + "16.row.col.f32.f16.f16.f32") in.fn = mma<0>;
     if (opcode == "mma." + shape + "16.row.col.f32.bf16.bf16.f32") in.fn = mma<1>;
+    const bool half = opcode == "mma." + shape + "8.row.col.f32.f16.f16.f32" ||
+                      opcode == "mma." + shape + "8.row.col.f32.bf16.bf16.f32";
+    if (half) in.fn = has(parts, "bf16") ? mma<1, 8> : mma<0, 8>;
     if (opcode == "mma." + shape + "8.row.col.f32.tf32.tf32.f32") in.fn = mma<2>;
     require();
     std::vector<u32>& extra = d.extra();
     in.target = static_cast<u32>(extra.size());
-    const std::size_t counts[] = {4, 4, 2, 4};
+    const std::size_t counts[] = {4, half ? 2u : 4u, half ? 1u : 2u, 4};
     for (std::size_t i = 0; i < 4; ++i) {
       if (ops.at(i).items.size() != counts[i]) unknown(opcode);
       for (const Operand& item : ops[i].items)

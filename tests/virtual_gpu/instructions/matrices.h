@@ -38,22 +38,22 @@ void load_matrix(Warp& w, const Inst& in) {
 // mma m16n8k16 and m16n8k8: lane t = 4 g + c of the warp holds
 //   of A values (g or g + 8, 2c or 2c + 1 and those + 8), of B (2c.. and those + 8, g), of C and D
 //   (g or g + 8, 2c or 2c + 1); for tf32, which has one number in a register, A (g or g + 8, c or
-//   c + 4) and B (c or c + 4, g).
+//   c + 4) and B (c or c + 4, g). With 16-bit values m16n8k8 has the first half of these registers.
 // The sum of the products of one instruction and C is rounded to float once.
-template <int kType>  // 0 f16, 1 bf16, 2 tf32
+template <int kType, int kK = kType == 2 ? 8 : 16>  // 0 f16, 1 bf16, 2 tf32
 void mma(Warp& w, const Inst& in) {
   whole_group(w, "mma.sync");
   if (!w.gather(w.live(), "mma.sync")) return;
   if (w.mask != kAll) w.block->fail(w, w.pc - 1, "mma.sync without all 32 lanes");
-  const u32* o = w.block->kernel->extra.data() + in.target;  // d0-3, a0-3, b0-1, c0-3
-  constexpr int kK = kType == 2 ? 8 : 16;
+  constexpr int kA = kType != 2 && kK == 8 ? 2 : 4, kB = kA / 2;  // registers
+  const u32* o = w.block->kernel->extra.data() + in.target;       // d0-3, those of A and B, c0-3
   alignas(64) double a[16][kK];
   alignas(64) double b[kK][8];
   alignas(64) double d[16][8];
   const auto number = [](u16 bits) {
     return static_cast<double>(kType == 0 ? of_f16(bits) : of_bf16(bits));
   };
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kA; ++i) {
     const u32* r = reg<u32>(w, o[4 + i]);
     for (int t = 0; t < kLanes; ++t) {
       const int g = t >> 2, c = t & 3, row = g + (i & 1) * 8;
@@ -66,8 +66,8 @@ void mma(Warp& w, const Inst& in) {
       }
     }
   }
-  for (int i = 0; i < 2; ++i) {
-    const u32* r = reg<u32>(w, o[8 + i]);
+  for (int i = 0; i < kB; ++i) {
+    const u32* r = reg<u32>(w, o[4 + kA + i]);
     for (int t = 0; t < kLanes; ++t) {
       const int g = t >> 2, c = t & 3;
       if constexpr (kType == 2) {
@@ -79,7 +79,7 @@ void mma(Warp& w, const Inst& in) {
     }
   }
   for (int i = 0; i < 4; ++i) {
-    const float* r = reg<float>(w, o[10 + i]);
+    const float* r = reg<float>(w, o[4 + kA + kB + i]);
     for (int t = 0; t < kLanes; ++t)
       d[(t >> 2) + (i >> 1) * 8][2 * (t & 3) + (i & 1)] = static_cast<double>(r[t]);
   }
