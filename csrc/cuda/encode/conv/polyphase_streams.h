@@ -193,11 +193,14 @@ TORCH_SPE_DEVICE void copy_polyphase_rows(Storage* out, int row_stride, int rows
   for (int piece = static_cast<int>(threadIdx.x) % width; piece < pieces; piece += width) {
     const int column = piece * step;
     const std::int64_t index = at(column);
-    for (int i = first; i < rows; i += height) {
+    const bool whole = aligned && index + 8 <= count;
+    Storage* to = out + first * row_stride + column;
+    for (int i = first; i < rows; i += height, to += height * row_stride) {
       const Storage* const from = row(i);
-      Storage* const to = out + i * row_stride + column;
-      if (aligned && from != nullptr && index + 8 <= count) {
+      if (whole && from != nullptr) {
         copy_async16(to, from + index);
+      } else if (aligned && (from == nullptr || index >= count)) {
+        *reinterpret_cast<Vector<Storage>*>(to) = {};
       } else {
         for (int e = 0; e < step; ++e) {
           to[e].bits = from != nullptr && index + e < count ? from[(index + e) * stride].bits

@@ -83,20 +83,22 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int pass = 0; pass < plan.positions && tile0 + pass < length; pass += kPass) {
           const std::int64_t n0 = tile0 + pass;
           const int turn = static_cast<int>(n0 % s);
-          const auto row = [&](const Storage* data, const std::int64_t (&strides)[6], int i) {
-            const std::int64_t b = b0 + i % kBatch, n = n0 + i / kBatch;
-            return b < p.batch && n < length ? data + b * strides[0] + n * strides[3] : nullptr;
+          const int rows = static_cast<int>(min_of(kBatch, p.batch - b0));
+          const int positions = static_cast<int>(min_of(kPass, length - n0));
+          const auto row = [&](const Storage* data, const std::int64_t (&strides)[6]) {
+            data += b0 * strides[0] + n0 * strides[3];
+            return [=, &strides](int i) -> const Storage* {
+              const int b = i % kBatch, n = i / kBatch;
+              return b < rows && n < positions ? data + b * strides[0] + n * strides[3] : nullptr;
+            };
           };
           __syncthreads();  // the tiles have been used
-          copy_polyphase_rows(
-              shared.x, kTapFeatureRow, kPolyphaseTileRows, kTapFeatures, p.in_features - d0,
-              p.x_strides[5], x_aligned, [&](int i) { return row(x, p.x_strides, i); },
-              [&](int column) -> std::int64_t { return column; });
+          copy_polyphase_rows(shared.x, kTapFeatureRow, kPolyphaseTileRows, kTapFeatures,
+                              p.in_features - d0, p.x_strides[5], x_aligned, row(x, p.x_strides),
+                              [&](int column) -> std::int64_t { return column; });
           copy_polyphase_rows(
               shared.grad, plan.row, kPolyphaseTileRows, plan.columns, p.num_realizations,
-              p.grad_out_strides[5], grad_aligned,
-              [&](int i) { return row(grad, p.grad_out_strides, i); },
-              [&](int column) {
+              p.grad_out_strides[5], grad_aligned, row(grad, p.grad_out_strides), [&](int column) {
                 return realization_of(plan, column, diagonal0 / s, turn, p.num_realizations);
               });
           copy_async_wait();
