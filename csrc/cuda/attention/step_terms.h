@@ -174,11 +174,12 @@ struct StepTerms {
   }
 };
 
-// Puts the gradients of a chunk's steps together, a thread each.
+// Puts the gradients of a chunk's steps together, a thread each, from so many parts of a row and of
+// a chunk.
 template <class T>
 __global__ void __launch_bounds__(64)
-    step_gradients_kernel(const StepTerms<T> terms, int tiles, const Cut chunks,
-                          const ColumnDecay<T> decay, const StepGradients out) {
+    step_gradients_kernel(const StepTerms<T> terms, int row_parts, int chunk_parts,
+                          const Cut chunks, const ColumnDecay<T> decay, const StepGradients out) {
   TORCH_SPE_SHARED_MEMORY(memory);
   double* const sums = reinterpret_cast<double*>(memory);  // [terms, later_terms], [row] each
   const int row = static_cast<int>(threadIdx.x), count = static_cast<int>(blockDim.x);
@@ -193,12 +194,12 @@ __global__ void __launch_bounds__(64)
   double own = 0, later = 0, sum = 0;
   if (row < chunk.size) {
     const std::int64_t i = (chunk.batch * decay.heads + head) * terms.length + chunk.begin + row;
-    for (std::int64_t part = 0; part < terms.row_parts(tiles); ++part) {
+    for (std::int64_t part = 0; part < row_parts; ++part) {
       own += static_cast<double>(terms.terms[part * terms.rows + i]);
       later += static_cast<double>(terms.later_terms[part * terms.rows + i]);
     }
   }
-  for (std::int64_t part = 0; part < terms.chunk_parts(tiles); ++part)
+  for (std::int64_t part = 0; part < chunk_parts; ++part)
     sum += static_cast<double>(terms.passing[part * terms.slots + blockIdx.x]);
   sum *= static_cast<double>(decay.over_chunk(slot, head).factor(0));
   sums[row] = own;
@@ -223,10 +224,12 @@ template <class T>
 void make_step_gradients(const StepTerms<T>& terms, std::int64_t features, const Cut& chunks,
                          const ColumnDecay<T>& decay, const StepGradients& out, Stream stream) {
   const std::int64_t blocks = chunks.slots() * decay.heads;
+  const int tiles = static_cast<int>(ceil_div(features, kWide));
   if (blocks == 0) return;
   launch(step_gradients_kernel<T>, grid_of(blocks), dim3(static_cast<unsigned>(chunks.size)),
          2 * static_cast<std::size_t>(chunks.size) * sizeof(double), stream, terms,
-         static_cast<int>(ceil_div(features, kWide)), chunks, decay, out);
+         static_cast<int>(terms.row_parts(tiles)), static_cast<int>(terms.chunk_parts(tiles)),
+         chunks, decay, out);
 }
 
 }  // namespace torch_spe::cuda::attention
