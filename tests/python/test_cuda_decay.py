@@ -260,7 +260,7 @@ def test_tiles_of_features_that_a_warp_takes(compare, features, form, norm):
 
 # batch, length, heads, features, values
 WARP_SHAPES = {
-    "one token": (1, 1, 1, 1, 2),  # the norm of one value is its sign, which has no gradient
+    "one of everything": (1, 1, 1, 1, 1),
     "a token more": (2, 65, 2, 9, 3),
     "aligned": (1, 192, 1, 64, 64),
     "two tiles": (1, 330, 1, 100, 40),
@@ -275,6 +275,8 @@ WARP_SHAPES = {
 @pytest.mark.parametrize("shape", WARP_SHAPES.values(), ids=WARP_SHAPES)
 def test_features_of_warps(compare, shape, norm, form, feature_map):
     """Without denominators, and where no gradient comes from a state."""
+    if norm == "rms" and shape[-1] == 1:
+        pytest.skip("the norm of one value is its sign: on the CPU too gradients are roundings")
     case = Case(
         torch.bfloat16, *shape, form=form, steps="mixed", normalize=False, rms_norm=norm == "rms",
         feature_map=feature_map, state_gradients=False,
