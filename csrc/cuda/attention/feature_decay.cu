@@ -1,6 +1,7 @@
 // What calls the kernels of a decay per feature, and their scratch memory.
 #include "feature_decay.h"
 #include "feature_gradients.h"
+#include "state_sums.h"
 #include "token_sets.h"
 
 namespace torch_spe::cuda::attention {

@@ -3,6 +3,7 @@
 #include "feature_decay.h"
 #include "gradients.h"
 #include "linear_attention.h"
+#include "state_sums.h"
 #include "token_sets.h"
 #include "values.h"
 #include "warp_features.h"
@@ -63,15 +64,19 @@ class AttentionPass {
         wants_terms_(options.wants_decay && causal_),
         wants_chunks_(options.wants_decay && !causal_),
         backward_(options.backward),
-        one_launch_(kHasOneLaunch && backward_ && p.num_realizations <= attention::kWide &&
-                    p.value_features > 0 && p.value_features <= attention::kWide &&
-                    !(kFades && (options.wants_decay || !causal_))),
+        one_launch_(kHasOneLaunch && !kFades && backward_ && !causal_ &&
+                    p.num_realizations <= attention::kWide && p.value_features > 0 &&
+                    p.value_features <= attention::kWide),
         sets_(p),
         stream_(stream) {
     const bool backward = options.backward, wants_decay = options.wants_decay;
-    by_warps_ = kHasOneLaunch && backward && causal_ && !options.wants_z && !sets_.has_factors() &&
+    is_divided_ = options.wants_z || sets_.has_factors();
+    const std::int64_t most = is_divided_ ? 1 : attention::kMostTiles;
+    by_warps_ = kHasOneLaunch && backward && causal_ && !(is_divided_ && wants_decay) &&
                 p.value_features > 0 && p.value_features <= attention::kWide &&
-                p.num_realizations <= attention::kMostTiles * attention::kWide;
+                p.num_realizations <= most * attention::kWide;
+    // With one tile of features the walk of keys makes the gradients of values too.
+    values_too_ = by_warps_ && p.num_realizations <= attention::kWide;
     MemoryLayout layout(static_cast<unsigned char*>(workspace));
     // First: they are aligned to more than a layout does.
     if (backward && sets_.divides()) factors_ = layout.take<RowFactors<T>>(sets_.rows());
@@ -147,8 +152,11 @@ class AttentionPass {
       if (one_launch) {
         gradients(p, queries, keys, key_states.states, states.states);
       } else {
-        if (p.grad_k != nullptr || wants_terms_) features(keys, queries, true, states, p.grad_k);
-        if (p.grad_v != nullptr) values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
+        void* const grad_v = values_too_ ? p.grad_v : nullptr;
+        if (p.grad_k != nullptr || grad_v != nullptr || wants_terms_)
+          features(keys, queries, true, states, p.grad_k, grad_v);
+        if (p.grad_v != nullptr && !values_too_)
+          values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
       }
     }
     if constexpr (kFades) {
@@ -339,16 +347,17 @@ class AttentionPass {
                  });
   }
   void features(const Tokens<Storage>& rows, const Tokens<Storage>& columns, bool columns_follow,
-                const TwoStates<T>& two, void* grad) const {
+                const TwoStates<T>& two, void* grad, void* grad_values = nullptr) const {
     walk_through(rows, columns_follow, two,
                  [&](const Walk& walk, const States<T>& states, const OtherDirection<T>& other) {
+                   [[maybe_unused]] Storage* const of_values = static_cast<Storage*>(grad_values);
                    StepTerms<T> terms = terms_;
                    terms.of_keys = columns_follow;
                    if constexpr (kHasOneLaunch) {
-                     if (by_warps_)
-                       return attention::make_warp_features(rows, columns, walk, states, terms,
-                                                            static_cast<Storage*>(grad), decay_,
-                                                            stream_);
+                     if (by_warps_ && states.values > 0)
+                       return attention::make_warp_features(
+                           rows, columns, walk, states, terms, is_divided_,
+                           static_cast<Storage*>(grad), of_values, decay_, stream_);
                    }
                    attention::make_features<Operand>(rows, columns, walk, states, other, terms,
                                                      static_cast<Storage*>(grad), decay_, stream_);
@@ -357,7 +366,7 @@ class AttentionPass {
   void gradients(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
                  const Tokens<Storage>& keys, const States<T>& key_states,
                  const States<T>& query_states) const {
-    if constexpr (kHasOneLaunch) {
+    if constexpr (kHasOneLaunch && !kFades) {
       const AttentionGradients<Storage> grads{static_cast<Storage*>(p.grad_q),
                                               static_cast<Storage*>(p.grad_k),
                                               static_cast<Storage*>(p.grad_v)};
@@ -374,7 +383,10 @@ class AttentionPass {
   Cut segments(std::int64_t length) const {
     const std::int64_t blocks = one_launch_ ? 2 : max_of(1, tiles_of_values());
     const std::int64_t rows = sets_.batch() * p_.num_heads * blocks;
-    return sets_.cut(length, attention::segment_size<Operand>(rows, length));
+    const bool is_small = kHasOneLaunch && !backward_ && p_.num_realizations <= attention::kWide;
+    const std::int64_t places =
+        is_small ? kWalkingBlocks * attention::kBlocksOfWarps / kLeastBlocks : kWalkingBlocks;
+    return sets_.cut(length, attention::segment_size<Operand>(rows, length, places));
   }
 
   const LinearAttentionParams& p_;
@@ -383,7 +395,9 @@ class AttentionPass {
   bool wants_terms_, wants_chunks_;
   bool backward_;
   bool one_launch_;        // sizes allow for all gradients in one launch
-  bool by_warps_ = false;  // features' gradients are those of warp_features.h
+  bool by_warps_ = false;    // features' gradients are those of warp_features.h
+  bool is_divided_ = false;  // there, with weights or factors of rows
+  bool values_too_ = false;  // and those of values
   bool has_z_ = false;     // states have z
   std::uint64_t* zero_ = nullptr;
   TokenSets<Storage> sets_;

@@ -29,12 +29,13 @@ constexpr int kWide = 64;                               // features or values of
 constexpr int kDeep = 32;                               // of those that are summed over
 
 // Tokens of a segment, when `rows` tiles of results have each of `length` tokens. Segments are made
-// in parallel, as many as the device has places for blocks; the tokens of all but the last one are
-// read once more, for the states in which segments start.
+// in parallel, as many as the device has places for `walking` blocks; the tokens of all but the last
+// one are read once more, for the states in which segments start.
 template <class Operand>
-TORCH_SPE_INLINE std::int64_t segment_size(std::int64_t rows, std::int64_t length) {
+TORCH_SPE_INLINE std::int64_t segment_size(std::int64_t rows, std::int64_t length,
+                                           std::int64_t walking = kWalkingBlocks) {
   constexpr std::int64_t kLeastChunks = 2;
-  const std::int64_t segments = max_of(1, kWalkingBlocks / max_of(1, rows));
+  const std::int64_t segments = max_of(1, walking / max_of(1, rows));
   const std::int64_t chunks = ceil_div(length, kChunk<Operand>);
   return kChunk<Operand> * max_of(kLeastChunks, ceil_div(chunks, segments));
 }
@@ -216,14 +217,20 @@ struct Tokens {
   template <int kRows, int kColumns>
   TORCH_SPE_DEVICE void finish_x(const Part& chunk, std::int64_t head, std::int64_t r0,
                                  std::int64_t count, Storage* out) const {
+    finish_x<kRows, kColumns>(chunk, r0, count, out, factors_of(chunk, head),
+                              static_cast<int>(heads));
+  }
+  // The same with the factors of the chunk's tokens, `stride` apart, or null.
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void finish_x(const Part& chunk, std::int64_t r0, std::int64_t count,
+                                 Storage* out, const RowFactors<T>* own, int stride = 1) const {
     if (!has_whole_x<kRows, kColumns>(chunk, r0, count)) return;
-    const RowFactors<T>* const own = factors_of(chunk, head);
     if (map == core::FeatureMap::kIdentity && own == nullptr) return;
     const auto change = [&](const auto& make) { change_whole<kRows, kColumns>(out, make); };
     if (own == nullptr) {  // the factor 1 costs nothing then
       map_pairs([](int) { return T(1); }, change);
     } else {
-      map_pairs([&](int row) { return own[row * static_cast<int>(heads)].scale; }, change);
+      map_pairs([&](int row) { return own[row * stride].scale; }, change);
     }
   }
 
@@ -255,7 +262,7 @@ struct Tokens {
     if constexpr (std::is_same_v<Operand, Storage> && sizeof(Storage) == 2) {
       if (has_whole_y<kRows, kColumns>(chunk, e0, count)) {
         load_whole<kRows, kColumns>(base + chunk.begin * y_strides[1], y_strides[1], out,
-                                    divided_pairs(own));
+                                    divided_pairs(own, static_cast<int>(heads)));
         return;
       }
     }
@@ -286,10 +293,15 @@ struct Tokens {
   template <int kRows, int kColumns>
   TORCH_SPE_DEVICE void finish_y(const Part& chunk, std::int64_t head, std::int64_t e0,
                                  std::int64_t count, Storage* out) const {
-    const RowFactors<T>* const own = factors_of(chunk, head);
+    finish_y<kRows, kColumns>(chunk, e0, count, out, factors_of(chunk, head),
+                              static_cast<int>(heads));
+  }
+  template <int kRows, int kColumns>
+  TORCH_SPE_DEVICE void finish_y(const Part& chunk, std::int64_t e0, std::int64_t count,
+                                 Storage* out, const RowFactors<T>* own, int stride = 1) const {
     if (own == nullptr || result != nullptr || !has_whole_y<kRows, kColumns>(chunk, e0, count))
       return;
-    change_whole<kRows, kColumns>(out, divided_pairs(own));
+    change_whole<kRows, kColumns>(out, divided_pairs(own, stride));
   }
 
  private:
@@ -332,8 +344,8 @@ struct Tokens {
     }
   }
   // What divides the pairs of a row, given the factors of the first one.
-  TORCH_SPE_DEVICE auto divided_pairs(const RowFactors<T>* own) const {
-    return [own, stride = static_cast<int>(heads)](int row, auto& pairs) {
+  TORCH_SPE_DEVICE static auto divided_pairs(const RowFactors<T>* own, int stride) {
+    return [own, stride](int row, auto& pairs) {
       if (own == nullptr) return;
       const T inverse = own[row * stride].inverse;
       TORCH_SPE_UNROLL

@@ -1,7 +1,8 @@
-// What features.h makes of causal attention without denominators, for 16-bit operands, one tile of
-// values and up to kMostTiles tiles of features: a block makes all features of its rows, so that
-// weights are made once; they and the state are in registers, and the next tiles are copied while
-// these are multiplied.
+// What features.h makes of causal attention, for 16-bit operands, one tile of values and up to
+// kMostTiles tiles of features: a block makes all features of its rows, so that weights are made
+// once; they and the state are in registers, and the next tiles are copied while these are
+// multiplied. With one tile of features also where rows are divided, and what values.h makes of the
+// same rows.
 #pragma once
 
 #include "step_terms.h"
@@ -9,7 +10,7 @@
 
 namespace torch_spe::cuda::attention {
 
-template <class Operand, class Decay, int kTiles>
+template <class Operand, class Decay, int kTiles, bool kDivided>
 struct WarpFeaturesShared {
   using T = core::accumulate_t<Operand>;
   static constexpr int kTile = kChunk<Operand> * kTileRow;
@@ -21,6 +22,11 @@ struct WarpFeaturesShared {
   Operand* col_x;  // [2][column, r]
   Operand* state;  // [kStates][r, e]
   T* factors;      // [2], WarpFactors
+  // Where rows are divided.
+  VectorOperand<Operand> weights;                // [2][column], for z
+  T* col_weight;                                 // [2][column]
+  T* z;                                          // [2][r]
+  FactorsAhead<T, kChunk<Operand>> divided_by;   // of queries
 
   TORCH_SPE_INLINE explicit WarpFeaturesShared(MemoryLayout& layout)
       : row_y(layout.take<Operand>(kRowTiles * kTile)),
@@ -28,8 +34,18 @@ struct WarpFeaturesShared {
         row_x(layout.take<Operand>(2 * kTile)),
         col_x(layout.take<Operand>(2 * kTile)),
         state(layout.take<Operand>(kStates * kTile)),
-        factors(layout.take<T>(2 * WarpFactors<Decay, T>::kSize)) {}
+        factors(layout.take<T>(2 * WarpFactors<Decay, T>::kSize)),
+        weights(layout, kDivided ? 2 * kWide : 0),
+        col_weight(layout.take<T>(kDivided ? 2 * kWide : 0)),
+        z(layout.take<T>(kDivided ? 2 * kWide : 0)),
+        divided_by(layout, kDivided) {}
 };
+
+// The weight of a token of a chunk, given the factors of its tokens, if these have any.
+template <class Operand, class T>
+TORCH_SPE_DEVICE T weight_of(const Tokens<Operand>& tokens, const RowFactors<T>* factors, int row) {
+  return tokens.weighted ? factors[row].weight : tokens.constant_weight;
+}
 
 // Of a pair of features in a register: phi, and its derivative times a gradient.
 template <class Operand, bool kIsElu>
@@ -76,7 +92,8 @@ TORCH_SPE_DEVICE void finish_features(WarpProduct<Operand, kWarpRows, kHalf>& pa
                                       const WarpProduct<Operand, kWarpRows, kHalf>& within,
                                       const Map&, core::FeatureMap map, bool reads_x,
                                       bool wants_terms, Operand* x, const Operand* itself,
-                                      const T (&fade)[2], RowTerms<T>& terms) {
+                                      const T (&fade)[2], const T (&scale)[2],
+                                      RowTerms<T>& terms) {
   constexpr bool kIsElu = Map::value;
   const int lane = thread_read_again() % 32;
   const bool is_relu = map == core::FeatureMap::kRelu;
@@ -107,20 +124,61 @@ TORCH_SPE_DEVICE void finish_features(WarpProduct<Operand, kWarpRows, kHalf>& pa
       result[1] += added[1];
     }
     *reinterpret_cast<std::uint32_t*>(out + 8 * i * kTileRow + 8 * j) =
-        pack_pair<Operand>(gradient_of_pair<kIsElu>(is_relu, result[0], phi[0]),
-                           gradient_of_pair<kIsElu>(is_relu, result[1], phi[1]));
+        pack_pair<Operand>(gradient_of_pair<kIsElu>(is_relu, result[0], phi[0]) * scale[i],
+                           gradient_of_pair<kIsElu>(is_relu, result[1], phi[1]) * scale[i]);
   });
 }
 
-// A block makes the features' gradients of the rows of a segment.
-template <class Operand, class Decay, int kTiles>
+// The rows' values (values.h), of a state and a chunk in shared memory, to `staged`, rows that only
+// their own warp uses; `x` are the rows' features, not mapped.
+template <class Operand, class Decay, class T>
+TORCH_SPE_DEVICE void make_values_of_rows(const Operand* x, core::FeatureMap map,
+                                          const Operand* state, const Operand* col_x,
+                                          const Operand* col_y, const Walk& walk,
+                                          const WarpFactors<Decay, T>& factors, const T* table,
+                                          const T (&fade)[2], Operand* staged) {
+  const int lane = thread_read_again() % 32;
+  WarpRows<Operand> rows;
+  rows.load(x);
+  rows.map(map);
+  WarpProduct<Operand, kWarpRows, kWide> product;
+  product.clear();
+  TORCH_SPE_UNROLL
+  for (int k = 0; k < kWide / 16; ++k)
+    product.template multiply_fragment<Major::kOuter>(rows.fragments[k], state + 16 * k * kTileRow,
+                                                      kTileRow, lane);
+  if constexpr (Decay::kFades)
+    product.for_each([&](int i, int, T& element) { element *= fade[i]; });
+  TORCH_SPE_UNROLL
+  for (int j = 0; j < kSixteens; ++j) {
+    if (!sees_sixteen(walk, j)) continue;
+    WarpProduct<Operand, kWarpRows, 16> sums;
+    sums.clear();
+    TORCH_SPE_UNROLL
+    for (int k = 0; k < kWide / 16; ++k)
+      sums.template multiply_fragment<Major::kDepth>(
+          rows.fragments[k], col_x + 16 * j * kTileRow + 16 * k, kTileRow, lane);
+    fade_weights(sums, j, walk, factors, table);
+    std::uint32_t fragment[4];
+    sums.to_fragment(fragment);
+    product.template multiply_fragment<Major::kOuter>(fragment, col_y + 16 * j * kTileRow, kTileRow,
+                                                      lane);
+  }
+  __syncwarp();  // all have used the table
+  product.store(staged);
+}
+
+// A block makes the features' gradients of the rows of a segment, and their values where
+// `grad_values` is not null.
+template <class Operand, class Decay, int kTiles, bool kDivided>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     warp_features_kernel(const Tokens<Operand> rows, const Tokens<Operand> columns, const Walk walk,
                          const States<core::accumulate_t<Operand>> states,
                          const StepTerms<core::accumulate_t<Operand>> terms, Operand* grad,
-                         const Decay decay) {
+                         Operand* grad_values, const Decay decay) {
+  static_assert(kTiles == 1 || !kDivided);
   using T = core::accumulate_t<Operand>;
-  using Shared = WarpFeaturesShared<Operand, Decay, kTiles>;
+  using Shared = WarpFeaturesShared<Operand, Decay, kTiles, kDivided>;
   using Factors = WarpFactors<Decay, T>;
   constexpr int kTokens = kChunk<Operand>, kTile = Shared::kTile;
   static_assert(kTokens == kSixteens * kWarpRows && kTokens == kWide);
@@ -134,22 +192,44 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const int head = block % heads, slot = block / heads;
   const Steps<kTokens> steps(walk, slot);
   if (steps.segment.size == 0) return;
-  const bool wants_terms = Decay::kFades && terms.wanted();
-  const bool reads_x = wants_terms || rows.map != core::FeatureMap::kIdentity;
+  const bool wants_terms = Decay::kFades && !kDivided && terms.wanted();
+  const bool makes_values = kTiles == 1 && grad_values != nullptr;
+  const bool reads_x = wants_terms || makes_values || rows.map != core::FeatureMap::kIdentity;
 
   // A warp has 16 rows of each tile of the state.
   WarpProduct<Operand, kWarpRows, kWide> state[kTiles];
+  [[maybe_unused]] T z[4] = {};  // of a product whose first columns are both parts of the weights
+  const auto store_state = [&](int t, int to) {
+    state[t].store(shared.state + to * kTile);
+    if (kDivided && lane % 4 == 0) {
+      T* const own = shared.z + to * kWide + first_row_of_thread();
+      own[0] = z[0] + z[1];
+      own[8] = z[2] + z[3];
+    }
+  };
   {
     const WalkingState<T> from(states, walk.moves, slot, steps.segment.sequence, head, 0, 1);
+    if (kDivided && states.segment_z != nullptr && lane % 4 == 0) {
+      z[0] = from.z_at(first_row_of_thread());
+      z[2] = from.z_at(first_row_of_thread() + 8);
+    }
     TORCH_SPE_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       from.read_rows(t * kWide, 0, state[t]);
-      state[t].store(shared.state + t * kTile);
+      store_state(t, t);
     }
   }
 
   int stage = 0;
   typename Factors::Ahead ahead;
+  const RowFactors<T>* const factors_of_queries = walk.backwards ? columns.factors : rows.factors;
+  const bool has_factors = kDivided && factors_of_queries != nullptr;
+  const auto begin_factors = [&](int step) {
+    if (!has_factors) return;
+    const Part chunk = steps.chunk(step);
+    shared.divided_by.begin(factors_of_queries + rows.index(chunk.batch, chunk.begin, head), heads,
+                            chunk.size, step);
+  };
   const auto row_y_of = [&](int step) {
     return shared.row_y + (Shared::kRowTiles == 1 ? 0 : step % 2 * kTile);
   };
@@ -171,7 +251,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       const bool backwards = read_again(std::int64_t{walk.backwards}) != 0;
       ahead = Factors::read(decay, chunk, own_head, backwards);
     }
+    if (step + 1 < steps.count) begin_factors(step + 1);
   };
+  if constexpr (kDivided) {
+    begin_factors(0);
+    copy_async_wait();
+    __syncthreads();
+  }
   begin_tiles(0, 0, 0);
   TORCH_SPE_KEEP_LOOP
   for (int step = 0; step < steps.count; ++step) {
@@ -179,16 +265,32 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const bool passes = step + 1 < steps.count;
     Operand* const col_y = shared.col_y + step % 2 * kTile;
     const Factors factors(shared.factors + step % 2 * Factors::kSize);
+    const int parity = step % 2 * kWide;
+    const RowFactors<T>* divided_by = nullptr;  // of queries
     WarpRows<Operand> y;
     std::uint32_t weights[kSixteens][4];
     RowTerms<T> row_terms;
-    T fade[2] = {1, 1}, passing = 0;
+    T fade[2] = {1, 1}, scale[2] = {1, 1}, row_weight[2] = {0, 0}, passing = 0;
     TORCH_SPE_UNROLL
     for (int t = 0; t < kTiles; ++t, stage ^= 1) {
       Operand* const row_x = shared.row_x + stage * kTile;
       Operand* const col_x = shared.col_x + stage * kTile;
       copy_async_wait();
-      columns.template finish_x<kTokens, kWide>(chunk, head, t * kWide, features, col_x);
+      if constexpr (kDivided) {
+        divided_by = has_factors ? shared.divided_by.of(step) : nullptr;
+        const RowFactors<T>* const of_columns = walk.backwards ? divided_by : nullptr;
+        columns.template finish_x<kTokens, kWide>(chunk, 0, features, col_x, of_columns);
+        columns.template finish_y<kTokens, kWide>(chunk, 0, values, col_y, of_columns);
+        if (!walk.backwards)
+          rows.template finish_y<kTokens, kWide>(chunk, 0, values, row_y_of(step), divided_by);
+        if (thread < kTokens) {
+          const T weight = thread < chunk.size ? weight_of(columns, of_columns, thread) : T(0);
+          shared.col_weight[parity + thread] = weight;
+          shared.weights.set(parity + thread, weight);
+        }
+      } else {
+        columns.template finish_x<kTokens, kWide>(chunk, head, t * kWide, features, col_x);
+      }
       if (t == 0) factors.fill(ahead);
       __syncthreads();  // the tiles are there, and those before have been used
       if (t + 1 < kTiles) {
@@ -197,8 +299,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         begin_tiles(step + 1, 0, stage ^ 1);
       }
       const int before = (t + kTiles - 1) % kTiles;
-      if (kTiles > 1 && (t > 0 ? passes : step > 0))
-        state[before].store(shared.state + before * kTile);
+      if (kTiles > 1 && (t > 0 ? passes : step > 0)) store_state(before, before);
+      const Operand* const state_tile = shared.state + (kTiles == 1 ? step % 2 : t) * kTile;
 
       if (t == 0) {
         Operand* const row_y = row_y_of(step);
@@ -211,6 +313,16 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           factors.fill_table(table);
           __syncwarp();
         }
+        if constexpr (kDivided) {
+          const RowFactors<T>* const of_rows = walk.backwards ? nullptr : divided_by;
+          TORCH_SPE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int row = first_row_of_thread() + 8 * i;
+            if (row >= chunk.size) continue;
+            row_weight[i] = weight_of(rows, of_rows, row);
+            if (of_rows != nullptr) scale[i] = of_rows[row].scale;
+          }
+        }
         TORCH_SPE_UNROLL
         for (int j = 0; j < kSixteens; ++j) {
           if (!sees_sixteen(walk, j)) continue;
@@ -220,12 +332,21 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           for (int k = 0; k < kWide / 16; ++k)
             sums.template multiply_fragment<Major::kDepth>(
                 y.fragments[k], col_y + 16 * j * kTileRow + 16 * k, kTileRow, lane);
+          if constexpr (kDivided) {
+            const T* const own = shared.col_weight + parity + 16 * j;
+            sums.for_each([&](int i, int column, T& weight) {
+              weight += row_weight[i] * own[column];
+            });
+          }
           fade_weights(sums, j, walk, factors, table);
           if (wants_terms && j == warp) take_diagonal(sums, row_terms);
           sums.to_fragment(weights[j]);
         }
+        // Where the table was, whose last use this is.
+        if (makes_values)
+          make_values_of_rows(row_x, rows.map, state_tile, col_x, col_y, walk, factors, table, fade,
+                              row_y);
       }
-      const Operand* const state_tile = shared.state + (kTiles == 1 ? step % 2 : t) * kTile;
       TORCH_SPE_KEEP_LOOP
       for (int first = 0; first < kWide; first += kHalf) {
         WarpProduct<Operand, kWarpRows, kHalf> product, within;
@@ -235,6 +356,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int k = 0; k < kWide / 16; ++k)
           product.template multiply_fragment<Major::kDepth>(
               y.fragments[k], state_tile + first * kTileRow + 16 * k, kTileRow, lane);
+        if constexpr (kDivided) {
+          const T* const own = shared.z + parity + first;
+          product.for_each([&](int i, int column, T& element) {
+            element += row_weight[i] * own[column];
+          });
+        }
         TORCH_SPE_UNROLL
         for (int j = 0; j < kSixteens; ++j) {
           if (!sees_sixteen(walk, j)) continue;
@@ -243,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
         const auto finish = [&](auto is_elu) {
           finish_features(product, within, is_elu, rows.map, reads_x, wants_terms,
-                          row_x + first_of_warp + first, col_x + first_of_warp + first, fade,
+                          row_x + first_of_warp + first, col_x + first_of_warp + first, fade, scale,
                           row_terms);
         };
         if (rows.map == core::FeatureMap::kElu) {
@@ -259,7 +386,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                         chunk.size, static_cast<int>(min_of(kWide, features - t * kWide)),
                         rows_are_aligned<Operand>(grad, features),
                         [&](int row) { return rows.is_padding(chunk.batch, chunk.begin + row); });
-      if constexpr (Decay::kFades) {
+      if (makes_values)
+        write_warp_rows(row_y_of(step), grad_values + first_row * values, heads * values,
+                        chunk.size, static_cast<int>(values),
+                        rows_are_aligned<Operand>(grad_values, values),
+                        [&](int row) { return rows.is_padding(chunk.batch, chunk.begin + row); });
+      if constexpr (Decay::kFades && !kDivided) {
         if (wants_terms) {
           const std::int64_t at = (steps.first_slot + steps.number(step)) * heads + head;
           terms.template take_rounded<Operand>(state[t], at * kTiles + t, &passing);
@@ -279,33 +411,50 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
       }
       if (!passes) continue;
-      pass_over_chunk(state[t], factors, factors.over_chunk(chunk.size, walk.backwards), col_x,
-                      col_y, [](const std::uint32_t (&)[4]) {});
-      if constexpr (kTiles == 1) state[0].store(shared.state + (step + 1) % 2 * kTile);
+      const core::Passage<T> passage = factors.over_chunk(chunk.size, walk.backwards);
+      if constexpr (kDivided) {
+        TORCH_SPE_UNROLL
+        for (T& sum : z) sum = core::carry(passage, 0, sum);
+      }
+      pass_over_chunk(state[t], factors, passage, col_x, col_y,
+                      [&]([[maybe_unused]] const std::uint32_t (&fragment)[4],
+                          [[maybe_unused]] int k) {
+                        if constexpr (kDivided) {
+                          std::uint32_t pairs[2];
+                          shared.weights.fragment(parity + 16 * k, pairs);
+                          mma_m16n8k16<Operand>(z, fragment, pairs);
+                        }
+                      });
+      if constexpr (kTiles == 1) store_state(0, (step + 1) % 2);
     }
   }
 }
 
-// Gradients of the rows' features, as make_features has it.
+// Gradients of the rows' features, as make_features has it, and of their values where `grad_values`
+// is not null, for one tile of features.
 template <class Operand, class Decay, class T = core::accumulate_t<Operand>>
 void make_warp_features(const Tokens<Operand>& rows, const Tokens<Operand>& columns,
                         const Walk& walk, const States<T>& states, const StepTerms<T>& terms,
-                        Operand* grad, const Decay& decay, Stream stream) {
+                        bool is_divided, Operand* grad, Operand* grad_values, const Decay& decay,
+                        Stream stream) {
   const std::int64_t blocks = walk.segments.slots() * states.heads;
   if (blocks == 0) return;
-  const auto make = [&](auto tiles) {
+  const auto make = [&](auto tiles, auto divided) {
     constexpr int kTiles = decltype(tiles)::value;
+    constexpr bool kDivided = decltype(divided)::value;
     MemoryLayout size;
-    WarpFeaturesShared<Operand, Decay, kTiles>{size};
-    launch(warp_features_kernel<Operand, Decay, kTiles>, grid_of(blocks), dim3(kThreads),
-           size.size(), stream, rows, columns, walk, states, terms, grad, decay);
+    WarpFeaturesShared<Operand, Decay, kTiles, kDivided>{size};
+    launch(warp_features_kernel<Operand, Decay, kTiles, kDivided>, grid_of(blocks), dim3(kThreads),
+           size.size(), stream, rows, columns, walk, states, terms, grad, grad_values, decay);
   };
-  if (states.features <= kWide) {
-    make(std::integral_constant<int, 1>{});
+  if (is_divided) {
+    make(std::integral_constant<int, 1>{}, std::true_type{});
+  } else if (states.features <= kWide) {
+    make(std::integral_constant<int, 1>{}, std::false_type{});
   } else if (states.features <= 2 * kWide) {
-    make(std::integral_constant<int, 2>{});
+    make(std::integral_constant<int, 2>{}, std::false_type{});
   } else {
-    make(std::integral_constant<int, 3>{});
+    make(std::integral_constant<int, 3>{}, std::false_type{});
   }
 }
 

@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       const std::uint32_t own = lane / 4 == t ? ones : 0;
       const std::uint32_t column_of_ones[2] = {own, own};
       pass_over_chunk(state[t], factors, passage, col_x, col_y,
-                      [&](const std::uint32_t (&fragment)[4]) {
+                      [&](const std::uint32_t (&fragment)[4], int) {
                         if (sums_denominators) mma_m16n8k16<Operand>(z, fragment, column_of_ones);
                       });
       if constexpr (kTiles == 1) store_state(0, (step + 1) % 2);

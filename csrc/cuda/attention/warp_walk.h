@@ -12,6 +12,7 @@ constexpr int kWarpRows = 16;
 constexpr int kSixteens = kThreads / 32;  // of the rows, or columns, of a chunk
 constexpr int kTileRow = row_of<core::BFloat16>(kWide);
 constexpr int kMostTiles = 3;  // of features
+constexpr int kBlocksOfWarps = 3;  // of a multiprocessor, where the state is one tile
 
 // The rows of a thread's elements are the first two: first_row() and that plus 8.
 TORCH_SPE_DEVICE int first_row_of_thread() {
@@ -154,6 +155,24 @@ struct WarpFactors {
       (first_half ? from_start : to_end)[token] = factor;
     }
   }
+  // Of all these, what tokens fade by that are added to a state, and what it fades by itself, where
+  // nothing else is wanted: read before they are, one a thread, and put in their place.
+  TORCH_SPE_DEVICE static T read_passing(const Decay& decay, const Part& chunk, std::int64_t head,
+                                         bool backwards) {
+    if constexpr (Decay::kFades) {
+      const int thread = thread_read_again(), token = thread % kCount;
+      if (token >= chunk.size) return 0;
+      const std::int64_t i = decay.index(chunk.batch, chunk.begin + token, head);
+      return thread < kCount ? decay.adding(i, backwards) : decay.reading(i, backwards);
+    }
+    return 0;
+  }
+  TORCH_SPE_DEVICE void fill_passing(T ahead) const {
+    if constexpr (Decay::kFades) {
+      const int thread = thread_read_again();
+      (thread < kCount ? adding : reading)[thread % kCount] = ahead;
+    }
+  }
   // A warp makes the factors between its own 16 tokens, after __syncwarp.
   TORCH_SPE_DEVICE void fill_table(T* table) const {
     const int thread = thread_read_again(), column = thread % kWarpRows;
@@ -231,7 +250,7 @@ TORCH_SPE_DEVICE void fade_weights(WarpProduct<Operand, kWarpRows, 16>& weights,
 }
 
 // The warp's 16 rows of a tile of the state pass over a chunk, whose tokens are those of the tiles;
-// also(fragment) takes the factors of the product that adds them.
+// also(fragment, k) takes the factors of the product that adds them.
 template <class Decay, class Operand, class T, class Also>
 TORCH_SPE_DEVICE void pass_over_chunk(WarpProduct<Operand, kWarpRows, kWide>& state,
                                       const WarpFactors<Decay, T>& factors,
@@ -247,9 +266,31 @@ TORCH_SPE_DEVICE void pass_over_chunk(WarpProduct<Operand, kWarpRows, kWide>& st
     factors.template fade_added<Operand>(fragment, k);
     state.template multiply_fragment<Major::kOuter>(fragment, col_y + 16 * k * kTileRow, kTileRow,
                                                     lane);
-    also(fragment);
+    also(fragment, k);
   }
 }
+
+// The factors of the chunks' tokens: copied into shared memory a chunk ahead of the tiles that they
+// belong to, and so there for all threads when these have been copied.
+template <class T, int kTokens>
+class FactorsAhead {
+ public:
+  TORCH_SPE_INLINE explicit FactorsAhead(MemoryLayout& layout, bool wanted = true)
+      : ring_(layout.take<RowFactors<T>>(wanted ? 3 * kTokens : 0)) {}
+
+  // Starts to copy those of a step, `stride` apart from `from` on; there for all after
+  // copy_async_wait and a barrier.
+  TORCH_SPE_DEVICE void begin(const RowFactors<T>* from, std::int64_t stride, int size,
+                              int step) const {
+    static_assert(sizeof(RowFactors<T>) == 16);
+    const int token = static_cast<int>(threadIdx.x);
+    if (token < size) copy_async16(ring_ + step % 3 * kTokens + token, from + token * stride);
+  }
+  TORCH_SPE_DEVICE const RowFactors<T>* of(int step) const { return ring_ + step % 3 * kTokens; }
+
+ private:
+  RowFactors<T>* ring_;
+};
 
 // Whether the warp's rows see some of the 16 columns from 16 j on.
 TORCH_SPE_DEVICE bool sees_sixteen(const Walk& walk, int j) {
