@@ -398,11 +398,16 @@ def test_steps_of_float64_with_strides(compare, form, causal):
     case.check(compare, TOLERANCES[torch.float32])
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("form", FORMS)
-def test_no_tokens(compare, form, causal):
-    case = Case(torch.float32, 2, 0, form=form, causal=causal)
+def test_no_tokens(compare, form, causal, own):
+    own = 0 if not own else 5 if "feature" in form else 6
+    case = Case(torch.float32, 2, 0, form=form, causal=causal, own=own)
     compare(case.operator, case.inputs, case.grads, 0, may_launch_nothing=True)
+    names = ("k", "v", "log_decay", "initial_s", "initial_z", "denominator_k")
+    inputs = [case.tensors[name] for name in names]
+    compare(case.state_operator, inputs, case.grads[1:], 0, may_launch_nothing=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

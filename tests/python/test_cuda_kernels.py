@@ -769,6 +769,19 @@ def test_some_gradients_with_features_of_the_denominator(compare, wanted):
     compare(with_denominators(causal=True), [q, k, v, dq, dk, s, z], grads, 3e-6, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
+def test_features_of_the_denominator_without_keys(compare, state, dtype):
+    """Their tensor has no elements, and its pointer is null."""
+    inputs, (grad, grad_s, _) = attention_inputs(dtype, 2, 3, 0, 2, 8, 16, state=True)
+    q, k, v, s, _ = inputs
+    dq, _, z, grad_z = denominator_inputs(dtype, 2, 3, 2, 5)
+    inputs, grads = [q, k, v, dq, dq[:, :0]], (grad, None, None)
+    if state:
+        inputs, grads = [*inputs, s, z], (grad, grad_s, grad_z)
+    compare(with_denominators(), inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_features_of_the_denominator_of_packed_sequences(compare, causal):
     bounds = torch.tensor([0, 5, 5, 100, 140])
@@ -782,17 +795,19 @@ def test_features_of_the_denominator_of_packed_sequences(compare, causal):
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("length", [0, 150])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_state_of_keys_alone(compare, dtype, packed, own):
-    (_, k, v, s, z), (_, grad_s, grad_z) = attention_inputs(dtype, 3, 150, 150, 2, 5, 3, state=True)
-    mask = torch.rand(3, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+def test_state_of_keys_alone(compare, dtype, length, packed, own):
+    inputs, (_, grad_s, grad_z) = attention_inputs(dtype, 3, length, length, 2, 5, 3, state=True)
+    _, k, v, s, z = inputs
+    mask = torch.rand(3, length, generator=torch.Generator().manual_seed(1)) < 0.3
     dk = None
     if own:
-        _, dk, z, grad_z = denominator_inputs(dtype, 3, 150, 2, 7)
+        _, dk, z, grad_z = denominator_inputs(dtype, 3, length, 2, 7)
     bounds = None
     if packed:
         k, v, dk = (None if t is None else t[:1] for t in (k, v, dk))
-        mask, bounds = None, torch.tensor([0, 20, 20, 150])
+        mask, bounds = None, torch.tensor([0, 20, 20, 150]).clamp(max=length)
 
     def function(k, v, s, z, dk):
         return torch.ops.torch_spe.linear_attention_state(
