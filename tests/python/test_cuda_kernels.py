@@ -5,6 +5,8 @@ import torch
 from cuda_backends import on, run
 
 import torch_spe
+from torch_spe import PositiveFeatures
+from torch_spe.feature_maps import map_features
 
 pytestmark = pytest.mark.pairwise
 TOLERANCES = {
@@ -643,6 +645,20 @@ def test_values_of_one_give_one(compare, features, dtype, causal, decay):
         )[0]
 
     ones = torch.ones_like(v, dtype=dtype)
+    compare(function, [q, k, ones], None, 1e-3, [], expected=[ones])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_values_of_one_give_one_beyond_the_range_of_the_exponentials(compare, dtype):
+    """In rows that see one key: bfloat16 has fewer subnormal values for its weight than float32."""
+    q, k = 8 * torch.randn(2, 2, 8, 2, 64, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        q, k, *_ = map_features(PositiveFeatures(64, 256).eval(), q.to(dtype), k.to(dtype))
+    ones = torch.ones(2, 8, 2, 3, dtype=dtype)
+
+    def function(q, k, v):
+        return torch.ops.torch_spe.linear_attention(q, k, v, "identity", True, True, 0.0)[0]
+
     compare(function, [q, k, ones], None, 1e-3, [], expected=[ones])
 
 
