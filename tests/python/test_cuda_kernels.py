@@ -5,7 +5,7 @@ import torch
 from cuda_backends import on, run
 
 import torch_spe
-from torch_spe import PositiveFeatures
+from torch_spe import PositiveFeatures, reference
 from torch_spe.feature_maps import map_features
 
 pytestmark = pytest.mark.pairwise
@@ -429,6 +429,25 @@ def test_dense_conv_filter_of_16_bits(compare, shape, kind):
     dtype = torch.bfloat16 if kind == "gaussian" else torch.float16
     inputs, grad = conv_inputs(dtype, (kind, [1]), *shape)
     compare(conv((kind, [1]), 1, shape[5], [-29]), inputs, grad, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "given"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["odd", "images", "volumes"])
+def test_what_a_dense_conv_filter_of_16_bits_rounds(compare, shape, dtype, noise):
+    """Kernel, noise, codes and the result, once each, and nothing else."""
+    _, size, heads, features, taps, real, _ = CONV_SHAPES[shape]
+    inputs, _ = conv_inputs(dtype, NOISE[noise], *CONV_SHAPES[shape])
+    x, kernel, z, constant = inputs
+    function = conv(NOISE[noise], len(size), real)
+    if z is None:
+        line = [n + t - 1 for n, t in zip(size, taps, strict=True)]
+        z = torch.ops.torch_spe.conv_noise(torch.tensor(-7), heads, features, line, real)
+    code = reference.conv_code(*(t.to(dtype).double() for t in (kernel, z)))
+    if constant is not None:
+        code = code + constant.double()
+    expected = torch.einsum("b...hd,...hdr->b...hr", x.double(), code.to(dtype).double()).to(dtype)
+    compare(function, inputs, None, torch.finfo(dtype).eps, [], expected=[expected])
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
