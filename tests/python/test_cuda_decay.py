@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cuda_backends import LIBRARY, cuda_kernels, load_emulation, on, run
+from cuda_backends import LIBRARY, check, cuda_kernels, load_emulation, on, run
 
 from torch_spe import reference
 
@@ -319,6 +319,30 @@ def test_steps_that_warps_forget(compare, features):
     case.tensors["log_decay"].fill_(-15)
     case.grads = tuple(g * 2**20 for g in case.grads)
     case.check(compare, TOLERANCES[torch.bfloat16], wanted=[3])
+
+
+@pytest.mark.skipif(not LIBRARY.is_file(), reason="needs the emulation")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_gradient_alone(form, causal):
+    """Has the bits that it has beside others, but for a causal decay of heads or tokens.
+
+    The gradient of that wants sums over the chunk and over tokens before it apart.
+    """
+    case = Case(torch.float64, 1, 150, 1, form=form, causal=causal)
+    wanted = [0, 1, 2, 3, 4, 5]
+    takes_apart = causal and "feature" not in form
+    with cuda_kernels(load_emulation()):
+        together = run(case.operator, case.inputs, case.grads, wanted)[3:]
+        beside = run(case.operator, case.inputs, case.grads, [0, 1, 2, 4, 5])[3:]
+        beside.insert(3, together[3])
+        for i in wanted:
+            *_, alone = run(case.operator, case.inputs, case.grads, [i])
+            assert torch.equal(alone, beside[i])
+            if takes_apart and i < 2:
+                check([alone], [together[i]], 1e-14)
+            else:
+                assert torch.equal(alone, together[i])
 
 
 def test_many_tokens(compare):
