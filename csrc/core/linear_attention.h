@@ -35,8 +35,10 @@ struct LinearAttentionParams {
   std::int64_t k_strides[4];
   const void* v;  // [B, M, H, E], strided
   std::int64_t v_strides[4];
-  // Features of the denominator apart from those of the numerator, or null: the denominator is then
-  // sum_m psi(dq_n) . psi(dk_m), and z the sum of psi(dk_m). Only with normalize.
+  // Features of the denominator apart from those of the numerator: the denominator is then
+  // sum_m psi(dq_n) . psi(dk_m), and z the sum of psi(dk_m). Only with normalize. The pointers do
+  // not say whether there are such features: a tensor without elements has none.
+  bool has_own_denominator = false;
   const void* denominator_q = nullptr;  // [B, N, H, F], strided
   std::int64_t denominator_q_strides[4] = {};
   const void* denominator_k = nullptr;  // [B, M, H, F], strided

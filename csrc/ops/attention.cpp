@@ -208,7 +208,8 @@ void fill_keys(const char* op, core::LinearAttentionParams& p, const AttentionKe
   p.denominator_feature_map =
       to_feature_map(op, "denominator_feature_map", a.denominator_feature_map);
   p.denominator_features = p.num_realizations;
-  if (a.denominator_k.has_value()) {
+  p.has_own_denominator = a.denominator_k.has_value();
+  if (p.has_own_denominator) {
     p.denominator_features = a.denominator_k->size(3);
     p.denominator_k = a.denominator_k->const_data_ptr();
     copy_strides(*a.denominator_k, p.denominator_k_strides);

@@ -104,7 +104,7 @@ struct LinearAttention : Operator {
     p.query_length = a.q.size(1);
     p.q = a.q.const_data_ptr();
     copy_strides(a.q, p.q_strides);
-    if (a.denominator_q.has_value()) {
+    if (p.has_own_denominator) {
       p.denominator_q = a.denominator_q->const_data_ptr();
       copy_strides(*a.denominator_q, p.denominator_q_strides);
     }

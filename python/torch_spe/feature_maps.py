@@ -122,10 +122,11 @@ _LARGEST_EXPONENT = 30.0
 # below 1, and those of queries at 1: with it the sums are in the middle of float32's range, and
 # those of 10^6 keys with exponents at the end are still finite.
 _KEY_SHIFT = 30.0
-# The least exponent of a key's largest feature, without the common factor. Keys below it, from an
-# input of 64 features with a standard deviation of 5 on, would underflow against most queries: the
-# rows that see no other keys would be 0. Beside keys above it they still count for nothing.
-_LEAST_KEY_EXPONENT = -70.0
+# The least exponent of a key's largest feature, without the common factor. Keys below it, most from
+# an input of 64 features with a standard deviation of 5 on, would underflow against most queries,
+# since a product of features must be above e^-92 where it is rounded to bfloat16: the rows that see
+# no other keys would be 0. Beside keys above it they still count for nothing.
+_LEAST_KEY_EXPONENT = -50.0
 
 
 def bounded_exponential(exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,7 +147,7 @@ def query_exponential(exponent: Tensor) -> Tensor:  # [..., M] -> [..., M]
 def key_exponential(exponent: Tensor, subtrahend: Tensor) -> Tensor:
     """Compute ``exp(exponent - subtrahend)`` of keys, times the factor that all keys share.
 
-    A key whose largest feature is below ``e^-70`` is lifted to it.
+    A key whose largest feature is below ``e^-50`` is lifted to it.
 
     Args:
         exponent: ``[..., M]``.
@@ -205,7 +206,7 @@ class PositiveProjection:
         r"""Compute features for attention: each query's up to a factor, keys' up to a common one.
 
         A query's largest feature is 1. Keys' are :math:`e^{30} \sqrt M \phi(k)`, the largest of
-        each at least :math:`e^{-40}`. Neither depends on other positions. Of float16 inputs they
+        each at least :math:`e^{-20}`. Neither depends on other positions. Of float16 inputs they
         are float32; otherwise of the type of the inputs.
         """
         _, exponent = self._products(queries)

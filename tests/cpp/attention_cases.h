@@ -313,7 +313,8 @@ inline Kernels run(const Case& c, DType dtype, const Tensors& inputs, const Resu
   k.give(p.k, p.k_strides);
   v.give(p.v, p.v_strides);
   p.denominator_features = c.denominator_features();
-  if (c.own_features > 0) {
+  p.has_own_denominator = c.own_features > 0;
+  if (p.has_own_denominator) {
     dq.give(p.denominator_q, p.denominator_q_strides);
     dk.give(p.denominator_k, p.denominator_k_strides);
     p.denominator_feature_map = FeatureMap::kRelu;
@@ -350,7 +351,7 @@ inline Kernels run(const Case& c, DType dtype, const Tensors& inputs, const Resu
   p.grad_q = N > 0 ? give(0) : nullptr;
   p.grad_k = give(1);
   p.grad_v = give(2);
-  if (c.own_features > 0) {
+  if (p.has_own_denominator) {
     p.grad_denominator_q = N > 0 ? give(3) : nullptr;
     p.grad_denominator_k = give(4);
   }

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cuda_backends import LIBRARY, cuda_kernels, load_emulation, on, run
+from cuda_backends import LIBRARY, check, cuda_kernels, load_emulation, on, run
 
 from torch_spe import reference
 
@@ -321,6 +321,30 @@ def test_steps_that_warps_forget(compare, features):
     case.check(compare, TOLERANCES[torch.bfloat16], wanted=[3])
 
 
+@pytest.mark.skipif(not LIBRARY.is_file(), reason="needs the emulation")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_gradient_alone(form, causal):
+    """Has the bits that it has beside others, but for a causal decay of heads or tokens.
+
+    The gradient of that wants sums over the chunk and over tokens before it apart.
+    """
+    case = Case(torch.float64, 1, 150, 1, form=form, causal=causal)
+    wanted = [0, 1, 2, 3, 4, 5]
+    takes_apart = causal and "feature" not in form
+    with cuda_kernels(load_emulation()):
+        together = run(case.operator, case.inputs, case.grads, wanted)[3:]
+        beside = run(case.operator, case.inputs, case.grads, [0, 1, 2, 4, 5])[3:]
+        beside.insert(3, together[3])
+        for i in wanted:
+            *_, alone = run(case.operator, case.inputs, case.grads, [i])
+            assert torch.equal(alone, beside[i])
+            if takes_apart and i < 2:
+                check([alone], [together[i]], 1e-14)
+            else:
+                assert torch.equal(alone, together[i])
+
+
 def test_many_tokens(compare):
     case = Case(torch.float32, 1, 5000, 1, 3, 2, steps="slow", normalize=False)
     like = [*case.grads[:3], case.tensors["log_decay"]]
@@ -398,11 +422,16 @@ def test_steps_of_float64_with_strides(compare, form, causal):
     case.check(compare, TOLERANCES[torch.float32])
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("form", FORMS)
-def test_no_tokens(compare, form, causal):
-    case = Case(torch.float32, 2, 0, form=form, causal=causal)
+def test_no_tokens(compare, form, causal, own):
+    own = 0 if not own else 5 if "feature" in form else 6
+    case = Case(torch.float32, 2, 0, form=form, causal=causal, own=own)
     compare(case.operator, case.inputs, case.grads, 0, may_launch_nothing=True)
+    names = ("k", "v", "log_decay", "initial_s", "initial_z", "denominator_k")
+    inputs = [case.tensors[name] for name in names]
+    compare(case.state_operator, inputs, case.grads[1:], 0, may_launch_nothing=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

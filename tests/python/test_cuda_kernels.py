@@ -5,6 +5,8 @@ import torch
 from cuda_backends import on, run
 
 import torch_spe
+from torch_spe import PositiveFeatures, reference
+from torch_spe.feature_maps import map_features
 
 pytestmark = pytest.mark.pairwise
 TOLERANCES = {
@@ -429,6 +431,25 @@ def test_dense_conv_filter_of_16_bits(compare, shape, kind):
     compare(conv((kind, [1]), 1, shape[5], [-29]), inputs, grad, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "given"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["odd", "images", "volumes"])
+def test_what_a_dense_conv_filter_of_16_bits_rounds(compare, shape, dtype, noise):
+    """Kernel, noise, codes and the result, once each, and nothing else."""
+    _, size, heads, features, taps, real, _ = CONV_SHAPES[shape]
+    inputs, _ = conv_inputs(dtype, NOISE[noise], *CONV_SHAPES[shape])
+    x, kernel, z, constant = inputs
+    function = conv(NOISE[noise], len(size), real)
+    if z is None:
+        line = [n + t - 1 for n, t in zip(size, taps, strict=True)]
+        z = torch.ops.torch_spe.conv_noise(torch.tensor(-7), heads, features, line, real)
+    code = reference.conv_code(*(t.to(dtype).double() for t in (kernel, z)))
+    if constant is not None:
+        code = code + constant.double()
+    expected = torch.einsum("b...hd,...hdr->b...hr", x.double(), code.to(dtype).double()).to(dtype)
+    compare(function, inputs, None, torch.finfo(dtype).eps, [], expected=[expected])
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "polyphase", "given"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["odd", "several tiles", "large batch", "images"])
@@ -646,6 +667,20 @@ def test_values_of_one_give_one(compare, features, dtype, causal, decay):
     compare(function, [q, k, ones], None, 1e-3, [], expected=[ones])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_values_of_one_give_one_beyond_the_range_of_the_exponentials(compare, dtype):
+    """In rows that see one key: bfloat16 has fewer subnormal values for its weight than float32."""
+    q, k = 8 * torch.randn(2, 2, 8, 2, 64, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        q, k, *_ = map_features(PositiveFeatures(64, 256).eval(), q.to(dtype), k.to(dtype))
+    ones = torch.ones(2, 8, 2, 3, dtype=dtype)
+
+    def function(q, k, v):
+        return torch.ops.torch_spe.linear_attention(q, k, v, "identity", True, True, 0.0)[0]
+
+    compare(function, [q, k, ones], None, 1e-3, [], expected=[ones])
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 0, 3, 3, 40], [0, 5, 39, 40]], ids=str)
 def test_linear_attention_of_packed_sequences(compare, bounds, causal):
@@ -769,6 +804,19 @@ def test_some_gradients_with_features_of_the_denominator(compare, wanted):
     compare(with_denominators(causal=True), [q, k, v, dq, dk, s, z], grads, 3e-6, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
+def test_features_of_the_denominator_without_keys(compare, state, dtype):
+    """Their tensor has no elements, and its pointer is null."""
+    inputs, (grad, grad_s, _) = attention_inputs(dtype, 2, 3, 0, 2, 8, 16, state=True)
+    q, k, v, s, _ = inputs
+    dq, _, z, grad_z = denominator_inputs(dtype, 2, 3, 2, 5)
+    inputs, grads = [q, k, v, dq, dq[:, :0]], (grad, None, None)
+    if state:
+        inputs, grads = [*inputs, s, z], (grad, grad_s, grad_z)
+    compare(with_denominators(), inputs, grads, ATTENTION_TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_features_of_the_denominator_of_packed_sequences(compare, causal):
     bounds = torch.tensor([0, 5, 5, 100, 140])
@@ -782,17 +830,19 @@ def test_features_of_the_denominator_of_packed_sequences(compare, causal):
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("length", [0, 150])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_state_of_keys_alone(compare, dtype, packed, own):
-    (_, k, v, s, z), (_, grad_s, grad_z) = attention_inputs(dtype, 3, 150, 150, 2, 5, 3, state=True)
-    mask = torch.rand(3, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+def test_state_of_keys_alone(compare, dtype, length, packed, own):
+    inputs, (_, grad_s, grad_z) = attention_inputs(dtype, 3, length, length, 2, 5, 3, state=True)
+    _, k, v, s, z = inputs
+    mask = torch.rand(3, length, generator=torch.Generator().manual_seed(1)) < 0.3
     dk = None
     if own:
-        _, dk, z, grad_z = denominator_inputs(dtype, 3, 150, 2, 7)
+        _, dk, z, grad_z = denominator_inputs(dtype, 3, length, 2, 7)
     bounds = None
     if packed:
         k, v, dk = (None if t is None else t[:1] for t in (k, v, dk))
-        mask, bounds = None, torch.tensor([0, 20, 20, 150])
+        mask, bounds = None, torch.tensor([0, 20, 20, 150]).clamp(max=length)
 
     def function(k, v, s, z, dk):
         return torch.ops.torch_spe.linear_attention_state(

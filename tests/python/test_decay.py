@@ -402,14 +402,18 @@ def test_gradcheck(causal, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("wanted", range(6))
-def test_each_gradient_alone(wanted, causal, form):
+def test_each_gradient_alone(device, wanted, causal, form):
     case = Case(form, causal=causal, state=True)
     together = results(case.ours, leaves(case.data))
     alone = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(case.data)]
     outs = case.ours(*alone)
     grads = [torch.cos(torch.arange(o.numel(), dtype=torch.float64) * 0.7).view_as(o) for o in outs]
     (grad,) = torch.autograd.grad(outs, alone[wanted], grads)
-    assert torch.equal(grad, together[3 + wanted])
+    if device == "cuda" and causal and "R" not in form and wanted < 2:
+        # Beside the gradient of the decay, sums over the chunk and over tokens before it are apart.
+        assert_close(grad, together[3 + wanted])
+    else:
+        assert torch.equal(grad, together[3 + wanted])
 
 
 @cpu_only

@@ -101,7 +101,9 @@ def check(call, repeat, monkeypatch):
     `sine_attention` divide by sums that may nearly cancel: what is left is then a matter of luck,
     in the composition too, which has 39 tries, on arguments that differ by roundings, and in
     float32 and float64 ten times its error. What such roundings of the arguments change in
-    float64 counts as such an error: the result is known up to that at best.
+    float64 counts as such an error: the result is known up to that at best. Where the GPU's kernels
+    of `conv_filter` make codes on tensor cores, of kernel and noise rounded to 16 bits, the
+    composition has these in 16 bits too.
     """
     trace(call, repeat)
     about = f"\nrepeat with {repeat}\n{call}"
@@ -147,6 +149,10 @@ def check(call, repeat, monkeypatch):
     factor = 10 if lucky and least_exact in TOLERANCE else 2
     if narrow:
         factor *= torch.finfo(data).eps / torch.finfo(narrow).eps
+    if call.operator == "conv_filter" and data.itemsize == 2 and got[0].is_cuda:
+        theirs = composition(converted(call.arguments, data))
+        theirs = [factor * difference(*pair) for pair in zip(theirs, exact, strict=True)]
+        limits = [max(pair) for pair in zip(limits, theirs, strict=True)]
     torch.manual_seed(0)  # of the tries
     for attempt in range(40 if lucky else 2):
         if all(e <= limit for e, limit in zip(errors, limits, strict=True)):

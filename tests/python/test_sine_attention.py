@@ -248,12 +248,17 @@ def test_gradcheck_and_opcheck(causal, decay):
         )  # fmt: skip
 
 
-def test_each_gradient_alone():
+def test_each_gradient_alone(device):
     case = Case(70, decay="head", sines=2)
     together = outputs_and_gradients(case.ours, leaves(case.tensors))
-    for wanted in range(len(case.tensors)):
+    for wanted, name in enumerate(case.data):
         alone = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(case.tensors)]
-        assert torch.equal(outputs_and_gradients(case.ours, alone)[1], together[1 + wanted])
+        grad = outputs_and_gradients(case.ours, alone)[1]
+        if device == "cuda" and name not in ("v", "log_decay"):
+            # Of queries and keys, and what follows from these: as in test_decay.py.
+            assert_close(grad, together[1 + wanted])
+        else:
+            assert torch.equal(grad, together[1 + wanted])
 
 
 @cpu_only

@@ -344,7 +344,7 @@ def make_case(operator, s):
         strides = [] if operator == "conv_filter" else [s["stride"]]
         seed = torch.tensor(7)
 
-        def function(x, kernel):
+        def function(x, kernel, seed=seed):
             return ops.conv_filter(x, kernel, None, None, seed, R, "gaussian", strides, [])
 
         taps = P if operator == "conv_filter" else max(1, P // s["stride"])

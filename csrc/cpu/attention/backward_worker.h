@@ -34,7 +34,7 @@ class BackwardWorker {
                          sums.queries()),
         key_gradients_(p.grad_k_sines != nullptr, tiles_.key_encoder(), p.grad_k_sines,
                        sums.keys()),
-        own_(has_own_denominator(p)),
+        own_(p.has_own_denominator),
         shares_features_(p.normalize && !own_),
         is_ordered_(p.causal || decay.fades()),
         both_ways_(decay.fades() && !p.causal && p.query_length > 0),

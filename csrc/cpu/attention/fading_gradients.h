@@ -44,7 +44,7 @@ class FadingGradients {
         decay_(decay),
         ahead_(ahead),
         shares_features_(shares_features),
-        own_(has_own_denominator(p)),
+        own_(p.has_own_denominator),
         rows_(decay.fades() ? chunk_size(p) : 0),
         width_(decay.width()),
         weights_(rows_ * rows_),

@@ -14,7 +14,7 @@ void one_position(const LinearAttentionParams& p) {
   using T = core::accumulate_t<Storage>;
   const StateLayout<T> layout(p);
   const std::int64_t rows = p.num_sequences * p.num_heads;
-  const bool own = has_own_denominator(p);
+  const bool own = p.has_own_denominator;
 #pragma omp parallel num_threads(p.num_threads) if (rows * layout.size() >= kWorthThreads)
   {
     Decay<T> decay(p, layout.feature_width);

@@ -16,11 +16,6 @@ TORCH_SPE_INLINE void set_zero(T* out, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) out[i] = 0;
 }
 
-// Features of the denominator apart from those of the numerator.
-TORCH_SPE_INLINE bool has_own_denominator(const LinearAttentionParams& p) {
-  return p.denominator_q != nullptr || p.denominator_k != nullptr;
-}
-
 // S [R, E] followed by z [F], rows and z padded to cache lines, and S to as many rows; padding is
 // zero, so that whole vectors may be multiplied.
 template <class T>

@@ -35,7 +35,7 @@ class TokenSets {
   }
 
   bool has_zeros() const { return has_zeros_; }
-  bool has_own_denominator() const { return p_.normalize && p_.denominator_k != nullptr; }
+  bool has_own_denominator() const { return p_.has_own_denominator; }
   bool divides() const { return (p_.normalize || p_.rms_norm) && p_.query_length > 0; }
   // Elements of the gradients before the division, where these are made once for all kernels: of a
   // norm, but for float16, whose range they leave.
