@@ -59,8 +59,8 @@ struct ColumnDecay {
   T* to_end = nullptr;         // [B, L, H]
   double* sums = nullptr;      // [slot, H], of a chunk's steps
   T* over_chunks = nullptr;    // [slot, H], exp of that
-  T* before_chunks = nullptr;  // [slot, H], from the segment's start to the chunk's
-  T* after_chunks = nullptr;   // [slot, H], from the chunk's end to the segment's
+  T* before_chunks = nullptr;  // [slot, H], from the segment's start to the chunk's, or null
+  T* after_chunks = nullptr;   // [slot, H], from the chunk's end to the segment's, or null
   T* over_segments = nullptr;  // [segment slot, H]
 
   TORCH_SPE_DEVICE std::int64_t index(std::int64_t batch, std::int64_t n, std::int64_t head) const {
@@ -147,6 +147,33 @@ __global__ void __launch_bounds__(kThreads)
   decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
 }
 
+// What the way to each chunk of a segment fades by, from the segment's start and from its end, where
+// these are not null; returns the sum of all steps. Sums of chunks and factors are `stride` apart.
+template <class T>
+TORCH_SPE_DEVICE double make_ways_to_chunks(const double* sums, std::int64_t count,
+                                            std::int64_t stride, T* before, T* after) {
+  constexpr int kAtOnce = 8;  // sums that are read before the first factor is written
+  const auto pass = [&](std::int64_t first, std::int64_t step, T* factors) {
+    double sum = 0;
+    std::int64_t at = first;
+    TORCH_SPE_KEEP_LOOP
+    for (std::int64_t j = 0; j < count; j += kAtOnce) {
+      double own[kAtOnce];
+      TORCH_SPE_UNROLL
+      for (int a = 0; a < kAtOnce; ++a) own[a] = j + a < count ? sums[at + a * step] : 0.0;
+      TORCH_SPE_UNROLL
+      for (int a = 0; a < kAtOnce; ++a, at += step) {
+        if (factors != nullptr && j + a < count)
+          factors[at] = static_cast<T>(core::exp_nonpositive(sum));
+        sum += own[a];
+      }
+    }
+    return sum;
+  };
+  if (after != nullptr) pass((count - 1) * stride, -stride, after);
+  return pass(0, stride, before);
+}
+
 // The factors of a segment, and of the way from its ends to its chunks.
 template <class T>
 struct SegmentFactors {
@@ -154,24 +181,15 @@ struct SegmentFactors {
   Cut chunks, segments;
 
   TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
-    const std::int64_t head = i % decay.heads;
     const Part segment(segments, i / decay.heads);
-    const std::int64_t count = ceil_div(segment.size, chunks.size);
-    const std::int64_t first =
+    const std::int64_t chunk =
         chunks.first_slot(segment.sequence) + segment.number * (segments.size / chunks.size);
-    double sum = 0;
-    for (std::int64_t j = 0; j < count; ++j) {
-      const std::int64_t slot = (first + j) * decay.heads + head;
-      decay.before_chunks[slot] = static_cast<T>(core::exp_nonpositive(sum));
-      sum += decay.sums[slot];
-    }
+    const std::int64_t first = chunk * decay.heads + i % decay.heads;
+    const bool wanted = decay.before_chunks != nullptr;
+    const double sum = make_ways_to_chunks(
+        decay.sums + first, ceil_div(segment.size, chunks.size), decay.heads,
+        wanted ? decay.before_chunks + first : nullptr, wanted ? decay.after_chunks + first : nullptr);
     decay.over_segments[i] = static_cast<T>(core::exp_nonpositive(sum));
-    sum = 0;
-    for (std::int64_t j = count - 1; j >= 0; --j) {
-      const std::int64_t slot = (first + j) * decay.heads + head;
-      decay.after_chunks[slot] = static_cast<T>(core::exp_nonpositive(sum));
-      sum += decay.sums[slot];
-    }
   }
 };
 

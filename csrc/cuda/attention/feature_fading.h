@@ -312,25 +312,16 @@ struct SegmentFeatureFactors {
   Cut segments;
 
   TORCH_SPE_DEVICE void operator()(std::int64_t i) const {
-    const std::int64_t r = i % decay.width, head = i / decay.width % decay.heads;
-    const Part segment(segments, i / decay.width / decay.heads);
+    const std::int64_t columns = decay.heads * decay.width;
+    const Part segment(segments, i / columns);
     const Cut& chunks = decay.chunks;
-    const std::int64_t count = ceil_div(segment.size, chunks.size);
-    const std::int64_t first =
+    const std::int64_t chunk =
         chunks.first_slot(segment.sequence) + segment.number * (segments.size / chunks.size);
-    double sum = 0;
-    for (std::int64_t j = 0; j < count; ++j) {
-      const std::int64_t at = ((first + j) * decay.heads + head) * decay.width + r;
-      decay.before_chunks[at] = static_cast<T>(core::exp_nonpositive(sum));
-      sum += decay.sums[at];
-    }
+    const std::int64_t first = chunk * columns + i % columns;
+    const double sum =
+        make_ways_to_chunks(decay.sums + first, ceil_div(segment.size, chunks.size), columns,
+                            decay.before_chunks + first, decay.after_chunks + first);
     decay.over_segments[i] = static_cast<T>(core::exp_nonpositive(sum));
-    sum = 0;
-    for (std::int64_t j = count - 1; j >= 0; --j) {
-      const std::int64_t at = ((first + j) * decay.heads + head) * decay.width + r;
-      decay.after_chunks[at] = static_cast<T>(core::exp_nonpositive(sum));
-      sum += decay.sums[at];
-    }
   }
 };
 

@@ -47,12 +47,12 @@ struct FeaturesShared {
 // A block makes a tile of features' gradients of the rows of a segment. With at most kWide values
 // (kOneTile) the state stays in registers.
 template <class Storage, class Operand, class Decay, bool kOneTile>
-TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
-                                    const Tokens<Storage>& columns, const Walk& walk,
-                                    const States<core::accumulate_t<Storage>>& states,
-                                    const OtherDirection<core::accumulate_t<Storage>>& other,
-                                    const StepTerms<core::accumulate_t<Storage>>& terms,
-                                    Storage* grad, const Decay& decay) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    features_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Walk walk,
+                    const States<core::accumulate_t<Storage>> states,
+                    const OtherDirection<core::accumulate_t<Storage>> other,
+                    const StepTerms<core::accumulate_t<Storage>> terms, Storage* grad,
+                    const Decay decay) {
   using T = core::accumulate_t<Storage>;
   using Shared = FeaturesShared<Storage, Operand, Decay>;
   constexpr int kTokens = kChunk<Operand>;
@@ -63,6 +63,7 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
   const std::int64_t features = states.features, values = states.values;
   const int tiles = static_cast<int>(ceil_div(features, kWide));
   const int heads = static_cast<int>(states.heads);
+  const int block = static_cast<int>(blockIdx.x);
   const int tile = block % tiles, head = block / tiles % heads, slot = block / tiles / heads;
   const std::int64_t r0 = tile * kWide;
   const int end = static_cast<int>(min_of(kWide, features - r0));
@@ -298,17 +299,6 @@ TORCH_SPE_DEVICE void walk_features(int block, const Tokens<Storage>& rows,
       from.has_moved();
     }
   }
-}
-
-template <class Storage, class Operand, class Decay, bool kOneTile>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    features_kernel(const Tokens<Storage> rows, const Tokens<Storage> columns, const Walk walk,
-                    const States<core::accumulate_t<Storage>> states,
-                    const OtherDirection<core::accumulate_t<Storage>> other,
-                    const StepTerms<core::accumulate_t<Storage>> terms, Storage* grad,
-                    const Decay decay) {
-  walk_features<Storage, Operand, Decay, kOneTile>(static_cast<int>(blockIdx.x), rows, columns,
-                                                   walk, states, other, terms, grad, decay);
 }
 
 // Gradients of the rows' features, [B, L, H, R]; null where only `terms` are wanted.

@@ -1,7 +1,7 @@
 // What calls the kernels of linear attention, forward and backward, and their scratch memory.
 #include "decay_gradient.h"
 #include "feature_decay.h"
-#include "gradients.h"
+#include "features.h"
 #include "linear_attention.h"
 #include "state_sums.h"
 #include "token_sets.h"
@@ -11,7 +11,6 @@
 namespace torch_spe::cuda {
 namespace {
 
-using attention::AttentionGradients;
 using attention::ColumnDecay;
 using attention::Cut;
 using attention::Divide;
@@ -52,8 +51,8 @@ class AttentionPass {
  public:
   using T = core::accumulate_t<Storage>;
   static constexpr bool kFades = Decay::kFades;
-  // Whether there are kernels that make all gradients, and features by warps.
-  static constexpr bool kHasOneLaunch = std::is_same_v<Operand, Storage> && sizeof(Operand) == 2;
+  // Whether there are walks of warps.
+  static constexpr bool kHasWarps = std::is_same_v<Operand, Storage> && sizeof(Operand) == 2;
   std::size_t workspace_size = 0;
 
   AttentionPass(const LinearAttentionParams& p, const PassOptions& options, void* workspace,
@@ -64,15 +63,12 @@ class AttentionPass {
         wants_terms_(options.wants_decay && causal_),
         wants_chunks_(options.wants_decay && !causal_),
         backward_(options.backward),
-        one_launch_(kHasOneLaunch && !kFades && backward_ && !causal_ &&
-                    p.num_realizations <= attention::kWide && p.value_features > 0 &&
-                    p.value_features <= attention::kWide),
         sets_(p),
         stream_(stream) {
     const bool backward = options.backward, wants_decay = options.wants_decay;
     is_divided_ = options.wants_z || sets_.has_factors();
     const std::int64_t most = is_divided_ ? 1 : attention::kMostTiles;
-    by_warps_ = kHasOneLaunch && backward && causal_ && !(is_divided_ && wants_decay) &&
+    by_warps_ = kHasWarps && backward && (causal_ || !kFades) && !(is_divided_ && wants_decay) &&
                 p.value_features > 0 && p.value_features <= attention::kWide &&
                 p.num_realizations <= most * attention::kWide;
     // With one tile of features the walk of keys makes the gradients of values too.
@@ -87,7 +83,6 @@ class AttentionPass {
     if (own) denominator_keys_ = take(layout, p.denominator_features, 0, true);
     queries_ = keys_;
     denominator_queries_ = denominator_keys_;
-    if (one_launch_) queries_ = take(layout, p.num_realizations, p.value_features, has_z_);
     if constexpr (kFades) take_decay(layout, backward, wants_decay);
     if (!backward && own && p.row_divisor == nullptr) divisor_ = layout.take<T>(sets_.rows());
     if (!backward && p.rms_norm && p.value_features > attention::kWide)
@@ -134,13 +129,11 @@ class AttentionPass {
     const bool own = sets_.has_own_denominator(), wants_decay = kFades && p.grad_log_decay;
     if (sets_.divides()) sets_.make_factors(p, factors_, divided_, stream_);
     const Tokens<Storage> queries = sets_.queries(p, factors_, divided_), keys = sets_.keys();
-    const bool one_launch =
-        one_launch_ && p.grad_q != nullptr && p.grad_k != nullptr && p.grad_v != nullptr;
     TwoStates<T> key_states;
     if (p.grad_q != nullptr || wants_decay) {
       key_states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr,
                                nullptr, keys_);
-      if ((p.grad_q != nullptr || wants_terms_) && !one_launch)
+      if (p.grad_q != nullptr || wants_terms_)
         features(queries, keys, false, key_states, p.grad_q);
     }
     void* const grad_initial_z = own ? nullptr : p.grad_initial_z;
@@ -149,15 +142,11 @@ class AttentionPass {
       const TwoStates<T> states =
           make_states(queries, true, p.grad_final_s, own ? nullptr : p.grad_final_z,
                       p.grad_initial_s, grad_initial_z, queries_);
-      if (one_launch) {
-        gradients(p, queries, keys, key_states.states, states.states);
-      } else {
-        void* const grad_v = values_too_ ? p.grad_v : nullptr;
-        if (p.grad_k != nullptr || grad_v != nullptr || wants_terms_)
-          features(keys, queries, true, states, p.grad_k, grad_v);
-        if (p.grad_v != nullptr && !values_too_)
-          values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
-      }
+      void* const grad_v = values_too_ ? p.grad_v : nullptr;
+      if (p.grad_k != nullptr || grad_v != nullptr || wants_terms_)
+        features(keys, queries, true, states, p.grad_k, grad_v);
+      if (p.grad_v != nullptr && !values_too_)
+        values(keys, queries, true, states, RowDivision<T>{}, p.grad_v);
     }
     if constexpr (kFades) {
       if (wants_decay) decay_gradient(p, queries, keys, keys_, queries_, false);
@@ -223,8 +212,10 @@ class AttentionPass {
     decay_.to_end = layout.take<T>(tokens);
     decay_.sums = layout.take<double>(slots);
     decay_.over_chunks = layout.take<T>(slots);
-    decay_.before_chunks = layout.take<T>(slots);
-    decay_.after_chunks = layout.take<T>(slots);
+    if (wants_chunks_) {
+      decay_.before_chunks = layout.take<T>(slots);
+      decay_.after_chunks = layout.take<T>(slots);
+    }
     decay_.over_segments = layout.take<T>(segments(p_.key_length).slots() * p_.num_heads);
     if (!wants_gradient) return;
     const bool own = sets_.has_own_denominator();
@@ -353,7 +344,7 @@ class AttentionPass {
                    [[maybe_unused]] Storage* const of_values = static_cast<Storage*>(grad_values);
                    StepTerms<T> terms = terms_;
                    terms.of_keys = columns_follow;
-                   if constexpr (kHasOneLaunch) {
+                   if constexpr (kHasWarps) {
                      if (by_warps_ && states.values > 0)
                        return attention::make_warp_features(
                            rows, columns, walk, states, terms, is_divided_,
@@ -363,17 +354,6 @@ class AttentionPass {
                                                      static_cast<Storage*>(grad), decay_, stream_);
                  });
   }
-  void gradients(const LinearAttentionBackwardParams& p, const Tokens<Storage>& queries,
-                 const Tokens<Storage>& keys, const States<T>& key_states,
-                 const States<T>& query_states) const {
-    if constexpr (kHasOneLaunch && !kFades) {
-      const AttentionGradients<Storage> grads{static_cast<Storage*>(p.grad_q),
-                                              static_cast<Storage*>(p.grad_k),
-                                              static_cast<Storage*>(p.grad_v)};
-      attention::make_gradients(queries, keys, whole_walk(queries, false), whole_walk(keys, true),
-                                key_states, query_states, grads, decay_, stream_);
-    }
-  }
   bool moves() const { return causal_ || kFades; }
   std::int64_t tiles_of_values() const { return ceil_div(p_.value_features, attention::kWide); }
   Cut cut_of_keys() const { return sets_.cut(p_.key_length, attention::kChunk<Operand>); }
@@ -381,9 +361,8 @@ class AttentionPass {
     return sets_.cut(tokens.length, attention::kChunk<Operand>);
   }
   Cut segments(std::int64_t length) const {
-    const std::int64_t blocks = one_launch_ ? 2 : max_of(1, tiles_of_values());
-    const std::int64_t rows = sets_.batch() * p_.num_heads * blocks;
-    const bool is_small = kHasOneLaunch && !backward_ && p_.num_realizations <= attention::kWide;
+    const std::int64_t rows = sets_.batch() * p_.num_heads * max_of(1, tiles_of_values());
+    const bool is_small = kHasWarps && !backward_ && p_.num_realizations <= attention::kWide;
     const std::int64_t places =
         is_small ? kWalkingBlocks * attention::kBlocksOfWarps / kLeastBlocks : kWalkingBlocks;
     return sets_.cut(length, attention::segment_size<Operand>(rows, length, places));
@@ -394,7 +373,6 @@ class AttentionPass {
   // The gradient of a decay is made from what walks leave, or from states of chunks.
   bool wants_terms_, wants_chunks_;
   bool backward_;
-  bool one_launch_;        // sizes allow for all gradients in one launch
   bool by_warps_ = false;    // features' gradients are those of warp_features.h
   bool is_divided_ = false;  // there, with weights or factors of rows
   bool values_too_ = false;  // and those of values

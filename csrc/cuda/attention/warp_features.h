@@ -1,8 +1,8 @@
-// What features.h makes of causal attention, for 16-bit operands, one tile of values and up to
-// kMostTiles tiles of features: a block makes all features of its rows, so that weights are made
-// once; they and the state are in registers, and the next tiles are copied while these are
-// multiplied. With one tile of features also where rows are divided, and what values.h makes of the
-// same rows.
+// What features.h makes, for 16-bit operands, one tile of values and up to kMostTiles tiles of
+// features, where rows see tokens on one side or, without a decay, all: a block makes all features
+// of its rows, so that weights are made once; they and the state are in registers, and the next
+// tiles are copied while these are multiplied. With one tile of features also where rows are
+// divided, and what values.h makes of the same rows.
 #pragma once
 
 #include "step_terms.h"
@@ -151,7 +151,7 @@ TORCH_SPE_DEVICE void make_values_of_rows(const Operand* x, core::FeatureMap map
     product.for_each([&](int i, int, T& element) { element *= fade[i]; });
   TORCH_SPE_UNROLL
   for (int j = 0; j < kSixteens; ++j) {
-    if (!sees_sixteen(walk, j)) continue;
+    if (!walk.within || !sees_sixteen(walk, j)) continue;
     WarpProduct<Operand, kWarpRows, 16> sums;
     sums.clear();
     TORCH_SPE_UNROLL
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   };
   {
     const WalkingState<T> from(states, walk.moves, slot, steps.segment.sequence, head, 0, 1);
-    if (kDivided && states.segment_z != nullptr && lane % 4 == 0) {
+    if (kDivided && from.z != nullptr && lane % 4 == 0) {
       z[0] = from.z_at(first_row_of_thread());
       z[2] = from.z_at(first_row_of_thread() + 8);
     }
@@ -222,7 +222,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
   int stage = 0;
   typename Factors::Ahead ahead;
-  const RowFactors<T>* const factors_of_queries = walk.backwards ? columns.factors : rows.factors;
+  // Of queries, which are the rows or, backwards, the columns.
+  const RowFactors<T>* const factors_of_queries =
+      !walk.backwards ? rows.factors : (walk.within ? columns.factors : nullptr);
   const bool has_factors = kDivided && factors_of_queries != nullptr;
   const auto begin_factors = [&](int step) {
     if (!has_factors) return;
@@ -241,12 +243,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     if (reads_x)
       rows.template copy_x<kTokens, kWide>(chunk, own_head, r0, features,
                                            shared.row_x + to * kTile);
-    columns.template begin_x<kTokens, kWide>(chunk, own_head, r0, features,
-                                             shared.col_x + to * kTile);
+    if (walk.within)
+      columns.template begin_x<kTokens, kWide>(chunk, own_head, r0, features,
+                                               shared.col_x + to * kTile);
     if (t > 0) return;
     rows.template begin_y<kTokens, kWide>(chunk, own_head, 0, values, row_y_of(step));
-    columns.template begin_y<kTokens, kWide>(chunk, own_head, 0, values,
-                                             shared.col_y + step % 2 * kTile);
+    if (walk.within)
+      columns.template begin_y<kTokens, kWide>(chunk, own_head, 0, values,
+                                               shared.col_y + step % 2 * kTile);
     if (Decay::kFades) {
       const bool backwards = read_again(std::int64_t{walk.backwards}) != 0;
       ahead = Factors::read(decay, chunk, own_head, backwards);
@@ -262,10 +266,11 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   TORCH_SPE_KEEP_LOOP
   for (int step = 0; step < steps.count; ++step) {
     const Part chunk = steps.chunk(step);
-    const bool passes = step + 1 < steps.count;
+    const bool passes = walk.moves && step + 1 < steps.count;
     Operand* const col_y = shared.col_y + step % 2 * kTile;
     const Factors factors(shared.factors + step % 2 * Factors::kSize);
     const int parity = step % 2 * kWide;
+    const int now = kTiles == 1 && walk.moves ? step % 2 : 0;  // the state of one tile
     const RowFactors<T>* divided_by = nullptr;  // of queries
     WarpRows<Operand> y;
     std::uint32_t weights[kSixteens][4];
@@ -279,28 +284,30 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if constexpr (kDivided) {
         divided_by = has_factors ? shared.divided_by.of(step) : nullptr;
         const RowFactors<T>* const of_columns = walk.backwards ? divided_by : nullptr;
-        columns.template finish_x<kTokens, kWide>(chunk, 0, features, col_x, of_columns);
-        columns.template finish_y<kTokens, kWide>(chunk, 0, values, col_y, of_columns);
+        if (walk.within) {
+          columns.template finish_x<kTokens, kWide>(chunk, 0, features, col_x, of_columns);
+          columns.template finish_y<kTokens, kWide>(chunk, 0, values, col_y, of_columns);
+        }
         if (!walk.backwards)
           rows.template finish_y<kTokens, kWide>(chunk, 0, values, row_y_of(step), divided_by);
-        if (thread < kTokens) {
+        if (walk.within && thread < kTokens) {
           const T weight = thread < chunk.size ? weight_of(columns, of_columns, thread) : T(0);
           shared.col_weight[parity + thread] = weight;
           shared.weights.set(parity + thread, weight);
         }
-      } else {
+      } else if (walk.within) {
         columns.template finish_x<kTokens, kWide>(chunk, head, t * kWide, features, col_x);
       }
       if (t == 0) factors.fill(ahead);
       __syncthreads();  // the tiles are there, and those before have been used
       if (t + 1 < kTiles) {
         begin_tiles(step, t + 1, stage ^ 1);
-      } else if (passes) {
+      } else if (step + 1 < steps.count) {
         begin_tiles(step + 1, 0, stage ^ 1);
       }
       const int before = (t + kTiles - 1) % kTiles;
-      if (kTiles > 1 && (t > 0 ? passes : step > 0)) store_state(before, before);
-      const Operand* const state_tile = shared.state + (kTiles == 1 ? step % 2 : t) * kTile;
+      if (kTiles > 1 && walk.moves && (t > 0 ? passes : step > 0)) store_state(before, before);
+      const Operand* const state_tile = shared.state + (kTiles == 1 ? now : t) * kTile;
 
       if (t == 0) {
         Operand* const row_y = row_y_of(step);
@@ -325,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
         TORCH_SPE_UNROLL
         for (int j = 0; j < kSixteens; ++j) {
-          if (!sees_sixteen(walk, j)) continue;
+          if (!walk.within || !sees_sixteen(walk, j)) continue;
           WarpProduct<Operand, kWarpRows, 16> sums;
           sums.clear();
           TORCH_SPE_UNROLL
@@ -357,14 +364,14 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           product.template multiply_fragment<Major::kDepth>(
               y.fragments[k], state_tile + first * kTileRow + 16 * k, kTileRow, lane);
         if constexpr (kDivided) {
-          const T* const own = shared.z + parity + first;
+          const T* const own = shared.z + now * kWide + first;
           product.for_each([&](int i, int column, T& element) {
             element += row_weight[i] * own[column];
           });
         }
         TORCH_SPE_UNROLL
         for (int j = 0; j < kSixteens; ++j) {
-          if (!sees_sixteen(walk, j)) continue;
+          if (!walk.within || !sees_sixteen(walk, j)) continue;
           within.template multiply_fragment<Major::kOuter>(
               weights[j], col_x + 16 * j * kTileRow + first, kTileRow, lane);
         }
