@@ -77,86 +77,120 @@ struct RowGradients {
   RowFactors<T>* factors;  // [B, N, H]
   // [B, N, H, E] or null: the gradients before the division, for a norm. `inverse` is then 1.
   Storage* divided;
-
-  static constexpr int kRows = 64;             // of a block
-  static constexpr int kParts = 8;             // of a row
-  static constexpr int kPartRow = kParts + 1;  // in shared memory
 };
 
-// Eight threads add up a row, and divide it.
-template <class Storage>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    row_factors_kernel(const RowGradients<Storage> p) {
+// How the rows are divided among lanes and blocks: a group of `lanes` lanes has a row at a time, 16
+// bytes a lane, a block `positions` positions with all heads.
+struct RowGroups {
+  static constexpr std::int64_t kRows = 64;  // of a block, about
+  int lanes;                                 // a power of two
+  std::int64_t positions, blocks_of_batch;
+
+  template <class Storage>
+  explicit RowGroups(const RowGradients<Storage>& p)
+      : lanes(1),
+        positions(max_of(1, kRows / max_of(1, p.heads))),
+        blocks_of_batch(ceil_div(p.length, positions)) {
+    while (lanes < 32 && lanes * Vector<Storage>::kSize < p.values) lanes *= 2;
+  }
+};
+
+// A group of lanes loads some rows before it computes anything, neighbouring heads as they lie in
+// memory: what is under way together decides how long the kernel takes.
+template <class Storage, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 8)
+    row_factors_kernel(const RowGradients<Storage> p, const RowGroups rows) {
   using T = core::accumulate_t<Storage>;
-  using Rows = RowGradients<Storage>;
-  constexpr int kVector = Vector<Storage>::kSize;
-  TORCH_SPE_SHARED_MEMORY(memory);
-  T* const parts = reinterpret_cast<T*>(memory);  // [kRows, kPartRow]
-  const int thread = static_cast<int>(threadIdx.x), part = thread % Rows::kParts;
-  const std::int64_t tiles = ceil_div(p.length, Rows::kRows), block = blockIdx.x;
-  const std::int64_t head = block / tiles % p.heads, batch = block / tiles / p.heads;
-  const std::int64_t n0 = block % tiles * Rows::kRows;
-  const int count = static_cast<int>(min_of(Rows::kRows, p.length - n0));
-  const Storage* const grads =
-      p.grad + batch * p.grad_strides[0] + n0 * p.grad_strides[1] + head * p.grad_strides[2];
-  const Storage* const results = p.result + batch * p.result_strides[0] + n0 * p.result_strides[1] +
-                                 head * p.result_strides[2];
-  for (int row = thread / Rows::kParts; row < count; row += kThreads / Rows::kParts) {
-    const Storage* const grad = grads + row * p.grad_strides[1];
-    const Storage* const result = results + row * p.result_strides[1];
-    T sum = 0;
-    if (p.aligned) {
-      for (std::int64_t e = part * kVector; e < p.values; e += Rows::kParts * kVector) {
-        const auto a = *reinterpret_cast<const Vector<Storage>*>(grad + e);
-        const auto b = *reinterpret_cast<const Vector<Storage>*>(result + e);
-        TORCH_SPE_UNROLL
-        for (int i = 0; i < kVector; ++i) sum += read(a.values[i]) * read(b.values[i]);
+  constexpr int kVector = Vector<Storage>::kSize, kAtOnce = kAligned ? 2 : 1;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  BlockIndices block(blockIdx.x);
+  const std::int64_t n0 = block.next(rows.blocks_of_batch) * rows.positions;
+  const std::int64_t batch = block.rest(), first_row = (batch * p.length + n0) * p.heads;
+  const int heads = static_cast<int>(p.heads), lanes = rows.lanes;
+  const int count = static_cast<int>(min_of(rows.positions, p.length - n0)) * heads;
+  const Storage* const grads = p.grad + batch * p.grad_strides[0] + n0 * p.grad_strides[1];
+  const Storage* const results = p.result + batch * p.result_strides[0] + n0 * p.result_strides[1];
+  const std::int64_t column = lane % lanes * kVector, columns = lanes * kVector;
+  const int groups = 32 / lanes;
+  for (int begin = warp * groups * kAtOnce; begin < count; begin += kThreads / lanes * kAtOnce) {
+    const auto row = [&](int i) { return begin + i * groups + lane / lanes; };
+    Vector<Storage> grad[kAtOnce], result[kAtOnce];
+    const auto load = [&](std::int64_t e) {
+      const Storage *from[kAtOnce], *result_from[kAtOnce];
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = row(i) < count ? row(i) : count - 1, head = at % heads;
+        from[i] = grads + at / heads * p.grad_strides[1] + head * p.grad_strides[2];
+        result_from[i] = results + at / heads * p.result_strides[1] + head * p.result_strides[2];
       }
-    } else {
-      for (std::int64_t e = part; e < p.values; e += Rows::kParts)
-        sum += read(grad[e * p.grad_strides[3]]) * read(result[e * p.result_strides[3]]);
+      if constexpr (kAligned) {
+        const std::int64_t inside = e < p.values ? e : 0;
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          grad[i] = *reinterpret_cast<const Vector<Storage>*>(from[i] + inside);
+          result[i] = *reinterpret_cast<const Vector<Storage>*>(result_from[i] + inside);
+        }
+      } else {
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          TORCH_SPE_UNROLL
+          for (int j = 0; j < kVector; ++j) {
+            const std::int64_t inside = min_of(e + j, p.values - 1);
+            grad[i].values[j] = from[i][inside * p.grad_strides[3]];
+            result[i].values[j] = result_from[i][inside * p.result_strides[3]];
+          }
+        }
+      }
+    };
+    T divisors[kAtOnce], sums[kAtOnce] = {};
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kAtOnce; ++i)
+      divisors[i] = p.divisor[first_row + (row(i) < count ? row(i) : count - 1)];
+    for (std::int64_t e = column; e - column < p.values; e += columns) {
+      load(e);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        TORCH_SPE_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          const T product = read(grad[i].values[j]) * read(result[i].values[j]);
+          sums[i] += e + (kAligned ? 0 : j) < p.values ? product : T(0);
+        }
+      }
     }
-    parts[row * Rows::kPartRow + part] = sum;
-  }
-  __syncthreads();
-  RowFactors<T> own = {};
-  if (thread < count) {
-    T sum = 0;
-    for (int i = 0; i < Rows::kParts; ++i) sum += parts[thread * Rows::kPartRow + i];
-    const std::int64_t i = (batch * p.length + n0 + thread) * p.heads + head;
-    const Quotient<T> quotient(p.divisor[i]);
-    own = {quotient.scale, quotient.inverse, p.norm ? T(0) : -sum * quotient.inverse,
-           p.norm ? sum / static_cast<T>(p.values) : T(0)};
-    p.factors[i] = own;
-    if (p.divided != nullptr) p.factors[i].inverse = T(1);
-  }
-  if (p.divided == nullptr) return;
-  __syncthreads();
-  if (thread < count) {
-    parts[2 * thread] = own.mean;
-    parts[2 * thread + 1] = own.inverse;
-  }
-  __syncthreads();
-  Storage* const divided = p.divided + ((batch * p.length + n0) * p.heads + head) * p.values;
-  for (int row = thread / Rows::kParts; row < count; row += kThreads / Rows::kParts) {
-    const Storage* const grad = grads + row * p.grad_strides[1];
-    const Storage* const result = results + row * p.result_strides[1];
-    Storage* const to = divided + row * p.heads * p.values;
-    own.mean = parts[2 * row];
-    own.inverse = parts[2 * row + 1];
-    if (p.aligned) {
-      for (std::int64_t e = part * kVector; e < p.values; e += Rows::kParts * kVector) {
-        auto a = *reinterpret_cast<const Vector<Storage>*>(grad + e);
-        const auto b = *reinterpret_cast<const Vector<Storage>*>(result + e);
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) sums[i] += shuffle_xor(sums[i], offset);
+    }
+    RowFactors<T> factors[kAtOnce];
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const Quotient<T> quotient(divisors[i]);
+      factors[i] = {quotient.scale, quotient.inverse, p.norm ? T(0) : -sums[i] * quotient.inverse,
+                    p.norm ? sums[i] / static_cast<T>(p.values) : T(0)};
+      if (lane % lanes != i % lanes || row(i) >= count) continue;
+      RowFactors<T> own = factors[i];
+      if (p.divided != nullptr) own.inverse = T(1);
+      p.factors[first_row + row(i)] = own;
+    }
+    if (p.divided == nullptr) continue;
+    for (std::int64_t e = column; e < p.values; e += columns) {
+      if (p.values > columns) load(e);
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (row(i) >= count) continue;
+        Storage* const to = p.divided + (first_row + row(i)) * p.values + e;
+        Vector<Storage> divided;
         TORCH_SPE_UNROLL
-        for (int i = 0; i < kVector; ++i)
-          write(own.before_norm(read(a.values[i]), read(b.values[i])), a.values + i);
-        *reinterpret_cast<Vector<Storage>*>(to + e) = a;
-      }
-    } else {
-      for (std::int64_t e = part; e < p.values; e += Rows::kParts) {
-        const T y = read(result[e * p.result_strides[3]]);
-        write(own.before_norm(read(grad[e * p.grad_strides[3]]), y), to + e);
+        for (int j = 0; j < kVector; ++j)
+          write(factors[i].before_norm(read(grad[i].values[j]), read(result[i].values[j])),
+                divided.values + j);
+        if constexpr (kAligned) {
+          *reinterpret_cast<Vector<Storage>*>(to) = divided;
+        } else {
+          TORCH_SPE_UNROLL
+          for (int j = 0; j < kVector; ++j)
+            if (e + j < p.values) to[j] = divided.values[j];
+        }
       }
     }
   }
@@ -164,11 +198,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
 
 template <class Storage>
 void make_row_factors(const RowGradients<Storage>& p, Stream stream) {
-  using Rows = RowGradients<Storage>;
-  const std::int64_t blocks = p.batch * p.heads * ceil_div(p.length, Rows::kRows);
-  if (blocks == 0) return;
-  launch(row_factors_kernel<Storage>, grid_of(blocks), dim3(kThreads),
-         Rows::kRows * Rows::kPartRow * sizeof(core::accumulate_t<Storage>), stream, p);
+  const RowGroups rows(p);
+  if (p.batch * p.length * p.heads == 0) return;
+  launch(p.aligned ? row_factors_kernel<Storage, true> : row_factors_kernel<Storage, false>,
+         grid_of(p.batch * rows.blocks_of_batch), dim3(kThreads), 0, stream, p, rows);
 }
 
 }  // namespace torch_spe::cuda::attention
