@@ -1,13 +1,17 @@
 """Measures on a GPU what gpu_model.py predicts for an H100: the times of an operator's kernels.
 
-    python tests/virtual_gpu/gpu_measure.py [OPERATOR ...] [--peer] [--json FILE] [name=value ...]
+    python tests/virtual_gpu/gpu_measure.py ["OPERATOR name=value ..." ...] [--json FILE] [--kernels N]
     python tests/virtual_gpu/gpu_measure.py --layers fading,sine,none,softmax [name=value ...]
+    ncu ... python tests/virtual_gpu/gpu_measure.py --once ["OPERATOR name=value ..." ...]
 
-Operators and shape names are those of gpu_profile.py. --layers measures whole self-attention layers
-instead, of width H D, and lists the kernels that take most of the time, PyTorch's included. A time is the sum of the times of all kernels
-that a pass starts, as PyTorch's profiler has them, mean of `--repeats` passes: launch overhead is left
-out, kernels of PyTorch (sums, casts) are not. --peer also measures flash-linear-attention's kernels
-(its products alone, and with the map and the normalization that ours has inside).
+Operators and shape names are those of gpu_profile.py; each case is one argument, and without any
+all operators are measured. The operator `peers` is flash-linear-attention's kernels (its products
+alone, and with the map and the normalization that ours has inside). --layers measures whole
+self-attention layers instead, of width H D, and lists the kernels that take most of the time,
+PyTorch's included. A time is the sum of the times of all kernels that a pass starts, as PyTorch's
+profiler has them, mean of `--repeats` passes: launch overhead is left out, kernels of PyTorch
+(sums, casts) are not. --once runs each case a second time between cudaProfilerStart and
+cudaProfilerStop and measures nothing, for Nsight Compute (--profile-from-start off).
 """
 
 import argparse
@@ -24,7 +28,7 @@ from gpu_profile import make_case, roof_of, shape_of
 import torch_spe
 
 HEAD = (
-    "operator",
+    "case",
     "pass",
     "kernels",
     "measured, ms",
@@ -131,64 +135,106 @@ def measure_layers(positions, shape, repeats):
                 print(f"  {1e3 * time:.3f} ms {times:5.1f} x {name[:150]}", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", help="operators (default: all) and name=value")
-    parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--repeats", type=int, default=20, help="passes (default: 20)")
-    parser.add_argument("--layers", default="", help="positions, separated by commas")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    shape = shape_of(item for item in arguments.what if "=" in item)
-    operators = [item for item in arguments.what if "=" not in item] or OPERATORS
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, measured:")
-    print(" ".join(f"{name}={value}" for name, value in shape.items()) + "\n")
-    if arguments.layers:
-        measure_layers(arguments.layers.split(","), shape, arguments.repeats)
-        return
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    results = []
+def short(kernel):
+    """A kernel's name and types, without namespaces and parameters."""
+    kernel = re.sub(r"torch_spe::(cuda|core)::|\(anonymous namespace\)::|^void ", "", kernel)
+    loop = re.search(r"static_kernel<.*?, long, (?:\w+::)*(\w+)", kernel)
+    return f"cub: {loop.group(1)}" if loop else re.sub(r"\(.*", "", kernel)
 
-    def show(name, function, inputs, work):
-        inputs = [tensor.cuda().requires_grad_() for tensor in inputs]
+
+def parsed(case):
+    """Operator and shape of a case."""
+    operator, *items = case.split()
+    return operator, shape_of(items)
+
+
+def cases_of(names):
+    """(name, function, inputs, useful floating-point operations) of each, on the GPU."""
+    for name in names:
+        operator, shape = parsed(name)
+        function, inputs, work = make_case(
+            "linear_attention" if operator == "peers" else operator, shape
+        )
+        functions = {name: to_gpu(function)}
+        if operator == "peers":
+            inputs = inputs[:3]
+            functions = {f"{key} {name[5:]}".strip(): peer for key, peer in peers(shape).items()}
+        for key, each in functions.items():
+            yield key, shape, each, [tensor.cuda().requires_grad_() for tensor in inputs], work
+
+
+def run_once(names):
+    """Run each case twice, the second time between the marks that profilers look for."""
+    for name, _, function, inputs, _ in cases_of(names):
+        for profiled in (False, True):
+            torch.cuda.synchronize()
+            if profiled:
+                torch.cuda.cudart().cudaProfilerStart()
+            out = function(*inputs)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+        print(name, flush=True)
+
+
+def measure(names, repeats, listed):
+    """The rows of a table, which is printed as they come, with some kernels of each."""
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+    for name, shape, function, inputs, work in cases_of(names):
         size = sum(t.nbytes for t in inputs)
         try:
-            measured = list(passes(function, inputs, arguments.repeats))
-        except Exception as error:  # the next operator is measured all the same
+            measured = list(passes(function, inputs, repeats))
+        except Exception as error:  # the next case is measured all the same
             print(f"| {name} | {type(error).__name__}: {error} |", flush=True)
-            return
+            continue
         out = function(*inputs).nbytes
         data = {"forward": size + out, "backward": 2 * size + out}
         for which, seconds, kernels in measured:
             roof = roof_of(data[which], work * (1 if which == "forward" else 2))
-            worst = max(kernels, key=lambda kernel: kernels[kernel][1])
-            share = 100 * kernels[worst][1] / sum(time for _, time in kernels.values())
-            label = re.sub(r"<.*|\(.*|^void |torch_spe::cuda::", "", worst)
+            times = {}
+            for kernel, (_, time) in kernels.items():
+                times[short(kernel)] = times.get(short(kernel), 0) + 1e3 * time
+            times = dict(sorted(times.items(), key=lambda item: -item[1]))
+            worst = next(iter(times))
             count = round(sum(count for count, _ in kernels.values()))
             print(
                 f"| {name} | {which} | {count} | {1e3 * seconds:.3f} | {1e3 * roof:.3f} "
-                f"| {100 * roof / seconds:.0f} % | {label} ({share:.0f} %) |",
+                f"| {100 * roof / seconds:.0f} % | {worst} ({100 * times[worst] / sum(times.values()):.0f} %) |",
                 flush=True,
             )
-            results.append({
-                "operator": name, "pass": which, "seconds": seconds, "roof": roof,
-                "kernels": {key: time for key, (_, time) in kernels.items()},
-            })  # fmt: skip
+            for kernel in list(times)[:listed]:
+                print(f"    {times[kernel]:.4f} {kernel}", flush=True)
+            yield {
+                "operator": name.split()[0], "case": name, "pass": which, **shape,
+                "kernels": count, "ms": 1e3 * seconds, "roof ms": 1e3 * roof, "ms of kernels": times,
+            }  # fmt: skip
 
-    for operator in operators:
-        function, inputs, work = make_case(operator, shape)
-        show(operator, to_gpu(function), inputs, work)
-        if operator == "linear_attention" and arguments.peer:
-            q, k, v = inputs[:3]
-            for name, peer in peers(shape).items():
-                show(name, peer, [q, k, v], work)
-    if arguments.json:
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        arguments.json.write_text(
-            json.dumps(
-                {**machine, "version": torch_spe.__version__, "shape": shape, "results": results}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all operators")
+    parser.add_argument("--repeats", type=int, default=20, help="passes (default: 20)")
+    parser.add_argument("--kernels", type=int, default=0, help="of each pass that are listed")
+    parser.add_argument("--layers", default="", help="positions, separated by commas")
+    parser.add_argument("--once", action="store_true", help="for a profiler")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(f"{machine['gpu']}, torch {machine['torch']}\n")
+    if arguments.layers:
+        measure_layers(arguments.layers.split(","), shape_of(arguments.cases), arguments.repeats)
+        return
+    names = arguments.cases or OPERATORS
+    if arguments.once:
+        run_once(names)
+        return
+    rows = []
+    for row in measure(names, arguments.repeats, arguments.kernels):
+        rows.append(row)
+        if arguments.json:  # whatever ends the next one
+            arguments.json.write_text(
+                json.dumps({**machine, "version": torch_spe.__version__, "rows": rows})
             )
-        )
 
 
 if __name__ == "__main__":
