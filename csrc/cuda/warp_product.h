@@ -110,13 +110,15 @@ class WarpProduct {
   }
 
   // Calls function(i, j, pair, of the other) for the pairs of neighbouring elements of this thread,
-  // in columns from 8 j on, and those of another product in the same place.
+  // in columns from 8 j on, and those of another product in the same place; for j from `first` to
+  // before `end`, both known when this is compiled.
   template <class Function>
-  TORCH_SPE_DEVICE void for_each_pair_with(const WarpProduct& other, const Function& function) {
+  TORCH_SPE_DEVICE void for_each_pair_with(const WarpProduct& other, const Function& function,
+                                           int first = 0, int end = kN / 8) {
     TORCH_SPE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kN / 8; ++j) function(i, j, &sums_[j][2 * i], &other.sums_[j][2 * i]);
+      for (int j = first; j < end; ++j) function(i, j, &sums_[j][2 * i], &other.sums_[j][2 * i]);
     }
   }
 

@@ -147,8 +147,9 @@ __global__ void __launch_bounds__(kThreads)
   decay.over_chunks[i] = static_cast<T>(core::exp_nonpositive(sum));
 }
 
-// What the way to each chunk of a segment fades by, from the segment's start and from its end, where
-// these are not null; returns the sum of all steps. Sums of chunks and factors are `stride` apart.
+// What the way to each chunk of a segment fades by, from the segment's start and from its end,
+// where these are not null; returns the sum of all steps. Sums of chunks and factors are `stride`
+// apart.
 template <class T>
 TORCH_SPE_DEVICE double make_ways_to_chunks(const double* sums, std::int64_t count,
                                             std::int64_t stride, T* before, T* after) {
@@ -186,9 +187,10 @@ struct SegmentFactors {
         chunks.first_slot(segment.sequence) + segment.number * (segments.size / chunks.size);
     const std::int64_t first = chunk * decay.heads + i % decay.heads;
     const bool wanted = decay.before_chunks != nullptr;
-    const double sum = make_ways_to_chunks(
-        decay.sums + first, ceil_div(segment.size, chunks.size), decay.heads,
-        wanted ? decay.before_chunks + first : nullptr, wanted ? decay.after_chunks + first : nullptr);
+    const double sum =
+        make_ways_to_chunks(decay.sums + first, ceil_div(segment.size, chunks.size), decay.heads,
+                            wanted ? decay.before_chunks + first : nullptr,
+                            wanted ? decay.after_chunks + first : nullptr);
     decay.over_segments[i] = static_cast<T>(core::exp_nonpositive(sum));
   }
 };

@@ -133,8 +133,7 @@ class AttentionPass {
     if (p.grad_q != nullptr || wants_decay) {
       key_states = make_states(keys, false, p.initial_s, own ? nullptr : p.initial_z, nullptr,
                                nullptr, keys_);
-      if (p.grad_q != nullptr || wants_terms_)
-        features(queries, keys, false, key_states, p.grad_q);
+      if (p.grad_q != nullptr || wants_terms_) features(queries, keys, false, key_states, p.grad_q);
     }
     void* const grad_initial_z = own ? nullptr : p.grad_initial_z;
     if (p.grad_k != nullptr || p.grad_v != nullptr || p.grad_initial_s != nullptr ||
@@ -376,7 +375,7 @@ class AttentionPass {
   bool by_warps_ = false;    // features' gradients are those of warp_features.h
   bool is_divided_ = false;  // there, with weights or factors of rows
   bool values_too_ = false;  // and those of values
-  bool has_z_ = false;     // states have z
+  bool has_z_ = false;       // states have z
   std::uint64_t* zero_ = nullptr;
   TokenSets<Storage> sets_;
   Stream stream_;

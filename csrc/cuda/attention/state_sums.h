@@ -1,5 +1,5 @@
-// The sums of states over segments, and what makes the states in which segments start of them. Holds
-// kernels.
+// The sums of states over segments, and what makes the states in which segments start of them.
+// Holds kernels.
 #pragma once
 
 #include "warp_state_sums.h"

@@ -61,7 +61,7 @@ struct Scan {
     T* sums = nullptr;                     // [slot, size]
     T* total = nullptr;                    // [S, size], or null
   };
-  static constexpr int kAtOnce = sizeof(T) == 8 ? 4 : 8;
+  static constexpr int kAtOnce = sizeof(T) == 8 || Decay::kFades ? 4 : 8;
   Decay decay;
   Cut segments;
   bool backwards;

@@ -29,8 +29,8 @@ constexpr int kWide = 64;                               // features or values of
 constexpr int kDeep = 32;                               // of those that are summed over
 
 // Tokens of a segment, when `rows` tiles of results have each of `length` tokens. Segments are made
-// in parallel, as many as the device has places for `walking` blocks; the tokens of all but the last
-// one are read once more, for the states in which segments start.
+// in parallel, as many as the device has places for `walking` blocks; the tokens of all but the
+// last one are read once more, for the states in which segments start.
 template <class Operand>
 TORCH_SPE_INLINE std::int64_t segment_size(std::int64_t rows, std::int64_t length,
                                            std::int64_t walking = kWalkingBlocks) {

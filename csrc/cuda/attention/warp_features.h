@@ -23,10 +23,10 @@ struct WarpFeaturesShared {
   Operand* state;  // [kStates][r, e]
   T* factors;      // [2], WarpFactors
   // Where rows are divided.
-  VectorOperand<Operand> weights;                // [2][column], for z
-  T* col_weight;                                 // [2][column]
-  T* z;                                          // [2][r]
-  FactorsAhead<T, kChunk<Operand>> divided_by;   // of queries
+  VectorOperand<Operand> weights;               // [2][column], for z
+  T* col_weight;                                // [2][column]
+  T* z;                                         // [2][r]
+  FactorsAhead<T, kChunk<Operand>> divided_by;  // of queries
 
   TORCH_SPE_INLINE explicit WarpFeaturesShared(MemoryLayout& layout)
       : row_y(layout.take<Operand>(kRowTiles * kTile)),
@@ -92,41 +92,41 @@ TORCH_SPE_DEVICE void finish_features(WarpProduct<Operand, kWarpRows, kHalf>& pa
                                       const WarpProduct<Operand, kWarpRows, kHalf>& within,
                                       const Map&, core::FeatureMap map, bool reads_x,
                                       bool wants_terms, Operand* x, const Operand* itself,
-                                      const T (&fade)[2], const T (&scale)[2],
-                                      RowTerms<T>& terms) {
+                                      const T (&fade)[2], const T (&scale)[2], RowTerms<T>& terms) {
   constexpr bool kIsElu = Map::value;
   const int lane = thread_read_again() % 32;
   const bool is_relu = map == core::FeatureMap::kRelu;
-  std::uint32_t features[kHalf / 16][4] = {}, columns[kHalf / 16][4] = {};
+  Operand* const out = x + lane / 4 * kTileRow + lane % 4 * 2;
   TORCH_SPE_UNROLL
   for (int k = 0; k < kHalf / 16; ++k) {
-    if (reads_x) load_fragment<Major::kDepth>(features[k], x + 16 * k, kTileRow, lane);
-    if (wants_terms) load_fragment<Major::kDepth>(columns[k], itself + 16 * k, kTileRow, lane);
-  }
-  __syncwarp();
-  Operand* const out = x + lane / 4 * kTileRow + lane % 4 * 2;
-  past.for_each_pair_with(within, [&](int i, int j, T* element, const T* added) {
-    T phi[2];
-    map_pair<Operand, kIsElu>(is_relu, features[j / 2][j % 2 * 2 + i], phi);
-    T result[2] = {element[0] * fade[i], element[1] * fade[i]};
-    if (wants_terms) {
-      T feature[2], other[2];
-      unpack_pair<Operand>(pack_pair<Operand>(phi[0], phi[1]), feature, feature + 1);
-      unpack_pair<Operand>(columns[j / 2][j % 2 * 2 + i], other, other + 1);
-      TORCH_SPE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        terms.past[i] += result[e] * feature[e];
-        terms.own[i] += added[e] * feature[e];
-        result[e] += added[e] + terms.diagonal[i] * other[e];
+    std::uint32_t features[4] = {}, columns[4] = {};
+    if (reads_x) load_fragment<Major::kDepth>(features, x + 16 * k, kTileRow, lane);
+    if (wants_terms) load_fragment<Major::kDepth>(columns, itself + 16 * k, kTileRow, lane);
+    __syncwarp();  // their place is free
+    const auto finish = [&](int i, int j, T* element, const T* added) {
+      T phi[2];
+      map_pair<Operand, kIsElu>(is_relu, features[j % 2 * 2 + i], phi);
+      T result[2] = {element[0] * fade[i], element[1] * fade[i]};
+      if (wants_terms) {
+        T feature[2], other[2];
+        unpack_pair<Operand>(pack_pair<Operand>(phi[0], phi[1]), feature, feature + 1);
+        unpack_pair<Operand>(columns[j % 2 * 2 + i], other, other + 1);
+        TORCH_SPE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          terms.past[i] += result[e] * feature[e];
+          terms.own[i] += added[e] * feature[e];
+          result[e] += added[e] + terms.diagonal[i] * other[e];
+        }
+      } else {
+        result[0] += added[0];
+        result[1] += added[1];
       }
-    } else {
-      result[0] += added[0];
-      result[1] += added[1];
-    }
-    *reinterpret_cast<std::uint32_t*>(out + 8 * i * kTileRow + 8 * j) =
-        pack_pair<Operand>(gradient_of_pair<kIsElu>(is_relu, result[0], phi[0]) * scale[i],
-                           gradient_of_pair<kIsElu>(is_relu, result[1], phi[1]) * scale[i]);
-  });
+      *reinterpret_cast<std::uint32_t*>(out + 8 * i * kTileRow + 8 * j) =
+          pack_pair<Operand>(gradient_of_pair<kIsElu>(is_relu, result[0], phi[0]) * scale[i],
+                             gradient_of_pair<kIsElu>(is_relu, result[1], phi[1]) * scale[i]);
+    };
+    past.for_each_pair_with(within, finish, 2 * k, 2 * k + 2);
+  }
 }
 
 // The rows' values (values.h), of a state and a chunk in shared memory, to `staged`, rows that only
@@ -186,7 +186,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   MemoryLayout layout(memory);
   const Shared shared(layout);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int first_of_warp = warp * kWarpRows * kTileRow;  // of its rows in a tile
+  const auto first_of_warp = [] {  // of its rows in a tile
+    return thread_read_again() / 32 * kWarpRows * kTileRow;
+  };
   const std::int64_t features = states.features, values = states.values;
   const int heads = static_cast<int>(states.heads), block = static_cast<int>(blockIdx.x);
   const int head = block % heads, slot = block / heads;
@@ -220,7 +222,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     }
   }
 
-  int stage = 0;
   typename Factors::Ahead ahead;
   // Of queries, which are the rows or, backwards, the columns.
   const RowFactors<T>* const factors_of_queries =
@@ -265,19 +266,20 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   begin_tiles(0, 0, 0);
   TORCH_SPE_KEEP_LOOP
   for (int step = 0; step < steps.count; ++step) {
-    const Part chunk = steps.chunk(step);
     const bool passes = walk.moves && step + 1 < steps.count;
     Operand* const col_y = shared.col_y + step % 2 * kTile;
     const Factors factors(shared.factors + step % 2 * Factors::kSize);
     const int parity = step % 2 * kWide;
     const int now = kTiles == 1 && walk.moves ? step % 2 : 0;  // the state of one tile
-    const RowFactors<T>* divided_by = nullptr;  // of queries
+    const RowFactors<T>* divided_by = nullptr;                 // of queries
     WarpRows<Operand> y;
     std::uint32_t weights[kSixteens][4];
     RowTerms<T> row_terms;
     T fade[2] = {1, 1}, scale[2] = {1, 1}, row_weight[2] = {0, 0}, passing = 0;
-    TORCH_SPE_UNROLL
-    for (int t = 0; t < kTiles; ++t, stage ^= 1) {
+    TORCH_SPE_KEEP_LOOP
+    for (int t = 0; t < kTiles; ++t) {
+      const int stage = (step * kTiles + t) % 2;
+      const Part chunk = steps.chunk(read_again(step));
       Operand* const row_x = shared.row_x + stage * kTile;
       Operand* const col_x = shared.col_x + stage * kTile;
       copy_async_wait();
@@ -300,18 +302,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       }
       if (t == 0) factors.fill(ahead);
       __syncthreads();  // the tiles are there, and those before have been used
-      if (t + 1 < kTiles) {
-        begin_tiles(step, t + 1, stage ^ 1);
-      } else if (step + 1 < steps.count) {
-        begin_tiles(step + 1, 0, stage ^ 1);
-      }
-      const int before = (t + kTiles - 1) % kTiles;
-      if (kTiles > 1 && walk.moves && (t > 0 ? passes : step > 0)) store_state(before, before);
+      const bool stays = t + 1 < kTiles;
+      const int next_step = stays ? step : step + 1;
+      if (next_step < steps.count) begin_tiles(next_step, stays ? t + 1 : 0, 1 - stage);
+      if (kTiles > 1 && walk.moves && (t > 0 ? passes : step > 0))
+        at_tile<kTiles>(t > 0 ? t - 1 : kTiles - 1, [&](auto before) {
+          constexpr int kBefore = decltype(before)::value;
+          store_state(kBefore, kBefore);
+        });
       const Operand* const state_tile = shared.state + (kTiles == 1 ? now : t) * kTile;
 
       if (t == 0) {
         Operand* const row_y = row_y_of(step);
-        T* const table = reinterpret_cast<T*>(row_y + first_of_warp);
+        T* const table = reinterpret_cast<T*>(row_y + first_of_warp());
         y.load(row_y);
         if constexpr (Decay::kFades) {
           TORCH_SPE_UNROLL
@@ -341,9 +344,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
                 y.fragments[k], col_y + 16 * j * kTileRow + 16 * k, kTileRow, lane);
           if constexpr (kDivided) {
             const T* const own = shared.col_weight + parity + 16 * j;
-            sums.for_each([&](int i, int column, T& weight) {
-              weight += row_weight[i] * own[column];
-            });
+            sums.for_each(
+                [&](int i, int column, T& weight) { weight += row_weight[i] * own[column]; });
           }
           fade_weights(sums, j, walk, factors, table);
           if (wants_terms && j == warp) take_diagonal(sums, row_terms);
@@ -365,9 +367,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
               y.fragments[k], state_tile + first * kTileRow + 16 * k, kTileRow, lane);
         if constexpr (kDivided) {
           const T* const own = shared.z + now * kWide + first;
-          product.for_each([&](int i, int column, T& element) {
-            element += row_weight[i] * own[column];
-          });
+          product.for_each(
+              [&](int i, int column, T& element) { element += row_weight[i] * own[column]; });
         }
         TORCH_SPE_UNROLL
         for (int j = 0; j < kSixteens; ++j) {
@@ -377,8 +378,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         }
         const auto finish = [&](auto is_elu) {
           finish_features(product, within, is_elu, rows.map, reads_x, wants_terms,
-                          row_x + first_of_warp + first, col_x + first_of_warp + first, fade, scale,
-                          row_terms);
+                          row_x + first_of_warp() + first, col_x + first_of_warp() + first, fade,
+                          scale, row_terms);
         };
         if (rows.map == core::FeatureMap::kElu) {
           finish(std::true_type{});
@@ -401,7 +402,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if constexpr (Decay::kFades && !kDivided) {
         if (wants_terms) {
           const std::int64_t at = (steps.first_slot + steps.number(step)) * heads + head;
-          terms.template take_rounded<Operand>(state[t], at * kTiles + t, &passing);
+          at_tile<kTiles>(t, [&](auto own) {
+            constexpr int kOwn = decltype(own)::value;
+            terms.template take_rounded<Operand>(state[kOwn], at * kTiles + kOwn, &passing);
+          });
           if (t + 1 == kTiles) {
             const std::int64_t to =
                 (chunk.batch * heads + head) * terms.length + chunk.begin + first_row_of_thread();
@@ -423,15 +427,17 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         TORCH_SPE_UNROLL
         for (T& sum : z) sum = core::carry(passage, 0, sum);
       }
-      pass_over_chunk(state[t], factors, passage, col_x, col_y,
-                      [&]([[maybe_unused]] const std::uint32_t (&fragment)[4],
-                          [[maybe_unused]] int k) {
-                        if constexpr (kDivided) {
-                          std::uint32_t pairs[2];
-                          shared.weights.fragment(parity + 16 * k, pairs);
-                          mma_m16n8k16<Operand>(z, fragment, pairs);
-                        }
-                      });
+      at_tile<kTiles>(t, [&](auto own) {
+        pass_over_chunk(
+            state[decltype(own)::value], factors, passage, col_x, col_y,
+            [&]([[maybe_unused]] const std::uint32_t (&fragment)[4], [[maybe_unused]] int k) {
+              if constexpr (kDivided) {
+                std::uint32_t pairs[2];
+                shared.weights.fragment(parity + 16 * k, pairs);
+                mma_m16n8k16<Operand>(z, fragment, pairs);
+              }
+            });
+      });
       if constexpr (kTiles == 1) store_state(0, (step + 1) % 2);
     }
   }

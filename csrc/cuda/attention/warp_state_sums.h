@@ -96,13 +96,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfWarps)
     const core::Passage<T> passage = factors.over_chunk(chunk.size, backwards);
     TORCH_SPE_UNROLL
     for (T& sum : z) sum = core::carry(passage, 0, sum);
-    pass_over_chunk(state, factors, passage, x, y,
-                    [&](const std::uint32_t (&fragment)[4], int k) {
-                      if (!makes_z) return;
-                      std::uint32_t pairs[2];
-                      shared.weights.fragment(first_weight + 16 * k, pairs);
-                      mma_m16n8k16<Operand>(z, fragment, pairs);
-                    });
+    pass_over_chunk(state, factors, passage, x, y, [&](const std::uint32_t (&fragment)[4], int k) {
+      if (!makes_z) return;
+      std::uint32_t pairs[2];
+      shared.weights.fragment(first_weight + 16 * k, pairs);
+      mma_m16n8k16<Operand>(z, fragment, pairs);
+    });
   }
 
   const std::int64_t to = static_cast<std::int64_t>(slot) * heads + head;

@@ -23,6 +23,7 @@ struct WarpValuesShared {
   Operand* col_y;  // [2][column, e]
   Operand* state;  // [kStates][r, e]
   Operand* z;      // [kStates][r], rounded as the state is
+  T* z_sums;       // [kTiles][r], of which each thread has its own
   T* factors;      // [2], WarpFactors
 
   TORCH_SPE_INLINE explicit WarpValuesShared(MemoryLayout& layout)
@@ -31,6 +32,7 @@ struct WarpValuesShared {
         col_y(layout.take<Operand>(2 * kTile)),
         state(layout.take<Operand>(kStates * kTile)),
         z(layout.take<Operand>(kStates * kWide)),
+        z_sums(layout.take<T>(kTiles * kWide)),
         factors(layout.take<T>(2 * WarpFactors<Decay, T>::kSize)) {}
 };
 
@@ -115,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   const int tiles = static_cast<int>(ceil_div(values, kWide));
   const int heads = static_cast<int>(states.heads), block = static_cast<int>(blockIdx.x);
   const int tile = block % tiles, head = block / tiles % heads, slot = block / tiles / heads;
-  const std::int64_t e0 = tile * kWide;
-  const int end = static_cast<int>(min_of(kWide, values - e0));
+  const auto first_value = [&] { return read_again(tile) * std::int64_t{kWide}; };
   const Steps<kTokens> steps(walk, slot);
   if (steps.segment.size == 0) return;
   const bool sums_denominators = kIsWhole<Decay, kTiles> && division.by == Divide::kByDenominator;
@@ -126,28 +127,27 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
 
   // A warp has 16 rows of each tile of the state, and their z.
   WarpProduct<Operand, kWarpRows, kWide> state[kTiles];
-  T z[4] = {};  // of a product whose column t is that of tile t
+  // Of that, every fourth lane has two elements.
+  const bool has_z = sums_denominators && lane % 4 == 0;
+  const auto own_z = [&](int t) { return shared.z_sums + t * kWide + first_row_of_thread(); };
   const auto store_state = [&](int t, int to) {
     state[t].store(shared.state + to * kTile);
-    if (sums_denominators && lane % 4 == t / 2) {
-      Operand* const own = shared.z + to * kWide + first_row_of_thread();
-      write(z[t % 2], own);
-      write(z[2 + t % 2], own + 8);
-    }
+    if (!has_z) return;
+    const T* const sums = own_z(t);
+    Operand* const z = shared.z + to * kWide + first_row_of_thread();
+    write(sums[0], z);
+    write(sums[8], z + 8);
   };
   TORCH_SPE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int t = lane % 4 * 2 + i % 2;
-    if (sums_denominators && t < kTiles)
-      z[i] = from.z_at(t * kWide + first_row_of_thread() + i / 2 * 8);
-  }
-  TORCH_SPE_UNROLL
   for (int t = 0; t < kTiles; ++t) {
-    from.read_rows(t * kWide, e0, state[t]);
+    from.read_rows(t * kWide, first_value(), state[t]);
+    if (has_z) {
+      own_z(t)[0] = from.z_at(t * kWide + first_row_of_thread());
+      own_z(t)[8] = from.z_at(t * kWide + first_row_of_thread() + 8);
+    }
     store_state(t, t);
   }
 
-  int stage = 0;
   typename Factors::Ahead ahead;
   const auto begin_tiles = [&](int step, int t, int to) {
     Part chunk = steps.chunk(step);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       columns.template begin_x<kTokens, kWide>(chunk, own_head, r0, features,
                                                shared.col_x + to * kTile);
       if (t == 0)
-        columns.template begin_y<kTokens, kWide>(chunk, own_head, e0, values,
+        columns.template begin_y<kTokens, kWide>(chunk, own_head, first_value(), values,
                                                  shared.col_y + step % 2 * kTile);
     }
     if (Decay::kFades && t == 0) {
@@ -170,7 +170,6 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   begin_tiles(0, 0, 0);
   TORCH_SPE_KEEP_LOOP
   for (int step = 0; step < steps.count; ++step) {
-    const Part chunk = steps.chunk(step);
     const bool passes = walk.moves && step + 1 < steps.count;
     Operand* const col_y = shared.col_y + step % 2 * kTile;
     const Factors factors(shared.factors + step % 2 * Factors::kSize);
@@ -182,24 +181,28 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       TORCH_SPE_UNROLL
       for (int j = 0; j < kSixteens; ++j) weights[j].clear();
     }
-    TORCH_SPE_UNROLL
-    for (int t = 0; t < kTiles; ++t, stage ^= 1) {
+    TORCH_SPE_KEEP_LOOP
+    for (int t = 0; t < kTiles; ++t) {
+      const int stage = (step * kTiles + t) % 2;
+      const Part chunk = steps.chunk(read_again(step));
       Operand* const row_x = shared.row_x + stage * kTile;
       Operand* const col_x = shared.col_x + stage * kTile;
       copy_async_wait();
       if (walk.moves) {
         columns.template finish_x<kTokens, kWide>(chunk, head, t * kWide, features, col_x);
-        if (t == 0) columns.template finish_y<kTokens, kWide>(chunk, head, e0, values, col_y);
+        if (t == 0)
+          columns.template finish_y<kTokens, kWide>(chunk, head, first_value(), values, col_y);
       }
       if (t == 0) factors.fill(ahead);
       __syncthreads();  // the tiles are there, and those before have been used
-      if (t + 1 < kTiles) {
-        begin_tiles(step, t + 1, stage ^ 1);
-      } else if (step + 1 < steps.count) {
-        begin_tiles(step + 1, 0, stage ^ 1);
-      }
-      const int before = (t + kTiles - 1) % kTiles;
-      if (kTiles > 1 && walk.moves && (t > 0 ? passes : step > 0)) store_state(before, before);
+      const bool stays = t + 1 < kTiles;
+      const int next_step = stays ? step : step + 1;
+      if (next_step < steps.count) begin_tiles(next_step, stays ? t + 1 : 0, 1 - stage);
+      if (kTiles > 1 && walk.moves && (t > 0 ? passes : step > 0))
+        at_tile<kTiles>(t > 0 ? t - 1 : kTiles - 1, [&](auto before) {
+          constexpr int kBefore = decltype(before)::value;
+          store_state(kBefore, kBefore);
+        });
 
       const int at = kTiles == 1 && walk.moves ? step % 2 : t;
       const auto multiply_state = [&](const std::uint32_t (&fragment)[4], int k) {
@@ -275,6 +278,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
 
       if (t + 1 == kTiles) {
         const std::int64_t first_row = rows.index(chunk.batch, chunk.begin, head);
+        const std::int64_t e0 = first_value();
+        const int end = static_cast<int>(min_of(kWide, values - e0));
         bool finishes = true;
         if constexpr (Decay::kFades && kIsWhole<Decay, kTiles>) {
           if (other.sums != nullptr) {
@@ -326,16 +331,19 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       if (!passes) continue;
       // This tile of the state passes over the chunk.
       const core::Passage<T> passage = factors.over_chunk(chunk.size, walk.backwards);
-      if (t == 0) {
-        TORCH_SPE_UNROLL
-        for (T& sum : z) sum = core::carry(passage, 0, sum);
+      T added[4] = {};  // to z, in all columns of a product
+      at_tile<kTiles>(t, [&](auto own_tile) {
+        pass_over_chunk(state[decltype(own_tile)::value], factors, passage, col_x, col_y,
+                        [&](const std::uint32_t (&fragment)[4], int) {
+                          if (sums_denominators)
+                            mma_m16n8k16<Operand>(added, fragment, vector_of_ones);
+                        });
+      });
+      if (has_z) {
+        T* const z = own_z(t);
+        z[0] = core::carry(passage, 0, z[0]) + added[0];
+        z[8] = core::carry(passage, 0, z[8]) + added[2];
       }
-      const std::uint32_t own = lane / 4 == t ? ones : 0;
-      const std::uint32_t column_of_ones[2] = {own, own};
-      pass_over_chunk(state[t], factors, passage, col_x, col_y,
-                      [&](const std::uint32_t (&fragment)[4], int) {
-                        if (sums_denominators) mma_m16n8k16<Operand>(z, fragment, column_of_ones);
-                      });
       if constexpr (kTiles == 1) store_state(0, (step + 1) % 2);
     }
   }

@@ -11,13 +11,29 @@ namespace torch_spe::cuda::attention {
 constexpr int kWarpRows = 16;
 constexpr int kSixteens = kThreads / 32;  // of the rows, or columns, of a chunk
 constexpr int kTileRow = row_of<core::BFloat16>(kWide);
-constexpr int kMostTiles = 3;  // of features
+constexpr int kMostTiles = 3;      // of features
 constexpr int kBlocksOfWarps = 3;  // of a multiprocessor, where the state is one tile
 
 // The rows of a thread's elements are the first two: first_row() and that plus 8.
 TORCH_SPE_DEVICE int first_row_of_thread() {
   const int thread = thread_read_again();
   return thread / 32 * kWarpRows + thread % 32 / 4;
+}
+
+// Calls function(tile) with the number of a tile as a constant, so that what belongs to it can be
+// in registers while the loop over tiles is one: unrolled, it would not stay in the cache of
+// instructions.
+template <int kTiles, class Function>
+TORCH_SPE_DEVICE void at_tile(int tile, const Function& function) {
+  if constexpr (kTiles == 1) {
+    function(std::integral_constant<int, 0>{});
+  } else if (tile == 0) {
+    function(std::integral_constant<int, 0>{});
+  } else if (kTiles == 2 || tile == 1) {
+    function(std::integral_constant<int, 1>{});
+  } else {
+    function(std::integral_constant<int, kTiles - 1>{});
+  }
 }
 
 // Puts phi in the place of the elements of a fragment.
