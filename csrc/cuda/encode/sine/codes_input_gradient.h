@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   const int group = lane / 4, member = lane % 4;
   const SineCodesPlace place(p, 1);
   const std::int64_t n0 = place.n0(), b0 = place.b0(), head = place.head;
-  SineCodes<Storage, kEights> codes(p, shared, head, n0, 0);
+  const SineCodes<Storage, kEights> codes(p, shared, head, 0);
   codes.bring_weights(0);
 
   // Gradients of this lane's batch row as first factors, whose rows are the batch at one of the
@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
     }
   };
   load_grad(0);
+  codes.make_phases(n0);
   // The next features of the gradient of x to write: 2 member and 2 member + 1 of these eight.
   const int all_features = static_cast<int>(p.in_features),
             realizations = static_cast<int>(p.num_realizations);
