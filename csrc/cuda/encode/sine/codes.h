@@ -221,6 +221,7 @@ class SineCodes {
         }
       }
     }
+    __syncwarp();  // the warp has used its weights
   }
 
  private:

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
         inputs[i] = *reinterpret_cast<const std::uint32_t*>(from_x);
     }
     codes.make(d0);
-    __syncthreads();  // the codes are there
     if (d0 + kCodeWarps < all_features) codes.bring_weights(d0 + kCodeWarps);
+    __syncthreads();  // the codes are there
     TORCH_SPE_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       // What is not there meets codes of 0, or is not stored. Of a product over 16 summands, 8 are

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
     const int next_d0 = r0 + kCodeRealizations < realizations ? d0 : d0 + kCodeWarps;
     const int next_r0 = r0 + kCodeRealizations < realizations ? r0 + kCodeRealizations : 0;
     codes.make(d0);
-    __syncthreads();  // the codes are there
     if (next_d0 < all_features) codes.bring_weights(next_d0, next_r0);
+    __syncthreads();  // the codes are there
     TORCH_SPE_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       const Storage* const from =
