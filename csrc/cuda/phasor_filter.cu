@@ -4,6 +4,7 @@
 #include "encode/phasor/general_gradients.h"
 #include "encode/phasor/product_gradients.h"
 #include "encode/phasor/products.h"
+#include "encode/phasor/row_products.h"
 #include "phasor_filter.h"
 
 namespace torch_spe::cuda {
@@ -29,7 +30,18 @@ void launch_code_products(const PhasorFilterBackwardParams& p, Stream stream) {
          dim3(kThreads), size.size(), stream, p);
 }
 
-// Whether the kernels of encode/phasor/product*.h serve.
+template <class Storage, bool kGradient, int kTiles>
+void launch_row_products(const PhasorFilterBackwardParams& p, Stream stream) {
+  const PhasorRowUnits<kGradient, kTiles> units(p);
+  MemoryLayout size;
+  PhasorRowsShared<Storage, kTiles>{size};
+  if (units.count == 0) return;
+  launch(p.constant == nullptr ? phasor_row_product_kernel<Storage, kGradient, false, kTiles>
+                               : phasor_row_product_kernel<Storage, kGradient, true, kTiles>,
+         grid_of(units.count), dim3(units.warps * kLanes), size.size(), stream, p);
+}
+
+// Whether the kernels of encode/phasor/*product*.h serve.
 bool runs_on_tensor_cores(const PhasorFilterParams& p) {
   return p.positions == nullptr && p.in_features > 0 &&
          (p.dtype == core::DType::kFloat16 || p.dtype == core::DType::kBFloat16);
@@ -39,6 +51,10 @@ template <class Storage, bool kGradient>
 void launch_codes(const PhasorFilterBackwardParams& p, Stream stream) {
   if constexpr (sizeof(Storage) == 2) {
     if (runs_on_tensor_cores(p)) {
+      if (has_whole_phasor_rows<Storage, kGradient>(p)) {
+        if (p.batch <= kProductBatch) return launch_row_products<Storage, kGradient, 1>(p, stream);
+        return launch_row_products<Storage, kGradient, 2>(p, stream);
+      }
       if (p.batch <= kProductBatch) return launch_code_products<Storage, kGradient, 1>(p, stream);
       return launch_code_products<Storage, kGradient, 2>(p, stream);
     }
@@ -82,7 +98,8 @@ void launch_parameters_gradient(const PhasorFilterBackwardParams& p,
       const PhasorGradientTiles tiles(p);
       MemoryLayout size;
       PhasorGradientShared<Storage>{size};
-      launch(phasor_product_gradient_kernel<Storage>,
+      launch(workspace.parts.constant == nullptr ? phasor_product_gradient_kernel<Storage, false>
+                                                 : phasor_product_gradient_kernel<Storage, true>,
              grid_of(p.num_heads * tiles.feature_tiles * tiles.realization_tiles * tiles.segments),
              dim3(kThreads), size.size(), stream, p, tiles, workspace.parts);
       return;

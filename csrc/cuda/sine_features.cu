@@ -41,7 +41,7 @@ struct SineFeaturesWorkspace {
       : on_pairs(backward_runs_on_pairs(p)),
         tiles(p.num_heads * ceil_div(p.in_features, on_pairs ? 2 * kLanes : kLanes)),
         segments(max_of(1, min_of(ceil_div(p.length, 16),
-                                  max_of(ceil_div(kWantedBlocks * kWarps, max_of(1, tiles)),
+                                  max_of(wanted_segments(),
                                          on_pairs ? ceil_div(p.length, kLongestPairSegment) : 1)))),
         sines(p.num_heads * p.in_features * p.num_sines) {
     MemoryLayout layout(static_cast<unsigned char*>(memory));
@@ -53,6 +53,13 @@ struct SineFeaturesWorkspace {
     if (p.grad_positions != nullptr)
       positions = layout.take<double>(p.num_heads * p.length * p.ndim);
     size = layout.size();
+  }
+
+ private:
+  // With which the blocks are enough; of the kernel for pairs, with which all work at once.
+  std::int64_t wanted_segments() const {
+    return on_pairs ? kWalkingBlocks / 2 * kPairBackwardBlocks / max_of(1, tiles) * kWarps
+                    : ceil_div(kWantedBlocks * kWarps, max_of(1, tiles));
   }
 };
 
@@ -88,10 +95,10 @@ bool launch_pairs_forward(const SineFeaturesParams& p, Stream stream) {
       return false;
     visit_pair_batch(p.batch, [&](auto batch) {
       constexpr int kBatch = decltype(batch)::value;
-      const std::int64_t units =
-          p.num_heads * ceil_div(p.in_features, 2 * kLanes) * ceil_div(p.length, kPairRun<kBatch>);
-      launch(sine_features_pairs_forward_kernel<Storage, kBatch>, grid_of(ceil_div(units, kWarps)),
-             dim3(kThreads), size.size(), stream, p);
+      const PairRuns<kBatch> runs(p);
+      launch(sine_features_pairs_forward_kernel<Storage, kBatch>,
+             grid_of(p.num_heads * runs.feature_tiles * runs.groups), dim3(kThreads), size.size(),
+             stream, p, runs);
     });
     return true;
   } else {

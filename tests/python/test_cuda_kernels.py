@@ -165,6 +165,8 @@ PHASOR_SHAPES = {
     "large batch": (9, 20, 1, 16, 8, False),
     "larger batch": (19, 70, 1, 33, 8, True),
     "aligned": (8, 140, 2, 64, 32, True),
+    "whole rows of the batch in two": (9, 70, 1, 64, 24, False),
+    "whole rows of gradients": (10, 67, 1, 32, 32, False),
     "many inputs": (3, 50, 1, 72, 37, True),
     "grid of positions": (2, 21, 2, 3, 6, True, 2),
     "no batch": (0, 9, 2, 3, 4, True),
@@ -196,7 +198,8 @@ MAPPED = {  # an operator with a shape for each of its CUDA kernels
         "odd", "several tiles", "large batch", "many sines", "odd batch",
         "more sines than the sums of a block", "grid of positions"]),
     "phasor filter": (torch.ops.torch_spe.phasor_filter, phasor_inputs, PHASOR_SHAPES, [
-        "odd", "several tiles", "larger batch", "aligned", "many inputs", "grid of positions"]),
+        "odd", "several tiles", "larger batch", "aligned", "whole rows of gradients", "many inputs",
+        "grid of positions"]),
     "sine features": (torch.ops.torch_spe.sine_features, feature_inputs, PHASOR_SHAPES, [
         "odd", "several tiles", "larger batch", "grid of positions"]),
 }  # fmt: skip

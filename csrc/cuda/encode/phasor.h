@@ -17,7 +17,7 @@ TORCH_SPE_DEVICE double position_of(const Params& p, std::int64_t n, std::int64_
 
 // e^(2 pi i f n).
 template <class T>
-struct Phasor {
+struct alignas(2 * sizeof(T)) Phasor {
   T re = 1, im = 0;
 
   TORCH_SPE_DEVICE void set(double freq, double position) {
@@ -33,6 +33,10 @@ struct Phasor {
       cycles = core::wrap_cycles(cycles);
     }
     set(cycles);
+  }
+  // To 20 bits, for what is rounded to 16.
+  TORCH_SPE_DEVICE void set_fast(double freq, double position) {
+    fast_cos_sin(core::angle_of(core::fixed_phase(core::reduce_cycles(freq, position))), &re, &im);
   }
   TORCH_SPE_DEVICE void rotate(const Phasor& step) {
     const T next = re * step.re - im * step.im;

@@ -2,8 +2,8 @@
 // consecutive position after the other, wherever their inputs and outputs are stored.
 //
 // A code comes from the one of the position before by a rotation in float32. The maker of a tile
-// begins with an exact one after kPhasorRun positions at most: far more precise than the 16 bits
-// that it is rounded to.
+// begins with another one after kPhasorRun positions at most: far more precise than the 16 bits
+// that it is rounded to, also with the hardware's cosine and sine.
 #pragma once
 
 #include "encode/phasor.h"
@@ -25,58 +25,79 @@ constexpr int kProductInputs = 64;
 constexpr int kProductSteps = kProductInputs / 16;
 constexpr int kLaneInputs = 4 * kProductSteps;
 
-// A code times e^(2 pi i f n), and the rotation to the next position.
-struct alignas(16) RotatingCode {
-  Phasor<float> code, step;
-};
-
-// Which codes of a head are this lane's: that of its input i in the tile.
-template <bool kGradient>
+// Which codes of a head are this lane's: that of its input i in the tile. kAll: whether all exist.
+template <bool kGradient, bool kAll>
 struct LaneCodes {
   std::int64_t head, own_inputs, out0;  // the first of its inputs, and of its outputs
 
-  // The code's index in [H, D, pairs]; false where there is none.
-  TORCH_SPE_DEVICE bool find(const PhasorFilterParams& p, int i, std::int64_t* index) const {
-    const std::int64_t feature = kGradient ? out0 + i % 2 : own_inputs + i;
-    const std::int64_t pair = kGradient ? own_inputs / 2 + i / 2 : out0 / 2;
-    *index = (head * p.in_features + feature) * p.num_pairs + pair;
-    return feature < p.in_features && pair < p.num_pairs;
+  TORCH_SPE_DEVICE std::int64_t feature(int i) const {
+    return kGradient ? out0 + i % 2 : own_inputs + i;
+  }
+  TORCH_SPE_DEVICE std::int64_t pair(int i) const {
+    return kGradient ? own_inputs / 2 + i / 2 : out0 / 2;
+  }
+  TORCH_SPE_DEVICE bool exists(const PhasorFilterParams& p, int i) const {
+    return kAll || (feature(i) < p.in_features && pair(i) < p.num_pairs);
+  }
+  // The code's index in [H, D, pairs]; 0 where there is none.
+  TORCH_SPE_DEVICE std::int64_t index_or_first(const PhasorFilterParams& p, int i) const {
+    return exists(p, i) ? (head * p.in_features + feature(i)) * p.num_pairs + pair(i) : 0;
   }
 };
 
-template <class Storage, bool kGradient>
+// 16 values of an aligned row in pairs.
+template <class Storage>
+TORCH_SPE_DEVICE void load_whole_pairs(const Storage* row, std::uint32_t (&out)[kLaneInputs / 2]) {
+  struct alignas(16) Words {
+    std::uint32_t words[4];
+  };
+  TORCH_SPE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Words four = reinterpret_cast<const Words*>(row)[i];
+    TORCH_SPE_UNROLL
+    for (int e = 0; e < 4; ++e) out[4 * i + e] = four.words[e];
+  }
+}
+
+// kConstant: whether there may be a constant, which takes registers.
+template <class Storage, bool kGradient, bool kConstant>
 class PhasorCodeTile {
  public:
-  // From position n0 of the operator on. `memory` is the lane's own, [kLaneInputs] every kLanes:
-  // the loop that makes exact phases is not unrolled, and registers have no index.
-  TORCH_SPE_DEVICE PhasorCodeTile(const PhasorFilterParams& p, const LaneCodes<kGradient>& own,
-                                  std::int64_t n0, RotatingCode* memory)
-      : has_constant_(p.constant != nullptr) {
-    const float* const coefficients = static_cast<const float*>(p.coefficients);
-    const float* const constant = static_cast<const float*>(p.constant);
-    for (int i = 0; i < kLaneInputs; ++i) {
-      std::int64_t index;
-      RotatingCode rotating{{0.0f, 0.0f}, {}};
-      if (own.find(p, i, &index)) {
-        rotating.code.set(p.freqs[index], p.start + static_cast<double>(n0));
-        rotating.code.rotate({coefficients[2 * index], coefficients[2 * index + 1]});
-        rotating.step.set(p.freqs[index], 1.0);
+  // From position n0 of the operator on. All is loaded before anything is computed; where there is
+  // no code, the first one is.
+  template <bool kAll>
+  TORCH_SPE_DEVICE PhasorCodeTile(const PhasorFilterParams& p,
+                                  const LaneCodes<kGradient, kAll>& own, std::int64_t n0) {
+    if constexpr (kConstant) {  // first, while registers are free
+      Phasor<float> constants[kProductSteps][4];
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kLaneInputs; ++i) {
+        constants[i / 4][i % 4] = {0.0f, 0.0f};
+        if (p.constant != nullptr)
+          constants[i / 4][i % 4] =
+              static_cast<const Phasor<float>*>(p.constant)[own.index_or_first(p, i)];
       }
-      memory[i * kLanes] = rotating;
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kLaneInputs; ++i)
+        if (!own.exists(p, i)) constants[i / 4][i % 4] = {0.0f, 0.0f};
+      TORCH_SPE_UNROLL
+      for (int s = 0; s < kProductSteps; ++s) pack(constants[s], constants_[s]);
+    }
+    double freqs[kLaneInputs];
+    Phasor<float> coefficients[kLaneInputs];
+    TORCH_SPE_UNROLL
+    for (int i = 0; i < kLaneInputs; ++i) {
+      const std::int64_t index = own.index_or_first(p, i);
+      freqs[i] = p.freqs[index];
+      coefficients[i] = static_cast<const Phasor<float>*>(p.coefficients)[index];
     }
     TORCH_SPE_UNROLL
-    for (int s = 0; s < kProductSteps; ++s) {
-      Phasor<float> parts[4] = {{0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}, {0.0f, 0.0f}};
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const RotatingCode rotating = memory[(4 * s + i) * kLanes];
-        codes_[s][i] = rotating.code;
-        steps_[s][i] = rotating.step;
-        std::int64_t index;
-        if (has_constant_ && own.find(p, 4 * s + i, &index))
-          parts[i] = {constant[2 * index], constant[2 * index + 1]};
-      }
-      pack(parts, constants_[s]);
+    for (int i = 0; i < kLaneInputs; ++i) {
+      Phasor<float>& code = codes_[i / 4][i % 4];
+      code.set_fast(freqs[i], p.start + static_cast<double>(n0));
+      code.rotate(coefficients[i]);
+      if (!own.exists(p, i)) code = {0.0f, 0.0f};
+      steps_[i / 4][i % 4].set_fast(freqs[i], 1.0);
     }
   }
 
@@ -92,7 +113,7 @@ class PhasorCodeTile {
       for (int tile = 0; tile < kTiles; ++tile) {
         const std::uint32_t b[2] = {inputs[tile][2 * s], inputs[tile][2 * s + 1]};
         mma_m16n8k16<Storage>(sums[tile], a, b);
-        if (has_constant_) mma_m16n8k16<Storage>(sums[tile], constants_[s], b);
+        if constexpr (kConstant) mma_m16n8k16<Storage>(sums[tile], constants_[s], b);
       }
       TORCH_SPE_UNROLL
       for (int i = 0; i < 4; ++i) codes_[s][i].rotate(steps_[s][i]);
@@ -111,9 +132,8 @@ class PhasorCodeTile {
     }
   }
 
-  bool has_constant_;
   Phasor<float> codes_[kProductSteps][4], steps_[kProductSteps][4];
-  std::uint32_t constants_[kProductSteps][4];
+  std::uint32_t constants_[kConstant ? kProductSteps : 1][4];
 };
 
 }  // namespace torch_spe::cuda

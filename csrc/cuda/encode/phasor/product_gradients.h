@@ -53,7 +53,7 @@ struct PhasorGradientShared {
         slopes(layout.take<Phasor<float>>(kGradientPairs * 2 * kThreads)) {}
 };
 
-template <class Storage>
+template <class Storage, bool kConstant>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     phasor_product_gradient_kernel(const PhasorFilterBackwardParams p,
                                    const PhasorGradientTiles tiles,
@@ -108,12 +108,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
   const std::int64_t first_code = (head * features + d0 + own_feature) * pairs + r0 / 2 + own_pair;
   const LaneCodeGradients own{first_code, pairs, features_left - own_feature,
                               pairs_left - own_pair};
-  PhasorCodeGradients<Storage> gradients(p, own, n_segment, shared.sums + thread,
-                                         shared.slopes + thread);
-
   for (int i = thread; i < Shared::kRowGrad; i += kThreads) shared.zero[i].bits = 0;
   const int tiles_of_segment = static_cast<int>(tokens.batch_tiles) * count;
   if (tiles_of_segment > 0) copy(0, 0, 0);
+  PhasorCodeGradients<Storage, kConstant> gradients(p, own, n_segment, shared.sums + thread,
+                                                    shared.slopes + thread);
+
   int run = 0;  // positions
   for (int k = 0; k < tiles_of_segment; ++k) {
     const int tile = k % count;
@@ -136,22 +136,29 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     const int grad_step = has_grad ? tokens.batch * Shared::kRowGrad : 0;
     const int first = tile * tokens.positions;  // of the segment
     const int positions = first + tokens.positions < length ? tokens.positions : length - first;
+    // Factors are loaded a position ahead, but for those of the last pairs: registers are short.
+    static_assert(kGradientPairs == 4);
+    std::uint32_t next_features[4], next_pairs[4];
+    ldmatrix_x4<true>(next_features, x_from);
+    ldmatrix_x4<true>(next_pairs, grad_from);
     TORCH_SPE_UNROLL_TWICE
     for (int t = 0; t < positions; ++t) {
-      std::uint32_t a[4];
-      ldmatrix_x4<true>(a, x_from);
-      x_from += x_step;
+      std::uint32_t features[4], pairs_of[kGradientPairs][2], last_pairs[4];
+      ldmatrix_x4<true>(last_pairs, grad_from + 16);
       TORCH_SPE_UNROLL
-      for (int j = 0; j < kGradientPairs / 2; ++j) {
-        std::uint32_t b[4];
-        ldmatrix_x4<true>(b, grad_from + 16 * j);
-        TORCH_SPE_UNROLL
-        for (int l = 0; l < 2; ++l) {
-          const std::uint32_t pair[2] = {b[2 * l], b[2 * l + 1]};
-          gradients.add(2 * j + l, a, pair, parts.constant != nullptr);
-        }
+      for (int e = 0; e < 4; ++e) {
+        features[e] = next_features[e];
+        pairs_of[e / 2][e % 2] = next_pairs[e];
+        pairs_of[2 + e / 2][e % 2] = last_pairs[e];
       }
-      grad_from += grad_step;
+      if (t + 1 < positions) {
+        x_from += x_step;
+        grad_from += grad_step;
+        ldmatrix_x4<true>(next_features, x_from);
+        ldmatrix_x4<true>(next_pairs, grad_from);
+      }
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kGradientPairs; ++i) gradients.add(i, features, pairs_of[i]);
     }
     run += positions;
     if (run >= kPhasorRun || tile + 1 == count) {

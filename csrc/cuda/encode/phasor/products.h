@@ -1,27 +1,13 @@
 // Kernel of the phasor filter and of its gradient by x for 16-bit storage at consecutive positions,
 // on tensor cores: at every position a product of codes, which each lane makes in registers, with
-// the rows of the batch.
+// the rows of the batch. For whole rows see row_products.h.
 #pragma once
 
 #include "encode/phasor/code_tile.h"
 
 namespace torch_spe::cuda {
 
-// 16 values of an aligned row in pairs.
-template <class Storage>
-TORCH_SPE_DEVICE void load_whole_pairs(const Storage* row, std::uint32_t (&out)[kLaneInputs / 2]) {
-  struct alignas(16) Words {
-    std::uint32_t words[4];
-  };
-  TORCH_SPE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const Words four = reinterpret_cast<const Words*>(row)[i];
-    TORCH_SPE_UNROLL
-    for (int e = 0; e < 4; ++e) out[4 * i + e] = four.words[e];
-  }
-}
-
-// The same of any row, zero from `count` on.
+// 16 values of any row in pairs, zero from `count` on.
 template <class Storage>
 TORCH_SPE_DEVICE void load_pairs(const Storage* row, std::int64_t count, std::int64_t stride,
                                  bool aligned, std::uint32_t (&out)[kLaneInputs / 2]) {
@@ -38,12 +24,10 @@ template <int kTiles>
 struct PhasorProductShared {
   // Where inputs come in several parts, runs are shorter and sums are kept from part to part.
   static constexpr int kShortRun = 16;
-  RotatingCode* codes;  // [warp, code, lane]
-  float* sums;          // [warp, position, sum, lane]
+  float* sums;  // [warp, position, sum, lane]
 
   TORCH_SPE_INLINE PhasorProductShared(MemoryLayout& layout, std::int64_t inputs)
-      : codes(layout.take<RotatingCode>(kWarps * kLaneInputs * kLanes)),
-        sums(inputs <= kProductInputs
+      : sums(inputs <= kProductInputs
                  ? nullptr
                  : layout.take<float>(kWarps * kShortRun * kTiles * 4 * kLanes)) {}
 };
@@ -61,56 +45,6 @@ struct PhasorProductUnits {
         runs(ceil_div(p.length, run)),
         batch_tiles(ceil_div(p.batch, kProductBatch * kTiles)),
         count(output_tiles * runs * batch_tiles * p.num_heads) {}
-};
-
-// Outputs out0 and out0 + 1 of this lane's batch rows, at one position after the other.
-template <bool kGradient, int kTiles, class Storage>
-class PhasorOutputs {
- public:
-  TORCH_SPE_DEVICE PhasorOutputs(const PhasorFilterBackwardParams& p,
-                                 const PhasorProductUnits<kGradient, kTiles>& units,
-                                 std::int64_t b0, std::int64_t n0, std::int64_t head,
-                                 std::int64_t out0)
-      : map_(kGradient ? p.feature_map : FeatureMap::kIdentity),
-        step_(p.num_heads * units.outputs),
-        x_step_(p.x_strides[1]),
-        x_feature_(p.x_strides[3]) {
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const std::int64_t b =
-          b0 + i / 2 * kProductBatch + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2;
-      inside_[i] = b < p.batch;
-      to_[i] = static_cast<Storage*>(kGradient ? p.grad_x : p.out) +
-               ((b * p.length + n0) * p.num_heads + head) * units.outputs + out0;
-      if constexpr (kGradient)
-        x_[i] = static_cast<const Storage*>(p.x) + b * p.x_strides[0] + n0 * p.x_strides[1] +
-                head * p.x_strides[2] + out0 * p.x_strides[3];
-    }
-  }
-  TORCH_SPE_DEVICE void store(const float (&sums)[kTiles][4]) {
-    TORCH_SPE_UNROLL
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      float first = sums[i / 2][i % 2], second = sums[i / 2][2 + i % 2];
-      if constexpr (kGradient) {
-        if (map_ != FeatureMap::kIdentity) {
-          if (inside_[i]) {
-            first = gradient_of_input_at(map_, first, x_[i]);
-            second = gradient_of_input_at(map_, second, x_[i] + x_feature_);
-          }
-          x_[i] += x_step_;
-        }
-      }
-      if (inside_[i]) *reinterpret_cast<std::uint32_t*>(to_[i]) = pack_pair<Storage>(first, second);
-      to_[i] += step_;
-    }
-  }
-
- private:
-  FeatureMap map_;
-  std::int64_t step_, x_step_, x_feature_;
-  bool inside_[2 * kTiles];
-  Storage* to_[2 * kTiles];
-  const Storage* x_[kGradient ? 2 * kTiles : 1];
 };
 
 template <class Storage, bool kGradient, int kTiles>
@@ -136,15 +70,15 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const bool aligned = strides[3] == 1 && rows_are_aligned<Storage>(input, strides[0]) &&
                        rows_are_aligned<Storage>(input, strides[1]) &&
                        rows_are_aligned<Storage>(input, strides[2]);
-  RotatingCode* const own_codes = shared.codes + warp * kLaneInputs * kLanes + lane;
   float* const own_sums = shared.sums == nullptr
                               ? nullptr
                               : shared.sums + warp * units.run * kTiles * 4 * kLanes + lane;
 
   for (std::int64_t in0 = 0; in0 < units.inputs; in0 += kProductInputs) {
     const std::int64_t own_inputs = in0 + member * kLaneInputs;
-    PhasorCodeTile<Storage, kGradient> codes(p, {head, own_inputs, out0}, n0, own_codes);
-    const auto map = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
+    PhasorCodeTile<Storage, kGradient, true> codes(
+        p, LaneCodes<kGradient, false>{head, own_inputs, out0}, n0);
+    const auto map = [&](std::uint32_t(&inputs)[kTiles][kLaneInputs / 2]) {
       if constexpr (!kGradient) {
         if (p.feature_map == FeatureMap::kIdentity) return;
         TORCH_SPE_UNROLL
@@ -164,40 +98,6 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
           input + b * strides[0] + n0 * strides[1] + head * strides[2] + own_inputs * strides[3];
       inside[tile] = b < p.batch ? units.inputs - own_inputs : 0;
     }
-    // Whole rows that need no checks, the common case: addresses advance from position to position.
-    if (aligned && units.inputs == kProductInputs && units.outputs % kProductOutputs == 0) {
-      PhasorOutputs<kGradient, kTiles, Storage> outputs(p, units, b0, n0, head, out0);
-      const std::int64_t step = strides[1];
-      const auto load = [&](bool more, std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
-        TORCH_SPE_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          if (inside[tile] > 0 && more) {
-            load_whole_pairs(row[tile], inputs[tile]);
-          } else {
-            TORCH_SPE_UNROLL
-            for (std::uint32_t& pair : inputs[tile]) pair = 0;
-          }
-          row[tile] += step;
-        }
-      };
-      const auto make = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
-        float sums[kTiles][4] = {};
-        map(inputs);
-        codes.multiply(inputs, sums);
-        outputs.store(sums);
-      };
-      std::uint32_t even[kTiles][kLaneInputs / 2], odd[kTiles][kLaneInputs / 2];
-      load(true, even);
-      for (int t = 0; t < count; t += 2) {
-        load(t + 1 < count, odd);
-        make(even);
-        if (t + 1 == count) break;
-        load(t + 2 < count, even);
-        make(odd);
-      }
-      return;
-    }
-
     std::uint32_t next[kTiles][kLaneInputs / 2];
     TORCH_SPE_UNROLL
     for (int tile = 0; tile < kTiles; ++tile)

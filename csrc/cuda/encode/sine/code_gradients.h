@@ -21,19 +21,22 @@ struct SineCodeGradientsShared {
   static constexpr int kXRow = kGradientFeatures + 8;  // rows of 8 batch rows: different banks
   static constexpr int kX = kGradientRows * kXRow;
   static constexpr int kGrad = kGradientRows * kCodeRealizations;
-  static constexpr int kCodeRow = kGradientPositions + 8;
-  static constexpr int kFeature = kCodeRealizations * kCodeRow + 8;
+  // Of codes at 8 positions. Features lie so that lanes write to different banks.
+  static constexpr int kFeature = kCodeRealizations * 8 + 16;
+  static constexpr int kCode = kGradientFeatures * kFeature;
   Storage* x;     // [2, position, b, d]
   Storage* grad;  // [2, position, b, r], the eights of r in the order that place() gives
-  Storage* code;  // [d, r, position], gradients
+  Storage* code;  // [2, d, r, position], gradients; see swaps_fours
 
   TORCH_SPE_INLINE explicit SineCodeGradientsShared(MemoryLayout& layout)
       : x(layout.take<Storage>(2 * kX)),
         grad(layout.take<Storage>(2 * kGrad)),
-        code(layout.take<Storage>(kGradientFeatures * kFeature)) {}
+        code(layout.take<Storage>(2 * kCode)) {}
 
   // Where eight `r` / 8 of a row lies in it: those of 8 batch rows lie in different banks.
   TORCH_SPE_DEVICE static int place(int b, int eight) { return (eight ^ b) * 8; }
+  // Whether positions 4 .. 7 of a feature's codes come before 0 .. 3, for the same reason.
+  TORCH_SPE_DEVICE static int swaps_fours(int d) { return d / 4 % 2; }
 };
 
 // Whether this kernel and sine_codes_input_gradient_kernel serve. With few sines or rows those of
@@ -98,7 +101,7 @@ struct WalkingPhase {
     now = fixed.at(n);
     step = fixed.short_step();
   }
-  TORCH_SPE_DEVICE void advance() { now += kGradientPositions * step; }
+  TORCH_SPE_DEVICE void advance() { now += 8 * step; }
   // cos and sin at position t.
   TORCH_SPE_DEVICE void basis(std::uint32_t t, float* c, float* s) const {
     fast_cos_sin_of(now + t * step, c, s);
@@ -201,51 +204,46 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
                  from_x + i * kXStep * x_stride, to_x + i * kXStep * kCodeBatch * Shared::kXRow);
   };
 
-  // The gradients of the codes of 8 positions, 16 realizations and 8 features, by every warp.
-  const auto make_code_gradients = [&](int buffer) {
+  // The gradients of the codes of a tile's positions 8 half .. 8 half + 7, by every warp those of 4
+  // positions, 16 realizations and 8 features.
+  const auto make_code_gradients = [&](int buffer, int half) {
     const std::uint32_t thread = own_thread();
     const int lane = thread % kLanes, warp = thread / kLanes;
     const int group = lane / 4, member = lane % 4;
-    const int half = warp % 2, real_part = warp / 2 % 4, feature_half = warp / 8;
-    const Storage* const grad =
-        shared.grad + buffer * Shared::kGrad +
-        ((8 * half + lane / 16) * kCodeBatch + lane % 8) * kCodeRealizations +
-        Shared::place(lane % 8, 2 * real_part + lane / 8 % 2);
+    const int four = warp % 2, real_part = warp / 2 % 4, feature_half = warp / 8;
+    const int t0 = 8 * half + 4 * four;
+    const Storage* const grad = shared.grad + buffer * Shared::kGrad +
+                                ((t0 + lane / 16) * kCodeBatch + lane % 8) * kCodeRealizations +
+                                Shared::place(lane % 8, 2 * real_part + lane / 8 % 2);
     const Storage* const x = shared.x + buffer * Shared::kX +
-                             ((8 * half + lane / 8) * kCodeBatch + lane % 8) * Shared::kXRow +
+                             ((t0 + lane / 8) * kCodeBatch + lane % 8) * Shared::kXRow +
                              8 * feature_half;
-    std::uint32_t out[4][4];  // [r = group, group + 8][d = 2 member, 2 member + 1]
+    struct alignas(8) Four {
+      std::uint32_t pairs[2];
+    } out[4];  // [r = group, group + 8][d = 2 member, 2 member + 1]
+    std::uint32_t inputs[4];
+    ldmatrix_x4<true>(inputs, x);
     TORCH_SPE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      std::uint32_t inputs[4];  // of 4 positions
-      ldmatrix_x4<true>(inputs, x + i * 4 * kCodeBatch * Shared::kXRow);
+    for (int j = 0; j < 2; ++j) {
+      std::uint32_t a[4];  // of 2 positions
+      ldmatrix_x4<true>(a, grad + 2 * j * kCodeBatch * kCodeRealizations);
+      float sums[2][4] = {};
       TORCH_SPE_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        std::uint32_t a[4];  // of 2 positions
-        ldmatrix_x4<true>(a, grad + (4 * i + 2 * j) * kCodeBatch * kCodeRealizations);
-        float sums[2][4] = {};
-        TORCH_SPE_UNROLL
-        for (int t = 0; t < 2; ++t) {
-          // Of 16 summands 8 are 0, those of the other position.
-          const std::uint32_t input = inputs[2 * j + t];
-          const std::uint32_t pair[2] = {t == 0 ? input : 0u, t == 0 ? 0u : input};
-          mma_m16n8k16<Storage>(sums[t], a, pair);
-        }
-        TORCH_SPE_UNROLL
-        for (int e = 0; e < 4; ++e) out[e][2 * i + j] = pack_pair<Storage>(sums[0][e], sums[1][e]);
+      for (int t = 0; t < 2; ++t) {
+        // Of 16 summands 8 are 0, those of the other position.
+        const std::uint32_t input = inputs[2 * j + t];
+        const std::uint32_t pair[2] = {t == 0 ? input : 0u, t == 0 ? 0u : input};
+        mma_m16n8k16<Storage>(sums[t], a, pair);
       }
+      TORCH_SPE_UNROLL
+      for (int e = 0; e < 4; ++e) out[e].pairs[j] = pack_pair<Storage>(sums[0][e], sums[1][e]);
     }
-    struct alignas(16) Eight {
-      std::uint32_t pairs[4];
-    };
-    constexpr int kRowEights = Shared::kCodeRow / 8, kFeatureEights = Shared::kFeature / 8;
-    Eight* const to = reinterpret_cast<Eight*>(shared.code) +
-                      (8 * feature_half + 2 * member) * kFeatureEights +
-                      (16 * real_part + group) * kRowEights + half;
+    Storage* const to = shared.code + half * Shared::kCode +
+                        (8 * feature_half + 2 * member) * Shared::kFeature +
+                        (16 * real_part + group) * 8 + 4 * (four ^ Shared::swaps_fours(2 * member));
     TORCH_SPE_UNROLL
     for (int e = 0; e < 4; ++e)
-      to[e % 2 * kFeatureEights + e / 2 * 8 * kRowEights] = {
-          {out[e][0], out[e][1], out[e][2], out[e][3]}};
+      *reinterpret_cast<Four*>(to + e % 2 * Shared::kFeature + e / 2 * 64) = out[e];
   };
 
   // The weight of this warp's feature as first factors, rows as SineColumns has columns.
@@ -271,38 +269,42 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   WalkingPhase phases[kSines];
   float sums[kEights][kDepths][4] = {};  // [r, column]
   float freq_sums[kSines] = {};
-  // Adds what the tile with first position n0 gives.
-  const auto add_products = [&](int n0) {
+  // Of 8 positions, the first of this lane's two.
+  const auto own_position = [&] {
     const std::uint32_t thread = own_thread();
-    const int lane = thread % kLanes;
-    const Storage* const own_code = shared.code + thread / kLanes * Shared::kFeature;
-    std::uint32_t basis[kEights][2];
+    return static_cast<int>(
+        2 * (thread % 4 ^ (2 * Shared::swaps_fours(static_cast<int>(thread / kLanes)))));
+  };
+  // Adds what the codes of 8 positions from n0 on give.
+  const auto add_products = [&](int half, int n0) {
+    const std::uint32_t thread = own_thread();
+    const Storage* const own_rows = shared.code + half * Shared::kCode +
+                                    thread / kLanes * Shared::kFeature + thread % kLanes * 8;
+    std::uint32_t basis[kEights];
+    // cos and sin at two positions; of an odd number of eights, at last, this lane's column and
+    // its derivative by the phase.
+    float c[kSines][2], s[kSines][2];
     TORCH_SPE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      // cos and sin at two positions; of an odd number of eights, at last, this lane's column and
-      // its derivative by the phase.
-      float c[kSines][2], s[kSines][2];
+    for (int i = 0; i < kSines; ++i) {
       TORCH_SPE_UNROLL
-      for (int i = 0; i < kSines; ++i) {
-        TORCH_SPE_UNROLL
-        for (int t = 0; t < 2; ++t) {
-          phases[i].basis(8 * half + t, &c[i][t], &s[i][t]);
-          if (i < kPairs) continue;
-          const float cosine = c[i][t], sine = s[i][t];
-          c[i][t] = group < 4 ? cosine : sine;
-          s[i][t] = group < 4 ? -sine : cosine;
-        }
-        basis[2 * i][half] = pack_pair<Storage>(c[i][0], c[i][1]);
-        if (i < kPairs) basis[2 * i + 1][half] = pack_pair<Storage>(s[i][0], s[i][1]);
+      for (int t = 0; t < 2; ++t) {
+        phases[i].basis(t, &c[i][t], &s[i][t]);
+        if (i < kPairs) continue;
+        const float cosine = c[i][t], sine = s[i][t];
+        c[i][t] = group < 4 ? cosine : sine;
+        s[i][t] = group < 4 ? -sine : cosine;
       }
-      if (freqs_parts == nullptr) continue;
+      basis[2 * i] = pack_pair<Storage>(c[i][0], c[i][1]);
+      if (i < kPairs) basis[2 * i + 1] = pack_pair<Storage>(s[i][0], s[i][1]);
+    }
+    if (freqs_parts != nullptr) {
       // [column, position]. The last eight of an odd number is in the upper rows for one 16 of
       // the realizations, in the lower rows for the next: half of their products is not used.
       float products[kProducts][4] = {};
       TORCH_SPE_UNROLL
       for (int j = 0; j < kDepths / 2; ++j) {
         std::uint32_t b[4];
-        ldmatrix_x4<true>(b, own_code + (32 * j + lane) * Shared::kCodeRow + 8 * half);
+        ldmatrix_x4<true>(b, own_rows + 32 * 8 * j);
         TORCH_SPE_UNROLL
         for (int l = 0; l < 2; ++l) {
           const int depth = 2 * j + l;
@@ -321,8 +323,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
           }
         }
       }
-      const auto position =
-          static_cast<float>(p.start + static_cast<double>(n0 + 8 * half + 2 * member));
+      const auto position = static_cast<float>(p.start + static_cast<double>(n0 + own_position()));
       TORCH_SPE_UNROLL
       for (int t = 0; t < 2; ++t) {
         const float at = position + static_cast<float>(t);
@@ -335,48 +336,61 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       }
     }
     TORCH_SPE_UNROLL
-    for (int depth = 0; depth < kDepths; ++depth) {
+    for (int j = 0; j < kDepths / 2; ++j) {
       std::uint32_t a[4];
-      ldmatrix_x4<false>(a, own_code + (16 * depth + lane % 16) * Shared::kCodeRow + lane / 16 * 8);
+      ldmatrix_x4<false>(a, own_rows + 32 * 8 * j);
       TORCH_SPE_UNROLL
-      for (int i = 0; i < kEights; ++i) mma_m16n8k16<Storage>(sums[i][depth], a, basis[i]);
+      for (int l = 0; l < 2; ++l) {
+        const std::uint32_t rows[2] = {a[2 * l], a[2 * l + 1]};
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kEights; ++i) mma_m16n8k8<Storage>(sums[i][2 * j + l], rows, basis[i]);
+      }
     }
   };
 
-  int n0 = place.n0, b0 = place.b0;
+  // Between two barriers, codes of 8 positions are made and those of the 8 before are used: each
+  // of both keeps other units busy.
+  int n0 = place.n0, next_n0 = n0, b0 = place.b0, used_n0 = 0;  // b0 of the tile copied last
   if (place.tile_count > 0) copy(0, n0, b0);
   TORCH_SPE_KEEP_LOOP
-  for (std::uint32_t tile = 0; tile < place.tile_count; ++tile) {
-    const int buffer = tile % 2;
-    const bool last = n0 + kGradientPositions >= length;  // of these batch rows
-    const int next_n0 = last ? 0 : n0 + kGradientPositions;
-    copy_async_wait();
-    if (p.feature_map != FeatureMap::kIdentity &&
-        own_thread() / kCopyThreads == tile % (kGradientThreads / kCopyThreads)) {
-      TORCH_SPE_KEEP_LOOP
-      for (int i = own_thread() % kCopyThreads; i < 2 * kGradientRows; i += kCopyThreads)
-        map_eight_features(p.feature_map,
-                           shared.x + buffer * Shared::kX + i / 2 * Shared::kXRow + i % 2 * 8);
-    }
-    __syncthreads();  // this tile has arrived, and the gradients of the codes have been used
-    if (last) b0 += kCodeBatch;
-    if (tile + 1 < place.tile_count) copy(tile + 1, next_n0, b0);
-    make_code_gradients(buffer);
-    if (n0 % WalkingPhase::kExactPositions == 0 || tile == 0) {
-      TORCH_SPE_UNROLL
-      for (int i = 0; i < kSines; ++i) {
-        const std::uint32_t lane = own_thread() % kLanes;
-        const int sine = Columns::sine(2 * i, lane / 4);
-        phases[i] = {};
-        if (exists() && sine < sines)
-          phases[i].set(p.freqs[feature() * sines + sine], p.start, n0 + 2 * (lane % 4));
+  for (std::uint32_t step = 0; step <= 2 * place.tile_count; ++step) {
+    const std::uint32_t tile = step / 2;
+    const int half = step % 2;
+    if (half == 0) {
+      n0 = next_n0;
+      copy_async_wait();
+      if (p.feature_map != FeatureMap::kIdentity && tile < place.tile_count &&
+          own_thread() / kCopyThreads == tile % (kGradientThreads / kCopyThreads)) {
+        TORCH_SPE_KEEP_LOOP
+        for (int i = own_thread() % kCopyThreads; i < 2 * kGradientRows; i += kCopyThreads)
+          map_eight_features(p.feature_map,
+                             shared.x + tile % 2 * Shared::kX + i / 2 * Shared::kXRow + i % 2 * 8);
       }
     }
-    __syncthreads();  // the gradients of the codes are there
-    add_products(n0);
-    TORCH_SPE_UNROLL
-    for (auto& phase : phases) phase.advance();
-    n0 = next_n0;
+    __syncthreads();  // this tile has arrived, codes are there, and those before have been used
+    if (step < 2 * place.tile_count) make_code_gradients(tile % 2, half);
+    if (half == 0) {
+      const bool last = n0 + kGradientPositions >= length;  // of these batch rows
+      next_n0 = last ? 0 : n0 + kGradientPositions;
+      if (last) b0 += kCodeBatch;
+      if (tile + 1 < place.tile_count) copy(tile + 1, next_n0, b0);
+    }
+    if (step > 0) {
+      if (used_n0 % WalkingPhase::kExactPositions == 0 || step == 1) {
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kSines; ++i) {
+          const std::uint32_t lane = own_thread() % kLanes;
+          const int sine = Columns::sine(2 * i, lane / 4);
+          phases[i] = {};
+          if (exists() && sine < sines)
+            phases[i].set(p.freqs[feature() * sines + sine], p.start, used_n0 + own_position());
+        }
+      }
+      add_products(1 - half, used_n0);
+      TORCH_SPE_UNROLL
+      for (auto& phase : phases) phase.advance();
+    }
+    used_n0 = n0 + 8 * half;
   }
 
   if (!exists()) return;

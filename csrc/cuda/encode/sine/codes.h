@@ -98,7 +98,7 @@ template <class Storage, int kEights>
 class SineCodes {
  public:
   TORCH_SPE_DEVICE SineCodes(const SineFilterParams& p, const SineCodesShared<Storage>& shared,
-                             std::int64_t head, std::int64_t n0, std::int64_t r0)
+                             std::int64_t head, std::int64_t r0)
       : p_(p),
         phases_(shared.phases),
         own_weight_(shared.weight + warp() * (2 * p.num_sines + 1) * Shared::kRow),
@@ -106,13 +106,29 @@ class SineCodes {
         codes_(shared.codes),
         column_(static_cast<std::uint32_t>(r0) + threadIdx.x % 8 * 8),
         head_(static_cast<std::uint32_t>(head)) {
-    for (int i = static_cast<int>(threadIdx.x); i < features() * sines(); i += kCodeThreads) {
-      core::FixedPhases fixed;
-      fixed.set(p.freqs[head * features() * sines() + i], p.start);
-      shared.phases[i] = {fixed.at(n0), fixed.short_step()};
-    }
     for (int i = static_cast<int>(threadIdx.x); i < Shared::kRow; i += kCodeThreads)
       shared.zero[i].bits = 0;
+  }
+
+  // The phases of all sines at position n0, in shared memory after a barrier.
+  TORCH_SPE_DEVICE void make_phases(std::int64_t n0) const {
+    constexpr int kAtOnce = 4;  // loads
+    const int count = features() * sines();
+    const double* const freqs = p_.freqs + std::int64_t{head_} * count;
+    TORCH_SPE_KEEP_LOOP
+    for (int i0 = static_cast<int>(threadIdx.x); i0 < count; i0 += kAtOnce * kCodeThreads) {
+      double freq[kAtOnce];
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kAtOnce; ++j)
+        freq[j] = freqs[min_of_ints(i0 + j * kCodeThreads, count - 1)];
+      TORCH_SPE_UNROLL
+      for (int j = 0; j < kAtOnce; ++j) {
+        core::FixedPhases fixed;
+        fixed.set(freq[j], p_.start);
+        if (i0 + j * kCodeThreads < count)
+          phases_[i0 + j * kCodeThreads] = {fixed.at(n0), fixed.short_step()};
+      }
+    }
   }
 
   // Starts to copy the weights of the warp's one of features [d0, d0 + 8), 64 realizations from
@@ -148,12 +164,14 @@ class SineCodes {
       // Beyond the sines, 1 for the constant, and 0.
       const std::uint32_t other =
           sine == sines() && (p_.constant != nullptr) ? pack_pair<Storage>(1.0f, 0.0f) : 0u;
+      // Rotated from position to position: the unit that makes cosine and sine is slow.
+      Phasor<float> e, step;
+      fast_cos_sin_of(phase.first + static_cast<std::uint32_t>(group) * phase.step, &e.re, &e.im);
+      fast_cos_sin_of(8 * phase.step, &step.re, &step.im);
       TORCH_SPE_UNROLL
       for (int t = 0; t < 4; ++t) {
-        float c, s;
-        fast_cos_sin_of(phase.first + static_cast<std::uint32_t>(group + 8 * t) * phase.step, &c,
-                        &s);
-        a[t / 2][i][t % 2] = sine < sines() ? pack_pair<Storage>(c, s) : other;
+        a[t / 2][i][t % 2] = sine < sines() ? pack_pair<Storage>(e.re, e.im) : other;
+        e.rotate(step);
       }
     }
     copy_async_wait();
@@ -196,13 +214,14 @@ class SineCodes {
         TORCH_SPE_UNROLL
         for (int i = 0; i < 4; ++i) {
           Storage* const to = out + i / 2 * 16 * Shared::kPosition + 32 * j + 16 * l + i % 2 * 8;
-          const float (&four)[4] = sums[i / 2][i % 2];
+          const float(&four)[4] = sums[i / 2][i % 2];
           *reinterpret_cast<std::uint32_t*>(to) = pack_pair<Storage>(four[0], four[1]);
           *reinterpret_cast<std::uint32_t*>(to + 8 * Shared::kPosition) =
               pack_pair<Storage>(four[2], four[3]);
         }
       }
     }
+    __syncwarp();  // the warp has used its weights
   }
 
  private:
@@ -229,7 +248,7 @@ class SineCodes {
   }
 
   const SineFilterParams& p_;
-  const typename Shared::Phase* phases_;
+  typename Shared::Phase* phases_;
   Storage* own_weight_;
   const Storage* zero_;
   Storage* codes_;

@@ -19,29 +19,35 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   const int group = lane / 4, member = lane % 4;
   const SineCodesPlace place(p, SineCodesPlace::realization_tiles(p));
   const std::int64_t n0 = place.n0(), b0 = place.b0(), r0 = place.r0(), head = place.head;
-  const SineCodes<Storage, kEights> codes(p, shared, head, n0, r0);
+  const SineCodes<Storage, kEights> codes(p, shared, head, r0);
   codes.bring_weights(0);
+  codes.make_phases(n0);
 
-  // x of this lane's batch row at the warp's first position, features 2 member and 2 member + 1.
   const int first = warp * kOwn;
   const int positions = static_cast<int>(min_of(p.length - n0, kCodePositions)) - first;
+  // x of this lane's batch row at the warp's first position, features 2 member and 2 member + 1 of
+  // those from d0 on. Computed for every eight features: registers are short.
+  const auto x_from = [&](int d0) {
+    const int lane = thread_read_again() % kLanes;
+    return static_cast<const Storage*>(p.x) + (b0 + lane / 4) * read_again(p.x_strides[0]) +
+           (n0 + first) * read_again(p.x_strides[1]) + head * read_again(p.x_strides[2]) + d0 +
+           2 * (lane % 4);
+  };
   const int features = b0 + group < p.batch ? static_cast<int>(p.in_features) - 2 * member : 0;
-  const Storage* const x = static_cast<const Storage*>(p.x) + (b0 + group) * p.x_strides[0] +
-                           (n0 + first) * p.x_strides[1] + head * p.x_strides[2] + 2 * member;
   float sums[kOwn][kCodeRealizations / 16][4] = {};
   __syncthreads();  // the phases are there
   const int all_features = static_cast<int>(p.in_features);
   for (int d0 = 0; d0 < all_features; d0 += kCodeWarps) {
-    codes.make(d0);
-    std::uint32_t inputs[kOwn] = {};
-    const Storage* from_x = x + d0;
+    std::uint32_t inputs[kOwn] = {};  // loaded while the codes are made
+    const Storage* from_x = x_from(d0);
     TORCH_SPE_UNROLL
     for (int i = 0; i < kOwn; ++i, from_x += p.x_strides[1]) {
       if (i < positions && d0 < features)
         inputs[i] = *reinterpret_cast<const std::uint32_t*>(from_x);
     }
-    __syncthreads();  // the codes are there
+    codes.make(d0);
     if (d0 + kCodeWarps < all_features) codes.bring_weights(d0 + kCodeWarps);
+    __syncthreads();  // the codes are there
     TORCH_SPE_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       // What is not there meets codes of 0, or is not stored. Of a product over 16 summands, 8 are

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   const int group = lane / 4, member = lane % 4;
   const SineCodesPlace place(p, 1);
   const std::int64_t n0 = place.n0(), b0 = place.b0(), head = place.head;
-  SineCodes<Storage, kEights> codes(p, shared, head, n0, 0);
+  const SineCodes<Storage, kEights> codes(p, shared, head, 0);
   codes.bring_weights(0);
 
   // Gradients of this lane's batch row as first factors, whose rows are the batch at one of the
@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
     }
   };
   load_grad(0);
+  codes.make_phases(n0);
   // The next features of the gradient of x to write: 2 member and 2 member + 1 of these eight.
   const int all_features = static_cast<int>(p.in_features),
             realizations = static_cast<int>(p.num_realizations);
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
     const int next_d0 = r0 + kCodeRealizations < realizations ? d0 : d0 + kCodeWarps;
     const int next_r0 = r0 + kCodeRealizations < realizations ? r0 + kCodeRealizations : 0;
     codes.make(d0);
-    __syncthreads();  // the codes are there
     if (next_d0 < all_features) codes.bring_weights(next_d0, next_r0);
+    __syncthreads();  // the codes are there
     TORCH_SPE_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       const Storage* const from =

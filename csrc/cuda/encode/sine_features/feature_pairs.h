@@ -32,6 +32,7 @@ struct SinePairTable {
   // Features d and d + 1 from position n on. Only whoever fills a place reads it.
   TORCH_SPE_DEVICE void fill(const SineFeaturesParams& p, std::int64_t head, std::int64_t d,
                              std::int64_t n) const {
+    TORCH_SPE_KEEP_LOOP
     for (int k = 0; k < p.num_sines; ++k) {
       Phases own;
       Two amplitude;

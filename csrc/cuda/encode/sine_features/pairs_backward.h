@@ -75,6 +75,32 @@ __global__ void __launch_bounds__(kThreads, kPairBackwardBlocks)
         for (int b = 0; b < kBatch; ++b)
           values[t][b] = load_pair(x_tile + tile.offset(p.x_strides, t, b));
       }
+      // The gradients of a sine's outputs are loaded while those of the one before are used.
+      std::uint32_t next_pairs[kTile][kBatch][2];
+      const auto load_next = [&](int k) {
+        const Storage* const sine_tile = grad_tile + 2 * static_cast<std::uint32_t>(k) * features;
+        TORCH_SPE_UNROLL
+        for (int t = 0; t < kTile; ++t) {
+          TORCH_SPE_UNROLL
+          for (int b = 0; b < kBatch; ++b) {
+            const std::uint32_t offset = tile.offset(p.grad_out_strides, t, b);
+            next_pairs[t][b][0] = load_pair(sine_tile + offset);
+            next_pairs[t][b][1] = load_pair(sine_tile + (offset + features));
+          }
+        }
+      };
+      if (p.num_sines > 0) load_next(0);
+      std::uint32_t last_pairs[kTile][kBatch];
+      if (p.constant != nullptr) {
+        const Storage* const last_tile =
+            grad_tile + 2 * static_cast<std::uint32_t>(p.num_sines) * features;
+        TORCH_SPE_UNROLL
+        for (int t = 0; t < kTile; ++t) {
+          TORCH_SPE_UNROLL
+          for (int b = 0; b < kBatch; ++b)
+            last_pairs[t][b] = load_pair(last_tile + tile.offset(p.grad_out_strides, t, b));
+        }
+      }
       TORCH_SPE_UNROLL
       for (int t = 0; t < kTile; ++t) {
         TORCH_SPE_UNROLL
@@ -90,10 +116,7 @@ __global__ void __launch_bounds__(kThreads, kPairBackwardBlocks)
           for (int b = 0; b < kBatch; ++b) {
             float value[2], last[2];
             unpack_pair<Storage>(values[t][b], &value[0], &value[1]);
-            unpack_pair<Storage>(
-                load_pair(grad_tile + (tile.offset(p.grad_out_strides, t, b) +
-                                       2 * static_cast<std::uint32_t>(p.num_sines) * features)),
-                &last[0], &last[1]);
+            unpack_pair<Storage>(last_pairs[t][b], &last[0], &last[1]);
             TORCH_SPE_UNROLL
             for (int f = 0; f < 2; ++f) {
               grad_x[t][b][f] = last[f] * constant[f];
@@ -105,10 +128,15 @@ __global__ void __launch_bounds__(kThreads, kPairBackwardBlocks)
         for (int f = 0; f < 2; ++f) constant_sums[f] += static_cast<double>(tile_sums[f]);
       }
       for (int k = 0; k < p.num_sines; ++k) {
+        std::uint32_t pairs[kTile][kBatch][2];
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kTile * kBatch * 2; ++i)
+          pairs[i / 2 / kBatch][i / 2 % kBatch][i % 2] =
+              next_pairs[i / 2 / kBatch][i / 2 % kBatch][i % 2];
+        if (k + 1 < p.num_sines) load_next(k + 1);
         const SinePairTable::Phases phases = table.phases[k * kLanes];
         const Two amplitude = table.amplitudes[k * kLanes];
         float tile_amplitude[2] = {}, tile_phase[2] = {}, tile_slope[2] = {};
-        const Storage* const sine_tile = grad_tile + 2 * static_cast<std::uint32_t>(k) * features;
         TORCH_SPE_UNROLL
         for (int t = 0; t < kTile; ++t) {
           float re[2], im[2], grad_re[2] = {}, grad_im[2] = {};  // of e
@@ -119,19 +147,12 @@ __global__ void __launch_bounds__(kThreads, kPairBackwardBlocks)
                 &im[f]);
           const float scaled_re[2] = {re[0] * amplitude.of[0], re[1] * amplitude.of[1]};
           const float scaled_im[2] = {im[0] * amplitude.of[0], im[1] * amplitude.of[1]};
-          std::uint32_t pairs[kBatch][2];
-          TORCH_SPE_UNROLL
-          for (int b = 0; b < kBatch; ++b) {
-            const std::uint32_t offset = tile.offset(p.grad_out_strides, t, b);
-            pairs[b][0] = load_pair(sine_tile + offset);
-            pairs[b][1] = load_pair(sine_tile + (offset + features));
-          }
           TORCH_SPE_UNROLL
           for (int b = 0; b < kBatch; ++b) {
             float value[2], out_re[2], out_im[2];
             unpack_pair<Storage>(values[t][b], &value[0], &value[1]);
-            unpack_pair<Storage>(pairs[b][0], &out_re[0], &out_re[1]);
-            unpack_pair<Storage>(pairs[b][1], &out_im[0], &out_im[1]);
+            unpack_pair<Storage>(pairs[t][b][0], &out_re[0], &out_re[1]);
+            unpack_pair<Storage>(pairs[t][b][1], &out_im[0], &out_im[1]);
             TORCH_SPE_UNROLL
             for (int f = 0; f < 2; ++f) {
               grad_x[t][b][f] += scaled_re[f] * out_re[f];
