@@ -60,7 +60,7 @@ class PhasorCodeGradients {
   // batch.
   TORCH_SPE_DEVICE void add(int i, const std::uint32_t (&features)[4],
                             const std::uint32_t (&grad)[2]) {
-    float(&sum)[4] = run_sums_[i];
+    float (&sum)[4] = run_sums_[i];
     TORCH_SPE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const Phasor<float>& by = steps_[i][half];

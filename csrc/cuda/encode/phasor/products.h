@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const std::int64_t own_inputs = in0 + member * kLaneInputs;
     PhasorCodeTile<Storage, kGradient, true> codes(
         p, LaneCodes<kGradient, false>{head, own_inputs, out0}, n0);
-    const auto map = [&](std::uint32_t(&inputs)[kTiles][kLaneInputs / 2]) {
+    const auto map = [&](std::uint32_t (&inputs)[kTiles][kLaneInputs / 2]) {
       if constexpr (!kGradient) {
         if (p.feature_map == FeatureMap::kIdentity) return;
         TORCH_SPE_UNROLL

@@ -204,20 +204,22 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
                  from_x + i * kXStep * x_stride, to_x + i * kXStep * kCodeBatch * Shared::kXRow);
   };
 
-  // The gradients of the codes of a tile's positions 8 half .. 8 half + 7, by every warp those of 4
-  // positions, 16 realizations and 8 features.
-  const auto make_code_gradients = [&](int buffer, int half) {
-    const std::uint32_t thread = own_thread();
-    const int lane = thread % kLanes, warp = thread / kLanes;
-    const int group = lane / 4, member = lane % 4;
-    const int four = warp % 2, real_part = warp / 2 % 4, feature_half = warp / 8;
-    const int t0 = 8 * half + 4 * four;
-    const Storage* const grad = shared.grad + buffer * Shared::kGrad +
-                                ((t0 + lane / 16) * kCodeBatch + lane % 8) * kCodeRealizations +
-                                Shared::place(lane % 8, 2 * real_part + lane / 8 % 2);
-    const Storage* const x = shared.x + buffer * Shared::kX +
-                             ((t0 + lane / 8) * kCodeBatch + lane % 8) * Shared::kXRow +
-                             8 * feature_half;
+  // Every warp makes the gradients of the codes of 4 positions, 16 realizations and 8 features.
+  const int four = warp % 2, real_part = warp / 2 % 4, feature_half = warp / 8;
+  const Storage* const own_grad =
+      shared.grad + ((4 * four + lane / 16) * kCodeBatch + lane % 8) * kCodeRealizations +
+      Shared::place(lane % 8, 2 * real_part + lane / 8 % 2);
+  const Storage* const own_x =
+      shared.x + ((4 * four + lane / 8) * kCodeBatch + lane % 8) * Shared::kXRow + 8 * feature_half;
+  Storage* const own_code = shared.code + (8 * feature_half + 2 * member) * Shared::kFeature +
+                            (16 * real_part + group) * 8 +
+                            4 * (four ^ Shared::swaps_fours(2 * member));
+  // Those of a tile's positions 8 half .. 8 half + 7.
+  const auto make_code_gradients = [&](int buffer, auto half) {
+    constexpr int kHalf = decltype(half)::value;
+    const Storage* const grad =
+        own_grad + buffer * Shared::kGrad + kHalf * (8 * kCodeBatch * kCodeRealizations);
+    const Storage* const x = own_x + buffer * Shared::kX + kHalf * (8 * kCodeBatch * Shared::kXRow);
     struct alignas(8) Four {
       std::uint32_t pairs[2];
     } out[4];  // [r = group, group + 8][d = 2 member, 2 member + 1]
@@ -238,9 +240,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       TORCH_SPE_UNROLL
       for (int e = 0; e < 4; ++e) out[e].pairs[j] = pack_pair<Storage>(sums[0][e], sums[1][e]);
     }
-    Storage* const to = shared.code + half * Shared::kCode +
-                        (8 * feature_half + 2 * member) * Shared::kFeature +
-                        (16 * real_part + group) * 8 + 4 * (four ^ Shared::swaps_fours(2 * member));
+    Storage* const to = own_code + kHalf * Shared::kCode;
     TORCH_SPE_UNROLL
     for (int e = 0; e < 4; ++e)
       *reinterpret_cast<Four*>(to + e % 2 * Shared::kFeature + e / 2 * 64) = out[e];
@@ -270,16 +270,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   float sums[kEights][kDepths][4] = {};  // [r, column]
   float freq_sums[kSines] = {};
   // Of 8 positions, the first of this lane's two.
-  const auto own_position = [&] {
-    const std::uint32_t thread = own_thread();
-    return static_cast<int>(
-        2 * (thread % 4 ^ (2 * Shared::swaps_fours(static_cast<int>(thread / kLanes)))));
-  };
+  const int own_position = 2 * (member ^ 2 * Shared::swaps_fours(warp));
+  const Storage* const own_rows = shared.code + warp * Shared::kFeature + lane * 8;
   // Adds what the codes of 8 positions from n0 on give.
-  const auto add_products = [&](int half, int n0) {
-    const std::uint32_t thread = own_thread();
-    const Storage* const own_rows = shared.code + half * Shared::kCode +
-                                    thread / kLanes * Shared::kFeature + thread % kLanes * 8;
+  const auto add_products = [&](auto half, int n0) {
+    const Storage* const rows = own_rows + decltype(half)::value * Shared::kCode;
     std::uint32_t basis[kEights];
     // cos and sin at two positions; of an odd number of eights, at last, this lane's column and
     // its derivative by the phase.
@@ -304,7 +299,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       TORCH_SPE_UNROLL
       for (int j = 0; j < kDepths / 2; ++j) {
         std::uint32_t b[4];
-        ldmatrix_x4<true>(b, own_rows + 32 * 8 * j);
+        ldmatrix_x4<true>(b, rows + 32 * 8 * j);
         TORCH_SPE_UNROLL
         for (int l = 0; l < 2; ++l) {
           const int depth = 2 * j + l;
@@ -323,7 +318,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
           }
         }
       }
-      const auto position = static_cast<float>(p.start + static_cast<double>(n0 + own_position()));
+      const auto position = static_cast<float>(p.start + static_cast<double>(n0 + own_position));
       TORCH_SPE_UNROLL
       for (int t = 0; t < 2; ++t) {
         const float at = position + static_cast<float>(t);
@@ -338,60 +333,62 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     TORCH_SPE_UNROLL
     for (int j = 0; j < kDepths / 2; ++j) {
       std::uint32_t a[4];
-      ldmatrix_x4<false>(a, own_rows + 32 * 8 * j);
+      ldmatrix_x4<false>(a, rows + 32 * 8 * j);
       TORCH_SPE_UNROLL
       for (int l = 0; l < 2; ++l) {
-        const std::uint32_t rows[2] = {a[2 * l], a[2 * l + 1]};
+        const std::uint32_t pair[2] = {a[2 * l], a[2 * l + 1]};
         TORCH_SPE_UNROLL
-        for (int i = 0; i < kEights; ++i) mma_m16n8k8<Storage>(sums[i][2 * j + l], rows, basis[i]);
+        for (int i = 0; i < kEights; ++i) mma_m16n8k8<Storage>(sums[i][2 * j + l], pair, basis[i]);
       }
     }
   };
 
   // Between two barriers, codes of 8 positions are made and those of the 8 before are used: each
   // of both keeps other units busy.
-  int n0 = place.n0, next_n0 = n0, b0 = place.b0, used_n0 = 0;  // b0 of the tile copied last
+  const auto use_codes = [&](auto half, int n0, bool first) {
+    if (n0 % WalkingPhase::kExactPositions == 0 || first) {
+      TORCH_SPE_UNROLL
+      for (int i = 0; i < kSines; ++i) {
+        const int sine = Columns::sine(2 * i, group);
+        phases[i] = {};
+        if (exists() && sine < sines)
+          phases[i].set(p.freqs[feature() * sines + sine], p.start, n0 + own_position);
+      }
+    }
+    add_products(half, n0);
+    TORCH_SPE_UNROLL
+    for (auto& phase : phases) phase.advance();
+  };
+  constexpr std::integral_constant<int, 0> kFirst;
+  constexpr std::integral_constant<int, 1> kSecond;
+  int n0 = place.n0, last_n0 = 0, b0 = place.b0;
   if (place.tile_count > 0) copy(0, n0, b0);
   TORCH_SPE_KEEP_LOOP
-  for (std::uint32_t step = 0; step <= 2 * place.tile_count; ++step) {
-    const std::uint32_t tile = step / 2;
-    const int half = step % 2;
-    if (half == 0) {
-      n0 = next_n0;
-      copy_async_wait();
-      if (p.feature_map != FeatureMap::kIdentity && tile < place.tile_count &&
-          own_thread() / kCopyThreads == tile % (kGradientThreads / kCopyThreads)) {
-        TORCH_SPE_KEEP_LOOP
-        for (int i = own_thread() % kCopyThreads; i < 2 * kGradientRows; i += kCopyThreads)
-          map_eight_features(p.feature_map,
-                             shared.x + tile % 2 * Shared::kX + i / 2 * Shared::kXRow + i % 2 * 8);
-      }
+  for (std::uint32_t tile = 0; tile < place.tile_count; ++tile) {
+    const int buffer = tile % 2;
+    copy_async_wait();
+    if (p.feature_map != FeatureMap::kIdentity &&
+        own_thread() / kCopyThreads == tile % (kGradientThreads / kCopyThreads)) {
+      TORCH_SPE_KEEP_LOOP
+      for (int i = own_thread() % kCopyThreads; i < 2 * kGradientRows; i += kCopyThreads)
+        map_eight_features(p.feature_map,
+                           shared.x + buffer * Shared::kX + i / 2 * Shared::kXRow + i % 2 * 8);
     }
     __syncthreads();  // this tile has arrived, codes are there, and those before have been used
-    if (step < 2 * place.tile_count) make_code_gradients(tile % 2, half);
-    if (half == 0) {
-      const bool last = n0 + kGradientPositions >= length;  // of these batch rows
-      next_n0 = last ? 0 : n0 + kGradientPositions;
-      if (last) b0 += kCodeBatch;
-      if (tile + 1 < place.tile_count) copy(tile + 1, next_n0, b0);
-    }
-    if (step > 0) {
-      if (used_n0 % WalkingPhase::kExactPositions == 0 || step == 1) {
-        TORCH_SPE_UNROLL
-        for (int i = 0; i < kSines; ++i) {
-          const std::uint32_t lane = own_thread() % kLanes;
-          const int sine = Columns::sine(2 * i, lane / 4);
-          phases[i] = {};
-          if (exists() && sine < sines)
-            phases[i].set(p.freqs[feature() * sines + sine], p.start, used_n0 + own_position());
-        }
-      }
-      add_products(1 - half, used_n0);
-      TORCH_SPE_UNROLL
-      for (auto& phase : phases) phase.advance();
-    }
-    used_n0 = n0 + 8 * half;
+    make_code_gradients(buffer, kFirst);
+    const bool last = n0 + kGradientPositions >= length;  // of these batch rows
+    const int next_n0 = last ? 0 : n0 + kGradientPositions;
+    if (last) b0 += kCodeBatch;
+    if (tile + 1 < place.tile_count) copy(tile + 1, next_n0, b0);
+    if (tile > 0) use_codes(kSecond, last_n0 + 8, false);
+    __syncthreads();  // codes are there, and those before have been used
+    make_code_gradients(buffer, kSecond);
+    use_codes(kFirst, n0, tile == 0);
+    last_n0 = n0;
+    n0 = next_n0;
   }
+  __syncthreads();  // codes are there
+  if (place.tile_count > 0) use_codes(kSecond, last_n0 + 8, false);
 
   if (!exists()) return;
   const std::int64_t all = place.segment * p.num_heads * p.in_features + feature();

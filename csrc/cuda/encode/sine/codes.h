@@ -214,7 +214,7 @@ class SineCodes {
         TORCH_SPE_UNROLL
         for (int i = 0; i < 4; ++i) {
           Storage* const to = out + i / 2 * 16 * Shared::kPosition + 32 * j + 16 * l + i % 2 * 8;
-          const float(&four)[4] = sums[i / 2][i % 2];
+          const float (&four)[4] = sums[i / 2][i % 2];
           *reinterpret_cast<std::uint32_t*>(to) = pack_pair<Storage>(four[0], four[1]);
           *reinterpret_cast<std::uint32_t*>(to + 8 * Shared::kPosition) =
               pack_pair<Storage>(four[2], four[3]);
@@ -229,8 +229,8 @@ class SineCodes {
   struct alignas(16) Zeros {
     std::uint32_t words[4];
   };
-  TORCH_SPE_DEVICE static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
-  TORCH_SPE_DEVICE static int warp() { return static_cast<int>(threadIdx.x) / kLanes; }
+  TORCH_SPE_DEVICE static int lane() { return static_cast<int>(threadIdx.x % kLanes); }
+  TORCH_SPE_DEVICE static int warp() { return static_cast<int>(threadIdx.x / kLanes); }
   TORCH_SPE_DEVICE int sines() const { return static_cast<int>(p_.num_sines); }
   TORCH_SPE_DEVICE int features() const { return static_cast<int>(p_.in_features); }
   TORCH_SPE_DEVICE static int min_of_ints(int a, int b) { return a < b ? a : b; }

@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
   // x of this lane's batch row at the warp's first position, features 2 member and 2 member + 1 of
   // those from d0 on. Computed for every eight features: registers are short.
   const auto x_from = [&](int d0) {
-    const int lane = thread_read_again() % kLanes;
-    return static_cast<const Storage*>(p.x) + (b0 + lane / 4) * read_again(p.x_strides[0]) +
-           (n0 + first) * read_again(p.x_strides[1]) + head * read_again(p.x_strides[2]) + d0 +
+    const std::uint32_t lane = static_cast<std::uint32_t>(thread_read_again()) % kLanes;
+    return static_cast<const Storage*>(p.x) + b0 * p.x_strides[0] + n0 * p.x_strides[1] +
+           head * p.x_strides[2] + d0 + (lane / 4 * p.x_strides[0] + first * p.x_strides[1]) +
            2 * (lane % 4);
   };
   const int features = b0 + group < p.batch ? static_cast<int>(p.in_features) - 2 * member : 0;
@@ -48,12 +48,15 @@ __global__ void __launch_bounds__(kCodeThreads, kCodeBlocks)
     codes.make(d0);
     if (d0 + kCodeWarps < all_features) codes.bring_weights(d0 + kCodeWarps);
     __syncthreads();  // the codes are there
+    if (p.feature_map != FeatureMap::kIdentity) {
+      TORCH_SPE_UNROLL
+      for (std::uint32_t& input : inputs) input = map_feature_pair<Storage>(p.feature_map, input);
+    }
     TORCH_SPE_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       // What is not there meets codes of 0, or is not stored. Of a product over 16 summands, 8 are
       // 0: the lower ones for the upper 16 of 32 realizations, whose codes are in their place.
-      const std::uint32_t input = map_feature_pair<Storage>(p.feature_map, inputs[i]);
-      const std::uint32_t low[2] = {input, 0}, high[2] = {0, input};
+      const std::uint32_t low[2] = {inputs[i], 0}, high[2] = {0, inputs[i]};
       const Storage* const from =
           shared.codes + (first + i) * Shared::kPosition + lane % 8 * Shared::kRow + lane / 8 * 8;
       TORCH_SPE_UNROLL

@@ -127,13 +127,7 @@ __global__ void __launch_bounds__(kThreads, kPairBackwardBlocks)
         TORCH_SPE_UNROLL
         for (int f = 0; f < 2; ++f) constant_sums[f] += static_cast<double>(tile_sums[f]);
       }
-      for (int k = 0; k < p.num_sines; ++k) {
-        std::uint32_t pairs[kTile][kBatch][2];
-        TORCH_SPE_UNROLL
-        for (int i = 0; i < kTile * kBatch * 2; ++i)
-          pairs[i / 2 / kBatch][i / 2 % kBatch][i % 2] =
-              next_pairs[i / 2 / kBatch][i / 2 % kBatch][i % 2];
-        if (k + 1 < p.num_sines) load_next(k + 1);
+      const auto use = [&](int k, const std::uint32_t (&pairs)[kTile][kBatch][2]) {
         const SinePairTable::Phases phases = table.phases[k * kLanes];
         const Two amplitude = table.amplitudes[k * kLanes];
         float tile_amplitude[2] = {}, tile_phase[2] = {}, tile_slope[2] = {};
@@ -181,7 +175,18 @@ __global__ void __launch_bounds__(kThreads, kPairBackwardBlocks)
         own[0] = amplitudes;
         own[kLanes] = sum;
         own[2 * kLanes] = slopes;
+      };
+      // The last sine is apart: ptxas would move loads under a condition behind all that follows.
+      for (int k = 0; k + 1 < p.num_sines; ++k) {
+        std::uint32_t pairs[kTile][kBatch][2];
+        TORCH_SPE_UNROLL
+        for (int i = 0; i < kTile * kBatch * 2; ++i)
+          pairs[i / 2 / kBatch][i / 2 % kBatch][i % 2] =
+              next_pairs[i / 2 / kBatch][i / 2 % kBatch][i % 2];
+        load_next(k + 1);
+        use(k, pairs);
       }
+      if (p.num_sines > 0) use(static_cast<int>(p.num_sines) - 1, next_pairs);
       if (p.grad_x == nullptr) continue;
       Storage* const to = static_cast<Storage*>(p.grad_x) +
                           ((b0 * p.length + n0) * p.num_heads + head) * p.in_features + d;
