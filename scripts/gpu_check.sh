@@ -145,9 +145,6 @@ if wanted profile; then
       --kernel-name-base demangled -k regex:torch_spe --section SpeedOfLight --section Occupancy \
       --section WarpStateStats --section LaunchStats --section SourceCounters -f -o "$OUT_DIR/profile" \
       "$PYTHON" tests/virtual_gpu/gpu_measure.py --once "${PROFILED_LIST[@]}"
-    for page in raw source; do
-      ncu -i "$OUT_DIR/profile.ncu-rep" --page $page --csv 2> /dev/null | gzip > "$OUT_DIR/profile.$page.csv.gz"
-    done
   else
     echo "ncu is not on the PATH: nothing is profiled" | tee -a "$OUT_DIR/summary.txt"
   fi
@@ -217,6 +214,13 @@ if wanted benchmarks; then
     part "benchmarks-$dtype" $((SECONDS_OF[benchmarks] / 2)) "$PYTHON" -m benchmarks attend layer attention phasor exact sine conv \
       --device cuda --dtype "$dtype" --seconds 0.1 --shapes 8x512 8x4096 2x16384 1x65536 \
       ${SPE_CHECKOUT:+--spe-checkout "$SPE_CHECKOUT"} --output "$OUT_DIR/benchmarks-$dtype.json"
+  done
+fi
+
+# Takes a minute or two of one core.
+if [ -f "$OUT_DIR/profile.ncu-rep" ]; then
+  for page in raw source; do
+    ncu -i "$OUT_DIR/profile.ncu-rep" --page $page --csv 2> /dev/null | gzip > "$OUT_DIR/profile.$page.csv.gz"
   done
 fi
 

@@ -95,10 +95,10 @@ bool launch_pairs_forward(const SineFeaturesParams& p, Stream stream) {
       return false;
     visit_pair_batch(p.batch, [&](auto batch) {
       constexpr int kBatch = decltype(batch)::value;
-      const PairRuns<kBatch> runs(p);
-      launch(sine_features_pairs_forward_kernel<Storage, kBatch>,
-             grid_of(p.num_heads * runs.feature_tiles * runs.groups), dim3(kThreads), size.size(),
-             stream, p, runs);
+      const std::int64_t units =
+          p.num_heads * ceil_div(p.in_features, 2 * kLanes) * ceil_div(p.length, kPairRun<kBatch>);
+      launch(sine_features_pairs_forward_kernel<Storage, kBatch>, grid_of(ceil_div(units, kWarps)),
+             dim3(kThreads), size.size(), stream, p);
     });
     return true;
   } else {

@@ -361,7 +361,9 @@ class AttentionPass {
   }
   Cut segments(std::int64_t length) const {
     const std::int64_t rows = sets_.batch() * p_.num_heads * max_of(1, tiles_of_values());
-    const bool is_small = kHasWarps && !backward_ && p_.num_realizations <= attention::kWide;
+    // warp_values_kernel with one tile; what makes the rows that read a total has two blocks.
+    const bool is_small =
+        kHasWarps && moves() && !backward_ && p_.num_realizations <= attention::kWide;
     const std::int64_t places =
         is_small ? kWalkingBlocks * attention::kBlocksOfWarps / kLeastBlocks : kWalkingBlocks;
     return sets_.cut(length, attention::segment_size<Operand>(rows, length, places));

@@ -153,11 +153,7 @@ TORCH_SPE_DEVICE void make_values_of_rows(const Operand* x, core::FeatureMap map
   for (int j = 0; j < kSixteens; ++j) {
     if (!walk.within || !sees_sixteen(walk, j)) continue;
     WarpProduct<Operand, kWarpRows, 16> sums;
-    sums.clear();
-    TORCH_SPE_UNROLL
-    for (int k = 0; k < kWide / 16; ++k)
-      sums.template multiply_fragment<Major::kDepth>(
-          rows.fragments[k], col_x + 16 * j * kTileRow + 16 * k, kTileRow, lane);
+    multiply_sixteen(sums, rows, col_x + 16 * j * kTileRow, lane);
     fade_weights(sums, j, walk, factors, table);
     std::uint32_t fragment[4];
     sums.to_fragment(fragment);
@@ -337,11 +333,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         for (int j = 0; j < kSixteens; ++j) {
           if (!walk.within || !sees_sixteen(walk, j)) continue;
           WarpProduct<Operand, kWarpRows, 16> sums;
-          sums.clear();
-          TORCH_SPE_UNROLL
-          for (int k = 0; k < kWide / 16; ++k)
-            sums.template multiply_fragment<Major::kDepth>(
-                y.fragments[k], col_y + 16 * j * kTileRow + 16 * k, kTileRow, lane);
+          multiply_sixteen(sums, y, col_y + 16 * j * kTileRow, lane);
           if constexpr (kDivided) {
             const T* const own = shared.col_weight + parity + 16 * j;
             sums.for_each(

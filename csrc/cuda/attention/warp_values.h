@@ -249,9 +249,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
         for (int j = 0; j < kSixteens; ++j) {
           if (!walk.within || !sees_sixteen(walk, j)) continue;
           WarpProduct<Operand, kWarpRows, 16> sums;
-          sums.clear();
-          TORCH_SPE_UNROLL
-          for (int k = 0; k < kWide / 16; ++k) multiply_columns(sums, j, x.fragments[k], k);
+          multiply_sixteen(sums, x, col_x + 16 * j * kTileRow, lane);
           add_columns(sums, j);
         }
       } else {

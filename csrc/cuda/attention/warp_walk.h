@@ -71,6 +71,18 @@ struct WarpRows {
   }
 };
 
+// The products of a warp's rows with 16 columns, which begin at `columns`.
+template <class Operand>
+TORCH_SPE_DEVICE void multiply_sixteen(WarpProduct<Operand, kWarpRows, 16>& sums,
+                                       const WarpRows<Operand>& rows, const Operand* columns,
+                                       int lane) {
+  sums.clear();
+  TORCH_SPE_UNROLL
+  for (int k = 0; k < kWide / 16; ++k)
+    sums.template multiply_fragment<Major::kDepth>(rows.fragments[k], columns + 16 * k, kTileRow,
+                                                   lane);
+}
+
 // A vector in shared memory as factor B of a product: all columns are the same, and so are the
 // elements of each row of the result.
 template <class Operand>
