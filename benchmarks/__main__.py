@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import math
 import os
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,13 +359,8 @@ def main() -> None:
             if case.shares and args.device == "cpu":
                 add_shares(case, rows)
             if args.output:  # at once: whoever is stopped keeps what was measured
-                result = {
-                    "date": str(datetime.date.today()),
-                    "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-                    "machine": machine.__dict__,
-                    "torch": torch.__version__,
-                }
-                write(args.output, {**result, "dtype": args.dtype, "rows": rows})
+                content = {"machine": machine.__dict__, "dtype": args.dtype, "rows": rows}
+                measure.write(args.output, {**measure.provenance("benchmarks"), **content})
     except KeyboardInterrupt:
         print("stopped; measured until then:")
         raise SystemExit(1) from None
@@ -381,12 +373,6 @@ def main() -> None:
             *shares_lines(rows),
         ):
             print(f"\n{line}")
-
-
-def write(file: Path, content: dict) -> None:
-    """Write JSON, in a folder that need not exist."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

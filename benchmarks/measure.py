@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
+import json
+import os
+import shlex
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,21 +42,54 @@ def machine(device: str, dtype: torch.dtype) -> Machine:
     repeats = 7 if device == "cpu" else 20
     product = statistics.median(times(lambda: a @ b, device, repeats))
     copy = statistics.median(times(lambda: target.copy_(source), device, repeats))
-    if device == "cpu":
-        lines = (
-            Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        )
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else "CPU"
-    else:
-        name = torch.cuda.get_device_name()
     return Machine(
-        name,
+        processor() if device == "cpu" else torch.cuda.get_device_name(),
         torch.get_num_threads(),
         2 * n**3 / product / 1e9,
         2 * source.nbytes / copy / 1e9,
         torch_spe.build_info()["instruction_set"],
     )
+
+
+# What changes what is measured.
+VARIABLES = (
+    *("TORCH_SPE_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS"),
+    *("ONEDNN_MAX_CPU_ISA", "GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"),
+)
+
+
+def provenance(module: str) -> dict:
+    """Where results come from: date, command with its variables, commit, processor and torch."""
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "date": str(datetime.date.today()),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "commit": found.stdout.strip() or torch_spe.__version__,
+        "processor": processor(),
+        "instruction set": torch_spe.build_info()["instruction_set"],
+        "torch": torch.__version__,
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+
+
+def write(file: Path, content: dict) -> None:
+    """Write JSON, in a folder that need not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def times(

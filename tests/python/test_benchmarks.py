@@ -1,13 +1,19 @@
 """The benchmarks time nothing of which the results differ, whichever implementation fits."""
 
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import torch_spe
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks import measure, pieces, surroundings
 from benchmarks.__main__ import check, measure_case
 from benchmarks.cases import CHUNK, LAYERS, Case, Implementation, decay, layer
 from benchmarks.communication import Machine as Link
@@ -119,3 +125,35 @@ def test_executed_products_of_attention():
     ):  # fmt: skip
         share = row[f"{direction} share executed"]
         assert share * 100e9 * row[f"{direction} ms"] / 1e3 == pytest.approx(work)
+
+
+def test_results_say_where_they_come_from(monkeypatch):
+    monkeypatch.setenv("TORCH_SPE_CPU_CAPABILITY", "avx2")
+    monkeypatch.setattr(sys, "argv", ["main", "attention", "--length", "8"])
+    found = measure.provenance("benchmarks")
+    assert found["command"] == "python -m benchmarks attention --length 8"
+    assert found["environment"]["TORCH_SPE_CPU_CAPABILITY"] == "avx2"
+    assert found["instruction set"] == torch_spe.build_info()["instruction_set"]
+    assert found["commit"]
+
+
+@pytest.mark.parametrize("name", pieces.INSTRUCTION_SETS)
+def test_the_pieces_of_kernels_compile_as_the_kernels_do(name):
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("another architecture")
+    flags = pieces.options(name)
+    assert "-O3" in flags
+    assert f"-m{name}{'f' if name == 'avx512' else ''}" in flags
+    root = Path(pieces.__file__).parent
+    csrc = root.parent / "csrc"
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fopenmp", "-fsyntax-only", "-Wall"]
+    command += [*flags, f"-DTORCH_SPE_ISA={name}", f"-I{csrc}", f"-I{csrc / 'cpu'}"]
+    subprocess.run([*command, "-Werror", str(root / "pieces.cpp")], check=True)
+
+
+def test_a_step_is_measured_in_a_process_with_its_variables():
+    found = surroundings.measured(1, 1, {"TORCH_SPE_CPU_CAPABILITY": "baseline"})
+    assert found["instruction set"] == "baseline"
+    assert found["ms"] > 0
+    assert found["processor ms"] > 0
+    assert surroundings.measured(1, 1, {"LD_PRELOAD": "no_such_allocator"}) is None

@@ -145,6 +145,9 @@ def outputs_and_gradients(function, arguments, wanted):
     for i in wanted:
         arguments[i].requires_grad_()
     outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    if not wanted:
+        return outputs
     draw = randomly(9)
     loss = sum((draw(*o.shape).to(o.dtype) * o).sum() for o in outputs)
     return [*outputs, *torch.autograd.grad(loss, [arguments[i] for i in wanted])]
@@ -309,3 +312,35 @@ def test_no_pairs_or_realizations():
     assert ops.sine_code(*convert(sine_arguments(3, 0), torch.clone))[1].shape[3] == 0
     grads = outputs_and_gradients(ops.phase_code, phase_arguments(3, 0), (0, 1, 2, 3))[3:]
     assert all((g == 0).all() for g in grads)
+
+
+def large_calls():
+    """Calls of the operators whose other tests are of fewer elements than a thread is given."""
+    draw, seed = randomly(3), torch.tensor([5])
+    rotary = [draw(2, 1100, 3, 16), draw(3, 8).sigmoid()]
+    return {
+        "sine_code": (ops.sine_code, sine_arguments(12, 900), (0, 1, 2, 3)),
+        "phase_code": (ops.phase_code, phase_arguments(12, 9000), (0, 1, 2, 3)),
+        "gate_code": (ops.gate_code, gate_arguments((40, 50), 700), (0, 1, 2, 3)),
+        "exact_code": (ops.exact_code, exact_arguments(5000), (0, 1)),
+        "rotary": (ops.rotary, rotary, (0, 1)),
+        "rotary at positions": (ops.rotary, [*rotary, 9 * draw(1100)], (0, 1, 2)),
+        "circle_noise": (ops.circle_noise, [seed, 3, 40, 500], ()),
+        "conv_noise": (ops.conv_noise, [seed, 3, 40, [70], 33], ()),
+        "phase_noise": (ops.phase_noise, [seed, 3, 40, 50, 60], ()),
+    }
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", large_calls())
+def test_the_same_bits_with_any_number_of_threads(name):
+    op, arguments, which = large_calls()[name]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(outputs_and_gradients(op, arguments, which))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
