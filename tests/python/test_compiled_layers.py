@@ -170,6 +170,20 @@ def test_transforms(kind):
         linearize(lambda x: models[0](x, x, x)[0], x)
 
 
+def test_vmap_over_positions_and_masks():
+    layer = SPEMultiheadAttention(DIM, HEADS, batch_first=True)
+    x = torch.randn(3, 2, 6, DIM)
+    positions = torch.rand(3, 6).cumsum(1)
+    padding = torch.zeros(3, 2, 6).masked_fill(torch.rand(3, 2, 6) > 0.7, -torch.inf)
+
+    def call(x, positions, padding):
+        return layer(x, x, x, padding, positions=positions)[0]
+
+    entries = zip(x, positions, padding, strict=True)
+    expected = torch.stack([call(*entry) for entry in entries])
+    assert error(vmap(call)(x, positions, padding), expected) < 1e-5
+
+
 @for_every_kind
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 def test_make_fx(kind, pre_dispatch):
