@@ -166,7 +166,7 @@ def test_building_without_torch_says_what_to_do(kind, tmp_path):
     assert "Traceback" not in output
 
 
-def prepare_metadata(python, kind, folder, **options):
+def prepare_metadata(python, kind, folder, before="", **options):
     """Do what pip does first, in the environment that it makes: build requirements and no torch."""
     isolated = folder / "isolated"
     isolated.mkdir()
@@ -179,6 +179,7 @@ def prepare_metadata(python, kind, folder, **options):
         "hidden = [path for path in sys.path if 'site-packages' not in path]\n"
         f"sys.path[:] = [{str(isolated)!r}, *hidden]\n"
         "assert importlib.util.find_spec('torch') is None\n"
+        f"{before}\n"
         "from setuptools import build_meta\n"
         f"build_meta.prepare_metadata_for_build_{kind}({str(folder)!r})\n"
     )
@@ -189,6 +190,26 @@ def test_build_isolation_finds_the_torch_in_use(tmp_path):
     prepare_metadata(sys.executable, "wheel", tmp_path)
     (metadata,) = tmp_path.glob("*.dist-info/METADATA")
     assert "Requires-Dist: torch>=" in metadata.read_text()
+
+
+@pytest.mark.parametrize("place", ["user", "base"])
+@pytest.mark.parametrize("sees", [True, False])
+def test_build_isolation_finds_the_torch_of_user_and_base(place, sees, tmp_path):
+    run(
+        *(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"),
+        *["--system-site-packages"] * sees,
+    )
+    python, base = tmp_path / "env/bin/python", tmp_path / "base"
+    code = "import site; print(site.getusersitepackages())"
+    env = {"PYTHONUSERBASE": str(base)}
+    packages = Path(run(python, "-I", "-c", code, env=env).strip())
+    assert packages.is_relative_to(base)
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch/version.py").touch()
+    before = f"import site; site.PREFIXES[1:] = [{str(base)!r}]" if place == "base" and sees else ""
+    options = {"env": env} if place == "user" else {}
+    output = prepare_metadata(python, "wheel", tmp_path, before, status=int(not sees), **options)
+    assert ("does not see any" in output) != sees
 
 
 def test_build_requirements_are_in_the_development_environment():
