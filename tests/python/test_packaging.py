@@ -288,7 +288,7 @@ def test_import_errors_name_the_wheel(tmp_path):
 
 @pytest.mark.long
 @needs_build
-def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
+def test_cpp_programs_build_outside_the_tree_and_run(tmp_path):
     prefix, build, example = tmp_path / "prefix", tmp_path / "build", tmp_path / "example"
     shutil.copytree(ROOT / "examples/cpp", example)
     run("cmake", "--build", BUILD, "--target", "torch_spe")
@@ -301,6 +301,25 @@ def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
     assert losses[-1] < 0.2, output  # predicting zero gives 0.95
     assert f"built with torch {torch.__version__.split('+')[0]}" in output
+
+    # docs/cpp.md: the program, with the other block in a function of its own.
+    blocks = re.findall(r"```(cmake|cpp)\n(.*?)```", (ROOT / "docs/cpp.md").read_text(), re.DOTALL)
+    (_, lists), (_, program), (_, call) = blocks
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "CMakeLists.txt").write_text(lists)
+    called = (
+        f"static at::Tensor call(at::Tensor freqs, at::Tensor gains) {{\n{call}return cycles;\n}}"
+    )
+    (page / "program.cpp").write_text(
+        f"{program.replace('int main()', 'static void learn()')}\n{called}\n"
+        "int main() {\n  learn();\n"
+        "  const auto freqs = torch::rand({2, 8, 3}).requires_grad_();\n"
+        "  std::cout << call(freqs, torch::rand({2, 8, 3})).sizes() << std::endl;\n}\n"
+    )
+    run("cmake", "-S", page, "-B", page / "build", "-GNinja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", page / "build")
+    assert run(page / "build/program").strip() == "[2, 8, 3]"
 
 
 @pytest.fixture
