@@ -40,7 +40,7 @@ help:
 	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'
 	@echo 'make build   environment .venv and compiled library, which the others make too'
 	@echo 'make wheel   a manylinux wheel in dist, installed and run; ARGS="--cuda --python python3.12" for more'
-	@echo 'make release  checks version, changelog and tag, builds what would be uploaded, and ends there'
+	@echo 'make release  checks version, changelog and tag, builds what would be uploaded; ARGS=--cuda: both wheels'
 	@echo 'make format  rewrite sources in the project style'
 	@echo 'make clean   remove what was built, and .venv'
 	@echo

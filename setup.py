@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +28,15 @@ With a tool that builds in an environment elsewhere, such as uv:
 """
 
 
+def _package_folders():
+    """Return where the interpreter finds packages, also those that are hidden, in its order."""
+    own = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    # An environment of its own sees what belongs to the base, and to the user, if it was made so.
+    user = [site.getusersitepackages()] if sys.base_prefix in site.PREFIXES else []
+    first = [*user, *own] if sys.prefix == sys.base_prefix else [*own, *user]
+    return [*first, *site.getsitepackages()]
+
+
 def _torch_folder():
     """Return the folder of the torch in use, or None.
 
@@ -36,7 +46,7 @@ def _torch_folder():
     spec = importlib.util.find_spec("torch")
     if spec is not None:
         return Path(spec.origin).parent
-    folders = (Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib"))
+    folders = (Path(folder) / "torch" for folder in _package_folders())
     return next((folder for folder in folders if (folder / "version.py").is_file()), None)
 
 

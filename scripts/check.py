@@ -101,6 +101,7 @@ def python_tests(report, arguments, everything):
     if everything:
         calls = os.environ.get("TORCH_SPE_FUZZ_CALLS", "4000")
         variables = {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": calls}
+        arguments = ["-rs", *arguments]  # what is skipped, and why
     succeeded = run(
         *(sys.executable, "-m", "pytest", f"--junitxml={report}", *PARALLEL, *arguments),
         **ONE_THREAD,

@@ -2,8 +2,9 @@
 
 `make release` calls it. The version is that of VERSION; CHANGELOG.md must have a dated entry for
 it, above all others; the tag vVERSION must not exist, or be that of HEAD; the tree must be clean.
-Then it builds the source distribution and the wheel from that (scripts/make_wheel.py, which
-installs and runs it), and checks their metadata as the package index would.
+Then it builds the source distribution and from that the wheel without CUDA kernels and, with
+--cuda, the one that has them (scripts/make_wheel.py, which installs and runs each), and checks
+their metadata as the package index would.
 """
 
 import argparse
@@ -99,17 +100,19 @@ def build(root, out, pythons, cuda):
                 archive.extraction_filter = tarfile.data_filter
             archive.extractall(folder)
         (source,) = (path for path in folder.iterdir() if path.is_dir())
-        built = make_wheel.build(source, out, pythons, cuda)
+        # The one that needs nvcc first: the other takes minutes.
+        variants = (True, False) if cuda else (False,)
+        wheels = [make_wheel.build(source, out, pythons, variant) for variant in variants]
         copied = out / sdist.name
         copied.write_bytes(sdist.read_bytes())
-    make_wheel.run(sys.executable, "-m", "twine", "check", "--strict", copied, built)
-    return [copied, built]
+    make_wheel.run(sys.executable, "-m", "twine", "check", "--strict", copied, *wheels)
+    return [copied, *wheels]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="check the tree, and build nothing")
-    parser.add_argument("--cuda", action="store_true", help="the wheel has the CUDA kernels")
+    parser.add_argument("--cuda", action="store_true", help="also a wheel with the CUDA kernels")
     parser.add_argument("--python", action="append", default=[], help="as of scripts/make_wheel.py")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     arguments = parser.parse_args()
@@ -123,14 +126,15 @@ def main():
     if arguments.check:
         return 0
     try:
-        files = build(ROOT, arguments.out, arguments.python, arguments.cuda)
+        sdist, *wheels = build(ROOT, arguments.out, arguments.python, arguments.cuda)
     except make_wheel.Error as error:
         print(f"release: {error}", file=sys.stderr)
         return 1
     print("release: built, checked and tried; nothing was uploaded. What is left:")
     print(f"  git tag -a v{version} -m 'torch_spe {version}' && git push origin v{version}")
-    print(f"  python -m twine upload {files[0]}")
-    print(f"  {files[1].name} beside the tag: PyPI takes no local versions")
+    print(f"  python -m twine upload {sdist}")
+    for wheel in wheels:
+        print(f"  {wheel.name} beside the tag: PyPI takes no local versions")
     return 0
 
 

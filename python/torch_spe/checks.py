@@ -244,15 +244,20 @@ def under_modes() -> bool:
     return torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
 
 
+def under_transforms() -> bool:
+    """Say whether there may be no values to look at: in a graph, or under ``torch.func``."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_not_nan(owner: str, **parameters: Tensor) -> None:
     """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap.
 
     Not where a graph is traced, nor under transforms of ``torch.func`` and modes such as that of
     fake tensors, where there may be no values to look at.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return
-    if under_modes():
+    if under_transforms() or under_modes():
         return
     for name, parameter in parameters.items():
         if parameter.device.type != "cpu":

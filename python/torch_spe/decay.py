@@ -17,6 +17,7 @@ from torch_spe.checks import (
     check_number,
     check_positive,
     check_tensor,
+    under_transforms,
 )
 from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
 from torch_spe.initialization import assign
@@ -168,7 +169,7 @@ def steps_between(positions: Tensor) -> Tensor:  # [B, N] -> [B, N]
 
 def check_rising(owner: str, between: Tensor) -> None:  # [B, N]
     """Raise ValueError for differences of positions that are not finite or below 0, on the CPU."""
-    if between.device.type != "cpu" or torch.compiler.is_compiling():
+    if between.device.type != "cpu" or under_transforms():
         return
     if not between.isfinite().all():
         raise ValueError(f"{owner}: positions must be finite where attention fades (decay)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EagerModule", "assign", "reset_modules"]
+__all__ = ["EagerModule", "assign", "reset_modules", "set_reset"]
 
 
 class EagerModule(nn.Module):
@@ -52,3 +54,18 @@ def reset_modules(*modules: object) -> None:
             reset()
         else:
             reset_modules(*module.children())
+
+
+def set_reset(module: nn.Module, function: Callable[..., None], *arguments: object) -> None:
+    """Give a module of PyTorch another ``reset_parameters``.
+
+    Programs call that of every module, a layer's before that of what it holds, which therefore has
+    the last word. It is an attribute of the object: ``torch.ao.quantization`` takes ``nn.Linear``
+    and no subclass.
+
+    Args:
+        module: whose ``reset_parameters`` it is.
+        function: called with the module and `arguments`; copied and saved with it.
+        *arguments: more of them.
+    """
+    module.reset_parameters = functools.partial(function, module, *arguments)  # type: ignore

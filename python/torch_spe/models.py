@@ -20,6 +20,7 @@ from torch_spe.checks import (
     check_tensor,
     is_integer,
 )
+from torch_spe.initialization import set_reset
 from torch_spe.sampling import make_choice, pad_prompts
 
 __all__ = ["ModelConfig", "ModelState", "SPECausalLM", "SPESequenceClassifier"]
@@ -320,6 +321,12 @@ class _Model(nn.Module):
         return model
 
 
+def _tie(head: nn.Linear, embedding: nn.Embedding) -> None:
+    """Draw the vectors of tokens so that logits start with a variance of 1; `head` takes them."""
+    nn.init.normal_(embedding.weight, std=head.in_features**-0.5)
+    head.weight = embedding.weight
+
+
 class SPECausalLM(_Model):
     """A causal language model: embedding, pre-norm layers, a last norm, logits.
 
@@ -342,9 +349,30 @@ class SPECausalLM(_Model):
         """Make the output layer."""
         head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
         if self.config.tie_embeddings:
-            nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
-            head.weight = self.embedding.weight
+            set_reset(head, _tie, self.embedding)
+            _tie(head, self.embedding)
         return head
+
+    def _is_tied(self) -> bool:
+        weight = getattr(self.embedding, "weight", None)
+        return isinstance(weight, nn.Parameter) and getattr(self.head, "weight", None) is weight
+
+    def _apply(self, *args: Any, **kwargs: Any):
+        tied = self._is_tied()
+        super()._apply(*args, **kwargs)
+        if tied:  # from the meta device each module gets parameters of its own
+            self.head.weight = self.embedding.weight
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        names = [f"{prefix}{name}.weight" for name in ("head", "embedding")]
+        values = [state_dict[name] for name in names if name in state_dict]
+        if values and local_metadata.get("assign_to_params_buffers") and self._is_tied():
+            weight = values[0]
+            if not isinstance(weight, nn.Parameter):
+                weight = nn.Parameter(weight, self.embedding.weight.requires_grad)
+            state_dict.update(dict.fromkeys(names, weight))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward(
         self,

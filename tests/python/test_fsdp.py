@@ -20,9 +20,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "precision.md"
 
 
 def causal_model(**options):
-    return SPECausalLM(
-        ModelConfig(16, d_model=16, num_layers=2, num_heads=2, tie_embeddings=False, **options)
-    )
+    return SPECausalLM(ModelConfig(16, d_model=16, num_layers=2, num_heads=2, **options))
 
 
 MADE = {
@@ -38,6 +36,7 @@ MADE = {
     "attention, rotary, learned": lambda: attention(position="rotary", frequencies="learned"),
     "attention, extra keys": lambda: attention(add_bias_kv=True),
     "causal model": causal_model,
+    "causal model, not tied": lambda: causal_model(tie_embeddings=False),
 }
 
 
@@ -67,6 +66,7 @@ def compare_reset(names):
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
         model.to_empty(device="cpu")
         reset(model)
+        assert len([*model.parameters()]) == len([*expected.parameters()])
         for part, like in zip(model.modules(), expected.modules(), strict=True):
             wanted = {**like._parameters, **like._buffers}
             for key, got in {**part._parameters, **part._buffers}.items():

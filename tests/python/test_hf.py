@@ -293,6 +293,24 @@ def test_initialization_is_that_of_the_library():
             assert stds == pytest.approx([stds[1]] * 2, rel=0.6), name
 
 
+def test_from_the_meta_device():
+    """What docs/precision.md says of them."""
+    config = make_config(vocab_size=500)
+    for values in ("init_weights", "tie_weights"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if values == "init_weights":
+            model.to_empty(device="cpu")
+        else:
+            weights = AutoModelForCausalLM.from_config(config).state_dict()
+            model.load_state_dict(weights, assign=True)
+        getattr(model, values)()
+        assert model.lm_head.weight is model.model.embedding.weight
+        assert model.lm_head.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+        for layer in model.model.layers:
+            assert torch.equal(layer.self_attn.out_proj.bias, torch.zeros(32))
+
+
 def test_checkpoints_have_the_same_gradients():
     tokens, gradients = make_tokens(2, 20), []
     model = make_model(attention={"position": "sine"}).train()

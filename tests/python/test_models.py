@@ -1,5 +1,6 @@
 """Models of torch_spe.models: pieces and generation are the whole, prompts of several lengths."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 import torch
 from helpers import assert_close
+from test_reset_parameters import reset_every_module
+from torch import nn
 
 from torch_spe import SineSPE
 from torch_spe.models import ModelConfig, ModelState, SPECausalLM, SPESequenceClassifier
@@ -181,6 +184,65 @@ def test_what_cannot_be_saved_says_so(options, name, tmp_path):
     torch.save({"weights": 3}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="path must be a file that save has written"):
         SPECausalLM.load(tmp_path / "other.pt")
+
+
+def tied_from_meta():
+    config = ModelConfig(64, d_model=64, num_layers=1, num_heads=2)
+    with torch.device("meta"):
+        return config, nn.ModuleDict({"lm": SPECausalLM(config)})
+
+
+def assert_tied(model, config):
+    assert model.head.weight is model.embedding.weight
+    keys = SPECausalLM(config).state_dict().keys()
+    assert model.state_dict().keys() == keys
+    assert len([*model.parameters()]) == len(keys) - 1
+    assert model.embedding.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert model.embedding.weight.requires_grad
+
+
+@pytest.mark.parametrize("recurse", [False, True])
+def test_a_tied_embedding_from_the_meta_device(recurse):
+    config, models = tied_from_meta()
+    if recurse:
+        reset_every_module(models.to_empty(device="cpu"))
+    else:  # what FSDP1 does
+        for part in models.modules():
+            if [*part.parameters(recurse=False)]:
+                part.to_empty(device="cpu", recurse=False)
+                part.reset_parameters()
+    assert_tied(models["lm"], config)
+    copied = copy.deepcopy(models["lm"])
+    assert_tied(copied, config)
+    before = models["lm"].embedding.weight.clone()
+    copied.head.reset_parameters()
+    assert_tied(copied, config)
+    assert torch.equal(models["lm"].embedding.weight, before)
+    assert_tied(copied.double(), config)
+
+
+@pytest.mark.parametrize("key", [None, "embedding", "head"])
+def test_a_tied_embedding_that_is_assigned(key):
+    config, models = tied_from_meta()
+    weights = SPECausalLM(config).state_dict()
+    if key is not None:  # one of the two names is enough
+        weights = {
+            name: weight for name, weight in weights.items()
+            if not name.startswith(("embedding", "head")) or name.startswith(key)
+        }  # fmt: skip
+    models.load_state_dict({f"lm.{name}": weights[name] for name in weights}, assign=True)
+    assert_tied(models["lm"], config)
+    assert torch.equal(models["lm"].head.weight, weights[f"{key or 'head'}.weight"])
+
+
+def test_an_output_layer_of_ones_own_stays_apart():
+    config, models = tied_from_meta()
+    model = models["lm"]
+    model.head = nn.Linear(64, 64, bias=False, device="meta")
+    reset_every_module(models.to_empty(device="cpu"))
+    assert model.head.weight is not model.embedding.weight
+    model.load_state_dict(SPECausalLM(config).state_dict(), assign=True)
+    assert model.head.weight is not model.embedding.weight
 
 
 def test_models_learn():

@@ -166,7 +166,7 @@ def test_building_without_torch_says_what_to_do(kind, tmp_path):
     assert "Traceback" not in output
 
 
-def prepare_metadata(python, kind, folder, **options):
+def prepare_metadata(python, kind, folder, before="", **options):
     """Do what pip does first, in the environment that it makes: build requirements and no torch."""
     isolated = folder / "isolated"
     isolated.mkdir()
@@ -179,6 +179,7 @@ def prepare_metadata(python, kind, folder, **options):
         "hidden = [path for path in sys.path if 'site-packages' not in path]\n"
         f"sys.path[:] = [{str(isolated)!r}, *hidden]\n"
         "assert importlib.util.find_spec('torch') is None\n"
+        f"{before}\n"
         "from setuptools import build_meta\n"
         f"build_meta.prepare_metadata_for_build_{kind}({str(folder)!r})\n"
     )
@@ -191,9 +192,48 @@ def test_build_isolation_finds_the_torch_in_use(tmp_path):
     assert "Requires-Dist: torch>=" in metadata.read_text()
 
 
+@pytest.mark.parametrize("place", ["user", "base"])
+@pytest.mark.parametrize("sees", [True, False])
+def test_build_isolation_finds_the_torch_of_user_and_base(place, sees, tmp_path):
+    run(
+        *(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"),
+        *["--system-site-packages"] * sees,
+    )
+    python, base = tmp_path / "env/bin/python", tmp_path / "base"
+    code = "import site; print(site.getusersitepackages())"
+    env = {"PYTHONUSERBASE": str(base)}
+    packages = Path(run(python, "-I", "-c", code, env=env).strip())
+    assert packages.is_relative_to(base)
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch/version.py").touch()
+    before = f"import site; site.PREFIXES[1:] = [{str(base)!r}]" if place == "base" and sees else ""
+    options = {"env": env} if place == "user" else {}
+    output = prepare_metadata(python, "wheel", tmp_path, before, status=int(not sees), **options)
+    assert ("does not see any" in output) != sees
+
+
 def test_build_requirements_are_in_the_development_environment():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(project["build-system"]["requires"]) <= set(project["dependency-groups"]["build"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({}, 5),  # skipped: no test
+        ({"TORCH_SPE_TEST_ALL": "1"}, 2),  # an error
+        ({"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_SKIP_MISSING": "1"}, 5),
+    ],
+)
+def test_a_missing_package_fails_where_every_test_runs(variables, status, tmp_path):
+    (tmp_path / "test_it.py").write_text('import pytest\npytest.importorskip("no_package")\n')
+    cleared = {"TORCH_SPE_TEST_ALL": "", "TORCH_SPE_SKIP_MISSING": ""}
+    paths = f"{ROOT / 'tests/python'}{os.pathsep}{ROOT / 'python'}"
+    output = run(
+        *(sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-rs", "."),
+        cwd=tmp_path, env={**cleared, **variables, "PYTHONPATH": paths}, status=status,
+    )  # fmt: skip
+    assert "No module named 'no_package'" in output
 
 
 @pytest.mark.long
@@ -248,7 +288,7 @@ def test_import_errors_name_the_wheel(tmp_path):
 
 @pytest.mark.long
 @needs_build
-def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
+def test_cpp_programs_build_outside_the_tree_and_run(tmp_path):
     prefix, build, example = tmp_path / "prefix", tmp_path / "build", tmp_path / "example"
     shutil.copytree(ROOT / "examples/cpp", example)
     run("cmake", "--build", BUILD, "--target", "torch_spe")
@@ -261,6 +301,25 @@ def test_cpp_example_builds_outside_the_tree_and_learns(tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", output)]
     assert losses[-1] < 0.2, output  # predicting zero gives 0.95
     assert f"built with torch {torch.__version__.split('+')[0]}" in output
+
+    # docs/cpp.md: the program, with the other block in a function of its own.
+    blocks = re.findall(r"```(cmake|cpp)\n(.*?)```", (ROOT / "docs/cpp.md").read_text(), re.DOTALL)
+    (_, lists), (_, program), (_, call) = blocks
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "CMakeLists.txt").write_text(lists)
+    called = (
+        f"static at::Tensor call(at::Tensor freqs, at::Tensor gains) {{\n{call}return cycles;\n}}"
+    )
+    (page / "program.cpp").write_text(
+        f"{program.replace('int main()', 'static void learn()')}\n{called}\n"
+        "int main() {\n  learn();\n"
+        "  const auto freqs = torch::rand({2, 8, 3}).requires_grad_();\n"
+        "  std::cout << call(freqs, torch::rand({2, 8, 3})).sizes() << std::endl;\n}\n"
+    )
+    run("cmake", "-S", page, "-B", page / "build", "-GNinja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", page / "build")
+    assert run(page / "build/program").strip() == "[2, 8, 3]"
 
 
 @pytest.fixture

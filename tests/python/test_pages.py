@@ -79,10 +79,40 @@ def test_the_examples_run(name, package, blocks, tmp_path, monkeypatch):
         exec(compile(block, name, "exec"), names)
 
 
+def strings(node):
+    parts = (part for part in ast.walk(node) if isinstance(part, ast.Constant))
+    return {part.value for part in parts if isinstance(part.value, str)}
+
+
+def runs_the_blocks(program, page):
+    """Whether a function executes the Python blocks of a path that has the page's name."""
+    tree = ast.parse(program)
+    paths = {
+        target.id
+        for part in tree.body
+        if isinstance(part, ast.Assign) and page in strings(part)
+        for target in part.targets
+    }
+    for part in ast.walk(tree):
+        if isinstance(part, ast.FunctionDef):
+            names = {one.id for one in ast.walk(part) if isinstance(one, ast.Name)}
+            blocks = any(text.startswith("```python") for text in strings(part))
+            if blocks and "exec" in names and (paths & names or page in strings(part)):
+                return True
+    return False
+
+
 def test_other_pages_have_tests():
     for page, test in ELSEWHERE.items():
         assert python_blocks((DOCS / page).read_text())
-        assert page.removesuffix(".md") in (ROOT / "tests/python" / test).read_text()
+        program = (ROOT / "tests/python" / test).read_text()
+        assert runs_the_blocks(program, page), f"{test} does not execute the examples of {page}"
+        for changed in (
+            program.replace(page, "another.md"),
+            program.replace("exec(", "print("),
+            program.replace("```python", "```cpp"),
+        ):
+            assert not runs_the_blocks(changed, page)
 
 
 def test_the_notebook_runs():

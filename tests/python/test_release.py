@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
 from datetime import date
 from pathlib import Path
 
@@ -86,6 +87,42 @@ def test_versions(version):
     assert release.check_version("1.2.3") == release.check_version("1.2.3rc1") == []
     (problem,) = release.check_version(version)
     assert repr(version) in problem
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_release_has_a_wheel_of_each_variant(cuda, tree, tmp_path_factory, monkeypatch, capsys):
+    made, checked = [], []
+    out = tmp_path_factory.mktemp("dist")
+
+    def run(*command):
+        if "--sdist" in command:
+            folder = command[command.index("-o") + 1]
+            with tarfile.open(folder / "torch_spe-1.2.3.tar.gz", "w:gz") as archive:
+                archive.add(tree / "VERSION", "torch_spe-1.2.3/VERSION")
+        else:
+            checked.extend(command[command.index("--strict") + 1 :])
+
+    def build(source, out, pythons, cuda):
+        assert (source / "VERSION").read_text() == "1.2.3\n"
+        assert pythons == ["python3.12"]
+        made.append(cuda)
+        path = out / f"torch_spe-1.2.3+{'cuda' if cuda else 'cpu'}.whl"
+        path.touch()
+        return path
+
+    monkeypatch.setattr(release.make_wheel, "run", run)
+    monkeypatch.setattr(release.make_wheel, "build", build)
+    monkeypatch.setattr(release, "ROOT", tree)
+    monkeypatch.setattr(release, "check_release", lambda root, today: [])
+    arguments = ["release.py", "--python", "python3.12", "--out", str(out), *["--cuda"] * cuda]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert release.main() == 0
+    assert made == ([True, False] if cuda else [False])
+    files = {"torch_spe-1.2.3.tar.gz", "torch_spe-1.2.3+cpu.whl"}
+    files |= {"torch_spe-1.2.3+cuda.whl"} if cuda else set()
+    assert {path.name for path in out.iterdir()} == {path.name for path in checked} == files
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in files)
 
 
 def test_labels_of_a_wheel():

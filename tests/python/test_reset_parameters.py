@@ -169,6 +169,28 @@ def test_reset_parameters_draws_what_the_constructor_draws(name):
         assert parameter.grad_fn is None
 
 
+def reset_every_module(module):
+    """What programs do: a layer's own comes before those of what it holds."""
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+
+
+@for_modules
+def test_reset_parameters_of_every_module_in_turn(name):
+    expected, got = make(name), make(name, 1)
+    spoil(got)
+    reset_every_module(got)
+    got = tensors(got)
+    for key, wanted in tensors(expected).items():
+        if wanted.min() == wanted.max():  # zeros and ones
+            assert torch.equal(got[key], wanted), key
+        elif wanted.numel() < 64:
+            assert got[key].abs().max() < 100, key
+        else:
+            assert got[key].std().item() == pytest.approx(wanted.std().item(), rel=0.3), key
+
+
 @for_modules
 @torch.no_grad()
 def test_meta_to_empty_and_a_checkpoint(name):

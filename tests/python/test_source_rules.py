@@ -194,6 +194,17 @@ def test_files_of_the_library_are_short():
         assert len(path.read_text().splitlines()) <= 600, path
 
 
+def test_extras_are_those_of_the_source_tree():
+    """No index has the package yet."""
+    paths = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *PACKAGE.rglob("*.py")]
+    text = {path: path.read_text() for path in paths}
+    assert [path for path in paths if re.search(r"torch[_-]spe\[[a-z]", text[path])] == []
+    named = set(re.findall(r'"\.\[(\w+)\]"', "".join(text.values())))
+    extras = re.split(r"^\[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    (extras,) = [part for part in extras if part.startswith("project.optional-dependencies]")]
+    assert named == set(re.findall(r"^(\w+) =", extras, flags=re.MULTILINE))
+
+
 def test_version_is_the_same_everywhere():
     version = (ROOT / "VERSION").read_text().strip()
     assert torch_spe.__version__ == version

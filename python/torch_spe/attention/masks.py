@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_spe.checks import under_transforms
+
 OWNER = "SPEMultiheadAttention"
 # Float masks block with -inf or with a value whose exponential is 0 in every type.
 _BLOCKED = -1e4
@@ -166,7 +168,7 @@ def to_padding(
         )
     if mask.is_floating_point():
         padding = mask <= _BLOCKED
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if mask.device.type == "cpu" and not under_transforms():
             other = mask.masked_fill(padding, 0)
             if bool(other.any()):
                 value = other[other != 0][0].item()

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_spe.checks import check_positive
-from torch_spe.initialization import EagerModule
+from torch_spe.initialization import EagerModule, set_reset
 
 OWNER = "SPEMultiheadAttention"
+
+
+def _reset_output(projection: nn.Linear) -> None:
+    nn.Linear.reset_parameters(projection)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
 
 
 class HeadProjections(EagerModule):
@@ -91,6 +97,7 @@ class HeadProjections(EagerModule):
             bias_kv = nn.Parameter(torch.empty(1, 1, width, **factory)) if add_bias_kv else None
             self.register_parameter(name, bias_kv)
         self.out_proj = nn.Linear(queries, embed_dim, bias=bias, **factory)
+        set_reset(self.out_proj, _reset_output)
 
     @torch.no_grad()
     def _reset_projections(self) -> None:

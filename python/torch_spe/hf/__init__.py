@@ -2,7 +2,7 @@
 
 Importing it registers the classes with AutoConfig, AutoModel, AutoModelForCausalLM and
 AutoModelForSequenceClassification. Needs transformers 5.24 or later: ``pip install
-"torch_spe[transformers]"``.
+".[transformers]"`` in the source tree.
 """
 
 from transformers import (

@@ -1,6 +1,6 @@
 """Export to ONNX, with the operator LinearAttention of opset 27; see docs/onnx.md.
 
-Needs the packages of ``pip install "torch-spe[onnx]"``.
+Needs the packages of ``pip install ".[onnx]"``, in the source tree.
 """
 
 try:
