@@ -413,3 +413,31 @@ def test_wrong_calls():
         Decay(4, "feature")
     with pytest.raises(ValueError, match="Decay: embed_dim must be an integer >= 1, got None"):
         Decay(4, "data")
+
+
+@pytest.mark.parametrize("decay", [None, "learned"])
+@pytest.mark.parametrize("position", [None, "fading", "sine", "paper", "rotary"])
+def test_positions_with_their_dimension(position, decay):
+    layer, x = make(position, decay), inputs()
+    for batch, length in ((2, LENGTH), (1, LENGTH), (2, 1), (1, 1), (LENGTH, 2)):
+        y = x.flatten(0, 1)[: batch * length].view(batch, length, WIDTH)
+        shared = torch.linspace(0, 30, length)
+        own = shared + torch.arange(batch).unsqueeze(1)
+        for positions in (shared, own):
+            expected, _ = layer(y, y, y, is_causal=True, positions=positions)
+            got, _ = layer(y, y, y, is_causal=True, positions=positions.unsqueeze(-1))
+            assert torch.equal(got, expected)
+    state = layer.initial_state(2)
+    got, _ = layer(x, x, x, state=state, positions=torch.arange(LENGTH).expand(2, -1).unsqueeze(-1))
+    torch.testing.assert_close(got, layer(x, x, x, state=state)[0])
+
+
+@pytest.mark.parametrize("position", ["fading", "rotary"])
+def test_packed_sequences_at_given_positions(position):
+    layer, x = make(position), inputs(1)
+    bounds, places = torch.tensor([0, 7, LENGTH]), torch.arange(LENGTH)
+    places[7:] -= 7
+    expected, _ = layer(x, x, x, is_causal=True, cu_seqlens=bounds)
+    for positions in (places, places[:, None], places[None], places[None].to(torch.uint8)):
+        out, _ = layer(x, x, x, is_causal=True, cu_seqlens=bounds, positions=positions)
+        torch.testing.assert_close(out, expected)

@@ -122,7 +122,6 @@ def steps_of_call(
     if between is None:
         assert places.positions is not None
         positions = places.positions if places.each else places.positions.unsqueeze(0)
-        positions = positions.squeeze(-1) if positions.dim() == 3 else positions
         if mask is not None and mask.shape[1] == positions.shape[1]:
             positions = positions.expand(len(mask), -1).gather(1, tokens_before(mask))
         between = steps_between(positions)
