@@ -93,8 +93,7 @@ def _check_positions(
         positions = positions.squeeze(-1)
     if positions is not None and tuple(positions.shape) != size:
         raise ValueError(
-            f"RotaryPositions: positions must have shape ({size[0]},) or ({size[0]}, 1), got "
-            f"{tuple(positions.shape)}"
+            f"RotaryPositions: positions must have shape ({size[0]},), got {tuple(positions.shape)}"
         )
     (start,) = check_starts("RotaryPositions", start, 1)
     return start, positions
