@@ -205,6 +205,26 @@ def test_minus_infinity_leaves_each_token_alone(form, causal):
 
 
 @cpu_only
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_of_minus_infinity_is_zero(form, causal):
+    """To the last bit, as the derivative of exp(-inf) is."""
+    case = Case(form, length=200, causal=causal, state=True, normalize=False)
+    steps = case.data[3]
+    steps[(slice(None), slice(3, None, 7)) if "N" in form else 0] = -math.inf
+    if "R" in form:
+        steps[..., 1, 2] = -math.inf
+    for dtype in (torch.float32, torch.float64):
+        got, expected = (
+            results(function, leaves(case.data, of))[6]
+            for function, of in ((case.ours, dtype), (case.plain, torch.float64))
+        )
+        assert got[steps == -math.inf].count_nonzero() == 0
+        assert expected[steps == -math.inf].count_nonzero() == 0
+        assert error(got, expected) < 100 * torch.finfo(dtype).eps
+
+
+@cpu_only
 @pytest.mark.parametrize("form", ["H", "BNH", "HR", "BNHR"])
 def test_a_million_positions(form):
     """With values of 1, one feature and no normalization: a geometric sum."""
