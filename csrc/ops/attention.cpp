@@ -91,7 +91,7 @@ void check_keys(const char* op, const AttentionKeys& a, const at::Tensor& like,
 }
 
 void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor& like,
-                       const char* like_name) {
+                       const char* like_name, const char* decay_forms) {
   const std::string of = std::string(" of ") + like_name;
   if (a.key_padding_mask.has_value()) {
     const at::Tensor& mask = *a.key_padding_mask;
@@ -130,20 +130,22 @@ void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor&
   if (a.log_decay.has_value()) {
     const at::Tensor& decay = *a.log_decay;
     const int64_t dim = decay.dim(), tokens = dim > 2 ? 2 : 0;  // dimensions before H
-    TORCH_CHECK_VALUE(dim >= 1 && dim <= 4, op,
-                      ": log_decay must have the shape [H], [H, R], [B, M, H] or [B, M, H, R], got "
-                      "shape ",
-                      decay.sym_sizes());
+    TORCH_CHECK_VALUE(dim >= 1 && dim <= 4, op, ": log_decay must have the shape ", decay_forms,
+                      ", got shape ", decay.sym_sizes());
     TORCH_CHECK_TYPE(decay.scalar_type() == at::kFloat || decay.scalar_type() == at::kDouble, op,
                      ": log_decay must be float32 or float64, got ", decay.scalar_type());
     check_same_device(op, "log_decay", decay, like, like_name);
+    const auto check_own = [&](int64_t i, const c10::SymInt& size, const std::string& meaning) {
+      check_size(op, "log_decay", decay, i, size,
+                 (meaning + "; the shape is " + decay_forms).c_str());
+    };
     if (tokens > 0) {
-      check_size(op, "log_decay", decay, 0, like.sym_size(0), ("B" + of).c_str());
-      check_size(op, "log_decay", decay, 1, a.k.sym_size(1), "M of k");
+      check_own(0, like.sym_size(0), "B" + of);
+      check_own(1, a.k.sym_size(1), "M of k");
     }
-    check_size(op, "log_decay", decay, tokens, like.sym_size(2), ("H" + of).c_str());
+    check_own(tokens, like.sym_size(2), "H" + of);
     if (dim % 2 == 0) {
-      check_size(op, "log_decay", decay, tokens + 1, like.sym_size(3), ("R" + of).c_str());
+      check_own(tokens + 1, like.sym_size(3), "R" + of);
       if (a.denominator_k.has_value())
         check_size(op, "denominator_k", *a.denominator_k, 3, like.sym_size(3),
                    ("R" + of + ", with a decay per feature").c_str());

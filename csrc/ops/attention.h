@@ -30,9 +30,9 @@ struct AttentionKeys {
 // `features` the letter of its last size.
 void check_keys(const char* op, const AttentionKeys& a, const at::Tensor& like,
                 const char* like_name, const char* features = "R");
-// What comes with them.
+// What comes with them; `decay_forms` are the shapes of log_decay, as errors list them.
 void check_key_options(const char* op, const AttentionKeys& a, const at::Tensor& like,
-                       const char* like_name);
+                       const char* like_name, const char* decay_forms);
 // On the CPU, an error that names the first entry of log_decay that is NaN or greater than 0.
 void check_decay_values(const char* op, const AttentionKeys& a);
 // A state or the gradient of one.

@@ -49,7 +49,8 @@ struct LinearAttention : Operator {
   }
   static bool keeps_outputs(const Arguments& a) { return a.divides(); }
 
-  static void check(const Arguments& a, const char* op = kName, const char* features = "R") {
+  static void check(const Arguments& a, const char* op = kName, const char* features = "R",
+                    const char* decay_forms = "[H], [H, R], [B, N, H] or [B, N, H, R]") {
     check_data(op, "q", a.q, 4, (std::string("[B, N, H, ") + features + "]").c_str());
     check_keys(op, a, a.q, "q", features);
     TORCH_CHECK_VALUE(std::isfinite(a.eps) && a.eps >= 0, op,
@@ -70,7 +71,7 @@ struct LinearAttention : Operator {
         a.denominator_q.has_value() == a.denominator_k.has_value(), op, ": ",
         a.denominator_q.has_value() ? "denominator_k" : "denominator_q", " must be given with ",
         a.denominator_q.has_value() ? "denominator_q" : "denominator_k", ", got none");
-    check_key_options(op, a, a.q, "q");
+    check_key_options(op, a, a.q, "q", decay_forms);
     if (a.denominator_q.has_value()) {
       const at::Tensor& q = *a.denominator_q;
       TORCH_CHECK_VALUE(a.normalize, op,

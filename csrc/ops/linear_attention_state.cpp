@@ -30,7 +30,7 @@ struct LinearAttentionState : Operator {
   static void check(const Arguments& a) {
     check_data(kName, "k", a.k, 4, "[B, M, H, R]");
     check_keys(kName, a, a.k, "k");
-    check_key_options(kName, a, a.k, "k");
+    check_key_options(kName, a, a.k, "k", "[H], [H, R], [B, M, H] or [B, M, H, R]");
   }
 
   static void check_values(const Arguments& a) { check_decay_values(kName, a); }

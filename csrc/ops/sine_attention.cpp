@@ -20,6 +20,7 @@ struct SineAttention : Operator {
       "Linear attention [B, N, H, E] of queries q [B, N, H, D] and keys k [B, M, H, D] that are "
       "encoded with the cosine and sine of every frequency, and values v [B, M, H, E]; what each "
       "row was divided by.";
+  static constexpr const char* kDecayForms = "[H] or [B, N, H]";
   static constexpr std::array kGradients{"q",
                                          "k",
                                          "v",
@@ -72,13 +73,12 @@ struct SineAttention : Operator {
                       ": freqs must have 3 dimensions [H, D, K], got shape ", a.freqs.sym_sizes());
     if (a.log_decay.has_value()) {
       const int64_t dim = a.log_decay->dim();
-      TORCH_CHECK_VALUE(dim == 1 || dim == 3, kName,
-                        ": log_decay must have the shape [H] or [B, N, H], got shape ",
-                        a.log_decay->sym_sizes());
+      TORCH_CHECK_VALUE(dim == 1 || dim == 3, kName, ": log_decay must have the shape ",
+                        kDecayForms, ", got shape ", a.log_decay->sym_sizes());
     }
     to_feature_map(kName, "feature_map", a.map_before);
     to_feature_map(kName, "encoded_feature_map", a.feature_map);
-    LinearAttention::check(a, kName, "D");
+    LinearAttention::check(a, kName, "D", kDecayForms);
     SineFeatures::check_tables(a.query_encoder(), kName, "q");
     check_positions(kName, std::nullopt, a.start, a.freqs, a.q);
   }

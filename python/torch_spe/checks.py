@@ -251,16 +251,19 @@ def under_transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def check_not_nan(owner: str, **parameters: Tensor) -> None:
-    """Raise ValueError for the first parameter with a NaN; on the CPU, where looking is cheap.
+def _has_values(parameter: Tensor) -> bool:
+    """Say whether values can be looked at, and cheaply: on the CPU.
 
     Not where a graph is traced, nor under transforms of ``torch.func`` and modes such as that of
-    fake tensors, where there may be no values to look at.
+    fake tensors.
     """
-    if under_transforms() or under_modes():
-        return
+    return parameter.device.type == "cpu" and not under_transforms() and not under_modes()
+
+
+def check_not_nan(owner: str, **parameters: Tensor) -> None:
+    """Raise ValueError for the first parameter with a NaN, where there are values to look at."""
     for name, parameter in parameters.items():
-        if parameter.device.type != "cpu":
+        if not _has_values(parameter):
             continue
         values = parameter.detach()
         if values.numel() <= 64:  # quicker than operators, for the decays of heads
@@ -270,6 +273,20 @@ def check_not_nan(owner: str, **parameters: Tensor) -> None:
         if has_nan:
             index = tuple(parameter.detach().isnan().nonzero()[0].tolist())
             raise ValueError(f"{owner}: the parameter {name} must not be NaN, got NaN at {index}")
+
+
+def check_finite(owner: str, **parameters: Tensor) -> None:
+    """Raise ValueError for the first parameter that is not finite, as `check_not_nan` does."""
+    for name, parameter in parameters.items():
+        if not _has_values(parameter):
+            continue
+        wrong = ~parameter.detach().isfinite()
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(
+                f"{owner}: the parameter {name} must be finite, got "
+                f"{parameter.detach()[index].item()} at {index}"
+            )
 
 
 def check_seed(owner: str, seed: int) -> int:

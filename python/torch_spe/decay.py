@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch_spe.checks import (
     check_choice,
     check_dtype,
+    check_finite,
     check_not_nan,
     check_number,
     check_positive,
@@ -121,7 +122,8 @@ class Decay(FlatParameterModule):
             x: input of the layer, ``[B, N, embed_dim]``; with ``kind="data"``.
 
         Returns:
-            ``[H]``; ``[H, D]`` with ``kind="feature"``; ``[B, N, H]`` with ``kind="data"``.
+            ``[H]``; ``[H, D]`` with ``kind="feature"``; ``[B, N, H]`` with ``kind="data"``, NaN
+            where x is (in a layer 0, as keys made of such an x are NaN themselves).
         """
         rate = self.rate
         check_not_nan("Decay", rate=rate)
@@ -132,7 +134,9 @@ class Decay(FlatParameterModule):
                 raise ValueError(
                     f"Decay: x must end in embed_dim = {self.embed_dim}, got shape {tuple(x.shape)}"
                 )
-            rate = rate + F.linear(x, self.weight.to(x.dtype)).to(rate.dtype)
+            weight = self.weight
+            check_finite("Decay", weight=weight)
+            rate = rate + F.linear(x, weight.to(x.dtype)).to(rate.dtype)
         return -F.softplus(rate)
 
     def decay_parameters(self) -> list[nn.Parameter]:
@@ -165,6 +169,11 @@ def steps_between(positions: Tensor) -> Tensor:  # [B, N] -> [B, N]
     if not positions.is_floating_point():
         positions = positions.to(torch.int64)  # differences of narrow integers overflow
     return positions.diff(dim=1, prepend=positions[:, :1])
+
+
+def steps_over(steps: Tensor, between: Tensor) -> Tensor:
+    """Return steps times what lies between two positions; none over nothing, be the step -inf."""
+    return torch.where((steps == -math.inf) & (between == 0), 0.0, steps) * between
 
 
 def check_rising(owner: str, between: Tensor) -> None:  # [B, N]

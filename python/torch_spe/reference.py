@@ -231,6 +231,20 @@ FEATURE_MAPS = {
 }
 
 
+def check_decay(log_decay: Tensor, sizes: tuple[int, int, int, int]) -> None:  # B, N, H, R
+    """Raise ValueError for steps of another shape than ``log_decay`` may have, above 0 or NaN."""
+    batch, length, heads, features = sizes
+    shapes = [(heads,), (heads, features), (batch, length, heads), sizes]
+    if tuple(log_decay.shape) not in shapes:
+        raise ValueError(
+            "linear_attention: log_decay must have the shape [H], [H, R], [B, N, H] or "
+            f"[B, N, H, R] = {', '.join(map(str, shapes))}, got {tuple(log_decay.shape)}"
+        )
+    wrong = log_decay[~(log_decay <= 0)]
+    if wrong.numel() > 0:
+        raise ValueError(f"linear_attention: log_decay must be at most 0, got {wrong[0].item()}")
+
+
 def decay_factors(log_decay: Tensor) -> tuple[Tensor, Tensor]:  # [B, H, W, N, N], [B, H, W, N]
     """Return what every key fades by on the way to every query, and all that came before them.
 
@@ -267,6 +281,7 @@ def linear_attention(
     The states have a batch row for every packed sequence when `cu_seqlens` is given.
     """
     if log_decay is not None:
+        check_decay(log_decay, (*k.shape[:3], q.shape[-1]))
         if log_decay.dim() % 2 == 1:
             log_decay = log_decay.unsqueeze(-1)
         log_decay = log_decay.to(q.dtype).expand(*k.shape[:3], log_decay.shape[-1])

@@ -716,10 +716,28 @@ def test_errors_of_the_constructor(arguments, kind, message):
 
 @cpu_only
 def test_errors_of_the_default_name_what_it_stands_for():
-    with pytest.raises(TypeError, match="argument 'ndim'; position='fading' takes the options num"):
-        SPEMultiheadAttention(E, H, ndim=2)
-    with pytest.raises(ValueError, match=r"num_realizations must not be given .*'fading'.*got 8"):
-        SPEMultiheadAttention(E, H, num_realizations=8)
+    for name, value in {"ndim": 2, "noise": "phase", "bandwidth": True}.items():
+        message = f"argument '{name}'; position='fading' takes the options num_sines; "
+        message += "position='sine', the default before version 0.2, has it"
+        with pytest.raises(TypeError, match=message):
+            SPEMultiheadAttention(E, H, **{name: value})
+    with pytest.raises(TypeError, match=r"'kernel_size'; .* takes the options num_sines$"):
+        SPEMultiheadAttention(E, H, kernel_size=3)
+    for name in ("num_realizations", "eval_realizations"):
+        message = f"{name} must not be given .*'fading'.*; 'sine' takes it.* got 8"
+        with pytest.raises(ValueError, match=message):
+            SPEMultiheadAttention(E, H, **{name: 8})
+
+
+@cpu_only
+def test_images_in_a_layer_of_one_dimension_say_what_they_need():
+    layer, image = SPEMultiheadAttention(E, H, batch_first=True), torch.zeros(2, 3, 4, E)
+    needs = r"got .*3, 4.* \(a grid needs ndim=2, as position='sine' takes it, and no decay\)$"
+    with pytest.raises(ValueError, match="query must have 2 or 3 dimensions, " + needs):
+        layer(image, image, image)
+    flat = image.flatten(1, 2)
+    with pytest.raises(ValueError, match=r"grid must have 1 sizes \(ndim\), " + needs):
+        layer(flat, flat, flat, grid=(3, 4))
 
 
 def ones(*shape):

@@ -447,6 +447,19 @@ def test_a_decay_of_zero_is_none(compare, form, dtype):
 
 
 @pytest.mark.skipif(not LIBRARY.is_file(), reason="needs the emulation")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("form", ["head", "token"])
+def test_the_gradient_of_minus_infinity_is_zero(form, causal):
+    case = Case(torch.float32, 2, 150, form=form, causal=causal, normalize=False)
+    steps = case.tensors["log_decay"]
+    steps[(slice(None), slice(3, None, 7)) if form == "token" else 0] = -float("inf")
+    with cuda_kernels(load_emulation()):
+        *_, grad = run(case.operator, case.inputs, case.grads, [3])
+    assert grad[steps == -float("inf")].count_nonzero() == 0
+    assert grad.count_nonzero() > 0
+
+
+@pytest.mark.skipif(not LIBRARY.is_file(), reason="needs the emulation")
 def test_a_decay_of_zero_is_none_bit_for_bit():
     case, none = (Case(torch.bfloat16, 2, 200, features=40) for _ in range(2))
     case.tensors["log_decay"].zero_()

@@ -205,6 +205,26 @@ def test_minus_infinity_leaves_each_token_alone(form, causal):
 
 
 @cpu_only
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_of_minus_infinity_is_zero(form, causal):
+    """To the last bit, as the derivative of exp(-inf) is."""
+    case = Case(form, length=200, causal=causal, state=True, normalize=False)
+    steps = case.data[3]
+    steps[(slice(None), slice(3, None, 7)) if "N" in form else 0] = -math.inf
+    if "R" in form:
+        steps[..., 1, 2] = -math.inf
+    for dtype in (torch.float32, torch.float64):
+        got, expected = (
+            results(function, leaves(case.data, of))[6]
+            for function, of in ((case.ours, dtype), (case.plain, torch.float64))
+        )
+        assert got[steps == -math.inf].count_nonzero() == 0
+        assert expected[steps == -math.inf].count_nonzero() == 0
+        assert error(got, expected) < 100 * torch.finfo(dtype).eps
+
+
+@cpu_only
 @pytest.mark.parametrize("form", ["H", "BNH", "HR", "BNHR"])
 def test_a_million_positions(form):
     """With values of 1, one feature and no normalization: a geometric sum."""
@@ -237,18 +257,19 @@ def test_the_gradient_of_steps_far_away_and_under_strong_decay(form):
 
 
 @cpu_only
-@pytest.mark.parametrize("form", ["H", "BNH"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("step", [1e-7, 1e-5, 50.0])
 def test_gradients_of_long_sequences(form, step):
     """Against float64; sums of n (q.dq - k.dk) over all tokens would lose three digits."""
-    length = 200_000
+    # Of [H, R] every chunk of 16 tokens has the same factors, whose rounding adds up.
+    length = 100_000 if form == "HR" else 200_000
     draw = torch.Generator().manual_seed(1)
-    sizes = {"B": 1, "N": length, "H": 1}
+    sizes = {"B": 1, "N": length, "H": 1, "R": 4}
     *tensors, grad = (
         torch.randn(1, length, 1, 4, generator=draw, dtype=torch.float64) for _ in range(4)
     )
     decay = -step * torch.rand([sizes[name] for name in form], generator=draw, dtype=torch.float64)
-    if form == "BNH" and step > 1:
+    if "N" in form and step > 1:
         decay[:, ::3], decay[:, 5::7] = 0, -math.inf
 
     def run(dtype):
@@ -510,7 +531,15 @@ def test_autocast_leaves_steps_alone(dtype, device):
         ({"log_decay": torch.zeros(2, 4)}, ValueError, r"log_decay must have size 5 .*R of q"),
         ({"log_decay": torch.zeros(2, 9, 2)}, ValueError, r"log_decay must have size 10 .*M of k"),
         ({"log_decay": torch.zeros(1, 10, 2)}, ValueError, r"log_decay must have size 2 .*B of q"),
-        ({"log_decay": torch.zeros(())}, ValueError, r"log_decay must have the shape \[H\]"),
+        (
+            {"log_decay": torch.zeros(10, 2)}, ValueError,
+            r"log_decay must have size 2 \(H of q; the shape is \[H\], \[H, R\], \[B, N, H\] or "
+            r"\[B, N, H, R\]\) in dimension 0, got shape \[10, 2\]",
+        ),
+        (
+            {"log_decay": torch.zeros(())}, ValueError,
+            r"log_decay must have the shape \[H\], \[H, R\], \[B, N, H\] or \[B, N, H, R\], got",
+        ),
         ({"log_decay": torch.zeros(1, 1, 1, 1, 1)}, ValueError, r"log_decay must have the shape"),
         ({"log_decay": torch.zeros(2).half()}, TypeError, "log_decay must be float32 or float64"),
         ({"log_decay": torch.zeros(2).int()}, TypeError, "log_decay must be float32 or float64"),
@@ -538,6 +567,26 @@ def test_values_are_checked(value):
         functional.linear_attention(q, q, q, log_decay=decay)
     with pytest.raises(ValueError, match="linear_attention_state: log_decay must be at most 0"):
         functional.linear_attention_state(q, q, log_decay=decay)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (3,), (10, 2), (2, 4), (2, 10, 1), (1, 10, 2), (2, 10, 2, 4)]
+)
+def test_the_reference_refuses_wrong_shapes(shape):
+    q = torch.zeros(2, 10, 2, 5)
+    message = (
+        r"log_decay must have the shape \[H\], \[H, R\], \[B, N, H\] or \[B, N, H, R\] = \(2,\),"
+    )
+    with pytest.raises(ValueError, match=message):
+        reference.linear_attention(q, q, q, log_decay=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [1e-3, math.nan, math.inf])
+def test_the_reference_refuses_wrong_values(value):
+    q, decay = torch.zeros(1, 10, 2, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    decay[1] = value
+    with pytest.raises(ValueError, match=f"log_decay must be at most 0, got {value}"):
+        reference.linear_attention(q, q, q, log_decay=decay)
 
 
 def test_features_of_the_denominator_fade_like_those_of_the_numerator():

@@ -413,3 +413,93 @@ def test_wrong_calls():
         Decay(4, "feature")
     with pytest.raises(ValueError, match="Decay: embed_dim must be an integer >= 1, got None"):
         Decay(4, "data")
+
+
+@pytest.mark.parametrize("position", [None, "fading", "rotary"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("causal", [True, False])
+def test_steps_from_an_input_that_is_not_finite(position, value, causal):
+    """What is not finite passes on, as it does where steps do not depend on the input."""
+    x = inputs()
+    x[0, 7, 3] = value
+    outs = [make(position, kind)(x, x, x, is_causal=causal)[0] for kind in ("data", "learned")]
+    assert outs[0][0, 7:].isnan().all()
+    assert torch.equal(*(out.isnan() for out in outs))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_of_steps_that_are_not_finite_are_named(value):
+    layer, x = make("fading", "data"), inputs()
+    with torch.no_grad():
+        layer.decay.weight[1, 3] = value
+    message = rf"Decay: the parameter weight must be finite, got {value} at \(1, 3\)"
+    with pytest.raises(ValueError, match=message):
+        layer(x, x, x)
+
+
+def make_forgetful(position, kind, **options):
+    layer = make(position, kind, **options)
+    with torch.no_grad():
+        layer.decay.rate.fill_(math.inf)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["learned", "feature", "data"])
+@pytest.mark.parametrize("position", KEEPS_FEATURES)
+def test_infinite_rates_at_given_positions(position, kind):
+    """Nothing is left of other positions; tokens at one position see each other."""
+    layer, x = make_forgetful(position, kind, output_norm=None), inputs()
+    still = make(position, None, output_norm=None)
+    pairs = x.unflatten(1, (-1, 2)).flatten(0, 1)
+    for causal in (True, False):
+        out, _ = layer(x, x, x, positions=torch.arange(LENGTH) // 2, is_causal=causal)
+        alone, _ = still(pairs, pairs, pairs, positions=torch.zeros(2), is_causal=causal)
+        torch.testing.assert_close(out, alone.unflatten(0, (2, -1)).flatten(1, 2))
+        out.square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    if kind != "data" and position != "rotary":
+        assert layer.template(2).count_nonzero() == layer.template(0).count_nonzero() > 0
+
+
+@pytest.mark.parametrize("kind", ["learned", "data"])
+@pytest.mark.parametrize("position", KEEPS_FEATURES)
+def test_infinite_rates_with_padding_and_a_state(position, kind):
+    layer, x = make_forgetful(position, kind, output_norm=None), inputs()
+    mask = torch.zeros(2, LENGTH, dtype=torch.bool)
+    mask[0, :3] = mask[1, 5:9] = True
+    with torch.no_grad():
+        alone, _ = layer(x, x, x, is_causal=True)  # each token sees itself
+    for more in ({}, {"positions": torch.arange(LENGTH) * 2.0}):
+        out, state = layer(x, x, x, mask, state=layer.initial_state(2), **more)
+        torch.testing.assert_close(out[~mask], alone[~mask])
+        assert state.sums.isfinite().all()
+        out[~mask].square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("decay", [None, "learned"])
+@pytest.mark.parametrize("position", [None, "fading", "sine", "paper", "rotary"])
+def test_positions_with_their_dimension(position, decay):
+    layer, x = make(position, decay), inputs()
+    for batch, length in ((2, LENGTH), (1, LENGTH), (2, 1), (1, 1), (LENGTH, 2)):
+        y = x.flatten(0, 1)[: batch * length].view(batch, length, WIDTH)
+        shared = torch.linspace(0, 30, length)
+        own = shared + torch.arange(batch).unsqueeze(1)
+        for positions in (shared, own):
+            expected, _ = layer(y, y, y, is_causal=True, positions=positions)
+            got, _ = layer(y, y, y, is_causal=True, positions=positions.unsqueeze(-1))
+            assert torch.equal(got, expected)
+    state = layer.initial_state(2)
+    got, _ = layer(x, x, x, state=state, positions=torch.arange(LENGTH).expand(2, -1).unsqueeze(-1))
+    torch.testing.assert_close(got, layer(x, x, x, state=state)[0])
+
+
+@pytest.mark.parametrize("position", ["fading", "rotary"])
+def test_packed_sequences_at_given_positions(position):
+    layer, x = make(position), inputs(1)
+    bounds, places = torch.tensor([0, 7, LENGTH]), torch.arange(LENGTH)
+    places[7:] -= 7
+    expected, _ = layer(x, x, x, is_causal=True, cu_seqlens=bounds)
+    for positions in (places, places[:, None], places[None], places[None].to(torch.uint8)):
+        out, _ = layer(x, x, x, is_causal=True, cu_seqlens=bounds, positions=positions)
+        torch.testing.assert_close(out, expected)

@@ -265,3 +265,12 @@ def test_numpy_integers_are_integers():
     for value in (True, numpy.bool_(True), numpy.float64(2), 2.0, "2", torch.tensor([2])):
         with pytest.raises(ValueError, match="num_heads must be an integer >= 1, got"):
             SineSPE(value, 8)
+
+
+def test_rotary_positions_with_their_dimension():
+    rotary, x = torch_spe.RotaryPositions(4, 16), torch.randn(2, 10, 4, 16)
+    places = torch.linspace(0, 30, 10)
+    expected = rotary(x, positions=places)
+    assert torch.equal(rotary(x, positions=places[:, None]), expected)
+    encoder = rotary.draw((10,)).at(positions=places[:, None])
+    assert torch.equal(encoder.encode(x, "query"), expected)

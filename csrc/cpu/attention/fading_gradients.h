@@ -16,7 +16,7 @@
 //   dg_u = sum_(t >= u) x_t dx_t - [sum_(m >= u) x_m dx_m, with tokens of the chunk alone]
 //          + sum_(m < u) [x_m dx_m, with `after` alone] + total <before, after>.
 // A token paired with itself contributes nothing and is left out of these sums: their difference
-// would be lost in its size when attention fades fast.
+// would be lost in its size when attention fades fast. Of a step that leaves nothing it is 0.
 #pragma once
 
 #include "tiles.h"
@@ -162,7 +162,9 @@ class FadingGradients {
     for (std::int64_t t = chunk.size - 1; t >= 0; --t) {
       for (std::int64_t c = 0; c < columns; ++c) {
         sums_[c] += terms_[t * width_ + c];
-        step_[c] = sums_[c] + later_terms_[t * width_ + c];
+        // Exactly 0 where nothing is left after the step, as the derivative of exp(-inf) is:
+        // rounding would leave something of terms that cancel.
+        step_[c] = decay_.step(t)[c] == T(0) ? 0 : sums_[c] + later_terms_[t * width_ + c];
       }
       if (sums != nullptr) {
         for (std::int64_t c = 0; c < columns; ++c) sums[c] += step_[c];

@@ -206,6 +206,10 @@ __global__ void __launch_bounds__(64)
   sums[count + row] = later;
   __syncthreads();
   for (int i = 0; i < count; ++i) sum += sums[i < row ? count + i : i];
+  // Exactly 0 where the step leaves nothing: rounding would leave something of terms that cancel.
+  if (row < chunk.size &&
+      core::exp_nonpositive(decay.steps.at(chunk.batch, chunk.begin + row, head, 0)) == 0)
+    sum = 0;
   if (out.of_tokens != nullptr && row < chunk.size) {
     double* const to = out.of_tokens + decay.index(chunk.batch, chunk.begin + row, head);
     *to = out.adds ? *to + sum : sum;

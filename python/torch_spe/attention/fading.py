@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_spe.attention.places import Places
-from torch_spe.decay import KINDS, RANGE, Decay, check_range, check_rising, steps_between
+from torch_spe.decay import (
+    KINDS,
+    RANGE,
+    Decay,
+    check_range,
+    check_rising,
+    steps_between,
+    steps_over,
+)
 from torch_spe.encoder import Encoder
 from torch_spe.feature_maps import FeatureMap, apply_feature_map
 from torch_spe.positions import Position
@@ -116,19 +124,21 @@ def steps_of_call(
             f"made from it, got lengths {x.shape[1]} and {length}"
         )
     steps = decay(x)
+    if decay.kind == "data":  # keys made of an x that is not finite are NaN, and that passes on
+        steps = steps.masked_fill(steps.isnan(), 0)
     between = places.between
     if between is None and (places.positions is None or places.consecutive):
         return steps
     if between is None:
         assert places.positions is not None
         positions = places.positions if places.each else places.positions.unsqueeze(0)
-        positions = positions.squeeze(-1) if positions.dim() == 3 else positions
         if mask is not None and mask.shape[1] == positions.shape[1]:
             positions = positions.expand(len(mask), -1).gather(1, tokens_before(mask))
         between = steps_between(positions)
     check_rising(OWNER, between)
     after_tokens = steps.dim() - (2 if decay.kind == "data" else 0)  # dimensions
-    return steps * between.to(steps.dtype).view(*between.shape, *[1] * after_tokens)
+    between = between.to(steps.dtype).view(*between.shape, *[1] * after_tokens)
+    return steps_over(steps, between)
 
 
 def tokens_before(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_spe.checks import check_tensor, is_integer, is_sequence, to_int
 
 OWNER = "SPEMultiheadAttention"
+NEEDS_NDIM = " (a grid needs ndim={}, as position='sine' takes it, and no decay)"
 
 
 def to_batch_first(
@@ -35,6 +36,8 @@ def to_batch_first(
     if query.is_nested or layout is None:
         hint = "" if batch_first or ndim == 1 else " (a grid needs batch_first=True)"
         got = "a nested tensor" if query.is_nested else f"shape {tuple(query.shape)}"
+        if ndim == 1 and query.dim() > 3:
+            got += NEEDS_NDIM.format(query.dim() - 2)
         raise ValueError(
             f"{OWNER}: query must have {' or '.join(map(str, dims))} dimensions{hint}, got {got}"
         )
@@ -150,7 +153,8 @@ def check_grid(
     if layout == "grid":
         raise ValueError(f"{OWNER}: grid must be None when the input is a grid, got {grid}")
     if len(grid) != ndim:
-        raise ValueError(f"{OWNER}: grid must have {ndim} sizes (ndim), got {grid}")
+        hint = NEEDS_NDIM.format(len(grid)) if ndim == 1 else ""
+        raise ValueError(f"{OWNER}: grid must have {ndim} sizes (ndim), got {grid}{hint}")
     if length != key_length or math.prod(grid) != length:
         raise ValueError(
             f"{OWNER}: grid must have the product {length}, the length of query, and that of "

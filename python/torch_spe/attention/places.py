@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_spe.attention.state import AttentionState, check_state
 from torch_spe.checks import check_number, is_sequence
+from torch_spe.decay import steps_between
 from torch_spe.positions import Position
 
 OWNER = "SPEMultiheadAttention"
@@ -66,6 +67,8 @@ def find_places(
         cu_seqlens: of the call.
         device: of the inputs.
     """
+    if position.ndim == 1:
+        positions = without_dimension(positions, length)
     if state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_state(OWNER, state, sequences, device)
@@ -110,6 +113,18 @@ def find_places(
     return places if state is None else dataclasses.replace(places, after=state.position)
 
 
+def without_dimension(
+    positions: Tensor | None,  # [N], [N, 1], [B, N] or [B, N, 1]
+    length: int,
+) -> Tensor | None:  # [N] or [B, N]
+    """Return positions of one dimension (ndim) without it."""
+    if not isinstance(positions, Tensor) or positions.dim() < 2 or positions.shape[-1] != 1:
+        return positions
+    if positions.dim() == 3 or positions.shape[0] == length:  # else [B, N], N = 1
+        return positions.squeeze(-1)
+    return positions
+
+
 def given_places(
     batch: int,
     length: int,
@@ -123,8 +138,6 @@ def given_places(
         return Places(start) if starts is None else Places(starts, each=True)
     shape = (batch, length) if ndim == 1 else (batch, length, ndim)
     each = isinstance(positions, Tensor) and tuple(positions.shape) == shape
-    if each and ndim == 1 and length == 1 and batch == 1:
-        each = False
     if each:
         check_start_of_positions(start)
     return Places(start, positions, each)
@@ -247,12 +260,11 @@ def packed_places(
                 f"{OWNER}: positions must be None with cu_seqlens and a state, which holds them, "
                 f"got shape {tuple(places.positions.shape)}"
             )
-        if places.positions.dim() > 1:
-            return places
-        between = places.positions.diff(prepend=places.positions[:1])
-        return dataclasses.replace(
-            places, between=between.masked_fill(index == starts, 0).unsqueeze(0)
-        )
+        positions = places.positions if places.each else places.positions.unsqueeze(0)
+        if positions.shape != (1, length):
+            return places  # refused where they are used
+        between = steps_between(positions).masked_fill(index == starts, 0)
+        return dataclasses.replace(places, between=between)
     first: Any = places.start if state is None else state.position
     after = first + bounds.diff() if state is not None else 0
     if isinstance(first, Tensor):

@@ -23,6 +23,7 @@ from torch_spe.checks import (
     check_starts,
     check_tensor,
 )
+from torch_spe.decay import steps_over
 from torch_spe.noise import draw_seed
 from torch_spe.precision import parameter_type
 
@@ -187,7 +188,7 @@ def template_of_layer(
             )
         lags = torch.arange(template.shape[-1], device=template.device)
         lags = (lags - template.shape[-1] // 2).abs()
-        fades = (lags * layer.decay().view(layer.num_heads, -1, 1)).exp()
+        fades = steps_over(layer.decay().view(layer.num_heads, -1, 1), lags).exp()
     of_position, of_all = (1.0, fades) if layer.decay_gate else (fades, 1.0)
     template = template * of_position
     return of_all * (template if layer.filter is None else layer.filter.template(template))

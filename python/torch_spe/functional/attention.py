@@ -154,8 +154,8 @@ def linear_attention(
         log_decay: the logarithm g of the decay from each token to the next, at most 0 (-inf forgets
             everything): ``[H]``, the same for all tokens; ``[B, N, H]``, where entry n belongs to
             the step from token n - 1 to token n; ``[H, R]`` and ``[B, N, H, R]``, the same for each
-            feature of queries and keys. float32 or float64. ``M`` must be ``N``. Differentiable. On
-            the CPU its values are checked.
+            feature of queries and keys. float32 or float64. ``M`` must be ``N``. Differentiable;
+            the gradient of -inf is 0. On the CPU its values are checked.
 
     Returns:
         The output ``[B, N, H, E]``, of the type of ``q``; with ``return_state`` a pair of it and

@@ -159,9 +159,12 @@ def make_position(
     if unknown:
         named = isinstance(position, str)
         what = repr(position) if named else getattr(position, "__name__", type(position).__name__)
+        hint = ""
+        if position == "fading" and unknown[0] in factory_options(_sine):
+            hint = "; position='sine', the default before version 0.2, has it"
         raise TypeError(
             f"{owner}: got the unknown argument {unknown[0]!r}; position={what} takes the options "
-            f"{', '.join(known) or 'none'}"
+            f"{', '.join(known) or 'none'}{hint}"
         )
     if layer["num_realizations"] is None:
         layer = layer | {"num_realizations": DEFAULT_REALIZATIONS}

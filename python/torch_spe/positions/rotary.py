@@ -55,7 +55,7 @@ class RotaryEncoder(Encoder):
             size = positions.shape[:1]
         elif size is None:
             size = (0,)
-        return RotaryEncoder(self.cycles, _check_positions(size, start, positions), positions)
+        return RotaryEncoder(self.cycles, *_check_positions(size, start, positions))
 
     def shift(self, sums: Tensor, by: Tensor) -> Tensor:  # [B, H, D, E], [B]
         """Rotate the pairs of rows; see `Encoder.shift`."""
@@ -78,21 +78,25 @@ class RotaryEncoder(Encoder):
 
 
 def _check_positions(
-    size: Sequence[int], start: float | Sequence[float], positions: Tensor | None
-) -> float:
-    """Return the first position, after checks of start and positions."""
+    size: Sequence[int],
+    start: float | Sequence[float],
+    positions: Tensor | None,  # [N] or [N, 1]
+) -> tuple[float, Tensor | None]:
+    """Return the first position and ``[N]`` of them, after checks of both."""
     if not is_sequence(size):
         raise TypeError(
             f"RotaryPositions: size must be a sequence of one length, got {type(size).__name__}"
         )
     size = check_size("RotaryPositions", (1, *size))
     check_tensor("RotaryPositions", "positions", positions, optional=True)
+    if positions is not None and tuple(positions.shape) == (*size, 1):
+        positions = positions.squeeze(-1)
     if positions is not None and tuple(positions.shape) != size:
         raise ValueError(
             f"RotaryPositions: positions must have shape ({size[0]},), got {tuple(positions.shape)}"
         )
     (start,) = check_starts("RotaryPositions", start, 1)
-    return start
+    return start, positions
 
 
 class RotaryPositions(Position):
@@ -205,7 +209,7 @@ class RotaryPositions(Position):
         self.warn_of_half_precision()
         freqs = self.freqs
         check_not_nan("RotaryPositions", freqs=freqs)
-        start = _check_positions(size, start, positions)
+        start, positions = _check_positions(size, start, positions)
         # In float64: in float32 the phase at position 10^6 would have lost its fraction.
         return RotaryEncoder(freqs.double().sigmoid() / 2, start, positions)
 

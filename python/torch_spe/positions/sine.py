@@ -221,7 +221,7 @@ class SineSPE(SPE):
         if self.noise == "exact" and num_realizations != self.num_realizations:
             raise ValueError(
                 f"{owner}: {name} must not be given with noise='exact' (position='fading' or "
-                "'exact' of a layer), which has 2 * num_sines * in_features = "
+                "'exact' of a layer; 'sine' takes it), which has 2 * num_sines * in_features = "
                 f"{self.num_realizations}, got {num_realizations}"
             )
 
