@@ -10,7 +10,8 @@ tokenizer dropped them, an expression has no one value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,31 +156,21 @@ def generate(
     )
 
 
-# Shorter expressions of the same kind, for a curriculum: name, lengths as above, how many.
-SHORTER = {
-    "8-64": (8, 64, 400_000),
-    "50-200": (50, 200, 200_000),
-    "150-600": (150, 600, 96_000),
-}
+# Shorter expressions of the same kind, for a curriculum: between which lengths.
+SHORTER = {"8-64": (8, 64), "50-200": (50, 200), "150-600": (150, 600)}
 
 
-def load(folder: Path, shorter: Sequence[str] = (), counts: dict[str, int] = COUNTS) -> Task:
-    """The task, generated at the first call, with the parts of a curriculum that are named."""
-
-    def part(name: str, number: int, count: int, *lengths: int) -> Part:
-        path = folder / f"listops-{name}-{count}.npz"
-        return cached(path, lambda: generate(count, (2020, number), *lengths))
-
-    parts = {name: part(name, i, count) for i, (name, count) in enumerate(counts.items())}
-    for i, (name, (shortest, longest, count)) in enumerate(SHORTER.items(), len(counts)):
-        if name in shorter:
-            parts[name] = part(name, i, count, shortest, longest)
+def load(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
+    """The task, generated at the first call; `counts` may have parts of a curriculum."""
+    parts = {}
+    for number, name in enumerate((*COUNTS, *SHORTER)):
+        if name in counts:
+            count, lengths = counts[name], SHORTER.get(name, (SHORTEST, LONGEST))
+            parts[name] = cached(
+                folder / f"listops-{name}-{count}.npz",
+                lambda arguments=(count, (2020, number), *lengths): generate(*arguments),
+            )
     return Task("listops", "ListOps", VOCABULARY, len("0123456789"), LONGEST, parts)
-
-
-def _curriculum(*stages: Stage) -> Callable[[Path], Task]:
-    shorter = [stage.part for stage in stages if stage.part in SHORTER]
-    return lambda folder: load(folder, shorter)
 
 
 # A model learns to evaluate where the whole is short, and then has only to find what belongs
@@ -196,16 +187,19 @@ LONG_STAGES = (
     Stage(2000, 32, "150-600"),
     Stage(2500, 16),
 )
+# Each expression is read once.
+CPU_COUNTS = COUNTS | {stage.part: stage.steps * stage.batch for stage in CPU_STAGES}
+LONG_COUNTS = COUNTS | {"8-64": 400_000, "50-200": 200_000, "150-600": 96_000}
 PRESETS = {
     "cpu": Preset(
-        _curriculum(*CPU_STAGES),
+        partial(load, counts=CPU_COUNTS),
         Size(4, 64, 4, 128, pooling="first"),
         Recipe(CPU_STAGES, 2e-3, 200, evaluate_count=500),
         ("default",),
     ),
     # 150 minutes of one core, less than a million parameters.
     "long": Preset(
-        _curriculum(*LONG_STAGES),
+        partial(load, counts=LONG_COUNTS),
         Size(6, 96, 6, 192, pooling="first"),
         Recipe(LONG_STAGES, 1.5e-3, 400, evaluate_count=500),
         ("default",),

@@ -77,7 +77,7 @@ PATHFINDER = {
         pathfinder.load_small,
         Size(6, 32, 4, 64, directions="cross", pooling="max"),
         Recipe(
-            (Stage(800, 32, "2-paddles"), Stage(1200, 32, "3-paddles"), Stage(6000, 32)),
+            (Stage(800, 32, "2-paddles"), Stage(1200, 32, "3-paddles"), Stage(2000, 32)),
             2e-3, 100, evaluate_every=500,
         ),
         ("default",),

@@ -107,6 +107,22 @@ def test_listops_has_the_published_distribution():
     assert not np.array_equal(part.labels, listops.generate(2000, 1, 30, 120).labels)
 
 
+def test_the_cpu_preset_generates_what_it_reads(tmp_path):
+    recipe = TASKS["listops"]["cpu"].recipe
+    assert {s.part: s.steps * s.batch for s in recipe.stages}.items() <= listops.CPU_COUNTS.items()
+    counts = {"test": 2, "8-64": 5}
+    for _ in range(2):  # made, then read
+        task = listops.load(tmp_path, counts)
+        assert {name: len(part) for name, part in task.parts.items()} == counts
+        short = task.parts["8-64"]
+        assert np.array_equal(short.inputs[0].tokens,
+                              listops.generate(5, (2020, 3), 8, 64).inputs[0].tokens)  # fmt: skip
+    assert task.parts["test"].inputs[0].lengths.min() > 500
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "listops-test-2.npz", "listops-8-64-5.npz",
+    }  # fmt: skip
+
+
 def small_task():
     parts = {
         name: listops.generate(count, i, *lengths)

@@ -84,6 +84,21 @@ def test_pathfinder_is_a_function_of_its_seed_alone(monkeypatch):
     assert 1 == tokens.min() < tokens.max() < pathfinder.VOCABULARY
 
 
+def test_the_small_images_are_as_many_as_are_read(tmp_path):
+    counts = {f"{n}-paddles": count for n, count in pathfinder.SMALL_SHORTER.items()}
+    counts["train"] = pathfinder.SMALL_COUNTS["train"]
+    for stage in TASKS["pathfinder"]["cpu"].recipe.stages:
+        assert counts[stage.part] % pathfinder.CHUNK == 0
+        assert 0 <= counts[stage.part] - stage.steps * stage.batch < pathfinder.CHUNK
+    task = pathfinder.load(tmp_path, pathfinder.SMALL, {"train": 3, "valid": 2, "test": 2}, {2: 4})
+    assert {name: len(part) for name, part in task.parts.items()} == {
+        "train": 3, "valid": 2, "test": 2, "2-paddles": 4,
+    }  # fmt: skip
+    again = pathfinder.generate(2, (2020, 1), pathfinder.SMALL)
+    assert np.array_equal(task.parts["valid"].inputs[0].tokens, again.inputs[0].tokens)
+    assert (tmp_path / "pathfinder16-2-paddles-4.npz").exists()
+
+
 # ---- loaders, on files of the released formats
 
 
