@@ -21,7 +21,7 @@ class Encoding:
     label: str
     # Makes the module that all layers share, from heads H, size of a head D and realizations R.
     position: Callable[[int, int, int], nn.Module | None] = lambda *_: None
-    absolute: bool = False  # learned positions are added to the embeddings
+    absolute: bool = False  # absolute positions are added to the embeddings
     layer: dict = field(default_factory=dict)  # other arguments of SPETransformerEncoderLayer
     favor: bool = False  # positive random features, as many as realizations
     softmax: bool = False  # the yardstick: exact softmax attention

@@ -33,6 +33,9 @@ class Size:
     dropout: float = 0.0
     norm_first: bool = True
     head_dim: int | None = None  # of queries, keys and values; width / heads unless given
+    # Absolute positions: "sinusoids" of amplitude 1, as large as the embeddings and the same at
+    # places that few sequences reach, or "learned" from a deviation of 0.02.
+    absolute: str = "sinusoids"
 
 
 class Classifier(SPESequenceClassifier):
@@ -62,9 +65,7 @@ class Classifier(SPESequenceClassifier):
     def make_layers(self) -> Iterable[nn.Module]:
         """The layers of the encoding, which share a position, after what comes before them."""
         kind, size = self.kind, self.size
-        self.absolute = (
-            nn.Parameter(torch.randn(self.length, size.width) * 0.02) if kind.absolute else None
-        )
+        self.add_absolute()
         head = size.width // size.heads
         if not kind.softmax:
             head = size.head_dim or head
@@ -85,6 +86,16 @@ class Classifier(SPESequenceClassifier):
                 layer.self_attn = SoftmaxAttention(size.width, size.heads, position)
         return layers
 
+    def add_absolute(self) -> None:
+        """Make the absolute positions, if the encoding has some: one more for pooling="first"."""
+        shape = self.length + (self.size.pooling == "first"), self.size.width
+        if not self.kind.absolute:
+            self.absolute = None
+        elif self.size.absolute == "learned":
+            self.absolute = nn.Parameter(torch.randn(shape) * 0.02)
+        else:
+            self.register_buffer("absolute", sinusoids(*shape), persistent=False)
+
     def make_head(self) -> nn.Module:
         """The output layer, with a hidden one."""
         features, classes = self.size.width, self.config.num_classes
@@ -100,11 +111,9 @@ class Classifier(SPESequenceClassifier):
     ) -> Tensor:  # [B, N, width], with one more in front for pooling="first"
         """Vectors of tokens, with absolute positions and the first one where there are some."""
         x = super().embed(tokens, start)
-        if self.absolute is not None:
-            x = x + self.absolute[: x.shape[1]]
         if self.first is not None:
             x = torch.cat((self.first.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
-        return x
+        return x if self.absolute is None else x + self.absolute[: x.shape[1]]
 
     def pooled(
         self,
@@ -157,6 +166,13 @@ class Classifier(SPESequenceClassifier):
             return self.head(towers[0])
         a, b = towers
         return self.head(torch.cat((a, b, a * b, a - b), dim=-1))
+
+
+def sinusoids(length: int, width: int) -> Tensor:  # [length, width]
+    """Sines and cosines of each place, of wavelengths from 2 pi to 20 000 pi (Vaswani et al.)."""
+    rates = 10_000 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * rates
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
 
 
 def _transposed(x: Tensor, height: int, width: int) -> Tensor:  # [B, N, C]

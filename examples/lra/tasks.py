@@ -34,7 +34,9 @@ IMAGE = {
     ),
     "paper": Preset(
         image.load_cifar,
-        Size(1, 128, 8, 128, 32, directions="both", pooling="first", head_dim=8),
+        Size(
+            1, 128, 8, 128, 32, directions="both", pooling="first", head_dim=8, absolute="learned"
+        ),
         Recipe(
             (Stage(200 * IMAGE_STEPS, 96),), 2.5e-4, IMAGE_STEPS, weight_decay=0.1,
             evaluate_every=IMAGE_STEPS,

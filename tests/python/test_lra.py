@@ -155,6 +155,25 @@ def test_cached_parts_and_padding(tmp_path):
     assert lengths.tolist() == [2, 1]
 
 
+def test_absolute_positions_are_as_large_as_the_embeddings_or_those_of_the_image_runs():
+    torch.manual_seed(0)
+    model = Classifier(replace(SIZE, pooling="mean"), "absolute", 16, 10, 60)
+    place = torch.arange(60)[:, None] / 10_000 ** (torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(model.absolute[:, ::2], place.sin(), atol=1e-5)
+    assert torch.allclose(model.absolute[:, 1::2], place.cos(), atol=1e-5)
+    token = torch.full((1, 60), 3)
+    assert torch.equal(model.embed(token), model.embedding.weight[3] + model.absolute[None])
+    assert "absolute" not in {name for name, _ in model.named_parameters()}
+    learned = Classifier(replace(SIZE, absolute="learned"), "absolute", 16, 10, 60)
+    assert learned.absolute.shape == (61, 16)  # the token in front has a place
+    assert learned.absolute.std().item() == pytest.approx(0.02, rel=0.1)
+    assert "absolute" in {name for name, _ in learned.named_parameters()}
+    for name, presets in TASKS.items():
+        for preset, made in presets.items():
+            kind = "learned" if (name, preset) == ("image", "paper") else "sinusoids"
+            assert made.size.absolute == kind
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max", "first", "last"])
 @pytest.mark.parametrize("directions", ["alternate", "both", "causal"])
 @pytest.mark.parametrize("encoding", ["default", "softmax-rotary", "none"])
