@@ -66,9 +66,7 @@ class Classifier(SPESequenceClassifier):
         """The layers of the encoding, which share a position, after what comes before them."""
         kind, size = self.kind, self.size
         self.add_absolute()
-        head = size.width // size.heads
-        if not kind.softmax:
-            head = size.head_dim or head
+        head = size.head_dim or size.width // size.heads
         options = kind.options(size.heads, head, size.realizations)
         position = options["position"]
         first = size.pooling == "first"
@@ -77,13 +75,13 @@ class Classifier(SPESequenceClassifier):
             SPETransformerEncoderLayer(
                 size.width, size.heads, size.feedforward, dropout=size.dropout, activation="gelu",
                 batch_first=True, norm_first=size.norm_first,
-                **({"position": None} if kind.softmax else options | {"head_dim": head}),
+                head_dim=head, **({"position": None} if kind.softmax else options),
             )
             for _ in range(size.layers)
         ]  # fmt: skip
         if kind.softmax:
             for layer in layers:
-                layer.self_attn = SoftmaxAttention(size.width, size.heads, position)
+                layer.self_attn = SoftmaxAttention(size.width, size.heads, position, head_dim=head)
         return layers
 
     def add_absolute(self) -> None:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from lra import contours, image, pathfinder, retrieval, text
 from lra.encodings import ENCODINGS
 from lra.model import Classifier, Size
-from lra.task import Part, Ragged, Task
+from lra.task import Batch, Part, Ragged, Task
 from lra.tasks import TASKS
 from lra.training import Place, Recipe, Stage, Training
 
@@ -287,6 +287,21 @@ def test_reading_columns_is_reading_the_rows_of_the_transposed_image():
         assert not torch.allclose(
             columns, model.pass_layer(number, layer, pixels.flatten(1, 2), None)
         )
+
+
+@pytest.mark.parametrize("encoding", ["softmax", "softmax-rotary"])
+def test_the_yardstick_has_the_size_of_what_it_is_compared_with(encoding):
+    def attention(name, head_dim):
+        model = Classifier(Size(1, 32, 2, 16, 8, "both", head_dim=head_dim), name, 20, 3, 48)
+        assert model(Batch([torch.ones(2, 48).long()], [torch.tensor([48, 9])], None)).shape == (
+            2,
+            3,
+        )
+        return sum(p.numel() for p in model.layers[0].self_attn.parameters() if p.dim() == 2)
+
+    # The projections; rotary's frequencies are not learned.
+    assert attention(encoding, 4) == attention("none", 4) == 4 * 32 * 8
+    assert attention(encoding, None) == attention("none", None) == 4 * 32 * 32
 
 
 def test_what_needs_an_image_says_so():
