@@ -38,6 +38,19 @@ class Size:
     absolute: str = "sinusoids"
 
 
+def check_size(size: Size, encoding: str, image: bool) -> None:
+    """Raise where a model can have no such encoding: what reads columns needs an image."""
+    columns = f"encoding {encoding!r}" if ENCODINGS[encoding].grid else None
+    if columns is None and size.directions == "cross":
+        columns = "directions 'cross'"
+    if columns and not image:
+        raise ValueError(f"{columns} must read an image, row by row: this is not an image")
+    if columns and size.pooling == "first":
+        raise ValueError(
+            f"{columns} must have another pooling than 'first', whose token is no pixel"
+        )
+
+
 class Classifier(SPESequenceClassifier):
     """Names the class of a sequence or of a pair of them."""
 
@@ -47,10 +60,9 @@ class Classifier(SPESequenceClassifier):
     ):  # fmt: skip
         self.kind, self.size, self.grid = ENCODINGS[encoding], size, grid
         self.length, self.towers = length, towers
+        check_size(size, encoding, image=grid is not None)
         # Positions of two dimensions know no order that could be causal.
         self.directions = "both" if self.kind.grid else size.directions
-        if grid is None and (self.directions == "cross" or self.kind.grid):
-            raise ValueError(f"encoding {encoding!r}, directions {size.directions!r}: not an image")
         super().__init__(
             ModelConfig(
                 vocabulary, size.width, size.layers, size.heads, size.feedforward, size.dropout,

@@ -19,3 +19,4 @@ class Preset:
     size: Size
     recipe: Recipe
     encodings: tuple[str, ...]  # unless others are asked for
+    image: bool = False  # what is read, row by row

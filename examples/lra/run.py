@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from experiments.runs import claim, write  # noqa: E402  (found in the folder above)
 from lra.encodings import ENCODINGS  # noqa: E402
-from lra.model import Classifier  # noqa: E402
+from lra.model import Classifier, check_size  # noqa: E402
 from lra.presets import Preset  # noqa: E402
 from lra.report import report  # noqa: E402
 from lra.tasks import TASKS  # noqa: E402
@@ -125,6 +125,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"TASK must be one of {', '.join(TASKS)}, got {name}")
         if options.preset not in TASKS[name]:
             parser.error(f"--preset of {name} must be one of {', '.join(TASKS[name])}")
+        preset = TASKS[name][options.preset]
+        for encoding in options.encodings or preset.encodings:
+            try:
+                check_size(preset.size, encoding, preset.image)
+            except ValueError as error:  # before any data are made
+                parser.error(f"{name}, --preset {options.preset}: {error}")
     if not options.steps_share > 0:
         parser.error(f"--steps-share must be above 0, got {options.steps_share}")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():

@@ -25,12 +25,14 @@ IMAGE = {
         Size(4, 64, 4, 128, directions="cross"),
         Recipe((Stage(1600, 32),), 3e-3, 100, evaluate_every=200),
         ("default",),
+        image=True,
     ),
     "digits": Preset(
         image.load_digits,
         Size(4, 64, 4, 128, directions="cross"),
         Recipe((Stage(1500, 32),), 3e-3, 100, evaluate_every=100),
         ("default",),
+        image=True,
     ),
     "paper": Preset(
         image.load_cifar,
@@ -42,6 +44,7 @@ IMAGE = {
             evaluate_every=IMAGE_STEPS,
         ),
         PAPER,
+        image=True,
     ),
 }  # fmt: skip
 TEXT = {
@@ -83,6 +86,7 @@ PATHFINDER = {
             2e-3, 100, evaluate_every=500,
         ),
         ("default",),
+        image=True,
     ),
     # 32 x 32 with more of the same layers; for a GPU, or a day of a CPU.
     "large": Preset(
@@ -96,6 +100,7 @@ PATHFINDER = {
             1e-3, 500, evaluate_every=2000, evaluate_count=4000,
         ),
         ("default",),
+        image=True,
     ),
     # The Arena's base configuration.
     "paper": Preset(
@@ -106,6 +111,7 @@ PATHFINDER = {
             evaluate_every=PATHFINDER_STEPS,
         ),
         PAPER,
+        image=True,
     ),
 }  # fmt: skip
 

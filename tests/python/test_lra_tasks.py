@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from lra import contours, image, pathfinder, retrieval, text
+from lra import contours, image, pathfinder, retrieval, run, text
 from lra.encodings import ENCODINGS
 from lra.model import Classifier, Size
 from lra.task import Batch, Part, Ragged, Task
@@ -305,10 +305,32 @@ def test_the_yardstick_has_the_size_of_what_it_is_compared_with(encoding):
 
 
 def test_what_needs_an_image_says_so():
-    with pytest.raises(ValueError, match="not an image"):
+    with pytest.raises(ValueError, match="directions 'cross' must read an image"):
         Classifier(Size(1, 16, 2, 16, 8, "cross"), "default", 20, 3, 48)
-    with pytest.raises(ValueError, match="not an image"):
+    with pytest.raises(ValueError, match="encoding 'grid' must read an image"):
         Classifier(Size(1, 16, 2, 16, 8, "both"), "grid", 20, 3, 48)
+    for encoding, directions in (("grid-conv", "both"), ("grid", "cross"), ("default", "cross")):
+        with pytest.raises(ValueError, match="must have another pooling than 'first'"):
+            Classifier(Size(1, 16, 2, 16, 8, directions, "first"), encoding, 20, 3, 48, grid=(6, 8))
+
+
+def test_encodings_that_do_not_fit_are_seen_before_the_data_are_read(tmp_path, monkeypatch, capsys):
+    def load(_folder):
+        raise AssertionError
+
+    for name, preset in (("text", "cpu"), ("image", "paper")):
+        monkeypatch.setitem(TASKS, name, {preset: replace(TASKS[name][preset], load=load)})
+        command = [name, "--preset", preset, "--encodings", "grid", "--out", str(tmp_path)]
+        with pytest.raises(SystemExit):
+            run.main(command)
+    said = capsys.readouterr().err
+    assert "text, --preset cpu: encoding 'grid' must read an image" in said
+    assert "image, --preset paper: encoding 'grid' must have another pooling" in said
+
+
+def test_presets_know_whether_they_read_images():
+    for name, presets in TASKS.items():
+        assert all(p.image == (name in ("image", "pathfinder")) for p in presets.values())
 
 
 def test_every_preset_has_a_model():
