@@ -58,7 +58,8 @@ class Classifier(SPESequenceClassifier):
         self, size: Size, encoding: str, vocabulary: int, classes: int, length: int,
         towers: int = 1, grid: tuple[int, int] | None = None,
     ):  # fmt: skip
-        self.kind, self.size, self.grid = ENCODINGS[encoding], size, grid
+        self.encoding, self.kind = encoding, ENCODINGS[encoding]
+        self.size, self.grid = size, grid
         self.length, self.towers = length, towers
         check_size(size, encoding, image=grid is not None)
         # Positions of two dimensions know no order that could be causal.
@@ -69,6 +70,11 @@ class Classifier(SPESequenceClassifier):
                 num_classes=classes,
             )
         )  # fmt: skip
+
+    @property
+    def identity(self) -> str:
+        """What must be the same for a checkpoint to go on from."""
+        return f"{self.encoding!r}, {self.size}"
 
     def make_embedding(self) -> nn.Module:
         """The embedding, of zeros for the token of no content."""

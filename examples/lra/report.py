@@ -43,9 +43,12 @@ PUBLISHED_DATA = {
 
 def table(task: str, results: list[dict]) -> str:
     """A task's table in Markdown: means over the seeds, smallest and largest in brackets."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, ...], list[dict]] = {}
     for result in results:
-        groups.setdefault((result["preset"], result["encoding"]), []).append(result)
+        preset = [result["preset"]]
+        preset += [result["precision"]] if result["precision"] != "float32" else []
+        preset += ["ended early"] if result.get("ended_early") else []
+        groups.setdefault((", ".join(preset), result["encoding"]), []).append(result)
     lines = [
         f"| {task} | preset | parameters | test accuracy (%) | seeds | minutes |",
         "|---|---|---:|---:|---:|---:|",

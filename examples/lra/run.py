@@ -44,10 +44,12 @@ class Run:
     preset: str
     encoding: str
     seed: int
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.preset}-{self.encoding}-seed{self.seed}"
+        suffix = "" if self.precision == "float32" else f"-{self.precision}"
+        return f"{self.task}-{self.preset}-{self.encoding}-seed{self.seed}{suffix}"
 
     def make(self, preset: Preset, options: argparse.Namespace, place: Place) -> dict | None:
         """Train and test; None where `--stop-after` came before the end."""
@@ -72,10 +74,11 @@ class Run:
             "test": accuracy(training.model, task.parts["test"], batch, place),
             "valid": accuracy(training.model, task.parts["valid"], batch, place),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "steps": training.step, "minutes": training.seconds / 60, "tokens": training.tokens,
+            "steps": training.step, "ended_early": training.step < preset.recipe.steps,
+            "minutes": training.seconds / 60, "tokens": training.tokens,
             "size": asdict(preset.size), "recipe": asdict(preset.recipe), "curve": training.curve,
             "torch": torch.__version__, "python": platform.python_version(),
-            "device": str(place.device), "precision": place.precision, "processes": place.ranks,
+            "device": str(place.device), "processes": place.ranks,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -179,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
         label = options.preset + (f"-x{options.steps_share:g}" if options.steps_share != 1 else "")
         for seed in options.seeds:
             for encoding in options.encodings or preset.encodings:
-                make(Run(name, label, encoding, seed), preset, options, place)
+                make(Run(name, label, encoding, seed, options.precision), preset, options, place)
     if place.rank == 0:
         print(report(options.out, options.out))
     if place.ranks > 1:

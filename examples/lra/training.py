@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lra.model import Classifier
 from lra.task import Batch, Part, Task
 from torch_spe import parameter_groups
 
@@ -49,7 +50,7 @@ class Recipe:
 
     @property
     def identity(self) -> str:
-        """What must be the same for a checkpoint to go on from: when to evaluate need not."""
+        """As that of a model: when to evaluate may be another."""
         return repr(replace(self, evaluate_every=1, evaluate_count=None))
 
     @property
@@ -121,7 +122,7 @@ class Training:
     """A run, from its start or from where its checkpoint stands."""
 
     def __init__(
-        self, model: nn.Module, task: Task, recipe: Recipe, seed: int, place: Place,
+        self, model: Classifier, task: Task, recipe: Recipe, seed: int, place: Place,
         checkpoint: Path | None = None,
     ):  # fmt: skip
         self.task, self.recipe, self.seed, self.place = task, recipe, seed, place
@@ -147,6 +148,11 @@ class Training:
             else self.model
         )
 
+    @property
+    def identity(self) -> str:
+        """What must be the same for a checkpoint to go on from."""
+        return f"{self.model.identity}, {self.recipe.identity}, {self.place.precision}"
+
     def _state(self) -> dict:
         kept = ("step", "seconds", "tokens", "losses", "curve", "best", "worse")
         return {name: getattr(self, name) for name in kept}
@@ -169,7 +175,7 @@ class Training:
         torch.save(
             {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "random": random, "state": self._state(), "recipe": self.recipe.identity,
+                "random": random, "state": self._state(), "identity": self.identity,
             },
             unfinished,
         )  # fmt: skip
@@ -177,10 +183,10 @@ class Training:
 
     def _load(self) -> None:
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if saved["recipe"] != self.recipe.identity:
+        if saved.get("identity") != self.identity:
             raise ValueError(
-                f"{self.checkpoint} is of another recipe: finish it with that one, or remove it: "
-                f"{saved['recipe']}, got {self.recipe.identity}"
+                f"{self.checkpoint} is of another model, recipe or precision: finish it with that "
+                f"one, or remove it: {saved.get('identity')}, got {self.identity}"
             )
         if len(saved["random"]) != self.place.ranks:
             raise ValueError(

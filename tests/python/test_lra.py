@@ -134,10 +134,10 @@ def small_task():
     return Task("listops", "ListOps", listops.VOCABULARY, 10, 60, parts)
 
 
-def small_training(checkpoint=None, encoding="default", recipe=RECIPE):
+def small_training(checkpoint=None, encoding="default", recipe=RECIPE, size=SIZE, place=None):
     torch.manual_seed(1)
-    model = Classifier(SIZE, encoding, listops.VOCABULARY, 10, 60)
-    return Training(model, small_task(), recipe, 1, Place(), checkpoint)
+    model = Classifier(size, encoding, listops.VOCABULARY, 10, 60)
+    return Training(model, small_task(), recipe, 1, place or Place(), checkpoint)
 
 
 def test_cached_parts_and_padding(tmp_path):
@@ -212,8 +212,12 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path):
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
     small_training(tmp_path / "run.pt", recipe=replace(RECIPE, evaluate_every=1, evaluate_count=3))
-    with pytest.raises(ValueError, match="another recipe"):
-        small_training(tmp_path / "run.pt", recipe=replace(RECIPE, lr=1.0))
+    for other in (
+        dict(recipe=replace(RECIPE, lr=1.0)), dict(size=replace(SIZE, directions="causal")),
+        dict(encoding="default-data"), dict(place=Place(precision="bfloat16")),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="another model, recipe or precision"):
+            small_training(tmp_path / "run.pt", **other)
 
 
 def test_patience_ends_a_run_early():
@@ -244,6 +248,12 @@ def test_the_runner_makes_a_run_once_and_reports(tmp_path, monkeypatch, capsys):
     model.load_state_dict(torch.load(tmp_path / "listops-cpu-default-seed0.pt")["model"])
     assert result["test"] == accuracy(model, small_task().parts["test"], 8, Place())
     assert result["steps"] == RECIPE.steps
+    assert not result["ended_early"]
+    run.main([*command, "--precision", "bfloat16", "--patience", "0"])
+    early = json.loads((tmp_path / "listops-cpu-default-seed0-bfloat16.json").read_text())
+    assert early["ended_early"]
+    assert early["precision"] == "bfloat16"
+    assert "| cpu, bfloat16, ended early |" in capsys.readouterr().out
     monkeypatch.setattr(run.Run, "make", None)
     run.main(command)
     assert (
