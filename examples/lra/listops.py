@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lra.model import Size
-from lra.presets import Preset
+from lra.presets import PAPER, PAPER_SIZE, Preset, published
 from lra.task import PAD, Part, Ragged, Task, cached
 from lra.training import Recipe, Stage
 
@@ -206,11 +206,8 @@ PRESETS = {
     ),
     "paper": Preset(
         load,
-        Size(4, 512, 8, 1024, directions="both", pooling="first"),
-        Recipe(
-            (Stage(10_000, 8),), 0.0125, 1000, schedule="rsqrt", weight_decay=0.1,
-            evaluate_every=200,
-        ),
-        ("paper-none", "paper-sine", "paper-conv", "favor-none", "favor-sine", "favor-conv"),
+        Size(4, 512, 8, 1024, **PAPER_SIZE),
+        published(10_000, 0.0125, 1000, evaluate_every=200),
+        PAPER,
     ),
-}  # fmt: skip
+}

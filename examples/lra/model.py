@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from experiments.softmax import SoftmaxAttention
 from lra.encodings import ENCODINGS
@@ -30,12 +31,16 @@ class Size:
     # What is classified: the "mean" of all tokens, the "max" of each feature over them, the "last"
     # token, or one of its own before the "first", if the last layer attends to what follows.
     pooling: str = "mean"
-    dropout: float = 0.0
+    dropout: float = 0.0  # of embeddings and layers, but not of attention, as in the published runs
     norm_first: bool = True
     head_dim: int | None = None  # of queries, keys and values; width / heads unless given
     # Absolute positions: "sinusoids" of amplitude 1, as large as the embeddings and the same at
     # places that few sequences reach, or "learned" from a deviation of 0.02.
     absolute: str = "sinusoids"
+    features: int | None = None  # positive random ones; as many as realizations unless given
+    # The output layer of the published runs, with ReLU, and for pairs with two hidden layers on
+    # both vectors; else GELU, and for pairs their product and difference too.
+    published_head: bool = False
 
 
 def check_size(size: Size, encoding: str, image: bool) -> None:
@@ -85,7 +90,7 @@ class Classifier(SPESequenceClassifier):
         kind, size = self.kind, self.size
         self.add_absolute()
         head = size.head_dim or size.width // size.heads
-        options = kind.options(size.heads, head, size.realizations)
+        options = kind.options(size.heads, head, size.realizations, size.features)
         position = options["position"]
         first = size.pooling == "first"
         self.first = nn.Parameter(torch.randn(size.width) * 0.02) if first else None
@@ -97,8 +102,9 @@ class Classifier(SPESequenceClassifier):
             )
             for _ in range(size.layers)
         ]  # fmt: skip
-        if kind.softmax:
-            for layer in layers:
+        for layer in layers:
+            layer.self_attn.dropout = 0.0
+            if kind.softmax:
                 layer.self_attn = SoftmaxAttention(size.width, size.heads, position, head_dim=head)
         return layers
 
@@ -113,12 +119,17 @@ class Classifier(SPESequenceClassifier):
             self.register_buffer("absolute", sinusoids(*shape), persistent=False)
 
     def make_head(self) -> nn.Module:
-        """The output layer, with a hidden one."""
-        features, classes = self.size.width, self.config.num_classes
-        return nn.Sequential(
-            nn.Linear(features * (4 if self.towers == 2 else 1), self.size.feedforward), nn.GELU(),
-            nn.Linear(self.size.feedforward, classes),
-        )  # fmt: skip
+        """The output layer, with a hidden one or two."""
+        size, pairs = self.size, self.towers == 2
+        given = size.width * ((2 if size.published_head else 4) if pairs else 1)
+        hidden = [size.feedforward]
+        if size.published_head and pairs:
+            hidden.append(size.feedforward // 2)
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(given, width), nn.ReLU() if size.published_head else nn.GELU()]
+            given = width
+        return nn.Sequential(*layers, nn.Linear(given, self.config.num_classes))
 
     def embed(
         self,
@@ -129,7 +140,9 @@ class Classifier(SPESequenceClassifier):
         x = super().embed(tokens, start)
         if self.first is not None:
             x = torch.cat((self.first.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
-        return x if self.absolute is None else x + self.absolute[: x.shape[1]]
+        if self.absolute is not None:
+            x = x + self.absolute[: x.shape[1]]
+        return dropout(x, self.size.dropout, self.training)
 
     def pooled(
         self,
@@ -181,7 +194,8 @@ class Classifier(SPESequenceClassifier):
         if len(towers) == 1:
             return self.head(towers[0])
         a, b = towers
-        return self.head(torch.cat((a, b, a * b, a - b), dim=-1))
+        joined = (a, b) if self.size.published_head else (a, b, a * b, a - b)
+        return self.head(torch.cat(joined, dim=-1))
 
 
 def sinusoids(length: int, width: int) -> Tensor:  # [length, width]

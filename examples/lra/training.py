@@ -43,8 +43,9 @@ class Recipe:
     # ``lr * min(1, step / warmup) / sqrt(max(step, warmup))``.
     schedule: str = "cosine"
     weight_decay: float = 0.01
-    spe_lr_scale: float = 5.0
-    clip: float = 1.0
+    # Rate of positions as a multiple, without weight decay; None: they are weights like others.
+    spe_lr_scale: float | None = 5.0
+    clip: float | None = 1.0  # norm of the gradient
     evaluate_every: int = 500  # steps
     evaluate_count: int | None = None  # of the validation examples, as trained; None: all of them
 
@@ -128,7 +129,9 @@ class Training:
         self.task, self.recipe, self.seed, self.place = task, recipe, seed, place
         self.checkpoint = checkpoint
         self.model = model.to(place.device)
-        groups = parameter_groups(self.model, recipe.lr, recipe.spe_lr_scale)
+        groups = [{"params": list(self.model.parameters()), "lr": recipe.lr}]
+        if recipe.spe_lr_scale is not None:
+            groups = parameter_groups(self.model, recipe.lr, recipe.spe_lr_scale)
         self.optimizer = torch.optim.AdamW(
             groups, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
@@ -256,7 +259,7 @@ class Training:
         loss = cross_entropy(logits.float(), batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups if self.recipe.clip is not None else ():
             # Apart: a frequency's gradient grows with the position and would shrink all others.
             nn.utils.clip_grad_norm_(group["params"], self.recipe.clip)
         self.optimizer.step()

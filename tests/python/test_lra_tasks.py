@@ -334,8 +334,7 @@ def test_presets_know_whether_they_read_images():
 
 
 def test_every_preset_has_a_model():
-    sizes = {}
-    for name, presets in TASKS.items():
+    for presets in TASKS.values():
         assert {"cpu", "paper"} <= presets.keys()
         for preset in presets.values():
             assert set(preset.encodings) <= ENCODINGS.keys()
@@ -345,9 +344,85 @@ def test_every_preset_has_a_model():
                 replace(size, layers=1), preset.encodings[-1], 30, 10, 64, 1, grid=(8, 8)
             )
             assert model.layers[0].self_attn.head_dim == (size.head_dim or size.width // size.heads)
-        paper = presets["paper"].size
-        sizes[name] = (paper.layers, paper.width, paper.heads, paper.feedforward)
-    assert sizes == {
-        "listops": (4, 512, 8, 1024), "text": (4, 256, 4, 1024), "retrieval": (4, 128, 4, 512),
-        "image": (1, 128, 8, 128), "pathfinder": (2, 32, 4, 32),
+
+
+def test_the_paper_presets_are_the_published_ones():
+    """Layers, width, heads, size of a head, MLP, R, pooling, dropout, absolute positions; batch,
+    steps, rate, warm-up, schedule, weight decay."""
+    epochs = 200 * (45_000 // 96), 200 * (160_000 // 512)
+    published = {
+        "listops": ((4, 512, 8, 64, 1024, 64, "first", 0.1, "sinusoids"),
+                    (8, 10_000, 0.0125, 1000, "rsqrt", 0.1)),
+        "text": ((4, 256, 4, 64, 1024, 64, "first", 0.1, "sinusoids"),
+                 (8, 30_000, 0.0125, 8000, "rsqrt", 0.1)),
+        "retrieval": ((4, 128, 4, 32, 512, 64, "first", 0.1, "sinusoids"),
+                      (8, 15_000, 0.005, 3000, "rsqrt", 0.1)),
+        "image": ((1, 128, 8, 8, 128, 32, "first", 0.3, "learned"),
+                  (96, epochs[0], 2.5e-4, 468, "cosine", 0.1)),
+        "pathfinder": ((1, 32, 2, 8, 32, 64, "mean", 0.1, "sinusoids"),
+                       (512, epochs[1], 1e-3, 312, "cosine", 0.0)),
     }  # fmt: skip
+    for name, (sizes, recipes) in published.items():
+        preset = TASKS[name]["paper"]
+        size, recipe = preset.size, preset.recipe
+        (stage,) = recipe.stages
+        assert sizes == (
+            size.layers, size.width, size.heads, size.head_dim or size.width // size.heads,
+            size.feedforward, size.realizations, size.pooling, size.dropout, size.absolute,
+        )  # fmt: skip
+        assert recipes == (
+            stage.batch, stage.steps, recipe.lr, recipe.warmup, recipe.schedule,
+            recipe.weight_decay,
+        )  # fmt: skip
+        assert (recipe.spe_lr_scale, recipe.clip, size.directions) == (None, None, "both")
+        assert size.published_head
+        for encoding in preset.encodings:
+            model = Classifier(replace(size, layers=2), encoding, 30, 2, 64, grid=(8, 8))
+            attention = model.layers[0].self_attn
+            assert attention.dropout == 0
+            assert attention.decay is None
+            position = attention.position
+            assert position is model.layers[1].self_attn.position
+            assert (position is None) == encoding.endswith("none")
+            if position is not None:
+                assert position.num_realizations == size.realizations
+                assert attention.filter.gated
+            if encoding.endswith("sine"):
+                assert position.num_sines == 10
+            if encoding.endswith("conv"):
+                assert position.kernel_size == (128,)
+            if encoding.startswith("favor"):
+                assert attention.feature_map.num_features == 256
+            else:
+                assert attention.feature_map == "relu"
+
+
+def test_the_published_output_layers_and_dropout():
+    size = Size(1, 16, 2, 12, 8, "both", "mean", dropout=0.5, published_head=True)
+    single, pair = (Classifier(size, "none", 20, 3, 48, towers) for towers in (1, 2))
+    shapes = [
+        [tuple(p.shape) for p in model.head.parameters() if p.dim() == 2]
+        for model in (single, pair, Classifier(Size(1, 16, 2, 12), "none", 20, 3, 48, 2))
+    ]
+    assert shapes == [[(12, 16), (3, 12)], [(12, 32), (6, 12), (3, 6)], [(12, 64), (3, 12)]]
+    assert [type(layer).__name__ for layer in pair.head[1::2]] == ["ReLU", "ReLU"]
+    batch = Batch([torch.ones(2, 48).long()] * 2, [torch.tensor([48, 9])] * 2, None)
+    assert pair(batch).shape == (2, 3)
+    tokens = torch.full((1, 48), 3)
+    share = (single.embed(tokens) == 0).double().mean().item()
+    assert share == pytest.approx(0.5, abs=0.1)
+    assert not (single.eval().embed(tokens) == 0).any()
+
+
+def test_positions_may_be_weights_like_others(monkeypatch):
+    task = random_task("text")
+    recipe = Recipe((Stage(2, 4),), 1e-3, 1, weight_decay=0.1)
+    model = Classifier(Size(1, 16, 2, 16, 8, "both"), "paper-sine", 257, 2, 40)
+    groups = Training(model, task, recipe, 0, Place()).optimizer.param_groups
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(1e-3, 0.1), (5e-3, 0)}
+    training = Training(model, task, replace(recipe, spe_lr_scale=None, clip=None), 0, Place())
+    (group,) = training.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1)
+    assert len(group["params"]) == len(list(model.parameters()))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)  # not called
+    assert training.run(progress=False)
