@@ -198,19 +198,29 @@ def test_a_training_step_of_every_encoding(encoding):
     assert sum(moved) > len(moved) / 2
 
 
-def test_a_resumed_run_gives_the_same_numbers(tmp_path):
-    whole = small_training()
+@pytest.mark.parametrize(
+    ("encoding", "dropout"), [("default", 0.0), ("default", 0.2), ("paper-sine", 0.0)]
+)
+def test_a_resumed_run_gives_the_same_numbers(encoding, dropout, tmp_path):
+    """With chance in the model too, which the random state decides."""
+    options = {"encoding": encoding, "size": replace(SIZE, dropout=dropout)}
+    whole = small_training(**options)
     assert whole.run(progress=False)
     # Stopped within the first stage and within the second one.
     for stop in (3, 7):
-        assert not small_training(tmp_path / "run.pt").run(progress=False, stop_after=stop)
-    resumed = small_training(tmp_path / "run.pt")
+        stopped = small_training(tmp_path / "run.pt", **options)
+        assert not stopped.run(progress=False, stop_after=stop)
+    resumed = small_training(tmp_path / "run.pt", **options)
     assert resumed.step == 7
     assert resumed.run(progress=False)
     assert (resumed.step, resumed.tokens) == (whole.step, whole.tokens)
     assert resumed.curve == whole.curve
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_of_a_model_a_recipe_and_a_precision(tmp_path):
+    assert not small_training(tmp_path / "run.pt").run(progress=False, stop_after=1)
     small_training(tmp_path / "run.pt", recipe=replace(RECIPE, evaluate_every=1, evaluate_count=3))
     for other in (
         dict(recipe=replace(RECIPE, lr=1.0)), dict(size=replace(SIZE, directions="causal")),
