@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from lra.encodings import ENCODINGS  # noqa: E402
 from lra.model import Classifier, check_size  # noqa: E402
 from lra.presets import Preset  # noqa: E402
 from lra.report import report  # noqa: E402
+from lra.task import Task  # noqa: E402
 from lra.tasks import TASKS  # noqa: E402
 from lra.training import Place, Training, accuracy  # noqa: E402
 
@@ -53,7 +56,7 @@ class Run:
 
     def make(self, preset: Preset, options: argparse.Namespace, place: Place) -> dict | None:
         """Train and test; None where `--stop-after` came before the end."""
-        task = preset.load(options.data)
+        task = load(preset, options.data, place)
         torch.manual_seed(self.seed)
         model = Classifier(
             preset.size, self.encoding, task.vocabulary, task.classes, task.length, task.towers,
@@ -141,6 +144,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def load(preset: Preset, folder: Path, place: Place) -> Task:
+    """The task; of several processes one makes the data, and the others read its files."""
+    task = preset.load(folder) if place.rank == 0 else None
+    if place.ranks > 1:
+        distributed.barrier()
+    return preset.load(folder) if task is None else task
+
+
 def find_place(options: argparse.Namespace) -> Place:
     """This process's device, and its rank where torchrun started it."""
     device = torch.device(options.device)
@@ -149,7 +160,10 @@ def find_place(options: argparse.Namespace) -> Place:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # So long a process waits for the one that makes the data.
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
+    )
     return Place(device, options.precision, distributed.get_rank(), distributed.get_world_size())
 
 
@@ -161,8 +175,11 @@ def shortened(preset: Preset, share: float) -> Preset:
         replace(stage, steps=max(1, round(stage.steps * share))) for stage in preset.recipe.stages
     )
     recipe = preset.recipe
+    warmup, lr = max(1, round(recipe.warmup * share)), recipe.lr
+    if recipe.schedule == "rsqrt":  # whose highest rate is lr / sqrt(warmup)
+        lr *= math.sqrt(warmup / recipe.warmup)
     recipe = replace(
-        recipe, stages=stages, warmup=max(1, round(recipe.warmup * share)),
+        recipe, stages=stages, warmup=warmup, lr=lr,
         evaluate_every=max(1, round(recipe.evaluate_every * share)),
     )  # fmt: skip
     return replace(preset, recipe=recipe)
@@ -176,6 +193,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     place = find_place(options)
+    for name in options.tasks:
+        TASKS[name][options.preset].recipe.check_ranks(place.ranks)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.tasks:
         preset = shortened(TASKS[name][options.preset], options.steps_share)

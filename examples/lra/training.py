@@ -58,6 +58,14 @@ class Recipe:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise unless processes can have equal shares of each batch: their means are joined."""
+        for stage in self.stages:
+            if stage.batch % ranks:
+                raise ValueError(
+                    f"batches of {stage.batch} must be divided evenly by the processes, got {ranks}"
+                )
+
     def factor(self, step: int) -> float:
         """What `lr` is multiplied by in a step, counted from 0."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
@@ -99,6 +107,11 @@ def batches(
             # Drawn for epochs that are skipped too: only the order tells how many steps they have.
             order = part.order(stage.batch, np.random.default_rng((seed, number, epoch)))
             for index in order[: end - step]:
+                if len(index) % place.ranks:
+                    raise ValueError(
+                        f"the part {stage.part!r} must have a batch that the processes divide "
+                        f"evenly, got {len(index)} examples in all and {place.ranks} processes"
+                    )
                 if step >= done:
                     yield step, part.batch(index[place.rank :: place.ranks])
                 step += 1
@@ -140,7 +153,7 @@ class Training:
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.losses: list[float] = []  # of the steps since the last point of the curve
         self.curve: list[dict] = []
-        self.best, self.worse = 0.0, 0  # validation accuracy, evaluations since then
+        self.best, self.worse = 0.0, 0  # validation accuracy of the last stage, evaluations since
         # Noise differs from rank to rank, or averaging over them would not lower it.
         torch.manual_seed(seed * place.ranks + place.rank)
         if checkpoint is not None and checkpoint.exists():
@@ -210,7 +223,8 @@ class Training:
     ) -> bool:  # fmt: skip
         """Train to the end, or up to step `stop_after`; say whether that was the end.
 
-        `patience` ends it early, after as many evaluations without a better validation accuracy.
+        `patience` ends it early, after as many evaluations without a better validation accuracy, of
+        the last stage: what comes before prepares it.
         """
         recipe, begin, saved = self.recipe, time.perf_counter() - self.seconds, time.monotonic()
         self.model.train()
@@ -279,5 +293,7 @@ class Training:
             part = part.some(np.arange(min(len(part), self.recipe.evaluate_count)))
         found = accuracy(self.model, part, batch, self.place)
         self.curve.append({"step": self.step, "valid": found})
+        if self.step <= self.recipe.steps - self.recipe.stages[-1].steps:
+            return
         self.worse = 0 if found > self.best else self.worse + 1
         self.best = max(self.best, found)

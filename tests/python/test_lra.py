@@ -4,12 +4,15 @@ import contextlib
 import json
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_on_ranks
+from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -20,7 +23,7 @@ from lra.presets import Preset
 from lra.report import report
 from lra.task import Ragged, Task, cached
 from lra.tasks import TASKS
-from lra.training import Place, Recipe, Stage, Training, accuracy
+from lra.training import Place, Recipe, Stage, Training, accuracy, batches
 
 SIZE = Size(2, 16, 2, 16, realizations=8, pooling="first")
 RECIPE = Recipe((Stage(4, 4), Stage(6, 4, "shorter")), 1e-3, 2, evaluate_every=5)
@@ -233,7 +236,66 @@ def test_a_checkpoint_is_of_a_model_a_recipe_and_a_precision(tmp_path):
 def test_patience_ends_a_run_early():
     training = small_training(recipe=replace(RECIPE, evaluate_every=1, lr=1e-9))
     assert training.run(progress=False, patience=2)
-    assert training.step < RECIPE.steps
+    # Two evaluations of the last stage, or three where the first one was the best.
+    first = RECIPE.stages[0].steps
+    assert first + 2 <= training.step <= first + 3 < RECIPE.steps
+
+
+def train_in_parallel(folder):
+    """Whole, and stopped and resumed; with noise that differs from rank to rank, too."""
+    place = Place(rank=distributed.get_rank(), ranks=2)
+    plain, whole = (small_training(encoding=e, place=place) for e in ("default", "paper-sine"))
+    for training in (plain, whole):
+        training.run(progress=False)
+    if place.rank == 0:
+        torch.save((plain.curve, plain.model.state_dict()), folder / "plain.pt")
+    stopped = small_training(folder / "run.pt", "paper-sine", place=place)
+    assert not stopped.run(progress=False, stop_after=7)
+    distributed.barrier()
+    resumed = small_training(folder / "run.pt", "paper-sine", place=place)
+    assert resumed.step == 7
+    resumed.run(progress=False)
+    assert resumed.curve == whole.curve
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # The first process makes the data.
+    made = []
+    preset = Preset(lambda _folder: made.append(time.time()) or small_task(), SIZE, RECIPE, ())
+    assert isinstance(run.load(preset, folder, place), Task)
+    times = [None, None]
+    distributed.all_gather_object(times, made)
+    assert [len(each) for each in times] == [1, 1]
+    assert times[0] < times[1]
+    with pytest.raises(
+        ValueError, match=r"'train' must have a batch .* got 3 examples in all and 2"
+    ):
+        next(batches(Task("", "", 1, 1, 1, {"train": listops.generate(3, 0, 8, 20)}), RECIPE, 0, 0,
+                     place))  # fmt: skip
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one_and_are_resumed(tmp_path):
+    run_on_ranks(train_in_parallel, 2, tmp_path, tmp_path)
+    curve, weights = torch.load(tmp_path / "plain.pt")
+    one = small_training()
+    one.run(progress=False)
+    assert [p["step"] for p in curve] == [p["step"] for p in one.curve]
+    for name, value in one.model.state_dict().items():
+        assert torch.allclose(value, weights[name], rtol=1e-3, atol=1e-5), name
+    with pytest.raises(ValueError, match=r"batches of 4 must be divided evenly .* got 3"):
+        RECIPE.check_ranks(3)
+
+
+def test_a_share_of_the_steps_has_the_same_highest_rate():
+    for name in ("listops", "text", "image"):
+        preset = TASKS[name]["paper"]
+        short = run.shortened(preset, 0.01)
+        highest = [
+            max(r.lr * r.factor(step) for step in range(r.warmup + 2))
+            for r in (preset.recipe, short.recipe)
+        ]
+        assert short.recipe.steps == preset.recipe.steps // 100
+        assert highest[1] == pytest.approx(highest[0], rel=1e-6)
 
 
 def test_schedules():
