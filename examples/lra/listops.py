@@ -18,7 +18,7 @@ import numpy as np
 
 from lra.model import Size
 from lra.presets import PAPER, PAPER_SIZE, Preset, published
-from lra.task import PAD, Part, Ragged, Task, cached
+from lra.task import PAD, Part, Ragged, Task, cached, numbered
 from lra.training import Recipe, Stage
 
 DIGITS, CLOSE = 1, 15  # digit d is token DIGITS + d
@@ -28,22 +28,45 @@ VOCABULARY = 16
 OPERATOR_SHARE, MOST_ARGUMENTS, MOST_LEVELS = 0.25, 10, 10
 SHORTEST, LONGEST = 500, 2000  # neither is reached
 COUNTS = {"train": 96_000, "valid": 2_000, "test": 2_000}
+VERSION = 1  # of the generator: another one where it makes other expressions
 TREES = 16384  # grown at a time
 UNFILLED = 100  # an argument that is not there, after all digits when sorted
 
 
-def evaluate(tokens: Sequence[int]) -> int:
-    """The value of an expression, by a stack."""
+def evaluate(tokens: Sequence[int], levels: int = MOST_LEVELS) -> int | None:
+    """The value of an expression, by a stack.
+
+    Operators deeper than some levels are left out; None where nothing is left of the first one.
+    """
     stack: list[tuple[int, list[int]]] = [(-1, [])]
     for token in tokens:
         if token == CLOSE:
             operator, values = stack.pop()
-            stack[-1][1].append(apply(operator, values))
+            if values and len(stack) <= levels:
+                stack[-1][1].append(apply(operator, values))
         elif token >= FIRST_OPERATOR:
             stack.append((token - FIRST_OPERATOR, []))
         else:
             stack[-1][1].append(int(token) - DIGITS)
-    return stack[0][1][0]
+    return stack[0][1][0] if stack[0][1] else None
+
+
+def floors(part: Part) -> dict[str, float]:
+    """Accuracies of what reads little of an expression: of the class that is most frequent, in all
+    or of each first operator, and of the values without what is deeper than some levels.
+    """
+    expressions = [part.inputs[0][i] for i in range(len(part))]
+    labels, first = part.labels, np.array([tokens[0] for tokens in expressions])
+    best = [np.bincount(labels[first == operator]).max() for operator in np.unique(first)]
+    found = {
+        "most frequent class": np.bincount(labels).max() / len(part),
+        "first operator": sum(best) / len(part),
+    }
+    for levels in range(1, 5):
+        values = [evaluate(tokens, levels) for tokens in expressions]
+        right = sum(value == label for value, label in zip(values, labels, strict=True))
+        found[f"{levels} levels"] = right / len(part)
+    return {name: float(value) for name, value in found.items()}
 
 
 def apply(operator: int, values: list[int]) -> int:
@@ -167,7 +190,7 @@ def load(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
         if name in counts:
             count, lengths = counts[name], SHORTER.get(name, (SHORTEST, LONGEST))
             parts[name] = cached(
-                folder / f"listops-{name}-{count}.npz",
+                folder / numbered(f"listops-{name}-{count}", VERSION),
                 lambda arguments=(count, (2020, number), *lengths): generate(*arguments),
             )
     return Task("listops", "ListOps", VOCABULARY, len("0123456789"), LONGEST, parts)
@@ -197,7 +220,7 @@ PRESETS = {
         Recipe(CPU_STAGES, 2e-3, 200, evaluate_count=500),
         ("default",),
     ),
-    # 150 minutes of one core, less than a million parameters.
+    # Less than a million parameters; 223 to 283 minutes of one thread of a busy machine.
     "long": Preset(
         partial(load, counts=LONG_COUNTS),
         Size(6, 96, 6, 192, pooling="first"),

@@ -21,7 +21,7 @@ from lra.encodings import ENCODINGS
 from lra.model import Classifier, Size
 from lra.presets import Preset
 from lra.report import report
-from lra.task import Ragged, Task, cached
+from lra.task import Part, Ragged, Task, cached
 from lra.tasks import TASKS
 from lra.training import Place, Recipe, Stage, Training, accuracy, batches
 
@@ -66,6 +66,24 @@ def test_listops_values_by_two_evaluators(count, lengths):
         assert lengths[0] < len(tokens) < lengths[1]
         assert depth(words) <= 9  # operators; the tenth level has digits only
         assert label == listops.evaluate(tokens) == parsed_value(words)
+
+
+def test_listops_floors():
+    def tokens(words):
+        names = {listops.text([token]): token for token in range(1, listops.VOCABULARY)}
+        return np.array([names[word] for word in words.split()], np.uint8)
+
+    nested = tokens("[MAX 2 [MIN 8 [SM 4 5 ] ] 1 ]")
+    assert [listops.evaluate(nested, levels) for levels in (1, 2, 3, 10)] == [2, 8, 8, 8]
+    deeper = tokens("[MIN 9 [MAX [MED 3 4 ] 5 [SM 9 8 ] ] ]")
+    assert [listops.evaluate(deeper, levels) for levels in (1, 2, 3)] == [9, 5, 7]
+    hollow = tokens("[SM [MAX [MED 3 4 ] [SM 1 1 ] ] [MAX 1 2 ] ]")
+    assert [listops.evaluate(hollow, levels) for levels in (1, 2, 3)] == [None, 2, 5]
+    part = Part((Ragged.of([nested, deeper, hollow]),), np.array([8, 7, 5]))
+    assert listops.floors(part) == {
+        "most frequent class": 1 / 3, "first operator": 1.0, "1 levels": 0.0,
+        "2 levels": 1 / 3, "3 levels": 1.0, "4 levels": 1.0,
+    }  # fmt: skip
 
 
 class TooLong(Exception):

@@ -1,8 +1,11 @@
 """The tasks of the Long-Range Arena beside ListOps: data, loaders, presets, a step of each."""
 
 import ast
+import os
+import platform
 import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from lra import contours, image, pathfinder, retrieval, run, text
-from lra.encodings import ENCODINGS
-from lra.model import Classifier, Size
-from lra.task import Batch, Part, Ragged, Task
+from lra import contours, image, listops, pathfinder, retrieval, text
 from lra.tasks import TASKS
-from lra.training import Place, Recipe, Stage, Training
 
 SCALE = 8  # of the images that contours are traced in
 
@@ -47,6 +46,27 @@ def test_labels_by_tracing_the_contours(drawings, name):
         found = [joined[tuple(np.clip((mark * SCALE).astype(int), 0, size - 1))] for mark in marks]
         assert min(found) > 0
         assert (found[0] == found[1]) == label
+
+
+@pytest.mark.parametrize("name", ["large", "small"])
+def test_the_image_that_is_read_shows_paddles_and_marks_and_nothing_else(drawings, name):
+    picture, drawing = drawings[name]
+    images = contours.render(drawing, picture)
+    assert images.shape[1:] == (picture.size, picture.size)
+    place = np.stack(np.indices(images.shape[1:]), axis=-1) + 0.5  # of pixels' centres
+    for shown, paddles, marks in zip(images, drawing.paddles, drawing.marks, strict=True):
+        there = paddles[~np.isnan(paddles[:, 0, 0])]
+        y, x = np.floor(there.mean(1)).astype(int).T
+        assert shown[y, x].min() > 0
+        y, x = np.floor(marks).astype(int).T
+        assert shown[y, x].min() >= contours.MARKER_CONTRAST * 255 // contours.DISTRACTOR_CONTRAST
+        points = there[:, :1] + (there[:, 1:] - there[:, :1]) * np.linspace(0, 1, 9)[:, None]
+        far = np.ones(shown.shape, bool)
+        for spots, radius in ((points.reshape(-1, 2), 0.5), (marks, contours.MARKER)):
+            distance = np.linalg.norm(place[:, :, None] - spots, axis=-1).min(-1)
+            far &= distance > radius + 0.8  # half of a pixel's diagonal, and more
+        assert far.any()
+        assert not shown[far].any()
 
 
 def test_contours_have_the_published_statistics(drawings):
@@ -82,6 +102,25 @@ def test_pathfinder_is_a_function_of_its_seed_alone(monkeypatch):
     assert 0.2 < part.labels.mean() < 0.8
     tokens = part.inputs[0].tokens
     assert 1 == tokens.min() < tokens.max() < pathfinder.VOCABULARY
+
+
+def test_processes_are_started_where_the_system_tells_less(monkeypatch):
+    assert pathfinder.context().get_start_method() == "forkserver"
+    assert pathfinder.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(pathfinder, "get_all_start_methods", lambda: ["spawn"])
+    assert pathfinder.cores() == os.cpu_count()
+    assert pathfinder.context().get_start_method() == get_context().get_start_method()
+
+
+@pytest.mark.parametrize("generator", [listops, pathfinder])
+def test_another_generator_writes_other_files(generator, tmp_path, monkeypatch):
+    counts = {"test": 2}
+    monkeypatch.setattr(pathfinder, "LARGE", pathfinder.SMALL)
+    for version, end in ((1, "2.npz"), (2, "2-v2.npz")):
+        monkeypatch.setattr(generator, "VERSION", version)
+        generator.load(tmp_path, counts=counts)
+        assert sum(path.name.endswith(end) for path in tmp_path.iterdir()) == 1
 
 
 def test_the_small_images_are_as_many_as_are_read(tmp_path):
@@ -182,6 +221,8 @@ def test_the_librarys_comments_and_documentation(tmp_path, monkeypatch):
     task = text.load_library(tmp_path, counts)
     assert {name: len(part) for name, part in task.parts.items()} == counts
     assert all(part.labels.mean() == 0.5 for part in task.parts.values())
+    version = platform.python_version()  # whose library has these words
+    assert (tmp_path / f"text-library-{version}-train-6.npz").exists()
     assert set(task.parts["train"].inputs[0].lengths) == {text.EXCERPT}
 
 
@@ -211,6 +252,39 @@ def test_aan(tmp_path):
         retrieval.load_aan(tmp_path, length=11, pairs=None)
 
 
+def test_a_malformed_text_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "new_aan_pairs.train.tsv"
+    for field in (b"b'a' b'", b"b'\\x1'", b"b'\xc3\xa9'"):
+        path.write_bytes(b"1\tA\tB\tone\ttwo\n1\tA\tB\tone\t" + field + b"\n")
+        with pytest.raises(ValueError, match=r"train.tsv, line 2: expected a text as Python"):
+            retrieval._read(path, 10, None)
+
+
+def test_chorales(tmp_path, monkeypatch):
+    pytest.importorskip("music21")
+    data = pytest.importorskip("music.chorales.data")
+    # Of each family two pieces, and one that is too short; the family is their token.
+    pieces = [
+        data.Chorale(f"{family}", torch.full((n,), family), family)
+        for family in range(20)
+        for n in (2 * retrieval.PASSAGE, 2 * retrieval.PASSAGE + 40, 2 * retrieval.PASSAGE - 4)
+    ]
+    monkeypatch.setattr(data, "load", lambda: pieces)
+    counts = {"train": 6, "valid": 4, "test": 2}
+    for _ in range(2):  # made, then read
+        task = retrieval.load_chorales(tmp_path, counts)
+        assert {name: len(part) for name, part in task.parts.items()} == counts
+        for part in task.parts.values():
+            assert part.labels.mean() == 0.5
+            for side in part.inputs:
+                assert set(side.lengths) == {retrieval.PASSAGE}
+                assert 0 < side.tokens.min() <= side.tokens.max() < task.vocabulary
+    families = {n: set(task.parts[n].inputs[0].tokens - 1) for n in counts}
+    assert families["valid"] <= {8, 18}
+    assert families["test"] <= {9, 19}
+    assert not families["train"] & {8, 9, 18, 19}
+
+
 def test_pairs_of_passages_do_not_overlap():
     lengths = (256, 259, 300, 512)
     pieces = [1000 * i + np.arange(n) for i, n in enumerate(lengths)]
@@ -222,207 +296,3 @@ def test_pairs_of_passages_do_not_overlap():
         assert a[0] % 1000 % 4 == b[0] % 1000 % 4 == 0
         assert (a[0] // 1000 == b[0] // 1000) == label
         assert not label or a[-1] < b[0]
-
-
-# ---- models and presets
-
-
-def random_task(preset):
-    """Data of a task's shape; little of it."""
-    kind = {
-        "cpu16": dict(vocabulary=129, classes=2, length=256, grid=(16, 16)),
-        "image": dict(vocabulary=20, classes=10, length=48, grid=(6, 8)),
-        "pairs": dict(vocabulary=50, classes=2, length=40, towers=2),
-        "text": dict(vocabulary=257, classes=2, length=40),
-    }[preset]
-    rng = np.random.default_rng(0)
-    shape = (4, kind["length"])
-    inputs = tuple(
-        Ragged.rows(rng.integers(1, kind["vocabulary"], size=shape).astype(np.uint16))
-        for _ in range(kind.get("towers", 1))
-    )
-    part = Part(inputs, rng.integers(kind["classes"], size=4))
-    return Task(preset, preset, parts={"train": part, "valid": part, "test": part}, **kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "encoding", "size"),
-    [
-        ("text", "paper-sine", Size(2, 16, 2, 16, 8, "both", "first")),
-        ("pairs", "favor-conv", Size(2, 16, 2, 16, 8, "both", "first")),
-        ("pairs", "default", Size(2, 16, 2, 16, 8)),
-        ("image", "favor-sine", Size(1, 16, 2, 16, 8, "both", "first", head_dim=4)),
-        ("image", "paper-none", Size(1, 16, 2, 16, 8, "both", "first", head_dim=4)),
-        ("image", "default", Size(4, 16, 2, 16, 8, "cross")),
-        ("image", "grid", Size(2, 16, 2, 16, 8, "cross")),
-        ("image", "grid-conv", Size(2, 16, 2, 16, 8, "both")),
-        ("cpu16", "default", Size(2, 16, 2, 16, 8, "cross")),
-    ],
-)
-def test_a_training_step_of_every_kind_of_task(kind, encoding, size):
-    task = random_task(kind)
-    torch.manual_seed(0)
-    model = Classifier(
-        size, encoding, task.vocabulary, task.classes, task.length, task.towers, task.grid
-    )
-    before = [p.detach().clone() for p in model.parameters()]
-    training = Training(model, task, Recipe((Stage(1, 4),), 1e-3, 1, evaluate_every=1), 0, Place())
-    assert training.run(progress=False)
-    assert 0 <= training.curve[-1]["valid"] <= 1
-    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
-    assert sum(moved) > len(moved) / 2
-
-
-def test_reading_columns_is_reading_the_rows_of_the_transposed_image():
-    torch.manual_seed(0)
-    model = Classifier(Size(4, 16, 2, 16, 8, "cross"), "default", 20, 3, 48, grid=(6, 8)).eval()
-    pixels = torch.randn(2, 6, 8, 16)
-    other = Classifier(Size(4, 16, 2, 16, 8, "cross"), "default", 20, 3, 48, grid=(8, 6)).eval()
-    for number in range(2):
-        layer = model.layers[number]
-        columns = model.pass_layer(number + 2, layer, pixels.flatten(1, 2), None)
-        rotated = other.pass_layer(number, layer, pixels.transpose(1, 2).flatten(1, 2), None)
-        back = rotated.unflatten(1, (8, 6)).transpose(1, 2).flatten(1, 2)
-        assert torch.equal(columns, back)
-        assert not torch.allclose(
-            columns, model.pass_layer(number, layer, pixels.flatten(1, 2), None)
-        )
-
-
-@pytest.mark.parametrize("encoding", ["softmax", "softmax-rotary"])
-def test_the_yardstick_has_the_size_of_what_it_is_compared_with(encoding):
-    def attention(name, head_dim):
-        model = Classifier(Size(1, 32, 2, 16, 8, "both", head_dim=head_dim), name, 20, 3, 48)
-        assert model(Batch([torch.ones(2, 48).long()], [torch.tensor([48, 9])], None)).shape == (
-            2,
-            3,
-        )
-        return sum(p.numel() for p in model.layers[0].self_attn.parameters() if p.dim() == 2)
-
-    # The projections; rotary's frequencies are not learned.
-    assert attention(encoding, 4) == attention("none", 4) == 4 * 32 * 8
-    assert attention(encoding, None) == attention("none", None) == 4 * 32 * 32
-
-
-def test_what_needs_an_image_says_so():
-    with pytest.raises(ValueError, match="directions 'cross' must read an image"):
-        Classifier(Size(1, 16, 2, 16, 8, "cross"), "default", 20, 3, 48)
-    with pytest.raises(ValueError, match="encoding 'grid' must read an image"):
-        Classifier(Size(1, 16, 2, 16, 8, "both"), "grid", 20, 3, 48)
-    for encoding, directions in (("grid-conv", "both"), ("grid", "cross"), ("default", "cross")):
-        with pytest.raises(ValueError, match="must have another pooling than 'first'"):
-            Classifier(Size(1, 16, 2, 16, 8, directions, "first"), encoding, 20, 3, 48, grid=(6, 8))
-
-
-def test_encodings_that_do_not_fit_are_seen_before_the_data_are_read(tmp_path, monkeypatch, capsys):
-    def load(_folder):
-        raise AssertionError
-
-    for name, preset in (("text", "cpu"), ("image", "paper")):
-        monkeypatch.setitem(TASKS, name, {preset: replace(TASKS[name][preset], load=load)})
-        command = [name, "--preset", preset, "--encodings", "grid", "--out", str(tmp_path)]
-        with pytest.raises(SystemExit):
-            run.main(command)
-    said = capsys.readouterr().err
-    assert "text, --preset cpu: encoding 'grid' must read an image" in said
-    assert "image, --preset paper: encoding 'grid' must have another pooling" in said
-
-
-def test_presets_know_whether_they_read_images():
-    for name, presets in TASKS.items():
-        assert all(p.image == (name in ("image", "pathfinder")) for p in presets.values())
-
-
-def test_every_preset_has_a_model():
-    for presets in TASKS.values():
-        assert {"cpu", "paper"} <= presets.keys()
-        for preset in presets.values():
-            assert set(preset.encodings) <= ENCODINGS.keys()
-            size = preset.size
-            assert preset.recipe.steps > preset.recipe.warmup
-            model = Classifier(
-                replace(size, layers=1), preset.encodings[-1], 30, 10, 64, 1, grid=(8, 8)
-            )
-            assert model.layers[0].self_attn.head_dim == (size.head_dim or size.width // size.heads)
-
-
-def test_the_paper_presets_are_the_published_ones():
-    """Layers, width, heads, size of a head, MLP, R, pooling, dropout, absolute positions; batch,
-    steps, rate, warm-up, schedule, weight decay."""
-    epochs = 200 * (45_000 // 96), 200 * (160_000 // 512)
-    published = {
-        "listops": ((4, 512, 8, 64, 1024, 64, "first", 0.1, "sinusoids"),
-                    (8, 10_000, 0.0125, 1000, "rsqrt", 0.1)),
-        "text": ((4, 256, 4, 64, 1024, 64, "first", 0.1, "sinusoids"),
-                 (8, 30_000, 0.0125, 8000, "rsqrt", 0.1)),
-        "retrieval": ((4, 128, 4, 32, 512, 64, "first", 0.1, "sinusoids"),
-                      (8, 15_000, 0.005, 3000, "rsqrt", 0.1)),
-        "image": ((1, 128, 8, 8, 128, 32, "first", 0.3, "learned"),
-                  (96, epochs[0], 2.5e-4, 468, "cosine", 0.1)),
-        "pathfinder": ((1, 32, 2, 8, 32, 64, "mean", 0.1, "sinusoids"),
-                       (512, epochs[1], 1e-3, 312, "cosine", 0.0)),
-    }  # fmt: skip
-    for name, (sizes, recipes) in published.items():
-        preset = TASKS[name]["paper"]
-        size, recipe = preset.size, preset.recipe
-        (stage,) = recipe.stages
-        assert sizes == (
-            size.layers, size.width, size.heads, size.head_dim or size.width // size.heads,
-            size.feedforward, size.realizations, size.pooling, size.dropout, size.absolute,
-        )  # fmt: skip
-        assert recipes == (
-            stage.batch, stage.steps, recipe.lr, recipe.warmup, recipe.schedule,
-            recipe.weight_decay,
-        )  # fmt: skip
-        assert (recipe.spe_lr_scale, recipe.clip, size.directions) == (None, None, "both")
-        assert size.published_head
-        for encoding in preset.encodings:
-            model = Classifier(replace(size, layers=2), encoding, 30, 2, 64, grid=(8, 8))
-            attention = model.layers[0].self_attn
-            assert attention.dropout == 0
-            assert attention.decay is None
-            position = attention.position
-            assert position is model.layers[1].self_attn.position
-            assert (position is None) == encoding.endswith("none")
-            if position is not None:
-                assert position.num_realizations == size.realizations
-                assert attention.filter.gated
-            if encoding.endswith("sine"):
-                assert position.num_sines == 10
-            if encoding.endswith("conv"):
-                assert position.kernel_size == (128,)
-            if encoding.startswith("favor"):
-                assert attention.feature_map.num_features == 256
-            else:
-                assert attention.feature_map == "relu"
-
-
-def test_the_published_output_layers_and_dropout():
-    size = Size(1, 16, 2, 12, 8, "both", "mean", dropout=0.5, published_head=True)
-    single, pair = (Classifier(size, "none", 20, 3, 48, towers) for towers in (1, 2))
-    shapes = [
-        [tuple(p.shape) for p in model.head.parameters() if p.dim() == 2]
-        for model in (single, pair, Classifier(Size(1, 16, 2, 12), "none", 20, 3, 48, 2))
-    ]
-    assert shapes == [[(12, 16), (3, 12)], [(12, 32), (6, 12), (3, 6)], [(12, 64), (3, 12)]]
-    assert [type(layer).__name__ for layer in pair.head[1::2]] == ["ReLU", "ReLU"]
-    batch = Batch([torch.ones(2, 48).long()] * 2, [torch.tensor([48, 9])] * 2, None)
-    assert pair(batch).shape == (2, 3)
-    tokens = torch.full((1, 48), 3)
-    share = (single.embed(tokens) == 0).double().mean().item()
-    assert share == pytest.approx(0.5, abs=0.1)
-    assert not (single.eval().embed(tokens) == 0).any()
-
-
-def test_positions_may_be_weights_like_others(monkeypatch):
-    task = random_task("text")
-    recipe = Recipe((Stage(2, 4),), 1e-3, 1, weight_decay=0.1)
-    model = Classifier(Size(1, 16, 2, 16, 8, "both"), "paper-sine", 257, 2, 40)
-    groups = Training(model, task, recipe, 0, Place()).optimizer.param_groups
-    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(1e-3, 0.1), (5e-3, 0)}
-    training = Training(model, task, replace(recipe, spe_lr_scale=None, clip=None), 0, Place())
-    (group,) = training.optimizer.param_groups
-    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1)
-    assert len(group["params"]) == len(list(model.parameters()))
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)  # not called
-    assert training.run(progress=False)
