@@ -18,11 +18,15 @@ class SoftmaxAttention(nn.Module):
     (Press et al. 2022), to both sides where attention is not causal.
     """
 
-    def __init__(self, width: int, heads: int, position: nn.Module | None, alibi: bool = False):
+    def __init__(
+        self, width: int, heads: int, position: nn.Module | None, alibi: bool = False,
+        head_dim: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.heads = heads
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
+        inner = heads * (head_dim or width // heads)
+        self.in_proj = nn.Linear(width, 3 * inner)
+        self.out_proj = nn.Linear(inner, width)
         self.position = position
         slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)

@@ -21,18 +21,20 @@ class Encoding:
     label: str
     # Makes the module that all layers share, from heads H, size of a head D and realizations R.
     position: Callable[[int, int, int], nn.Module | None] = lambda *_: None
-    absolute: bool = False  # learned positions are added to the embeddings
+    absolute: bool = False  # absolute positions are added to the embeddings
     layer: dict = field(default_factory=dict)  # other arguments of SPETransformerEncoderLayer
-    favor: bool = False  # positive random features, as many as realizations
+    favor: bool = False  # positive random features
     softmax: bool = False  # the yardstick: exact softmax attention
     grid: bool = False  # positions have two dimensions: of images, read to both sides
 
-    def options(self, heads: int, head: int, realizations: int) -> dict:
+    def options(
+        self, heads: int, head: int, realizations: int, features: int | None = None
+    ) -> dict:
         """Arguments of a model's layers; a position module in it is shared by them."""
         options = {"position": self.position(heads, head, realizations), **self.layer}
         if self.favor:
             size = realizations if options["position"] is not None else head
-            options["feature_map"] = PositiveFeatures(size, realizations)
+            options["feature_map"] = PositiveFeatures(size, features or realizations)
         return options
 
 

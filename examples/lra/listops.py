@@ -10,14 +10,15 @@ tokenizer dropped them, an expression has no one value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lra.model import Size
-from lra.presets import Preset
-from lra.task import PAD, Part, Ragged, Task, cached
+from lra.presets import PAPER, PAPER_SIZE, Preset, published
+from lra.task import PAD, Part, Ragged, Task, cached, numbered
 from lra.training import Recipe, Stage
 
 DIGITS, CLOSE = 1, 15  # digit d is token DIGITS + d
@@ -27,22 +28,45 @@ VOCABULARY = 16
 OPERATOR_SHARE, MOST_ARGUMENTS, MOST_LEVELS = 0.25, 10, 10
 SHORTEST, LONGEST = 500, 2000  # neither is reached
 COUNTS = {"train": 96_000, "valid": 2_000, "test": 2_000}
+VERSION = 1  # of the generator: another one where it makes other expressions
 TREES = 16384  # grown at a time
 UNFILLED = 100  # an argument that is not there, after all digits when sorted
 
 
-def evaluate(tokens: Sequence[int]) -> int:
-    """The value of an expression, by a stack."""
+def evaluate(tokens: Sequence[int], levels: int = MOST_LEVELS) -> int | None:
+    """The value of an expression, by a stack.
+
+    Operators deeper than some levels are left out; None where nothing is left of the first one.
+    """
     stack: list[tuple[int, list[int]]] = [(-1, [])]
     for token in tokens:
         if token == CLOSE:
             operator, values = stack.pop()
-            stack[-1][1].append(apply(operator, values))
+            if values and len(stack) <= levels:
+                stack[-1][1].append(apply(operator, values))
         elif token >= FIRST_OPERATOR:
             stack.append((token - FIRST_OPERATOR, []))
         else:
             stack[-1][1].append(int(token) - DIGITS)
-    return stack[0][1][0]
+    return stack[0][1][0] if stack[0][1] else None
+
+
+def floors(part: Part) -> dict[str, float]:
+    """Accuracies of what reads little of an expression: of the class that is most frequent, in all
+    or of each first operator, and of the values without what is deeper than some levels.
+    """
+    expressions = [part.inputs[0][i] for i in range(len(part))]
+    labels, first = part.labels, np.array([tokens[0] for tokens in expressions])
+    best = [np.bincount(labels[first == operator]).max() for operator in np.unique(first)]
+    found = {
+        "most frequent class": np.bincount(labels).max() / len(part),
+        "first operator": sum(best) / len(part),
+    }
+    for levels in range(1, 5):
+        values = [evaluate(tokens, levels) for tokens in expressions]
+        right = sum(value == label for value, label in zip(values, labels, strict=True))
+        found[f"{levels} levels"] = right / len(part)
+    return {name: float(value) for name, value in found.items()}
 
 
 def apply(operator: int, values: list[int]) -> int:
@@ -155,31 +179,21 @@ def generate(
     )
 
 
-# Shorter expressions of the same kind, for a curriculum: name, lengths as above, how many.
-SHORTER = {
-    "8-64": (8, 64, 400_000),
-    "50-200": (50, 200, 200_000),
-    "150-600": (150, 600, 96_000),
-}
+# Shorter expressions of the same kind, for a curriculum: between which lengths.
+SHORTER = {"8-64": (8, 64), "50-200": (50, 200), "150-600": (150, 600)}
 
 
-def load(folder: Path, shorter: Sequence[str] = (), counts: dict[str, int] = COUNTS) -> Task:
-    """The task, generated at the first call, with the parts of a curriculum that are named."""
-
-    def part(name: str, number: int, count: int, *lengths: int) -> Part:
-        path = folder / f"listops-{name}-{count}.npz"
-        return cached(path, lambda: generate(count, (2020, number), *lengths))
-
-    parts = {name: part(name, i, count) for i, (name, count) in enumerate(counts.items())}
-    for i, (name, (shortest, longest, count)) in enumerate(SHORTER.items(), len(counts)):
-        if name in shorter:
-            parts[name] = part(name, i, count, shortest, longest)
+def load(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
+    """The task, generated at the first call; `counts` may have parts of a curriculum."""
+    parts = {}
+    for number, name in enumerate((*COUNTS, *SHORTER)):
+        if name in counts:
+            count, lengths = counts[name], SHORTER.get(name, (SHORTEST, LONGEST))
+            parts[name] = cached(
+                folder / numbered(f"listops-{name}-{count}", VERSION),
+                lambda arguments=(count, (2020, number), *lengths): generate(*arguments),
+            )
     return Task("listops", "ListOps", VOCABULARY, len("0123456789"), LONGEST, parts)
-
-
-def _curriculum(*stages: Stage) -> Callable[[Path], Task]:
-    shorter = [stage.part for stage in stages if stage.part in SHORTER]
-    return lambda folder: load(folder, shorter)
 
 
 # A model learns to evaluate where the whole is short, and then has only to find what belongs
@@ -196,27 +210,27 @@ LONG_STAGES = (
     Stage(2000, 32, "150-600"),
     Stage(2500, 16),
 )
+# Each expression is read once.
+CPU_COUNTS = COUNTS | {stage.part: stage.steps * stage.batch for stage in CPU_STAGES}
+LONG_COUNTS = COUNTS | {"8-64": 400_000, "50-200": 200_000, "150-600": 96_000}
 PRESETS = {
     "cpu": Preset(
-        _curriculum(*CPU_STAGES),
+        partial(load, counts=CPU_COUNTS),
         Size(4, 64, 4, 128, pooling="first"),
         Recipe(CPU_STAGES, 2e-3, 200, evaluate_count=500),
         ("default",),
     ),
-    # 150 minutes of one core, less than a million parameters.
+    # Less than a million parameters; 223 to 283 minutes of one thread of a busy machine.
     "long": Preset(
-        _curriculum(*LONG_STAGES),
+        partial(load, counts=LONG_COUNTS),
         Size(6, 96, 6, 192, pooling="first"),
         Recipe(LONG_STAGES, 1.5e-3, 400, evaluate_count=500),
         ("default",),
     ),
     "paper": Preset(
         load,
-        Size(4, 512, 8, 1024, directions="both", pooling="first"),
-        Recipe(
-            (Stage(10_000, 8),), 0.0125, 1000, schedule="rsqrt", weight_decay=0.1,
-            evaluate_every=200,
-        ),
-        ("paper-none", "paper-sine", "paper-conv", "favor-none", "favor-sine", "favor-conv"),
+        Size(4, 512, 8, 1024, **PAPER_SIZE),
+        published(10_000, 0.0125, 1000, evaluate_every=200),
+        PAPER,
     ),
-}  # fmt: skip
+}

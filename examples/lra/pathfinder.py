@@ -13,24 +13,39 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from lra.contours import Picture, marked_images
-from lra.task import Part, Ragged, Task, cached
+from lra.task import Part, Ragged, Task, cached, numbered
 
 LARGE = Picture()
 SMALL = Picture(16, 4, 5.0, ((2, 2), (2, 1)))
 LARGE_COUNTS = {"train": 160_000, "valid": 20_000, "test": 20_000}
-SMALL_COUNTS = {"train": 80_000, "valid": 2_000, "test": 10_000}
+SMALL_COUNTS = {"train": 65_536, "valid": 2_000, "test": 10_000}
 # Tokens are grey levels from 1 on, 128 of them: 0 is padding, of which there is none.
 VOCABULARY = 129
-SMALL_SHORTER = {2: 40_000, 3: 40_000}
+# What the steps of `cpu` read, in whole chunks.
+SMALL_SHORTER = {2: 26_624, 3: 38_912}
 LARGE_SHORTER = {2: 40_000, 4: 40_000, 7: 80_000}
+VERSION = 1  # of the generator: another one where it makes other images
 CHUNK = 2048  # images of one seed
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def context() -> BaseContext:
+    """How processes are started: without what this one has in memory, where the system can."""
+    return get_context("forkserver" if "forkserver" in get_all_start_methods() else None)
 
 
 def generate(count: int, seed: Sequence[int], picture: Picture = LARGE) -> Part:
@@ -44,8 +59,8 @@ def generate_in_parallel(
     """The same in several processes, as many as there are cores: they change no image."""
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
     seeds = [(*seed, i) for i in range(len(sizes))]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(sizes))
-    pool = ProcessPoolExecutor(workers, get_context("forkserver")) if workers > 1 else None
+    workers = min(workers or cores(), len(sizes))
+    pool = ProcessPoolExecutor(workers, context()) if workers > 1 else None
     chunks = []
     with pool or nullcontext(), tqdm(total=count, desc=label, disable=not label) as bar:
         run = map if pool is None else pool.map
@@ -72,7 +87,7 @@ def load(
     for number, (name, count, kind) in enumerate(wanted):
         label = f"pathfinder{picture.size}-{name}-{count}"
         parts[name] = cached(
-            folder / f"{label}.npz",
+            folder / numbered(label, VERSION),
             lambda arguments=(count, (2020, number), kind, label): generate_in_parallel(*arguments),
         )
     grid = (picture.size, picture.size)

@@ -8,7 +8,23 @@ from pathlib import Path
 
 from lra.model import Size
 from lra.task import Task
-from lra.training import Recipe
+from lra.training import Recipe, Stage
+
+# The published runs of SPE: encodings, and settings that all tasks have in common.
+PAPER = ("paper-none", "paper-sine", "paper-conv", "favor-none", "favor-sine", "favor-conv")
+PAPER_SIZE = {
+    "directions": "both", "pooling": "first", "dropout": 0.1, "features": 256,
+    "published_head": True,
+}  # fmt: skip
+PAPER_RECIPE = {"spe_lr_scale": None, "clip": None}
+
+
+def published(steps: int, lr: float, warmup: int, evaluate_every: int = 1000) -> Recipe:
+    """How the published runs on texts and ListOps were trained."""
+    return Recipe(
+        (Stage(steps, 8),), lr, warmup, "rsqrt", weight_decay=0.1, evaluate_every=evaluate_every,
+        **PAPER_RECIPE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,3 +35,4 @@ class Preset:
     size: Size
     recipe: Recipe
     encodings: tuple[str, ...]  # unless others are asked for
+    image: bool = False  # what is read, row by row

@@ -41,11 +41,21 @@ PUBLISHED_DATA = {
 }  # fmt: skip
 
 
+def kind(result: dict) -> str:
+    """The preset, and what is unlike it."""
+    words = [result["preset"]]
+    if result["precision"] != "float32":
+        words.append(result["precision"])
+    if result.get("ended_early"):
+        words.append("ended early")
+    return ", ".join(words)
+
+
 def table(task: str, results: list[dict]) -> str:
     """A task's table in Markdown: means over the seeds, smallest and largest in brackets."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, ...], list[dict]] = {}
     for result in results:
-        groups.setdefault((result["preset"], result["encoding"]), []).append(result)
+        groups.setdefault((kind(result), result["encoding"]), []).append(result)
     lines = [
         f"| {task} | preset | parameters | test accuracy (%) | seeds | minutes |",
         "|---|---|---:|---:|---:|---:|",
@@ -66,20 +76,24 @@ def table(task: str, results: list[dict]) -> str:
 
 
 def plot(path: Path, task: str, results: list[dict]) -> None:
-    """Draw the validation accuracy of every run as it was trained."""
+    """Draw validation accuracy and training loss of every run as it was trained."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes, below) = pyplot.subplots(
+        2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
     for run in results:
-        points = [(p["step"], 100 * p["valid"]) for p in run["curve"] if "valid" in p]
-        if points:
-            label = f"{run['encoding']}, {run['preset']}, seed {run['seed']}"
-            axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="step", ylabel="validation accuracy (%)", title=task)
-    if axes.lines:
+        valid = [(p["step"], 100 * p["valid"]) for p in run["curve"] if "valid" in p]
+        losses = [(p["step"], p["loss"]) for p in run["curve"] if "loss" in p]
+        label = f"{run['encoding']}, {kind(run)}, seed {run['seed']}"
+        (line,) = axes.plot([p[0] for p in valid], [p[1] for p in valid], label=label)
+        below.plot([p[0] for p in losses], [p[1] for p in losses], color=line.get_color())
+    axes.set(ylabel="validation accuracy (%)", title=task)
+    below.set(xlabel="step", ylabel="training loss")
+    if results:
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

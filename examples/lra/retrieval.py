@@ -27,10 +27,13 @@ PASSAGE = 128  # tokens of the stand-in: 32 sixteenths of four voices
 COUNTS = {"train": 20_000, "valid": 1_000, "test": 2_000}
 
 
-def _text(field: bytes) -> bytes:
+def _text(field: bytes, place: str) -> bytes:
     """Some releases have texts as Python writes bytes."""
     if field[:2] in (b"b'", b'b"') and field[-1:] == field[1:2]:
-        return ast.literal_eval(field.decode("ascii"))
+        try:
+            return ast.literal_eval(field.decode("ascii"))
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{place}: expected a text as Python writes bytes: {error}") from error
     return field
 
 
@@ -60,7 +63,8 @@ def _read(path: Path, length: int, pairs: int | None) -> Part:
                 )
             labels.append(int(float(fields[0])))
             for side, field in zip(sides, fields[3:], strict=True):
-                side.append(tokens(_text(field) or b" ", length))
+                text = _text(field, f"{path}, line {number}")
+                side.append(tokens(text or b" ", length))
     check_count(str(path), pairs, len(labels))
     return Part((Ragged.of(sides[0]), Ragged.of(sides[1])), np.array(labels, np.int64))
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,9 +31,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from experiments.runs import claim, write  # noqa: E402  (found in the folder above)
 from lra.encodings import ENCODINGS  # noqa: E402
-from lra.model import Classifier  # noqa: E402
+from lra.model import Classifier, check_size  # noqa: E402
 from lra.presets import Preset  # noqa: E402
 from lra.report import report  # noqa: E402
+from lra.task import Task  # noqa: E402
 from lra.tasks import TASKS  # noqa: E402
 from lra.training import Place, Training, accuracy  # noqa: E402
 
@@ -44,14 +47,16 @@ class Run:
     preset: str
     encoding: str
     seed: int
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.preset}-{self.encoding}-seed{self.seed}"
+        suffix = "" if self.precision == "float32" else f"-{self.precision}"
+        return f"{self.task}-{self.preset}-{self.encoding}-seed{self.seed}{suffix}"
 
     def make(self, preset: Preset, options: argparse.Namespace, place: Place) -> dict | None:
         """Train and test; None where `--stop-after` came before the end."""
-        task = preset.load(options.data)
+        task = load(preset, options.data, place)
         torch.manual_seed(self.seed)
         model = Classifier(
             preset.size, self.encoding, task.vocabulary, task.classes, task.length, task.towers,
@@ -72,10 +77,11 @@ class Run:
             "test": accuracy(training.model, task.parts["test"], batch, place),
             "valid": accuracy(training.model, task.parts["valid"], batch, place),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "steps": training.step, "minutes": training.seconds / 60, "tokens": training.tokens,
+            "steps": training.step, "ended_early": training.step < preset.recipe.steps,
+            "minutes": training.seconds / 60, "tokens": training.tokens,
             "size": asdict(preset.size), "recipe": asdict(preset.recipe), "curve": training.curve,
             "torch": torch.__version__, "python": platform.python_version(),
-            "device": str(place.device), "precision": place.precision, "processes": place.ranks,
+            "device": str(place.device), "processes": place.ranks,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -125,11 +131,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"TASK must be one of {', '.join(TASKS)}, got {name}")
         if options.preset not in TASKS[name]:
             parser.error(f"--preset of {name} must be one of {', '.join(TASKS[name])}")
+        preset = TASKS[name][options.preset]
+        for encoding in options.encodings or preset.encodings:
+            try:
+                check_size(preset.size, encoding, preset.image)
+            except ValueError as error:  # before any data are made
+                parser.error(f"{name}, --preset {options.preset}: {error}")
     if not options.steps_share > 0:
         parser.error(f"--steps-share must be above 0, got {options.steps_share}")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: PyTorch sees no CUDA device")
     return options
+
+
+def load(preset: Preset, folder: Path, place: Place) -> Task:
+    """The task; of several processes one makes the data, and the others read its files."""
+    task = preset.load(folder) if place.rank == 0 else None
+    if place.ranks > 1:
+        distributed.barrier()
+    return preset.load(folder) if task is None else task
 
 
 def find_place(options: argparse.Namespace) -> Place:
@@ -140,7 +160,10 @@ def find_place(options: argparse.Namespace) -> Place:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # So long a process waits for the one that makes the data.
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
+    )
     return Place(device, options.precision, distributed.get_rank(), distributed.get_world_size())
 
 
@@ -152,8 +175,11 @@ def shortened(preset: Preset, share: float) -> Preset:
         replace(stage, steps=max(1, round(stage.steps * share))) for stage in preset.recipe.stages
     )
     recipe = preset.recipe
+    warmup, lr = max(1, round(recipe.warmup * share)), recipe.lr
+    if recipe.schedule == "rsqrt":  # whose highest rate is lr / sqrt(warmup)
+        lr *= math.sqrt(warmup / recipe.warmup)
     recipe = replace(
-        recipe, stages=stages, warmup=max(1, round(recipe.warmup * share)),
+        recipe, stages=stages, warmup=warmup, lr=lr,
         evaluate_every=max(1, round(recipe.evaluate_every * share)),
     )  # fmt: skip
     return replace(preset, recipe=recipe)
@@ -167,13 +193,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     place = find_place(options)
+    for name in options.tasks:
+        TASKS[name][options.preset].recipe.check_ranks(place.ranks)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.tasks:
         preset = shortened(TASKS[name][options.preset], options.steps_share)
         label = options.preset + (f"-x{options.steps_share:g}" if options.steps_share != 1 else "")
         for seed in options.seeds:
             for encoding in options.encodings or preset.encodings:
-                make(Run(name, label, encoding, seed), preset, options, place)
+                make(Run(name, label, encoding, seed, options.precision), preset, options, place)
     if place.rank == 0:
         print(report(options.out, options.out))
     if place.ranks > 1:

@@ -138,6 +138,11 @@ def split(part: Part, share: float) -> dict[str, Part]:
     return {"train": part.some(order[:cut]), "valid": part.some(order[cut:])}
 
 
+def numbered(name: str, version: int) -> str:
+    """The name of a file that a version of a generator made."""
+    return f"{name}.npz" if version == 1 else f"{name}-v{version}.npz"
+
+
 def cached(path: Path, make: Callable[[], Part]) -> Part:
     """A part from a file, made and written at the first call."""
     if not path.exists():

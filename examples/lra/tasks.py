@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from lra import image, listops, pathfinder, retrieval, text
 from lra.model import Size
-from lra.presets import Preset
+from lra.presets import PAPER, PAPER_RECIPE, PAPER_SIZE, Preset, published
 from lra.training import Recipe, Stage
 
-# The encodings of the published runs, and ConvSPE with either kind of features.
-PAPER = ("paper-none", "paper-sine", "paper-conv", "favor-none", "favor-sine", "favor-conv")
 IMAGE_STEPS = 45_000 // 96  # of an epoch
-PATHFINDER_STEPS = 160_000 // 256
-
-
-def _published(steps: int, lr: float, warmup: int) -> Recipe:
-    return Recipe(
-        (Stage(steps, 8),), lr, warmup, schedule="rsqrt", weight_decay=0.1, evaluate_every=1000
-    )
-
+PATHFINDER_STEPS = 160_000 // 512
 
 IMAGE = {
     "cpu": Preset(
@@ -25,21 +16,26 @@ IMAGE = {
         Size(4, 64, 4, 128, directions="cross"),
         Recipe((Stage(1600, 32),), 3e-3, 100, evaluate_every=200),
         ("default",),
+        image=True,
     ),
     "digits": Preset(
         image.load_digits,
         Size(4, 64, 4, 128, directions="cross"),
         Recipe((Stage(1500, 32),), 3e-3, 100, evaluate_every=100),
         ("default",),
+        image=True,
     ),
     "paper": Preset(
         image.load_cifar,
-        Size(1, 128, 8, 128, 32, directions="both", pooling="first", head_dim=8),
+        Size(
+            1, 128, 8, 128, 32, head_dim=8, **PAPER_SIZE | {"dropout": 0.3, "absolute": "learned"}
+        ),
         Recipe(
             (Stage(200 * IMAGE_STEPS, 96),), 2.5e-4, IMAGE_STEPS, weight_decay=0.1,
-            evaluate_every=IMAGE_STEPS,
+            evaluate_every=IMAGE_STEPS, **PAPER_RECIPE,
         ),
         PAPER,
+        image=True,
     ),
 }  # fmt: skip
 TEXT = {
@@ -51,8 +47,8 @@ TEXT = {
     ),
     "paper": Preset(
         text.load_imdb,
-        Size(4, 256, 4, 1024, directions="both", pooling="first"),
-        _published(30_000, 0.0125, 8000),
+        Size(4, 256, 4, 1024, **PAPER_SIZE),
+        published(30_000, 0.0125, 8000),
         PAPER,
     ),
 }
@@ -65,8 +61,8 @@ RETRIEVAL = {
     ),
     "paper": Preset(
         retrieval.load_aan,
-        Size(4, 128, 4, 512, directions="both", pooling="first"),
-        _published(15_000, 0.005, 3000),
+        Size(4, 128, 4, 512, **PAPER_SIZE),
+        published(15_000, 0.005, 3000),
         PAPER,
     ),
 }
@@ -77,10 +73,11 @@ PATHFINDER = {
         pathfinder.load_small,
         Size(6, 32, 4, 64, directions="cross", pooling="max"),
         Recipe(
-            (Stage(800, 32, "2-paddles"), Stage(1200, 32, "3-paddles"), Stage(6000, 32)),
+            (Stage(800, 32, "2-paddles"), Stage(1200, 32, "3-paddles"), Stage(2000, 32)),
             2e-3, 100, evaluate_every=500,
         ),
         ("default",),
+        image=True,
     ),
     # 32 x 32 with more of the same layers; for a GPU, or a day of a CPU.
     "large": Preset(
@@ -94,16 +91,18 @@ PATHFINDER = {
             1e-3, 500, evaluate_every=2000, evaluate_count=4000,
         ),
         ("default",),
+        image=True,
     ),
-    # The Arena's base configuration.
+    # The Arena's lra_benchmarks/image/configs/pathfinder32/base_pathfinder32_config.py.
     "paper": Preset(
         pathfinder.load,
-        Size(2, 32, 4, 32, directions="both", pooling="first", dropout=0.1),
+        Size(1, 32, 2, 32, head_dim=8, **PAPER_SIZE | {"pooling": "mean"}),
         Recipe(
-            (Stage(200 * PATHFINDER_STEPS, 256),), 1e-3, PATHFINDER_STEPS, weight_decay=0.0,
-            evaluate_every=PATHFINDER_STEPS,
+            (Stage(200 * PATHFINDER_STEPS, 512),), 1e-3, PATHFINDER_STEPS, weight_decay=0.0,
+            evaluate_every=PATHFINDER_STEPS, **PAPER_RECIPE,
         ),
         PAPER,
+        image=True,
     ),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import platform
 import tokenize
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def load_library(folder: Path, counts: dict[str, int] = COUNTS) -> Task:
 
     parts = {
         name: cached(
-            folder / f"text-library-{name}-{count}.npz",
+            folder / f"text-library-{platform.python_version()}-{name}-{count}.npz",
             lambda i=i, name=name, count=count: part(i, name, count),
         )
         for i, (name, count) in enumerate(counts.items())

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lra.model import Classifier
 from lra.task import Batch, Part, Task
 from torch_spe import parameter_groups
 
@@ -42,19 +43,28 @@ class Recipe:
     # ``lr * min(1, step / warmup) / sqrt(max(step, warmup))``.
     schedule: str = "cosine"
     weight_decay: float = 0.01
-    spe_lr_scale: float = 5.0
-    clip: float = 1.0
+    # Rate of positions as a multiple, without weight decay; None: they are weights like others.
+    spe_lr_scale: float | None = 5.0
+    clip: float | None = 1.0  # norm of the gradient
     evaluate_every: int = 500  # steps
     evaluate_count: int | None = None  # of the validation examples, as trained; None: all of them
 
     @property
     def identity(self) -> str:
-        """What must be the same for a checkpoint to go on from: when to evaluate need not."""
+        """As that of a model: when to evaluate may be another."""
         return repr(replace(self, evaluate_every=1, evaluate_count=None))
 
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise unless processes can have equal shares of each batch: their means are joined."""
+        for stage in self.stages:
+            if stage.batch % ranks:
+                raise ValueError(
+                    f"batches of {stage.batch} must be divided evenly by the processes, got {ranks}"
+                )
 
     def factor(self, step: int) -> float:
         """What `lr` is multiplied by in a step, counted from 0."""
@@ -97,6 +107,11 @@ def batches(
             # Drawn for epochs that are skipped too: only the order tells how many steps they have.
             order = part.order(stage.batch, np.random.default_rng((seed, number, epoch)))
             for index in order[: end - step]:
+                if len(index) % place.ranks:
+                    raise ValueError(
+                        f"the part {stage.part!r} must have a batch that the processes divide "
+                        f"evenly, got {len(index)} examples in all and {place.ranks} processes"
+                    )
                 if step >= done:
                     yield step, part.batch(index[place.rank :: place.ranks])
                 step += 1
@@ -121,13 +136,15 @@ class Training:
     """A run, from its start or from where its checkpoint stands."""
 
     def __init__(
-        self, model: nn.Module, task: Task, recipe: Recipe, seed: int, place: Place,
+        self, model: Classifier, task: Task, recipe: Recipe, seed: int, place: Place,
         checkpoint: Path | None = None,
     ):  # fmt: skip
         self.task, self.recipe, self.seed, self.place = task, recipe, seed, place
         self.checkpoint = checkpoint
         self.model = model.to(place.device)
-        groups = parameter_groups(self.model, recipe.lr, recipe.spe_lr_scale)
+        groups = [{"params": list(self.model.parameters()), "lr": recipe.lr}]
+        if recipe.spe_lr_scale is not None:
+            groups = parameter_groups(self.model, recipe.lr, recipe.spe_lr_scale)
         self.optimizer = torch.optim.AdamW(
             groups, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
@@ -136,7 +153,7 @@ class Training:
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.losses: list[float] = []  # of the steps since the last point of the curve
         self.curve: list[dict] = []
-        self.best, self.worse = 0.0, 0  # validation accuracy, evaluations since then
+        self.best, self.worse = 0.0, 0  # validation accuracy of the last stage, evaluations since
         # Noise differs from rank to rank, or averaging over them would not lower it.
         torch.manual_seed(seed * place.ranks + place.rank)
         if checkpoint is not None and checkpoint.exists():
@@ -146,6 +163,11 @@ class Training:
             if place.ranks > 1
             else self.model
         )
+
+    @property
+    def identity(self) -> str:
+        """What must be the same for a checkpoint to go on from."""
+        return f"{self.model.identity}, {self.recipe.identity}, {self.place.precision}"
 
     def _state(self) -> dict:
         kept = ("step", "seconds", "tokens", "losses", "curve", "best", "worse")
@@ -169,7 +191,7 @@ class Training:
         torch.save(
             {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "random": random, "state": self._state(), "recipe": self.recipe.identity,
+                "random": random, "state": self._state(), "identity": self.identity,
             },
             unfinished,
         )  # fmt: skip
@@ -177,10 +199,10 @@ class Training:
 
     def _load(self) -> None:
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if saved["recipe"] != self.recipe.identity:
+        if saved.get("identity") != self.identity:
             raise ValueError(
-                f"{self.checkpoint} is of another recipe: finish it with that one, or remove it: "
-                f"{saved['recipe']}, got {self.recipe.identity}"
+                f"{self.checkpoint} is of another model, recipe or precision: finish it with that "
+                f"one, or remove it: {saved.get('identity')}, got {self.identity}"
             )
         if len(saved["random"]) != self.place.ranks:
             raise ValueError(
@@ -201,7 +223,8 @@ class Training:
     ) -> bool:  # fmt: skip
         """Train to the end, or up to step `stop_after`; say whether that was the end.
 
-        `patience` ends it early, after as many evaluations without a better validation accuracy.
+        `patience` ends it early, after as many evaluations without a better validation accuracy, of
+        the last stage: what comes before prepares it.
         """
         recipe, begin, saved = self.recipe, time.perf_counter() - self.seconds, time.monotonic()
         self.model.train()
@@ -250,7 +273,7 @@ class Training:
         loss = cross_entropy(logits.float(), batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups if self.recipe.clip is not None else ():
             # Apart: a frequency's gradient grows with the position and would shrink all others.
             nn.utils.clip_grad_norm_(group["params"], self.recipe.clip)
         self.optimizer.step()
@@ -270,5 +293,7 @@ class Training:
             part = part.some(np.arange(min(len(part), self.recipe.evaluate_count)))
         found = accuracy(self.model, part, batch, self.place)
         self.curve.append({"step": self.step, "valid": found})
+        if self.step <= self.recipe.steps - self.recipe.stages[-1].steps:
+            return
         self.worse = 0 if found > self.best else self.worse + 1
         self.best = max(self.best, found)

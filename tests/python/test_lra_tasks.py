@@ -1,8 +1,11 @@
 """The tasks of the Long-Range Arena beside ListOps: data, loaders, presets, a step of each."""
 
 import ast
+import os
+import platform
 import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from lra import contours, image, pathfinder, retrieval, text
-from lra.encodings import ENCODINGS
-from lra.model import Classifier, Size
-from lra.task import Part, Ragged, Task
+from lra import contours, image, listops, pathfinder, retrieval, text
 from lra.tasks import TASKS
-from lra.training import Place, Recipe, Stage, Training
 
 SCALE = 8  # of the images that contours are traced in
 
@@ -47,6 +46,27 @@ def test_labels_by_tracing_the_contours(drawings, name):
         found = [joined[tuple(np.clip((mark * SCALE).astype(int), 0, size - 1))] for mark in marks]
         assert min(found) > 0
         assert (found[0] == found[1]) == label
+
+
+@pytest.mark.parametrize("name", ["large", "small"])
+def test_the_image_that_is_read_shows_paddles_and_marks_and_nothing_else(drawings, name):
+    picture, drawing = drawings[name]
+    images = contours.render(drawing, picture)
+    assert images.shape[1:] == (picture.size, picture.size)
+    place = np.stack(np.indices(images.shape[1:]), axis=-1) + 0.5  # of pixels' centres
+    for shown, paddles, marks in zip(images, drawing.paddles, drawing.marks, strict=True):
+        there = paddles[~np.isnan(paddles[:, 0, 0])]
+        y, x = np.floor(there.mean(1)).astype(int).T
+        assert shown[y, x].min() > 0
+        y, x = np.floor(marks).astype(int).T
+        assert shown[y, x].min() >= contours.MARKER_CONTRAST * 255 // contours.DISTRACTOR_CONTRAST
+        points = there[:, :1] + (there[:, 1:] - there[:, :1]) * np.linspace(0, 1, 9)[:, None]
+        far = np.ones(shown.shape, bool)
+        for spots, radius in ((points.reshape(-1, 2), 0.5), (marks, contours.MARKER)):
+            distance = np.linalg.norm(place[:, :, None] - spots, axis=-1).min(-1)
+            far &= distance > radius + 0.8  # half of a pixel's diagonal, and more
+        assert far.any()
+        assert not shown[far].any()
 
 
 def test_contours_have_the_published_statistics(drawings):
@@ -82,6 +102,40 @@ def test_pathfinder_is_a_function_of_its_seed_alone(monkeypatch):
     assert 0.2 < part.labels.mean() < 0.8
     tokens = part.inputs[0].tokens
     assert 1 == tokens.min() < tokens.max() < pathfinder.VOCABULARY
+
+
+def test_processes_are_started_where_the_system_tells_less(monkeypatch):
+    assert pathfinder.context().get_start_method() == "forkserver"
+    assert pathfinder.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(pathfinder, "get_all_start_methods", lambda: ["spawn"])
+    assert pathfinder.cores() == os.cpu_count()
+    assert pathfinder.context().get_start_method() == get_context().get_start_method()
+
+
+@pytest.mark.parametrize("generator", [listops, pathfinder])
+def test_another_generator_writes_other_files(generator, tmp_path, monkeypatch):
+    counts = {"test": 2}
+    monkeypatch.setattr(pathfinder, "LARGE", pathfinder.SMALL)
+    for version, end in ((1, "2.npz"), (2, "2-v2.npz")):
+        monkeypatch.setattr(generator, "VERSION", version)
+        generator.load(tmp_path, counts=counts)
+        assert sum(path.name.endswith(end) for path in tmp_path.iterdir()) == 1
+
+
+def test_the_small_images_are_as_many_as_are_read(tmp_path):
+    counts = {f"{n}-paddles": count for n, count in pathfinder.SMALL_SHORTER.items()}
+    counts["train"] = pathfinder.SMALL_COUNTS["train"]
+    for stage in TASKS["pathfinder"]["cpu"].recipe.stages:
+        assert counts[stage.part] % pathfinder.CHUNK == 0
+        assert 0 <= counts[stage.part] - stage.steps * stage.batch < pathfinder.CHUNK
+    task = pathfinder.load(tmp_path, pathfinder.SMALL, {"train": 3, "valid": 2, "test": 2}, {2: 4})
+    assert {name: len(part) for name, part in task.parts.items()} == {
+        "train": 3, "valid": 2, "test": 2, "2-paddles": 4,
+    }  # fmt: skip
+    again = pathfinder.generate(2, (2020, 1), pathfinder.SMALL)
+    assert np.array_equal(task.parts["valid"].inputs[0].tokens, again.inputs[0].tokens)
+    assert (tmp_path / "pathfinder16-2-paddles-4.npz").exists()
 
 
 # ---- loaders, on files of the released formats
@@ -167,6 +221,8 @@ def test_the_librarys_comments_and_documentation(tmp_path, monkeypatch):
     task = text.load_library(tmp_path, counts)
     assert {name: len(part) for name, part in task.parts.items()} == counts
     assert all(part.labels.mean() == 0.5 for part in task.parts.values())
+    version = platform.python_version()  # whose library has these words
+    assert (tmp_path / f"text-library-{version}-train-6.npz").exists()
     assert set(task.parts["train"].inputs[0].lengths) == {text.EXCERPT}
 
 
@@ -196,6 +252,39 @@ def test_aan(tmp_path):
         retrieval.load_aan(tmp_path, length=11, pairs=None)
 
 
+def test_a_malformed_text_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "new_aan_pairs.train.tsv"
+    for field in (b"b'a' b'", b"b'\\x1'", b"b'\xc3\xa9'"):
+        path.write_bytes(b"1\tA\tB\tone\ttwo\n1\tA\tB\tone\t" + field + b"\n")
+        with pytest.raises(ValueError, match=r"train.tsv, line 2: expected a text as Python"):
+            retrieval._read(path, 10, None)
+
+
+def test_chorales(tmp_path, monkeypatch):
+    pytest.importorskip("music21")
+    data = pytest.importorskip("music.chorales.data")
+    # Of each family two pieces, and one that is too short; the family is their token.
+    pieces = [
+        data.Chorale(f"{family}", torch.full((n,), family), family)
+        for family in range(20)
+        for n in (2 * retrieval.PASSAGE, 2 * retrieval.PASSAGE + 40, 2 * retrieval.PASSAGE - 4)
+    ]
+    monkeypatch.setattr(data, "load", lambda: pieces)
+    counts = {"train": 6, "valid": 4, "test": 2}
+    for _ in range(2):  # made, then read
+        task = retrieval.load_chorales(tmp_path, counts)
+        assert {name: len(part) for name, part in task.parts.items()} == counts
+        for part in task.parts.values():
+            assert part.labels.mean() == 0.5
+            for side in part.inputs:
+                assert set(side.lengths) == {retrieval.PASSAGE}
+                assert 0 < side.tokens.min() <= side.tokens.max() < task.vocabulary
+    families = {n: set(task.parts[n].inputs[0].tokens - 1) for n in counts}
+    assert families["valid"] <= {8, 18}
+    assert families["test"] <= {9, 19}
+    assert not families["train"] & {8, 9, 18, 19}
+
+
 def test_pairs_of_passages_do_not_overlap():
     lengths = (256, 259, 300, 512)
     pieces = [1000 * i + np.arange(n) for i, n in enumerate(lengths)]
@@ -207,95 +296,3 @@ def test_pairs_of_passages_do_not_overlap():
         assert a[0] % 1000 % 4 == b[0] % 1000 % 4 == 0
         assert (a[0] // 1000 == b[0] // 1000) == label
         assert not label or a[-1] < b[0]
-
-
-# ---- models and presets
-
-
-def random_task(preset):
-    """Data of a task's shape; little of it."""
-    kind = {
-        "cpu16": dict(vocabulary=129, classes=2, length=256, grid=(16, 16)),
-        "image": dict(vocabulary=20, classes=10, length=48, grid=(6, 8)),
-        "pairs": dict(vocabulary=50, classes=2, length=40, towers=2),
-        "text": dict(vocabulary=257, classes=2, length=40),
-    }[preset]
-    rng = np.random.default_rng(0)
-    shape = (4, kind["length"])
-    inputs = tuple(
-        Ragged.rows(rng.integers(1, kind["vocabulary"], size=shape).astype(np.uint16))
-        for _ in range(kind.get("towers", 1))
-    )
-    part = Part(inputs, rng.integers(kind["classes"], size=4))
-    return Task(preset, preset, parts={"train": part, "valid": part, "test": part}, **kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "encoding", "size"),
-    [
-        ("text", "paper-sine", Size(2, 16, 2, 16, 8, "both", "first")),
-        ("pairs", "favor-conv", Size(2, 16, 2, 16, 8, "both", "first")),
-        ("pairs", "default", Size(2, 16, 2, 16, 8)),
-        ("image", "favor-sine", Size(1, 16, 2, 16, 8, "both", "first", head_dim=4)),
-        ("image", "paper-none", Size(1, 16, 2, 16, 8, "both", "first", head_dim=4)),
-        ("image", "default", Size(4, 16, 2, 16, 8, "cross")),
-        ("image", "grid", Size(2, 16, 2, 16, 8, "cross")),
-        ("image", "grid-conv", Size(2, 16, 2, 16, 8, "both")),
-        ("cpu16", "default", Size(2, 16, 2, 16, 8, "cross")),
-    ],
-)
-def test_a_training_step_of_every_kind_of_task(kind, encoding, size):
-    task = random_task(kind)
-    torch.manual_seed(0)
-    model = Classifier(
-        size, encoding, task.vocabulary, task.classes, task.length, task.towers, task.grid
-    )
-    before = [p.detach().clone() for p in model.parameters()]
-    training = Training(model, task, Recipe((Stage(1, 4),), 1e-3, 1, evaluate_every=1), 0, Place())
-    assert training.run(progress=False)
-    assert 0 <= training.curve[-1]["valid"] <= 1
-    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
-    assert sum(moved) > len(moved) / 2
-
-
-def test_reading_columns_is_reading_the_rows_of_the_transposed_image():
-    torch.manual_seed(0)
-    model = Classifier(Size(4, 16, 2, 16, 8, "cross"), "default", 20, 3, 48, grid=(6, 8)).eval()
-    pixels = torch.randn(2, 6, 8, 16)
-    other = Classifier(Size(4, 16, 2, 16, 8, "cross"), "default", 20, 3, 48, grid=(8, 6)).eval()
-    for number in range(2):
-        layer = model.layers[number]
-        columns = model.pass_layer(number + 2, layer, pixels.flatten(1, 2), None)
-        rotated = other.pass_layer(number, layer, pixels.transpose(1, 2).flatten(1, 2), None)
-        back = rotated.unflatten(1, (8, 6)).transpose(1, 2).flatten(1, 2)
-        assert torch.equal(columns, back)
-        assert not torch.allclose(
-            columns, model.pass_layer(number, layer, pixels.flatten(1, 2), None)
-        )
-
-
-def test_what_needs_an_image_says_so():
-    with pytest.raises(ValueError, match="not an image"):
-        Classifier(Size(1, 16, 2, 16, 8, "cross"), "default", 20, 3, 48)
-    with pytest.raises(ValueError, match="not an image"):
-        Classifier(Size(1, 16, 2, 16, 8, "both"), "grid", 20, 3, 48)
-
-
-def test_every_preset_has_a_model():
-    sizes = {}
-    for name, presets in TASKS.items():
-        assert {"cpu", "paper"} <= presets.keys()
-        for preset in presets.values():
-            assert set(preset.encodings) <= ENCODINGS.keys()
-            size = preset.size
-            assert preset.recipe.steps > preset.recipe.warmup
-            model = Classifier(
-                replace(size, layers=1), preset.encodings[-1], 30, 10, 64, 1, grid=(8, 8)
-            )
-            assert model.layers[0].self_attn.head_dim == (size.head_dim or size.width // size.heads)
-        paper = presets["paper"].size
-        sizes[name] = (paper.layers, paper.width, paper.heads, paper.feedforward)
-    assert sizes == {
-        "listops": (4, 512, 8, 1024), "text": (4, 256, 4, 1024), "retrieval": (4, 128, 4, 512),
-        "image": (1, 128, 8, 128), "pathfinder": (2, 32, 4, 32),
-    }  # fmt: skip
