@@ -270,6 +270,8 @@ def check_errors():
         layer(equal_lengths=True)(y, y, y)
     equal = layer(equal_lengths=True)
     assert torch.equal(equal(x, x, x)[0], layer()(x, x, x)[0])
+    with pytest.raises(RuntimeError, match=r"SPESequenceParallel: torch\.jit\.trace is not supp"):
+        torch.jit.trace(lambda x: equal(x, x, x)[0], x, check_trace=False)
     # Beside calls of the layer nothing is exchanged, also not after one that has failed.
     with pytest.raises(ValueError, match="key_padding_mask must have shape"):
         equal(x, x, x, x[0, :, 0] > 0)

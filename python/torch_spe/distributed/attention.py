@@ -78,6 +78,7 @@ def linear_attention(
 
     Raises:
         RuntimeError: there is no process group.
+        TypeError: the group is none.
         ValueError: what the function for one rank raises. A call that only some ranks refuse leaves
             the others waiting.
 
@@ -89,7 +90,7 @@ def linear_attention(
         torch.Size([2, 100, 4, 16])
         >>> dist.destroy_process_group()
     """
-    check_group("linear_attention")
+    check_group("linear_attention", group)
     of_keys: dict[str, Any] = {
         "feature_map": feature_map, "denominator_k": denominator_k,
         "denominator_feature_map": denominator_feature_map,

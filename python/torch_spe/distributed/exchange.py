@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ def sequence_start(length: int, group: dist.ProcessGroup | None = None) -> int:
 
     Raises:
         RuntimeError: there is no process group.
+        TypeError: the group is none.
     """
-    check_group("sequence_start")
+    check_group("sequence_start", group)
+    check_not_traced("sequence_start")
     lengths = gather_integers(integer(length), group)[:, 0]
     return first_token(lengths, dist.get_rank(group))
 
@@ -50,11 +53,25 @@ def _(lengths: Tensor, rank: int) -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def check_group(owner: str) -> None:
-    """Raise RuntimeError without a process group."""
+def check_group(owner: str, group: dist.ProcessGroup | None = None) -> None:
+    """Raise RuntimeError without a process group, and TypeError unless `group` is one or None."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{owner}: torch.distributed has no process group: call init_process_group first"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{owner}: group must be a torch.distributed.ProcessGroup with this rank, or None for "
+            f"all ranks, got {group!r}"
+        )
+
+
+def check_not_traced(owner: str) -> None:
+    """Raise RuntimeError under torch.jit.trace, whose graphs would keep the first call's place."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{owner}: torch.jit.trace is not supported where a sequence is cut over ranks: use "
+            "torch.compile"
         )
 
 
@@ -138,7 +155,18 @@ def sum_of_states(
     return _Sum.apply(s, z, group)
 
 
-class _StateBefore(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """Base of the exchanges: `torch.func.grad` works, `vmap` says what to do."""
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments: object) -> NoReturn:
+        raise NotImplementedError(
+            "torch_spe.distributed: vmap and jacrev are not implemented where a sequence is cut "
+            "over ranks; put what they would map over into the batch"
+        )
+
+
+class _StateBefore(_Exchange):
     """The exclusive prefix of pieces.
 
     With :math:`X_r` the state before rank r and :math:`X_{r+1} = S_r + c_r X_r`, the gradient of
@@ -148,7 +176,6 @@ class _StateBefore(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
         s: Tensor,  # [B, H, R, E]
         z: Tensor,  # [B, H, F]
         keep: Tensor | None,  # [B or 1, H, R or 1]
@@ -156,9 +183,12 @@ class _StateBefore(torch.autograd.Function):
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         before = _exclusive_prefix(Piece(s, z, keep), group, reverse)
-        ctx.group, ctx.reverse = group, reverse
-        ctx.save_for_backward(*([] if keep is None else [keep, before.s, before.z]))
         return before.s, before.z
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, keep, ctx.group, ctx.reverse = inputs
+        ctx.save_for_backward(*([] if keep is None else [keep, *output]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -172,14 +202,17 @@ class _StateBefore(torch.autograd.Function):
         return of_piece.s, of_piece.z, grad_keep, None, None
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(_Exchange):
     @staticmethod
-    def forward(ctx, s: Tensor, z: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.group = group
+    def forward(s: Tensor, z: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         piece = Piece(s, z)
         total = collectives.all_reduce(piece.pack(), "sum", group)
         total = piece.unpack(collectives.wait_tensor(total))
         return total.s, total.z
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.group = inputs[2]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

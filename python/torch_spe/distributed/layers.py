@@ -27,6 +27,7 @@ from torch_spe.distributed.attention import linear_attention
 from torch_spe.distributed.bounds import LocalBounds, cut_bounds
 from torch_spe.distributed.exchange import (
     check_group,
+    check_not_traced,
     first_token,
     gather,
     gather_integers,
@@ -183,6 +184,7 @@ class SequenceRanks:
         self, layer: SPEMultiheadAttention, arguments: tuple, keywords: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Set positions and bounds of the rank's tokens."""
+        check_not_traced(OWNER)
         named = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
         query, key = named.get("query"), named.get("key")
         if not isinstance(query, Tensor) or not isinstance(key, Tensor):
