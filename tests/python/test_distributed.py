@@ -70,17 +70,19 @@ def piece(tensor, begin, end):
     return tensor[:, begin:end] if tensor.dim() > 2 or tensor.dtype == torch.bool else tensor
 
 
-def compare_with_one_process(lengths, doubling=False):
-    if doubling:  # as with many ranks
-        exchange.MOST_GATHERED = 1
+def compare_with_one_process(lengths, doubling, device="cpu"):
+    exchange.most_gathered = lambda *_: 1 if doubling else 8
     rank, length = dist.get_rank(), sum(lengths)
     begin = distributed.sequence_start(lengths[rank])
     assert begin == sum(lengths[:rank])
     end = begin + lengths[rank]
     for case in CASES:
         tensors, options = make(case, length)
+        tensors = {n: t.detach().to(device).requires_grad_() for n, t in tensors.items()}
+        options = {n: o.to(device) if torch.is_tensor(o) else o for n, o in options.items()}
         expected = functional.linear_attention(**tensors, **options)
-        grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).double()
+        grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+        grad = grad.to(expected)
         wanted = torch.autograd.grad(expected, list(tensors.values()), grad)
         own = {n: piece(t.detach(), begin, end).requires_grad_() for n, t in tensors.items()}
         options = {n: piece(o, begin, end) if torch.is_tensor(o) else o for n, o in options.items()}
@@ -131,7 +133,7 @@ def test_transforms_and_groups(tmp_path):
     run_on_ranks(transform, 2, tmp_path)
 
 
-@pytest.mark.parametrize(("ranks", "doubling"), [(2, False), (4, False), (5, True)])
+@pytest.mark.parametrize(("ranks", "doubling"), [(2, False), (2, True), (4, False), (5, True)])
 def test_pieces_are_the_whole(ranks, doubling, tmp_path):
     run_on_ranks(compare_with_one_process, ranks, tmp_path, LENGTHS[ranks], doubling)
 

@@ -88,8 +88,16 @@ def gather_integers(
 
 def gather(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [ranks, *own.shape]
     """Return the tensors of all ranks; not differentiable."""
-    gathered = collectives.all_gather_tensor(own.flatten(), 0, whole_group(group))
-    return collectives.wait_tensor(gathered).view(-1, *own.shape)
+    group = whole_group(group)
+    # Gloo's all-gather of this kind reads memory of the CPU only.
+    sent = own.flatten().cpu() if _is_gloo(own.device, group) else own.flatten()
+    gathered = collectives.wait_tensor(collectives.all_gather_tensor(sent, 0, group))
+    return gathered.view(-1, *own.shape).to(own.device)
+
+
+def _is_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Say whether gloo exchanges tensors of a device."""
+    return f"{device.type}:gloo" in dist.get_backend_config(group)
 
 
 def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -220,16 +228,22 @@ class _Sum(_Exchange):
         return *_Sum.apply(grad_s, grad_z, ctx.group), None
 
 
-# Up to so many ranks, those of one machine, an all-gather is taken: one exchange, in which each
-# rank sends its piece to all others. With more of them doubling sends less, in more steps.
-MOST_GATHERED = 8
+def most_gathered(device: torch.device, group: dist.ProcessGroup) -> int:
+    """Return up to how many ranks an all-gather is taken, and doubling with more of them.
+
+    An all-gather is one exchange, in which each rank sends its piece to all others; doubling sends
+    less, in more steps. With gloo doubling takes less time for any number of ranks
+    (``python -m benchmarks.communication --time``). To NCCL, where this has not been measured, an
+    all-gather is one call, which the ranks of one machine get.
+    """
+    return 1 if _is_gloo(device, group) else 8
 
 
 def _exclusive_prefix(piece: Piece, group: dist.ProcessGroup, reverse: bool) -> Piece:
     """Return what the ranks before this one add; 0 for the first."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     nothing = Piece(torch.zeros_like(piece.s), torch.zeros_like(piece.z), piece.keep)
-    if ranks <= MOST_GATHERED:
+    if ranks <= most_gathered(piece.s.device, group):
         gathered = gather(piece.pack(), group).unbind()
         before = gathered[:rank:-1] if reverse else gathered[:rank]
         return functools.reduce(lambda sum_, x: piece.unpack(x).after(sum_), before, nothing)
