@@ -173,9 +173,10 @@ class SequenceRanks:
         memo[id(self)] = copied
         layer = None if self._layer is None else self._layer()
         if layer is not None:  # of which there is a copy already, as far as its attributes
-            copied._layer = weakref.ref(memo.get(id(layer), layer))
+            layer_of_copy: SPEMultiheadAttention = memo.get(id(layer), layer)
             compared = None if self._compared is None else self._compared()
-            copied._compared = weakref.ref(memo.get(id(compared), copied._layer()))
+            copied._layer = weakref.ref(layer_of_copy)
+            copied._compared = weakref.ref(memo.get(id(compared), layer_of_copy))
         return copied
 
     def __reduce__(self) -> tuple:
