@@ -12,6 +12,7 @@ from torch_spe.distributed.both_sides import attend_to_both_sides
 from torch_spe.distributed.bounds import cut_bounds
 from torch_spe.distributed.exchange import (
     check_group,
+    check_not_traced,
     sequence_start,
     state_before,
     sum_of_states,
@@ -102,6 +103,7 @@ def linear_attention(
     }  # fmt: skip
     if dist.get_world_size(group) == 1:
         return functional.linear_attention(q, k, v, cu_seqlens=cu_seqlens, **of_keys, **others)
+    check_not_traced("linear_attention")
     group = whole_group(group)
     bounds = None
     if cu_seqlens is not None:

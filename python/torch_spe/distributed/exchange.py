@@ -67,7 +67,7 @@ def check_group(owner: str, group: dist.ProcessGroup | None = None) -> None:
 
 
 def check_not_traced(owner: str) -> None:
-    """Raise RuntimeError under torch.jit.trace, whose graphs would keep the first call's place."""
+    """Raise RuntimeError under torch.jit.trace, whose graphs would keep the first call's sizes."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             f"{owner}: torch.jit.trace is not supported where a sequence is cut over ranks: use "
