@@ -4,23 +4,32 @@ Bytes are counted while a layer of this library runs as one rank of a process gr
 nothing (PyTorch's "fake" backend): they do not depend on what is sent. Ring attention's are
 computed: every rank passes keys and values on to the next one, and backward these and their
 gradients. Times are computed from rates that are assumed, not measured.
+
+``--time`` instead measures the two exchanges of states that there are, an all-gather and doubling,
+with gloo between processes of this machine, of one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_spe
-from torch_spe.distributed import SPESequenceParallel
+from torch_spe.distributed import SPESequenceParallel, exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +147,83 @@ def step_seconds(
     )
 
 
-def main() -> None:
-    """Print both tables."""
+def time_on_rank(rank: int, ranks: int, folder: str, repeats: int, model: Model) -> None:
+    """Measure each exchange of a layer's states, forward, and write what the slowest rank took."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+    )
+    head, heads = model.width // model.heads, model.heads
+    shapes = (1, heads, model.features * head, head), (1, heads, model.features * head)
+    piece = exchange.Piece(*(torch.rand(shape) for shape in (*shapes, (1, heads, 1))))
+    seconds: dict[str, list[float]] = {"all_gather": [], "doubling": []}
+    results = {}
+    for _ in range(repeats + 1):
+        for name, measured in seconds.items():
+            limit = ranks if name == "all_gather" else 1
+            exchange.most_gathered = lambda *_, limit=limit: limit
+            dist.barrier()
+            start = time.perf_counter()
+            results[name] = exchange.state_before(piece, dist.group.WORLD)
+            took = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            measured.append(took.item())
+    torch.testing.assert_close(results["all_gather"].s, results["doubling"].s)
+    if rank == 0:
+        Path(folder, "seconds.json").write_text(
+            json.dumps({name: measured[1:] for name, measured in seconds.items()})
+        )
+    dist.destroy_process_group()
+
+
+def time_exchanges(ranks: int, repeats: int, model: Model) -> dict[str, float]:
+    """Seconds of both exchanges, in turns: the median and the least of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            time_on_rank, (ranks, folder, repeats, model), nprocs=ranks, start_method="forkserver"
+        )
+        seconds = json.loads(Path(folder, "seconds.json").read_text())
+    return {
+        f"{name}_{kind}": of(measured)
+        for name, measured in seconds.items()
+        for kind, of in (("median", statistics.median), ("least", min))
+    }
+
+
+def print_times(all_ranks: list[int], repeats: int, output: Path | None) -> None:
+    """Print the table of ``--time``, and write the same as JSON."""
+    model = Model()
+    print(f"Exchange of a state of {4 * model.state / 1e6:.1f} MB, gloo, milliseconds, least time")
+    print("| ranks | all-gather | doubling | doubling / all-gather | of the medians |")
+    print("|---:|---:|---:|---:|---:|")
+    rows = []
+    for ranks in all_ranks:
+        row = time_exchanges(ranks, repeats, model)
+        rows.append({"ranks": ranks, "repeats": repeats, **row})
+        share, of_medians = (
+            row[f"doubling_{kind}"] / row[f"all_gather_{kind}"] for kind in ("least", "median")
+        )
+        print(
+            f"| {ranks} | {1e3 * row['all_gather_least']:.3g} | {1e3 * row['doubling_least']:.3g} "
+            f"| {share:.2f} | {of_medians:.2f} |",
+            flush=True,
+        )
+    if output is not None:
+        output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print both tables, or that of the times measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.communication", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2**20, help="of the sequence")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 64, 256])
-    options = parser.parse_args()
+    parser.add_argument("--ranks", type=int, nargs="+")
+    parser.add_argument("--time", action="store_true", help="measure exchanges on this machine")
+    parser.add_argument("--repeats", type=int, default=20, help="of --time")
+    parser.add_argument("--output", type=Path, help="JSON file for the results of --time")
+    options = parser.parse_args(arguments)
+    if options.time:
+        print_times(options.ranks or [2, 4, 8], options.repeats, options.output)
+        return
     model, machine, tokens = Model(), Machine(), options.tokens
     print(
         "Bytes sent per token and layer, forward and backward (those of the rank in the middle, "
@@ -152,7 +232,8 @@ def main() -> None:
     )
     print("| ranks | causal, counted | not causal, no decay, counted | ring attention, computed |")
     print("|---:|---:|---:|---:|")
-    for ranks in options.ranks:
+    all_ranks = options.ranks or [2, 4, 8, 16, 64, 256]
+    for ranks in all_ranks:
         middle = ranks // 2
         causal = sum(count(ranks, middle, True, model)) * ranks / tokens
         both = sum(count(ranks, middle, False, model, position="exact")) * ranks / tokens
@@ -164,7 +245,7 @@ def main() -> None:
     )
     print("| ranks | torch_spe | exchanges | ring attention | passing keys and values |")
     print("|---:|---:|---:|---:|---:|")
-    for ranks in (1, *options.ranks):
+    for ranks in (1, *all_ranks):
         times = step_seconds(ranks, tokens, model, machine)
         print(f"| {ranks} | " + " | ".join(f"{time:.3g}" for time in times) + " |")
 

@@ -1,5 +1,6 @@
 """The benchmarks time nothing of which the results differ, whichever implementation fits."""
 
+import json
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks.__main__ import check, measure_case
 from benchmarks.cases import CHUNK, LAYERS, Case, Implementation, decay, layer
 from benchmarks.communication import Machine as Link
 from benchmarks.communication import Model, count, state_messages, step_seconds
+from benchmarks.communication import main as main_of_communication
 from benchmarks.decode import decode
 from benchmarks.measure import Machine
 
@@ -110,6 +112,15 @@ def test_bytes_that_ranks_send_are_counted(ranks):
     times = step_seconds(ranks, 1000, model, Link())
     assert times[0] > times[1] > 0
     assert times[2] >= times[3] > 0
+
+
+def test_exchanges_are_timed(tmp_path, capsys):
+    main_of_communication(["--time", "--ranks", "2", "--repeats", "1", "--output",
+                           str(tmp_path / "times.json")])  # fmt: skip
+    (row,) = json.loads((tmp_path / "times.json").read_text())
+    assert row["ranks"] == 2
+    assert min(row["all_gather_least"], row["doubling_median"]) > 0
+    assert "| 2 |" in capsys.readouterr().out
 
 
 def test_executed_products_of_attention():

@@ -70,17 +70,19 @@ def piece(tensor, begin, end):
     return tensor[:, begin:end] if tensor.dim() > 2 or tensor.dtype == torch.bool else tensor
 
 
-def compare_with_one_process(lengths, doubling=False):
-    if doubling:  # as with many ranks
-        exchange.MOST_GATHERED = 1
+def compare_with_one_process(lengths, doubling, device="cpu"):
+    exchange.most_gathered = lambda *_: 1 if doubling else 8
     rank, length = dist.get_rank(), sum(lengths)
     begin = distributed.sequence_start(lengths[rank])
     assert begin == sum(lengths[:rank])
     end = begin + lengths[rank]
     for case in CASES:
         tensors, options = make(case, length)
+        tensors = {n: t.detach().to(device).requires_grad_() for n, t in tensors.items()}
+        options = {n: o.to(device) if torch.is_tensor(o) else o for n, o in options.items()}
         expected = functional.linear_attention(**tensors, **options)
-        grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).double()
+        grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+        grad = grad.to(expected)
         wanted = torch.autograd.grad(expected, list(tensors.values()), grad)
         own = {n: piece(t.detach(), begin, end).requires_grad_() for n, t in tensors.items()}
         options = {n: piece(o, begin, end) if torch.is_tensor(o) else o for n, o in options.items()}
@@ -95,7 +97,43 @@ def compare_with_one_process(lengths, doubling=False):
             assert error(a, b) < 1e-10, (case, name)
 
 
-@pytest.mark.parametrize(("ranks", "doubling"), [(2, False), (4, False), (5, True)])
+def transform():
+    """`torch.func.grad` works; what does not says so, on every rank."""
+    torch.manual_seed(dist.get_rank())
+    q, k, v = (torch.randn(1, 4, H, R).requires_grad_() for _ in "qkv")
+    steps = -torch.rand(1, 4, H)
+    for options in ({}, {"causal": True}, {"causal": True, "log_decay": steps}):
+
+        def loss(q, k, v, options=options):
+            return distributed.linear_attention(q, k, v, **options).square().sum()
+
+        expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+        got = torch.func.grad(loss, (0, 1, 2))(q.detach(), k.detach(), v.detach())
+        for a, b in zip(got, expected, strict=True):
+            assert error(a, b) < 1e-6
+        with pytest.raises(NotImplementedError, match=r"forward-mode derivatives \(jvp, jacfwd\)"):
+            torch.func.jvp(loss, (q, k, v), (q, k, v))
+        with pytest.raises(NotImplementedError, match="vmap and jacrev are not implemented where"):
+            torch.func.vmap(loss)(*(x.detach().unsqueeze(0) for x in (q, k, v)))
+    with pytest.raises(RuntimeError, match=r"linear_attention: torch\.jit\.trace is not supported"):
+        torch.jit.trace(loss, (q, k, v), check_trace=False)
+    with pytest.raises(RuntimeError, match=r"sequence_start: torch\.jit\.trace is not supported"):
+        torch.jit.trace(lambda x: x + distributed.sequence_start(4), q, check_trace=False)
+    with pytest.raises(
+        TypeError, match=r"linear_attention: group must be a torch\.distributed\.Pro"
+    ):
+        distributed.linear_attention(q, k, v, group="x")
+    other = dist.new_group([1])  # of rank 1: what rank 0 gets is no group
+    if dist.get_rank() == 0:
+        with pytest.raises(TypeError, match=r"group must be .* with this rank, or None"):
+            distributed.sequence_start(4, other)
+
+
+def test_transforms_and_groups(tmp_path):
+    run_on_ranks(transform, 2, tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "doubling"), [(2, False), (2, True), (4, False), (5, True)])
 def test_pieces_are_the_whole(ranks, doubling, tmp_path):
     run_on_ranks(compare_with_one_process, ranks, tmp_path, LENGTHS[ranks], doubling)
 

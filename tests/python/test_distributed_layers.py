@@ -9,6 +9,7 @@ import torch.distributed as dist
 from helpers import error
 from ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,7 @@ from torch_spe import (
     SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
 )
-from torch_spe.distributed import SPESequenceParallel, exchange
+from torch_spe.distributed import SPESequenceParallel, agreement, exchange
 from torch_spe.noise import draw_seed
 
 pytestmark = pytest.mark.cpu_only
@@ -32,8 +33,11 @@ LAYERS = {
     "exact": {"position": "exact"},
     "exact, inputs": {"position": "exact", **INPUTS},
     "sine": {"position": "sine"},
+    "sine, gaussian": {"position": "sine", "noise": "gaussian"},
+    "sine, orthogonal": {"position": "sine", "noise": "orthogonal"},
     "paper": {"position": "paper"},
     "conv": {"position": "conv", "kernel_size": 9},
+    "conv, polyphase": {"position": "conv", "kernel_size": 9, "noise_stride": 2},
     "conv, inputs": {"position": "conv", "kernel_size": 9, **INPUTS},
     "rotary": {"position": "rotary", "output_norm": None},
     "rotary, decay": {"position": "rotary", "decay": "learned"},
@@ -44,6 +48,7 @@ LAYERS = {
     "gate": {"position": "exact", "decay": "learned", "decay_gate": False},
     "random map": {"position": "sine", "feature_map": lambda: PositiveFeatures(8, 12)},
 }
+NOISY = ["sine", "sine, gaussian", "sine, orthogonal", "paper", "conv", "conv, polyphase"]
 # Arguments of a call, of all tokens; those in TOKENS are cut.
 TOKENS = ("positions", "key_padding_mask")
 CALLS = {
@@ -85,8 +90,11 @@ def cut(value, name="positions"):
     return value[..., begin : ends[dist.get_rank()]]
 
 
-def compare(layer, reference, call, name):
-    """Outputs and all gradients of this rank against those of one process."""
+def compare(layer, reference, call, name, before=lambda: None):
+    """Outputs and all gradients of this rank against those of one process.
+
+    What `before` does comes last before the call of the layer.
+    """
     options = CALLS[call]
     batch = 1 if "cu_seqlens" in options else 2
     whole = torch.randn(batch, LENGTH, DIM, dtype=torch.float64).requires_grad_()
@@ -94,6 +102,7 @@ def compare(layer, reference, call, name):
     expected, _ = reference(whole, whole, whole, **options)
     expected.backward(grad)
     x = cut(whole.detach().mT).mT.requires_grad_()
+    before()
     out, _ = layer(x, x, x, **{n: cut(value, n) for n, value in options.items()})
     out.backward(cut(grad.mT).mT)
     assert error(out, cut(expected.mT).mT) < 1e-9, (name, call)
@@ -127,19 +136,29 @@ def compare_mesh():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
     layer = make(LAYERS["sine"]).train()
     parallelize_module(layer, mesh["sequence"], SPESequenceParallel(equal_lengths=True))
-    whole = torch.randn(1, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    whole, grad = torch.randn(2, 1, 8, DIM, dtype=torch.float64, generator=generator)
     row, column = mesh.get_coordinate()
     torch.manual_seed(dist.get_rank())
-    x = whole[:, 4 * column : 4 * column + 4]
-    out = layer(x, x, x, is_causal=True)[0].detach()
-    rows = []  # the whole sequence's output, as the first rank's noise of each row makes it
-    for data in range(2):
-        layer_of_one = make(LAYERS["sine"], resample="never").train()
+    own = slice(4 * column, 4 * column + 4)
+    x = whole[:, own].clone().requires_grad_()
+    out = layer(x, x, x, is_causal=True)[0]
+    out.backward(grad[:, own])
+    rows = []  # outputs and inputs of the whole sequence, with the noise of each row's first rank
+    references = [make(LAYERS["sine"], resample="never").train() for _ in range(2)]
+    for data, reference in enumerate(references):
         torch.manual_seed(2 * data)
-        layer_of_one.seed = draw_seed(None, "cpu").item()
-        rows.append(layer_of_one(whole, whole, whole, is_causal=True)[0].detach())
-    assert error(rows[0], rows[1]) > 1e-3
-    assert error(out, rows[row][:, 4 * column : 4 * column + 4]) < 1e-9
+        reference.seed = draw_seed(None, "cpu").item()
+        y = whole.clone().requires_grad_()
+        rows.append((reference(y, y, y, is_causal=True)[0], y))
+        rows[-1][0].backward(grad)
+    assert error(rows[0][0], rows[1][0]) > 1e-3
+    assert error(out, rows[row][0][:, own]) < 1e-9
+    assert error(x.grad, rows[row][1].grad[:, own]) < 1e-8
+    for parameter, *of_rows in zip(*(m.parameters() for m in (layer, *references)), strict=True):
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            assert error(parameter.grad, sum(p.grad for p in of_rows)) < 1e-7
 
 
 def compare_in_training(names):
@@ -161,13 +180,35 @@ def compare_in_training(names):
             reference.feature_map.seed = reference.seed
             reference.feature_map.resample = "never"
             reference.feature_map.reset_parameters()
+        for call in ("causal", "not causal"):
+            torch.manual_seed(2)
+            compare(layer, reference, call, name, lambda: torch.manual_seed(dist.get_rank()))
+
+
+def compare_bfloat16(names):
+    """Layers in bfloat16 are as near to float64 as those of one process."""
+    for name in names:
+        reference = make(LAYERS[name]).eval().bfloat16()
+        layer, exact = parallel(copy.deepcopy(reference)), copy.deepcopy(reference).double()
         torch.manual_seed(2)
-        whole = torch.randn(2, LENGTH, DIM, dtype=torch.float64)
-        torch.manual_seed(dist.get_rank())
-        x = cut(whole.mT).mT
-        out = layer(x, x, x, is_causal=True)[0]
-        expected = reference(whole, whole, whole, is_causal=True)[0]
-        assert error(out, cut(expected.mT).mT) < 1e-9, name
+        whole, grad = torch.randn(2, 2, LENGTH, DIM).bfloat16()
+        results = []
+        for module in (exact, reference, layer):
+            pieces = (whole, grad) if module is not layer else (cut(y.mT).mT for y in (whole, grad))
+            x, g = (y.to(module.out_proj.weight.dtype) for y in pieces)
+            x = x.detach().requires_grad_()
+            out = module(x, x, x, is_causal=True)[0]
+            out.backward(g)
+            parts = [out, x.grad]
+            if module is layer:
+                for parameter in module.parameters():
+                    if parameter.grad is not None:
+                        dist.all_reduce(parameter.grad)
+            else:
+                parts = [cut(y.mT).mT for y in parts]
+            results.append(parts + [p.grad for p in module.parameters() if p.grad is not None])
+        for wanted, of_one, got in zip(*results, strict=True):
+            assert error(got, wanted) < max(2 * error(of_one, wanted), 2**-7), name
 
 
 def compare_grids():
@@ -227,9 +268,10 @@ def compare_checkpointed():
                 assert torch.equal(a, b)
 
 
-def compare_compiled(most_gathered=exchange.MOST_GATHERED):
-    """As one graph, with the exchanges in it: an all-gather, or doubling as with many ranks."""
-    exchange.MOST_GATHERED = most_gathered
+def compare_compiled(most_gathered=None):
+    """As one graph, with the exchanges in it: an all-gather, or doubling as gloo has it."""
+    if most_gathered is not None:
+        exchange.most_gathered = lambda *_: most_gathered
     layer = parallel(make({}), equal_lengths=True)
     fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 4, DIM, dtype=torch.float64, requires_grad=True)
@@ -258,6 +300,13 @@ def check_errors():
         other.out_proj.bias[rank] += 1.0
     with pytest.raises(RuntimeError, match=r"other values of: parameter out_proj\.bias; this"):
         other(x, x, x)
+    model = SPETransformerEncoderLayer(DIM, HEADS, 32, batch_first=True)
+    with torch.no_grad():  # a part of the module that is not attention's
+        model.linear1.weight[rank] += 1.0
+    parallel(model)
+    for module in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"other values of: parameter linear1\.weight; this"):
+            module(x)
     with pytest.raises(RuntimeError, match="other values of: is_causal; this"):
         layer()(x, x, x, is_causal=rank == 0)
     with pytest.raises(RuntimeError, match=r"other values of: mode \(train or eval\); this"):
@@ -270,6 +319,8 @@ def check_errors():
         layer(equal_lengths=True)(y, y, y)
     equal = layer(equal_lengths=True)
     assert torch.equal(equal(x, x, x)[0], layer()(x, x, x)[0])
+    with pytest.raises(RuntimeError, match=r"SPESequenceParallel: torch\.jit\.trace is not supp"):
+        torch.jit.trace(lambda x: equal(x, x, x)[0], x, check_trace=False)
     # Beside calls of the layer nothing is exchanged, also not after one that has failed.
     with pytest.raises(ValueError, match="key_padding_mask must have shape"):
         equal(x, x, x, x[0, :, 0] > 0)
@@ -286,14 +337,35 @@ def check_errors():
             pickle.dumps(equal)
 
 
+def shard():
+    """Parts of sharded parameters, which differ from rank to rank, are not compared."""
+    options = {"batch_first": True, "position": None, "feature_map": "relu"}
+    for use_orig_params in (None, False, True):
+        torch.manual_seed(1)
+        layers = [SPETransformerEncoderLayer(DIM, HEADS, 32, **options) for _ in range(2)]
+        attention = layers[0].self_attn
+        model = parallel(torch.nn.Sequential(*layers))
+        for index, layer in enumerate(layers):
+            if use_orig_params is None:
+                fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+            else:
+                model[index] = FullyShardedDataParallel(
+                    layer, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+                )
+        model(torch.randn(1, 4, DIM)).sum().backward()
+        assert attention._ranks._agreed
+
+
 def everything(ranks):
     if ranks == 2:
         compare_layers(LAYERS, ["not causal", "causal"])
         compare_layers(["default", "rotary, decay", "data", "sine"], list(CALLS)[2:])
         compare_layers(["conv"], ["padding", "packed, causal"])
-        compare_in_training(["default", "sine", "paper", "conv", "random map"][1:])
+        compare_in_training([*NOISY, "random map"])
+        compare_bfloat16(["default", "sine"])
         compare_checkpointed()
         compare_compiled()
+        compare_compiled(8)
         check_errors()
     else:
         compare_layers(["default", "sine", "data"], CALLS)
@@ -307,8 +379,21 @@ def test_layers_of_several_ranks(ranks, tmp_path):
 
 
 @pytest.mark.long
-def test_compiled_with_many_ranks(tmp_path):
-    run_on_ranks(compare_compiled, 4, tmp_path, 1)
+def test_compiled_on_four_ranks(tmp_path):
+    run_on_ranks(compare_compiled, 4, tmp_path)
+
+
+def test_hashes(monkeypatch):
+    x = torch.arange(8).cfloat()
+    expected = agreement.hash_tensor(x)
+    assert expected != agreement.hash_tensor(x.flip(0))
+    monkeypatch.setattr(agreement, "_CHUNK", 3)
+    assert agreement.hash_tensor(x) == expected
+    assert agreement.hash_tensor(x[:0]) == 0
+
+
+def test_sharded_parameters(tmp_path):
+    run_on_ranks(shard, 2, tmp_path)
 
 
 def test_of_one_rank(tmp_path):

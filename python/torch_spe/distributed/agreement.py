@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_spe.distributed.exchange import gather_integers
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch_spe.attention.multihead import SPEMultiheadAttention
 
 _TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 2**22  # elements that are hashed at a time, of which there are copies of 8 bytes each
 _FACTOR = -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64
 
 
@@ -40,6 +43,7 @@ class Kind:
 
 def check_agreement(
     layer: SPEMultiheadAttention,
+    module: nn.Module,
     kind: Kind,
     group: dist.ProcessGroup,
     equal_lengths: bool,
@@ -48,15 +52,12 @@ def check_agreement(
 
     Args:
         layer: of a call.
+        module: whose parameters are compared as well: the layer, or what contains it.
         kind: of the call.
         group: the ranks.
         equal_lengths: whether lengths are to agree as well.
     """
-    named = [
-        (name, tensor)
-        for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
-        if not isinstance(tensor, DTensor)  # of which each rank has its own part
-    ]
+    named = [*_whole_parameters(module), *layer.named_buffers()]
     own = {
         "seed": layer.seed,
         "arguments": (
@@ -90,12 +91,35 @@ def check_agreement(
     )
 
 
+def _whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters that ranks have as a whole: of sharded ones each has its own part."""
+    parts = {
+        parameter
+        for submodule in module.modules()
+        if isinstance(submodule, FullyShardedDataParallel)
+        for parameter in submodule.parameters()
+    }
+    for name, parameter in module.named_parameters():
+        # Subclasses such as DTensor, and what has no values yet.
+        if is_traceable_wrapper_subclass(parameter) or is_lazy(parameter):
+            continue
+        if parameter not in parts:
+            yield name, parameter
+
+
 @torch.no_grad()
 def hash_tensor(tensor: Tensor) -> int:
     """Return a hash of a tensor's bits, of 64 bits."""
-    bits = tensor.detach().contiguous().flatten().view(_TYPES[tensor.element_size()]).long()
-    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device) * _FACTOR
-    return int(((bits + 1) * (weights ^ (weights >> 29))).sum())
+    values = tensor.detach().contiguous().flatten()
+    values = torch.view_as_real(values).flatten() if values.is_complex() else values
+    bits = values.view(_TYPES[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for number, part in enumerate(bits.split(_CHUNK)):
+        first = number * _CHUNK
+        weights = torch.arange(first, first + len(part), device=bits.device)
+        weights = (2 * weights + 1) * _FACTOR
+        total += ((part.long() + 1) * (weights ^ (weights >> 29))).sum()
+    return int(total)
 
 
 def _hash_text(text: str) -> int:

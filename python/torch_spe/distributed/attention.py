@@ -12,6 +12,7 @@ from torch_spe.distributed.both_sides import attend_to_both_sides
 from torch_spe.distributed.bounds import cut_bounds
 from torch_spe.distributed.exchange import (
     check_group,
+    check_not_traced,
     sequence_start,
     state_before,
     sum_of_states,
@@ -78,6 +79,7 @@ def linear_attention(
 
     Raises:
         RuntimeError: there is no process group.
+        TypeError: the group is none.
         ValueError: what the function for one rank raises. A call that only some ranks refuse leaves
             the others waiting.
 
@@ -89,7 +91,7 @@ def linear_attention(
         torch.Size([2, 100, 4, 16])
         >>> dist.destroy_process_group()
     """
-    check_group("linear_attention")
+    check_group("linear_attention", group)
     of_keys: dict[str, Any] = {
         "feature_map": feature_map, "denominator_k": denominator_k,
         "denominator_feature_map": denominator_feature_map,
@@ -101,6 +103,7 @@ def linear_attention(
     }  # fmt: skip
     if dist.get_world_size(group) == 1:
         return functional.linear_attention(q, k, v, cu_seqlens=cu_seqlens, **of_keys, **others)
+    check_not_traced("linear_attention")
     group = whole_group(group)
     bounds = None
     if cu_seqlens is not None:

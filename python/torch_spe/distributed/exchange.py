@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ def sequence_start(length: int, group: dist.ProcessGroup | None = None) -> int:
 
     Raises:
         RuntimeError: there is no process group.
+        TypeError: the group is none.
     """
-    check_group("sequence_start")
+    check_group("sequence_start", group)
+    check_not_traced("sequence_start")
     lengths = gather_integers(integer(length), group)[:, 0]
     return first_token(lengths, dist.get_rank(group))
 
@@ -50,11 +53,25 @@ def _(lengths: Tensor, rank: int) -> torch.SymInt:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def check_group(owner: str) -> None:
-    """Raise RuntimeError without a process group."""
+def check_group(owner: str, group: dist.ProcessGroup | None = None) -> None:
+    """Raise RuntimeError without a process group, and TypeError unless `group` is one or None."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{owner}: torch.distributed has no process group: call init_process_group first"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{owner}: group must be a torch.distributed.ProcessGroup with this rank, or None for "
+            f"all ranks, got {group!r}"
+        )
+
+
+def check_not_traced(owner: str) -> None:
+    """Raise RuntimeError under torch.jit.trace, whose graphs would keep the first call's sizes."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{owner}: torch.jit.trace is not supported where a sequence is cut over ranks: use "
+            "torch.compile"
         )
 
 
@@ -71,8 +88,16 @@ def gather_integers(
 
 def gather(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [ranks, *own.shape]
     """Return the tensors of all ranks; not differentiable."""
-    gathered = collectives.all_gather_tensor(own.flatten(), 0, whole_group(group))
-    return collectives.wait_tensor(gathered).view(-1, *own.shape)
+    group = whole_group(group)
+    # Gloo's all-gather of this kind reads memory of the CPU only.
+    sent = own.flatten().cpu() if _is_gloo(own.device, group) else own.flatten()
+    gathered = collectives.wait_tensor(collectives.all_gather_tensor(sent, 0, group))
+    return gathered.view(-1, *own.shape).to(own.device)
+
+
+def _is_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Say whether gloo exchanges tensors of a device."""
+    return f"{device.type}:gloo" in dist.get_backend_config(group)
 
 
 def whole_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -138,7 +163,18 @@ def sum_of_states(
     return _Sum.apply(s, z, group)
 
 
-class _StateBefore(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """Base of the exchanges: `torch.func.grad` works, `vmap` says what to do."""
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments: object) -> NoReturn:
+        raise NotImplementedError(
+            "torch_spe.distributed: vmap and jacrev are not implemented where a sequence is cut "
+            "over ranks; put what they would map over into the batch"
+        )
+
+
+class _StateBefore(_Exchange):
     """The exclusive prefix of pieces.
 
     With :math:`X_r` the state before rank r and :math:`X_{r+1} = S_r + c_r X_r`, the gradient of
@@ -148,7 +184,6 @@ class _StateBefore(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
         s: Tensor,  # [B, H, R, E]
         z: Tensor,  # [B, H, F]
         keep: Tensor | None,  # [B or 1, H, R or 1]
@@ -156,9 +191,12 @@ class _StateBefore(torch.autograd.Function):
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
         before = _exclusive_prefix(Piece(s, z, keep), group, reverse)
-        ctx.group, ctx.reverse = group, reverse
-        ctx.save_for_backward(*([] if keep is None else [keep, before.s, before.z]))
         return before.s, before.z
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, keep, ctx.group, ctx.reverse = inputs
+        ctx.save_for_backward(*([] if keep is None else [keep, *output]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -172,14 +210,17 @@ class _StateBefore(torch.autograd.Function):
         return of_piece.s, of_piece.z, grad_keep, None, None
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(_Exchange):
     @staticmethod
-    def forward(ctx, s: Tensor, z: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.group = group
+    def forward(s: Tensor, z: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         piece = Piece(s, z)
         total = collectives.all_reduce(piece.pack(), "sum", group)
         total = piece.unpack(collectives.wait_tensor(total))
         return total.s, total.z
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.group = inputs[2]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -187,16 +228,22 @@ class _Sum(torch.autograd.Function):
         return *_Sum.apply(grad_s, grad_z, ctx.group), None
 
 
-# Up to so many ranks, those of one machine, an all-gather is taken: one exchange, in which each
-# rank sends its piece to all others. With more of them doubling sends less, in more steps.
-MOST_GATHERED = 8
+def most_gathered(device: torch.device, group: dist.ProcessGroup) -> int:
+    """Return up to how many ranks an all-gather is taken, and doubling with more of them.
+
+    An all-gather is one exchange, in which each rank sends its piece to all others; doubling sends
+    less, in more steps. With gloo doubling takes less time for any number of ranks
+    (``python -m benchmarks.communication --time``). To NCCL, where this has not been measured, an
+    all-gather is one call, which the ranks of one machine get.
+    """
+    return 1 if _is_gloo(device, group) else 8
 
 
 def _exclusive_prefix(piece: Piece, group: dist.ProcessGroup, reverse: bool) -> Piece:
     """Return what the ranks before this one add; 0 for the first."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     nothing = Piece(torch.zeros_like(piece.s), torch.zeros_like(piece.z), piece.keep)
-    if ranks <= MOST_GATHERED:
+    if ranks <= most_gathered(piece.s.device, group):
         gathered = gather(piece.pack(), group).unbind()
         before = gathered[:rank:-1] if reverse else gathered[:rank]
         return functools.reduce(lambda sum_, x: piece.unpack(x).after(sum_), before, nothing)

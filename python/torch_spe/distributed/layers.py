@@ -27,6 +27,7 @@ from torch_spe.distributed.attention import linear_attention
 from torch_spe.distributed.bounds import LocalBounds, cut_bounds
 from torch_spe.distributed.exchange import (
     check_group,
+    check_not_traced,
     first_token,
     gather,
     gather_integers,
@@ -57,7 +58,7 @@ class SPESequenceParallel(ParallelStyle):
     Where a layer draws noise, its seed is the one that the first rank of the sequence draws: the
     same on all ranks of a sequence, and another one on those of another sequence if their
     generators are seeded differently. The first call of every layer checks that the ranks agree
-    about its seed, its arguments and its parameters.
+    about its seed, its arguments and its parameters, that of the first one all the module's.
 
     Args:
         equal_lengths: whether all ranks have the same number of tokens. Then none of them has to
@@ -111,7 +112,8 @@ class SPESequenceParallel(ParallelStyle):
                 "those of no rank"
             )
         for layer in found:
-            SequenceRanks(device_mesh.get_group(), self.equal_lengths).attach(layer)
+            ranks = SequenceRanks(device_mesh.get_group(), self.equal_lengths)
+            ranks.attach(layer, module if layer is found[0] else layer)
         return module
 
 
@@ -151,17 +153,18 @@ class SequenceRanks:
         self._place: _Place | None = None
         self._agreed = False
         self._layer: weakref.ref[SPEMultiheadAttention] | None = None
+        self._compared: weakref.ref[nn.Module] | None = None
         number = next(_NUMBERS)
         _RANKS[number] = self
         # A tensor, as an integer would be a constant of a graph, which several layers may share.
         self._number = integer(number)
 
-    def attach(self, layer: SPEMultiheadAttention) -> None:
-        """Give the layer these ranks."""
+    def attach(self, layer: SPEMultiheadAttention, compared: nn.Module) -> None:
+        """Give the layer these ranks, which compare the parameters of a module that contains it."""
         if layer._ranks is not None:
             raise ValueError(f"{OWNER}: module must not be parallel already, got one that is")
         layer._ranks = self
-        self._layer = weakref.ref(layer)
+        self._layer, self._compared = weakref.ref(layer), weakref.ref(compared)
         layer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
         layer.register_forward_hook(self._behind, always_call=True)
 
@@ -170,7 +173,10 @@ class SequenceRanks:
         memo[id(self)] = copied
         layer = None if self._layer is None else self._layer()
         if layer is not None:  # of which there is a copy already, as far as its attributes
-            copied._layer = weakref.ref(memo.get(id(layer), layer))
+            layer_of_copy: SPEMultiheadAttention = memo.get(id(layer), layer)
+            compared = None if self._compared is None else self._compared()
+            copied._layer = weakref.ref(layer_of_copy)
+            copied._compared = weakref.ref(memo.get(id(compared), layer_of_copy))
         return copied
 
     def __reduce__(self) -> tuple:
@@ -183,6 +189,7 @@ class SequenceRanks:
         self, layer: SPEMultiheadAttention, arguments: tuple, keywords: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Set positions and bounds of the rank's tokens."""
+        check_not_traced(OWNER)
         named = dict(zip(("query", "key", "value"), arguments, strict=False)) | keywords
         query, key = named.get("query"), named.get("key")
         if not isinstance(query, Tensor) or not isinstance(key, Tensor):
@@ -303,7 +310,9 @@ class SequenceRanks:
         """Raise RuntimeError on every rank unless all call the same layer alike; only once."""
         layer = None if self._layer is None else self._layer()
         if not self._agreed and layer is not None:
-            check_agreement(layer, kind, self.group, self.equal_lengths)
+            compared = None if self._compared is None else self._compared()
+            compared = layer if compared is None else compared
+            check_agreement(layer, compared, kind, self.group, self.equal_lengths)
             self._agreed = True
 
     def sum_over_tokens(
