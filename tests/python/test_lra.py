@@ -20,7 +20,7 @@ from lra import listops, run
 from lra.encodings import ENCODINGS
 from lra.model import Classifier, Size
 from lra.presets import Preset
-from lra.report import report
+from lra.report import plot, report
 from lra.task import Part, Ragged, Task, cached
 from lra.tasks import TASKS
 from lra.training import Place, Recipe, Stage, Training, accuracy, batches
@@ -350,6 +350,18 @@ def test_the_runner_makes_a_run_once_and_reports(tmp_path, monkeypatch, capsys):
         "published: softmax Transformer | 500 to 2000 tokens | | 36.37" in capsys.readouterr().out
     )
     assert "| exact sines, decay (the default) | cpu |" in report(tmp_path, tmp_path / "new")
+
+
+def test_curves_of_validation_and_training(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    curve = [{"step": 50, "loss": 2.0}, {"step": 60, "valid": 0.5}, {"step": 100, "loss": 1.0}]
+    run = {"encoding": "default", "preset": "cpu", "seed": 0, "precision": "float32"}
+    plot(tmp_path / "listops.png", "listops", [run | {"curve": curve}])
+    assert (tmp_path / "listops.png").exists()
+    drawn = [axes.lines[0].get_xydata().tolist() for axes in figures[0].axes]
+    assert drawn == [[[60, 50]], [[50, 2], [100, 1]]]
 
 
 def test_the_presets_have_the_sizes_that_are_said():
