@@ -159,7 +159,75 @@ def draw_generation(folder):
     save(figure, folder, "benchmark_generation")
 
 
+LAYERS = {
+    "(nn.TransformerEncoderLayer)": ("nn.TransformerEncoderLayer", ORANGE),
+    "torch_spe": ('torch_spe, "fading", the default', BLUE),
+    "(torch_spe, rotary, decay)": ('torch_spe, "rotary" and a decay', GREEN),
+    "(torch_spe, no positions)": ("torch_spe, no positions", GREY),
+}
+
+
+def draw_layers(folder):
+    """A training step of a whole layer, B x N = 4096 tokens, by how long their sequences are."""
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharey=True)
+    for axes, (name, title) in zip(
+        panels, (("encoder_layer", "AVX-512"), ("encoder_layer_avx2", "AVX2")), strict=True
+    ):
+        rows = rows_of(name)
+        lengths = sorted({row["N"] for row in rows})
+        for implementation, (label, color) in LAYERS.items():
+            points = sorted(
+                (row["N"], row["forward+backward ms"])
+                for row in rows
+                if row["implementation"] == implementation
+            )
+            if points:
+                axes.semilogx(*zip(*points, strict=True), "o-", color=color, label=label)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.xaxis.minorticks_off()
+        axes.set(xlabel="tokens of a sequence")
+        axes.set_title(title, loc="left")
+        axes.grid(axis="y", color="0.92")
+    panels[0].set(ylabel="milliseconds", ylim=(0, None))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    save(figure, folder, "benchmark_layers")
+
+
+DECAYS = ("[H]", "[B, N, H]", "[H, R]", "[B, N, H, R]")
+
+
+def draw_decays(folder):
+    """How many times as long as without a decay causal attention takes, B = 1, N = 4096."""
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 2.6), sharey=True)
+    case, sizes = "linear attention with a decay, causal", {"B": 1, "N": 4096}
+    for axes, (column, title) in zip(panels, PASSES.items(), strict=True):
+        for side, (name, label, color) in enumerate(
+            (("decay", "AVX-512", BLUE), ("decay_avx2", "AVX2", GREEN))
+        ):
+            without = value_of(name, case, "torch_spe", f"{column} ms", **sizes)
+            ratios = [
+                value_of(name, case, f"torch_spe, log_decay {form}", f"{column} ms", **sizes)
+                / without
+                for form in DECAYS
+            ]
+            places = [row + 0.37 * side for row in range(len(DECAYS))]
+            bars = axes.barh(places, ratios, 0.34, color=color, label=label)
+            label_bars(axes, bars, [f"{ratio:.2f}" for ratio in ratios])
+        axes.axvline(1, color="0.4", linewidth=1)
+        axes.set_title(title, loc="left")
+        axes.set(xlim=(0, 2.4), xticks=[0, 1, 2])
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks([row + 0.18 for row in range(len(DECAYS))], DECAYS)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    save(figure, folder, "benchmark_decays")
+
+
 def draw(folder):
     draw_encoders(folder)
     draw_attention(folder)
     draw_generation(folder)
+    draw_layers(folder)
+    draw_decays(folder)
