@@ -57,24 +57,6 @@ class Buffer {
 // As many that they fill no cache.
 std::int64_t copies_of(std::int64_t size) { return max_of(2, (std::int64_t{1} << 26) / size); }
 
-// As many fused multiply-adds as can start: sums that do not depend on each other.
-void measure_peak() {
-  constexpr int kSums = 12, kSteps = 1 << 16;
-  Vec<float> sums[kSums] = {};
-  float start[kLanes<float>] = {1};
-  const Vec<float> factor = load_vec(start);
-  const double ms = time_of([&] {
-    for (int i = 0; i < kSteps; ++i) {
-#pragma GCC unroll 12
-      for (int s = 0; s < kSums; ++s) {
-        sums[s] = sums[s] * factor + factor;
-        asm volatile("" : "+v"(sums[s]));  // is wanted, here
-      }
-    }
-  });
-  print("peak", 0, 2.0 * kSums * kSteps * kLanes<float> / ms * 1e-6);
-}
-
 core::SineFilterParams sine_params(std::int64_t batch, Buffer& weight, Buffer& constant,
                                    double* freqs) {
   core::SineFilterParams p{};
@@ -282,7 +264,6 @@ void measure_attention(std::int64_t batch, bool causal) {
 
 int main() {
   using namespace torch_spe::cpu::TORCH_SPE_ISA;
-  measure_peak();
   for (const std::int64_t batch : {1, 2, 4, 8, 16}) measure_sine(batch);
   for (const std::int64_t batch : {1, 4}) {
     measure_attention(batch, true);
