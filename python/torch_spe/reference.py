@@ -231,7 +231,7 @@ FEATURE_MAPS = {
 }
 
 
-def check_decay(log_decay: Tensor, sizes: tuple[int, int, int, int]) -> None:  # B, N, H, R
+def _check_decay(log_decay: Tensor, sizes: tuple[int, int, int, int]) -> None:  # B, N, H, R
     """Raise ValueError for steps of another shape than ``log_decay`` may have, above 0 or NaN."""
     batch, length, heads, features = sizes
     shapes = [(heads,), (heads, features), (batch, length, heads), sizes]
@@ -281,10 +281,7 @@ def linear_attention(
     The states have a batch row for every packed sequence when `cu_seqlens` is given.
     """
     if log_decay is not None:
-        check_decay(log_decay, (*k.shape[:3], q.shape[-1]))
-        if log_decay.dim() % 2 == 1:
-            log_decay = log_decay.unsqueeze(-1)
-        log_decay = log_decay.to(q.dtype).expand(*k.shape[:3], log_decay.shape[-1])
+        _check_decay(log_decay, (*k.shape[:3], q.shape[-1]))
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         outs: list[Tensor] = []
@@ -295,12 +292,16 @@ def linear_attention(
                 q[:, piece], k[:, piece], v[:, piece], feature_map, causal, normalize, eps,
                 None if key_padding_mask is None else key_padding_mask[:, piece], None,
                 None if initial_state is None else _row(initial_state, i),
-                None if log_decay is None else log_decay[:, piece],
+                log_decay if log_decay is None or log_decay.dim() < 3 else log_decay[:, piece],
             )  # fmt: skip
             outs.append(out)
             states.append(state)
         s, z = (torch.cat(parts) for parts in zip(*states, strict=True))
         return torch.cat(outs, dim=1), (s, z)
+    if log_decay is not None:
+        if log_decay.dim() % 2 == 1:
+            log_decay = log_decay.unsqueeze(-1)
+        log_decay = log_decay.to(q.dtype).expand(*k.shape[:3], log_decay.shape[-1])
     phi = FEATURE_MAPS[feature_map]
     q, k = phi(q), phi(k)
     if key_padding_mask is not None:
