@@ -2,11 +2,14 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/ivalue.h>
+#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cctype>
+#include <memory>
+#include <type_traits>
 
 namespace torch_spe::ops {
 namespace {
@@ -105,9 +108,14 @@ struct SecondDerivativeError final : torch::autograd::Node {
   }
 };
 
+// A node as this version of torch holds it, by an intrusive or (2.11) by a shared pointer.
 template <class Node>
-std::shared_ptr<Node> make_node(const OperatorInfo& info) {
-  return {new Node(info), torch::autograd::deleteNode};
+auto make_node(const OperatorInfo& info) {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
+    return c10::make_intrusive<Node>(info);
+  } else {
+    return std::shared_ptr<Node>(new Node(info), [](Node* node) { deleteNode(node); });
+  }
 }
 
 void redispatch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
