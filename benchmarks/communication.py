@@ -29,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_spe
+from benchmarks import measure
 from torch_spe.distributed import SPESequenceParallel, exchange
 
 
@@ -209,7 +210,7 @@ def print_times(all_ranks: list[int], repeats: int, output: Path | None) -> None
             flush=True,
         )
     if output is not None:
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+        measure.write(output, {**measure.provenance("benchmarks.communication"), "rows": rows})
 
 
 def main(arguments: list[str] | None = None) -> None:

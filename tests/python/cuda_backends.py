@@ -155,3 +155,19 @@ def compare_cuda(
     check(got, expected, tolerance)
     for actual, again in zip(got, run(function, inputs, grads, wanted, "cuda"), strict=True):
         assert torch.equal(actual, again)
+
+
+def check_replay(step, x):
+    """A step that a CUDA graph has captured gives for another x what the step itself gives."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(2)
+    graph.replay()
+    replayed = [t.detach().clone() for t in captured]
+    for actual, right in zip(replayed, step(), strict=True):
+        assert torch.equal(actual, right)

@@ -117,7 +117,7 @@ def test_bytes_that_ranks_send_are_counted(ranks):
 def test_exchanges_are_timed(tmp_path, capsys):
     main_of_communication(["--time", "--ranks", "2", "--repeats", "1", "--output",
                            str(tmp_path / "times.json")])  # fmt: skip
-    (row,) = json.loads((tmp_path / "times.json").read_text())
+    (row,) = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert row["ranks"] == 2
     assert min(row["all_gather_least"], row["doubling_median"]) > 0
     assert "| 2 |" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_backends import check_replay
 from helpers import error
 
 import torch_spe
@@ -35,18 +36,7 @@ def test_training_steps_of_layers_in_a_graph(options, dtype, is_causal):
         out = layer(x, is_causal=is_causal)
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.mul_(2)
-    graph.replay()
-    replayed = [t.detach().clone() for t in captured]
-    for actual, right in zip(replayed, step(), strict=True):
-        assert torch.equal(actual, right)
+    check_replay(step, x)
 
 
 def test_layers_compile_with_graphs():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_backends import on, run
+from cuda_backends import check_replay, on, run
 
 import torch_spe
 from torch_spe import PositiveFeatures, reference
@@ -931,18 +931,7 @@ def test_other_streams_and_graphs(case):
         wanted = [t for t in leaves if t is not None]
         return [outputs[0], *torch.autograd.grad(outputs[0], wanted, grads[0])]
 
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        leaves[0].mul_(2)
-    graph.replay()
-    replayed = [t.detach().clone() for t in captured]
-    for actual, right in zip(replayed, step(), strict=True):
-        assert torch.equal(actual, right)
+    check_replay(step, leaves[0])
 
 
 @needs_gpu
