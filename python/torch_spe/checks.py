@@ -51,6 +51,12 @@ def check_number(owner: str, name: str, value: float) -> float:
             raise TypeError
         return to_number(value)
     except (TypeError, ValueError, RuntimeError):
+        if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
+            raise TypeError(
+                f"{owner}: {name} must be a number, got a tensor that vmap maps over, which has no "
+                "value of its own; positions may differ from entry to entry where they are given "
+                "as positions"
+            ) from None
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}") from None
 
 

@@ -184,6 +184,20 @@ def test_vmap_over_positions_and_masks():
     assert error(vmap(call)(x, positions, padding), expected) < 1e-5
 
 
+def test_vmap_over_bounds_and_starts():
+    layer = SPEMultiheadAttention(DIM, HEADS, batch_first=True).eval()
+    x = torch.randn(3, 1, 8, DIM)
+    bounds = torch.tensor([[0, 3, 8], [0, 0, 8], [0, 7, 8]])
+
+    def call(x, bounds):
+        return layer(x, x, x, is_causal=True, cu_seqlens=bounds)[0]
+
+    expected = torch.stack([call(*entry) for entry in zip(x, bounds, strict=True)])
+    assert error(vmap(call)(x, bounds), expected) < 1e-5
+    with pytest.raises(TypeError, match="start must be a number, got a tensor that vmap maps over"):
+        vmap(lambda x, start: layer(x, x, x, start=start)[0])(x, torch.arange(3))
+
+
 @for_every_kind
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 def test_make_fx(kind, pre_dispatch):

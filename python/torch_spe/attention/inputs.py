@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_spe.checks import check_tensor, is_integer, is_sequence, to_int
+from torch_spe.checks import check_tensor, is_integer, is_sequence, to_int, under_transforms
 
 OWNER = "SPEMultiheadAttention"
 NEEDS_NDIM = " (a grid needs ndim={}, as position='sine' takes it, and no decay)"
@@ -135,7 +135,7 @@ def check_packed(
             "many keys as queries) with positions of one dimension, got a batch of "
             f"{batch}, lengths {length} and {key_length}, ndim {ndim}"
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu" and not under_transforms():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
             raise ValueError(
