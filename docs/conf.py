@@ -28,7 +28,9 @@ CONTENTS = {
         "reference/models", "reference/hf", "reference/distributed", "reference/onnx",
         "reference/tools",
     ],
-    "Evidence": ["experiments", "benchmarks", "chorales", "music", "digits", "lra"],
+    "Evidence": [
+        "experiments", "experiments_tables", "benchmarks", "chorales", "music", "digits", "lra",
+    ],
     "Inside": ["method", "cuda", "abi"],
 }  # fmt: skip
 

@@ -253,8 +253,8 @@ def rows_of(task: Task, results: list[dict]) -> list[dict]:
     """Make a row of the task's table of each encoding and number of realizations in the test.
 
     An encoding's rate is the one that did best with the first seed; a row has the seeds that were
-    run with it. Encodings trained for another number of steps than the task's have rows of their
-    own.
+    run with it. Encodings trained for another number of steps than most have rows of their own,
+    which say so.
     """
     groups: dict[tuple, list[dict]] = {}
     for result in results:
@@ -262,7 +262,7 @@ def rows_of(task: Task, results: list[dict]) -> list[dict]:
             key = result["encoding"], result["steps"], result["batch"]
             groups.setdefault(key, []).append(result)
     order = list(ENCODINGS)
-    several = len({steps for _, steps, _ in groups}) > 1
+    usual = statistics.mode(steps for _, steps, _ in groups) if groups else None
     rows = []
     for key in sorted(groups, key=lambda key: (key[1], order.index(key[0]))):
         group = groups[key]
@@ -274,7 +274,7 @@ def rows_of(task: Task, results: list[dict]) -> list[dict]:
         for realizations in best["test"]:
             per_seed = [result["test"][realizations] for result in seeds]
             suffix = "" if realizations == AS_TRAINED else f", R = {realizations} in the test"
-            if several:
+            if best["steps"] != usual:
                 suffix += f", {best['steps']} steps"
             row = {
                 "task": task.name,
