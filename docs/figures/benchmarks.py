@@ -225,9 +225,86 @@ def draw_decays(folder):
     save(figure, folder, "benchmark_decays")
 
 
+ATTEND = {
+    "(softmax attention, rotary)": ("softmax attention, rotary positions", ORANGE),
+    "(torch_spe, no noise)": ("exact sines and linear attention", BLUE),
+    "torch_spe": ("phase noise and linear attention", GREEN),
+}
+
+
+def draw_gpu_attention(folder):
+    """Encoding and attention on an H100 in bfloat16 beside softmax attention, by shape."""
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.3), sharey=True)
+    content = json.loads((RESULTS / "h100_bfloat16.json").read_text())
+    rows = [row for row in content["rows"] if row["case"] == "encode and attend"]
+    shapes = list(dict.fromkeys((row["B"], row["N"]) for row in rows))
+    for axes, (column, title) in zip(panels, PASSES.items(), strict=True):
+        for implementation, (label, color) in ATTEND.items():
+            times = [row[f"{column} ms"] for row in rows if row["implementation"] == implementation]
+            axes.semilogy(range(len(shapes)), times, "o-", color=color, label=label)
+        axes.set_xticks(range(len(shapes)), [f"{batch} x {length}" for batch, length in shapes])
+        axes.tick_params(axis="x", labelsize=8)
+        axes.yaxis.minorticks_off()
+        axes.set(xlabel="sequences x tokens")
+        axes.set_title(title, loc="left")
+        axes.grid(axis="y", color="0.92")
+    panels[0].set(ylabel="milliseconds")
+    panels[0].set_yticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], ["0.2", "0.5", *"125", "10", "20", "50"])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    save(figure, folder, "gpu_attention")
+
+
+KERNELS = {
+    "linear_attention": "attention, causal",
+    "linear_attention decay=1": "causal, a decay per head",
+    "linear_attention rms=1 decay=2": "and RMS norm, as in layers",
+    "linear_attention R=192 rms=1 decay=2": "the same, R = 192",
+    "linear_attention causal=0": "attention, full",
+    "linear_attention causal=0 decay=1": "full, a decay per head",
+    "exact_sines": "exact sines",
+    "sine_features": "sine features, K = 10",
+    "rotary": "rotary positions",
+    "phasor_filter": "phasor filter",
+    "sine_filter": "sine filter",
+    "polyphase_filter": "polyphase convolution",
+    "conv_filter": "dense convolution",
+}
+
+
+def draw_gpu_kernels(folder):
+    """Time of the operators' kernels on an H100, and what share of it the roof would be."""
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.2), sharey=True)
+    rows = json.loads((RESULTS / "h100_kernels.json").read_text())["runs"][-1]["rows"]
+    for axes, (name, title) in zip(
+        panels, (("forward", "forward"), ("backward", "backward")), strict=True
+    ):
+        found = {row["case"]: row for row in rows if row["pass"] == name}
+        times, roofs = ([found[case][column] for case in KERNELS] for column in ("ms", "roof ms"))
+        places = range(len(KERNELS))
+        bars = axes.barh(places, times, 0.7, color=BLUE, alpha=0.35, label="measured")
+        axes.barh(places, roofs, 0.7, color=BLUE, label="roof: bytes once, or products")
+        label_bars(
+            axes, bars,
+            [f"{time:.2f} ms  {roof / time:.0%}" for time, roof in zip(times, roofs, strict=True)],
+        )  # fmt: skip
+        axes.set(xlim=(0, 1.6 * max(times)))
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(title, loc="left")
+    panels[0].set_yticks(places, KERNELS.values())
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    save(figure, folder, "gpu_kernels")
+
+
 def draw(folder):
     draw_encoders(folder)
     draw_attention(folder)
     draw_generation(folder)
     draw_layers(folder)
     draw_decays(folder)
+    draw_gpu_attention(folder)
+    draw_gpu_kernels(folder)

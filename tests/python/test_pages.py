@@ -219,7 +219,7 @@ def test_the_figures_are_those_of_the_library(tmp_path):
     pytest.importorskip("matplotlib")
     subprocess.run([sys.executable, DOCS / "figures", "--out", tmp_path], check=True)
     made = sorted(tmp_path.glob("*.png"))
-    assert len(made) == 11
+    assert len(made) == 13
     for path in made:
         pixels = [
             numpy.asarray(image.open(one).convert("RGB"), dtype=float)
