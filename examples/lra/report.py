@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from itertools import cycle
 from pathlib import Path
 
 from experiments.runs import results_in, write
@@ -85,12 +86,14 @@ def plot(path: Path, task: str, results: list[dict]) -> None:
     figure, (axes, below) = pyplot.subplots(
         2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
-    for run in results:
+    # Ten colours, and then the same with another kind of line.
+    styles = [{"color": f"C{c}", "linestyle": line} for line in ("-", "--", ":") for c in range(10)]
+    for run, style in zip(results, cycle(styles), strict=False):
         valid = [(p["step"], 100 * p["valid"]) for p in run["curve"] if "valid" in p]
         losses = [(p["step"], p["loss"]) for p in run["curve"] if "loss" in p]
         label = f"{run['encoding']}, {kind(run)}, seed {run['seed']}"
-        (line,) = axes.plot([p[0] for p in valid], [p[1] for p in valid], label=label)
-        below.plot([p[0] for p in losses], [p[1] for p in losses], color=line.get_color())
+        axes.plot([p[0] for p in valid], [p[1] for p in valid], label=label, **style)
+        below.plot([p[0] for p in losses], [p[1] for p in losses], **style)
     axes.set(ylabel="validation accuracy (%)", title=task)
     below.set(xlabel="step", ylabel="training loss")
     if results:
