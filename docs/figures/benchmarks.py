@@ -276,9 +276,7 @@ def draw_gpu_kernels(folder):
     """Time of the operators' kernels on an H100, and what share of it the roof would be."""
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4.2), sharey=True)
     rows = json.loads((RESULTS / "h100_kernels.json").read_text())["runs"][-1]["rows"]
-    for axes, (name, title) in zip(
-        panels, (("forward", "forward"), ("backward", "backward")), strict=True
-    ):
+    for axes, name in zip(panels, ("forward", "backward"), strict=True):
         found = {row["case"]: row for row in rows if row["pass"] == name}
         times, roofs = ([found[case][column] for case in KERNELS] for column in ("ms", "roof ms"))
         places = range(len(KERNELS))
@@ -292,7 +290,7 @@ def draw_gpu_kernels(folder):
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.set_title(title, loc="left")
+        axes.set_title(name, loc="left")
     panels[0].set_yticks(places, KERNELS.values())
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()

@@ -44,6 +44,11 @@ def to_number(value: float) -> float:
     return operator.index(value) if is_integer(value) else float(value)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Say whether ``vmap`` maps over a tensor, which then has no values to look at."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
 def check_number(owner: str, name: str, value: float) -> float:
     """Return `value` as Python's number, or raise TypeError if it is none."""
     try:
@@ -51,7 +56,7 @@ def check_number(owner: str, name: str, value: float) -> float:
             raise TypeError
         return to_number(value)
     except (TypeError, ValueError, RuntimeError):
-        if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
+        if isinstance(value, Tensor) and is_mapped(value):
             raise TypeError(
                 f"{owner}: {name} must be a number, got a tensor that vmap maps over, which has no "
                 "value of its own; positions may differ from entry to entry where they are given "

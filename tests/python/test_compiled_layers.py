@@ -194,6 +194,12 @@ def test_vmap_over_bounds_and_starts():
 
     expected = torch.stack([call(*entry) for entry in zip(x, bounds, strict=True)])
     assert error(vmap(call)(x, bounds), expected) < 1e-5
+    wrong = bounds.clone()
+    wrong[1, 1] = 9
+    with pytest.raises((ValueError, RuntimeError), match="cu_seqlens"):
+        vmap(call)(x, wrong)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 8"):
+        grad(lambda x: call(x, wrong[1]).sum())(x[1])
     with pytest.raises(TypeError, match="start must be a number, got a tensor that vmap maps over"):
         vmap(lambda x, start: layer(x, x, x, start=start)[0])(x, torch.arange(3))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_spe.checks import check_tensor, is_integer, is_sequence, to_int, under_transforms
+from torch_spe.checks import check_tensor, is_integer, is_mapped, is_sequence, to_int
 
 OWNER = "SPEMultiheadAttention"
 NEEDS_NDIM = " (a grid needs ndim={}, as position='sine' takes it, and no decay)"
@@ -135,7 +135,8 @@ def check_packed(
             "many keys as queries) with positions of one dimension, got a batch of "
             f"{batch}, lengths {length} and {key_length}, ndim {ndim}"
         )
-    if cu_seqlens.device.type == "cpu" and not under_transforms():
+    looks = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and not is_mapped(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
             raise ValueError(
