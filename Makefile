@@ -33,8 +33,8 @@ endif
 help:
 	@echo 'make demo    train on Bach chorales, with and without positions; ARGS="--steps 100" passes arguments'
 	@echo 'make music   continue chorales, by the model of make demo or a new one: MIDI, pictures and sound; ARGS as above'
-	@echo 'make test    C++ and Python tests, format and lint; all but the longest'
-	@echo 'make test-all  all tests, more random calls, and everything under sanitizers'
+	@echo 'make test    C++ and Python tests, format and lint; ARGS=--long: the longest and sanitizers too'
+	@echo 'make test-all  the same with all combinations of parameters, more random calls, PTX for two architectures'
 	@echo 'make docs    the documentation as a site, in build/docs'
 	@echo 'make bench   time and memory against the plain PyTorch reference; ARGS as above'
 	@echo 'make gpu-model  predicted times of the CUDA kernels on an H100; needs nvcc, not a GPU'

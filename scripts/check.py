@@ -1,8 +1,9 @@
 """Run tests, format and lint checks, and end with one summary. `make test` calls it.
 
-A part that fails does not keep the others from running. Arguments go to pytest. With --all every
-test, and what takes long: more random calls, sanitizers, lower instruction sets, PTX for a second
-architecture. With --fix, rewrites the sources in the project style instead.
+A part that fails does not keep the others from running. Arguments go to pytest. With --long also
+the long tests, and those of the kernels under sanitizers and for lower instruction sets, which is
+what continuous integration runs. With --all all combinations of parameters too, more random calls,
+and PTX for a second architecture. With --fix, rewrites the sources in the project style instead.
 """
 
 import os
@@ -77,12 +78,12 @@ def has_nvcc():
     return bool(shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(folder, "bin")))
 
 
-def cpp_tests(report, everything):
+def cpp_tests(report, level):
     options, targets = ["-DTORCH_SPE_TESTS=ON"], ()
-    if everything:
+    if level:
         targets = ("--target", "all", "torch_spe_emulated_sanitized")
-        if has_nvcc():
-            options.append("-DTORCH_SPE_VIRTUAL_GPU=80 90")
+    if level == "all" and has_nvcc():
+        options.append("-DTORCH_SPE_VIRTUAL_GPU=80 90")
     # One process, not one for each test as with ctest, which would mostly load torch. Its threads
     # wait without spinning, which takes ten times as long where others use the processors too.
     succeeded = (
@@ -96,12 +97,13 @@ def cpp_tests(report, everything):
     return count("C++ tests", succeeded, report)
 
 
-def python_tests(report, arguments, everything):
+def python_tests(report, arguments, level):
     variables = {}
-    if everything:
-        calls = os.environ.get("TORCH_SPE_FUZZ_CALLS", "4000")
-        variables = {"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_FUZZ_CALLS": calls}
+    if level:
+        variables["TORCH_SPE_TEST_LEVEL"] = level
         arguments = ["-rs", *arguments]  # what is skipped, and why
+    if level == "all":
+        variables["TORCH_SPE_FUZZ_CALLS"] = os.environ.get("TORCH_SPE_FUZZ_CALLS", "4000")
     succeeded = run(
         *(sys.executable, "-m", "pytest", f"--junitxml={report}", *PARALLEL, *arguments),
         **ONE_THREAD,
@@ -175,21 +177,21 @@ def main(arguments):
         ]
         return 0 if all(fixed) else 1
 
-    everything = "--all" in arguments
-    arguments = [argument for argument in arguments if argument != "--all"]
+    level = "all" if "--all" in arguments else "long" if "--long" in arguments else ""
+    arguments = [argument for argument in arguments if argument not in ("--all", "--long")]
     with tempfile.TemporaryDirectory() as reports:
         results = [
-            cpp_tests(Path(reports) / "cpp.xml", everything),
-            python_tests(Path(reports) / "python.xml", arguments, everything),
+            cpp_tests(Path(reports) / "cpp.xml", level),
+            python_tests(Path(reports) / "python.xml", arguments, level),
             check("clang-format", "clang-format", "--dry-run", "-Werror", *sources),
             check("ruff format", *ruff, "format", "--check", "."),
             check("ruff check", *ruff, "check", "."),
         ]
-        for name in lower_instruction_sets() if everything else ():
+        for name in lower_instruction_sets() if level else ():
             results.append(older_processor_tests(name, Path(reports) / f"{name}.xml"))
-        if everything and has_nvcc():
+        if level == "all" and has_nvcc():
             results.append(older_gpu_tests(Path(reports) / "compute_80.xml"))
-        if everything:
+        if level:
             results.append(sanitized_emulation_tests(Path(reports) / "sanitized.xml"))
             results.append(check("sanitizers", sys.executable, "scripts/sanitize.py"))
     print(f"\n{'':14}{'passed':>8}{'failed':>8}{'skipped':>9}")

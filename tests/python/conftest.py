@@ -17,7 +17,11 @@ def import_required(name, *_, **__):
     return importlib.import_module(name)
 
 
-if os.environ.get("TORCH_SPE_TEST_ALL") and not os.environ.get("TORCH_SPE_SKIP_MISSING"):
+# What runs beside the tests of `make test`: "long" ones, "all". scripts/check.py sets it.
+LEVEL = os.environ.get("TORCH_SPE_TEST_LEVEL", "")
+if LEVEL not in ("", "long", "all"):
+    raise ValueError(f"TORCH_SPE_TEST_LEVEL must be 'long', 'all' or empty, got {LEVEL!r}")
+if LEVEL and not os.environ.get("TORCH_SPE_SKIP_MISSING"):
     pytest.importorskip = import_required
 
 
@@ -69,10 +73,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items
         if parameter(item, "device") not in (None, "cpu") and item.get_closest_marker("cpu_only")
     }
-    if not os.environ.get("TORCH_SPE_TEST_ALL"):
+    if not LEVEL:
         for item in items:
             if item.get_closest_marker("long") is not None:
-                item.add_marker(pytest.mark.skip(reason="long: make test-all runs it"))
+                item.add_marker(pytest.mark.skip(reason="long: make test ARGS=--long runs it"))
+    if LEVEL != "all":
 
         def is_missing(item):
             executor = parameter(item, "compare")

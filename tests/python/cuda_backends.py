@@ -24,7 +24,9 @@ VIRTUAL_GPU = (
 )  # fmt: skip
 # Where a barrier is missing, a value is read too early in one of the first two.
 SCHEDULES = (
-    ["fifo", "lifo", "random:1"] if os.environ.get("TORCH_SPE_TEST_ALL") else ["fifo", "lifo"]
+    ["fifo", "lifo", "random:1"]
+    if os.environ.get("TORCH_SPE_TEST_LEVEL") == "all"
+    else ["fifo", "lifo"]
 )
 if "TORCH_SPE_SCHEDULES" in os.environ:
     SCHEDULES = os.environ["TORCH_SPE_SCHEDULES"].split()

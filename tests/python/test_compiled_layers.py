@@ -290,7 +290,7 @@ def test_no_operator_has_an_argument_that_packages_get_wrong():
         assert "ScalarType" not in str(schema), schema
 
 
-@pytest.mark.skipif("TORCH_SPE_TEST_ALL" not in os.environ, reason="takes minutes: make test-all")
+@pytest.mark.long
 def test_packages_of_aotinductor(tmp_path):
     """From Python, and from a C++ program that links the library."""
     model = Everything(random_map=False).eval()

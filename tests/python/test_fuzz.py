@@ -18,7 +18,7 @@ from fuzz_faults import complaint, faults
 from helpers import TOLERANCE, poisoned
 
 CALLS = int(os.environ.get("TORCH_SPE_FUZZ_CALLS", "200"))
-EMPTY_CALLS = 4 if os.environ.get("TORCH_SPE_TEST_ALL") else 2  # with the same sizes
+EMPTY_CALLS = 4 if os.environ.get("TORCH_SPE_TEST_LEVEL") == "all" else 2  # with the same sizes
 pytestmark = pytest.mark.usefixtures("device", "one_thread")
 with_both_seeds = pytest.mark.parametrize("seed", ["fixed seed", "fresh seed"])
 for_every_operator = pytest.mark.parametrize("operator", OPERATORS)

@@ -221,13 +221,13 @@ def test_build_requirements_are_in_the_development_environment():
     ("variables", "status"),
     [
         ({}, 5),  # skipped: no test
-        ({"TORCH_SPE_TEST_ALL": "1"}, 2),  # an error
-        ({"TORCH_SPE_TEST_ALL": "1", "TORCH_SPE_SKIP_MISSING": "1"}, 5),
+        ({"TORCH_SPE_TEST_LEVEL": "long"}, 2),  # an error
+        ({"TORCH_SPE_TEST_LEVEL": "all", "TORCH_SPE_SKIP_MISSING": "1"}, 5),
     ],
 )
 def test_a_missing_package_fails_where_every_test_runs(variables, status, tmp_path):
     (tmp_path / "test_it.py").write_text('import pytest\npytest.importorskip("no_package")\n')
-    cleared = {"TORCH_SPE_TEST_ALL": "", "TORCH_SPE_SKIP_MISSING": ""}
+    cleared = {"TORCH_SPE_TEST_LEVEL": "", "TORCH_SPE_SKIP_MISSING": ""}
     paths = f"{ROOT / 'tests/python'}{os.pathsep}{ROOT / 'python'}"
     output = run(
         *(sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-rs", "."),
