@@ -78,6 +78,7 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("long") is not None:
                 item.add_marker(pytest.mark.skip(reason="long: make test ARGS=--long runs it"))
     if LEVEL != "all":
+        left_out |= {i for i in items if i.get_closest_marker("exhaustive") is not None}
 
         def is_missing(item):
             executor = parameter(item, "compare")

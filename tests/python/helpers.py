@@ -63,12 +63,12 @@ def compiled(function, **options):
 def by_turns(first, second, name=str):
     """Parameters for every value of one list with every one of another, which `name` writes.
 
-    `make test` runs each of the first with one of the second only, by turns.
+    Only `make test-all` runs each of the first with more than one of the second, by turns.
     """
     return [
         pytest.param(
             *(a, b),
-            marks=() if i % len(second) == j else pytest.mark.long,
+            marks=() if i % len(second) == j else pytest.mark.exhaustive,
             id=f"{name(a)}-{name(b)}",
         )
         for i, a in enumerate(first)

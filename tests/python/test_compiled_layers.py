@@ -1,7 +1,6 @@
 """Layers of every position kind compiled, exported, traced, and under transforms of torch.func."""
 
 import copy
-import os
 import shutil
 import subprocess
 from pathlib import Path

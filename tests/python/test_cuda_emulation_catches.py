@@ -82,7 +82,7 @@ def replace(path, anchor, old, new):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in BUGS]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.exhaustive) for n in BUGS]
 )
 def test_planted_bug(name, tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers import by_turns
 from onnx_models import (
     FAR,
     FARTHER,
@@ -103,8 +104,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "half"), by_turns([False, True], [False, True]))
 def test_every_option(causal, half):
     model = Stack(*OPTIONS, dim_feedforward=16)
     exact, x = copy.deepcopy(model).double(), torch.randn(3, 17, WIDTH)
@@ -119,8 +119,9 @@ def test_every_option(causal, half):
         assert_close(out, value)
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("position", ["exact", "sine", "paper", "conv"])
+@pytest.mark.parametrize(
+    ("position", "half"), by_turns(["exact", "sine", "paper", "conv"], [False, True])
+)
 def test_images(position, half):
     options = {"position": position, "ndim": 2}
     options |= {"kernel_size": 3, "noise_stride": 2} if position == "conv" else {}

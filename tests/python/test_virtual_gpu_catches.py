@@ -107,7 +107,7 @@ QUICK = {
 def named(case):
     return pytest.param(
         case,
-        marks=() if case[:2] in QUICK else pytest.mark.long,
+        marks=() if case[:2] in QUICK else pytest.mark.exhaustive,
         id=f"{case[0]} ({case[1]}, {case[2]})",
     )
 
