@@ -21,7 +21,7 @@ from torch_spe.checks import (
     under_transforms,
 )
 from torch_spe.flat_parameters import FlatParameterModule, flat_parameter
-from torch_spe.initialization import assign
+from torch_spe.initialization import assign, explain_names
 from torch_spe.precision import parameter_type
 
 __all__ = ["Decay"]
@@ -114,6 +114,14 @@ class Decay(FlatParameterModule):
         assign(self.rate, rate + (-(-rate).expm1()).log())
         if self.kind == "data":
             self.weight.zero_()
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if prefix and not any(name.startswith(prefix) for name in state_dict):
+            explain_names(
+                arguments[-3], prefix, "which a layer without a decay does not have, as all before "
+                "version 0.2: load into one made with decay=None and the position= of that one"
+            )  # fmt: skip
 
     def forward(self, x: Tensor | None = None) -> Tensor:  # [B, N, embed_dim]
         """Compute the steps, at most 0.

@@ -83,6 +83,14 @@ def map_features(
     return apply_drawn_map(draw_map(feature_map, queries, seed), queries, keys)
 
 
+def draws_rows(feature_map: FeatureMap) -> bool:
+    """Say whether a feature map is drawn at every call."""
+    return isinstance(feature_map, PositiveFeatures) and (
+        feature_map.resample == "always"
+        or (feature_map.resample == "train" and feature_map.training)
+    )
+
+
 def draw_map(
     feature_map: FeatureMap, queries: Tensor, seed: int | Tensor | Literal["fixed"] | None = None
 ) -> FeatureMap:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EagerModule", "assign", "reset_modules", "set_reset"]
+__all__ = ["EagerModule", "assign", "explain_names", "reset_modules", "set_reset"]
 
 
 class EagerModule(nn.Module):
@@ -69,3 +69,21 @@ def set_reset(module: nn.Module, function: Callable[..., None], *arguments: obje
         *arguments: more of them.
     """
     module.reset_parameters = functools.partial(function, module, *arguments)  # type: ignore
+
+
+class _Explained(str):
+    """The name of a parameter that the error of strict loading writes with a reason."""
+
+    reason: str
+
+    def __format__(self, spec: str) -> str:
+        return f"{self!s}, {self.reason}"
+
+
+def explain_names(names: list[str], start: str, reason: str) -> None:
+    """Give the first of the names that begin so a reason."""
+    for i, name in enumerate(names):
+        if name.startswith(start):
+            names[i] = explained = _Explained(name)
+            explained.reason = reason
+            break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -55,8 +56,8 @@ def parameter_groups(
     rates = {"lr": lr, "spe_lr_scale": spe_lr_scale, "decay_lr_scale": decay_lr_scale}
     for name, value in rates.items():
         check_number("parameter_groups", name, value)
-        if not value > 0:
-            raise ValueError(f"parameter_groups: {name} must be a number > 0, got {value!r}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"parameter_groups: {name} must be a finite number > 0, got {value!r}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"name": "model", "params": trained, "lr": lr}]
     for name, hook, scale in (

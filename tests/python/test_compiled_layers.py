@@ -127,6 +127,56 @@ def test_exported_with_any_length_and_without_values():
         assert error(exported.module()(x[:, :n]), model(x[:, :n])) < 1e-5
 
 
+@pytest.mark.parametrize("position", ["fading", "rotary", None])
+def test_exported_with_any_number_of_packed_sequences(position):
+    layer = SPETransformerEncoderLayer(DIM, HEADS, 32, 0.0, batch_first=True, position=position)
+    layer.eval()
+    # Two sequences or more: PyTorch takes a size of 1 for a constant.
+    length, bounds = (torch.export.Dim(name, min=3, max=4096) for name in ("length", "bounds"))
+    exported = torch.export.export(
+        layer,
+        (torch.randn(1, 9, DIM),),
+        {"cu_seqlens": torch.tensor([0, 4, 6, 7, 9]), "is_causal": True},
+        dynamic_shapes={"src": {1: length}, "cu_seqlens": {0: bounds}, "is_causal": None},
+    ).module()
+    for ends in ([0, 5, 12], [0, 2, 5, 6, 6, 7, 9]):
+        x, keywords = torch.randn(1, ends[-1], DIM), {"cu_seqlens": torch.tensor(ends)}
+        keywords["is_causal"] = True
+        assert error(exported(x, **keywords), layer(x, **keywords)) < 1e-5
+
+
+@pytest.mark.parametrize("start", [torch.tensor(3), torch.tensor(-1.5)])
+def test_a_start_of_no_dimension(start):
+    layer = SPETransformerEncoderLayer(DIM, HEADS, 32, 0.0, batch_first=True).eval()
+    torch._dynamo.reset()
+    fast = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for batch in (1, 3):
+        x = torch.randn(batch, 6, DIM)
+        assert error(fast(x, start=start), layer(x, start=start)) < 1e-5
+        assert error(fast(x, start=start), layer(x, start=start.item())) < 1e-5
+
+
+def test_without_noise_nothing_is_drawn_in_training():
+    """A state, bounds and starts need a seed only where there is noise."""
+    layer = SPETransformerEncoderLayer(DIM, HEADS, 32, 0.0, batch_first=True).train()
+    x = torch.randn(2, 5, DIM)
+    before = torch.get_rng_state()
+    expected, _ = layer(x, state=layer.initial_state(2))
+    layer(x, start=torch.tensor([0, 4]))
+    layer(x[:1], cu_seqlens=torch.tensor([0, 2, 5]), is_causal=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda x: layer(x, state=layer.initial_state(2))[0], fullgraph=True, backend="eager"
+    )
+    assert error(call(x), expected) < 1e-5
+    out = vmap(lambda x: layer(x[None], state=layer.initial_state(1))[0][0])(x)
+    assert error(out, expected) < 1e-5
+    noisy = SPEMultiheadAttention(DIM, HEADS, position="paper").train()
+    noisy.initial_state(2)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_shapes_without_values():
     model, x = Everything(random_map=False).eval(), torch.randn(3, 7, DIM)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -221,8 +221,15 @@ def test_checkpoints():
     other.load_state_dict(torch.load(memory, weights_only=True))
     x = inputs()
     assert torch.equal(other(x, x, x)[0], layer(x, x, x)[0])
-    with pytest.raises(RuntimeError, match=r"Missing key.*decay\.rate"):
-        layer.load_state_dict(old.state_dict())
+    stack, olds = (nn.ModuleList(each) for each in ((layer, make("exact")), (old, old)))
+    for to, given in ((layer, old), (make("fading", "default"), old), (stack, olds)):
+        with pytest.raises(
+            RuntimeError, match=r"Missing key.*decay\.rate, .*decay=None and the pos"
+        ):
+            to.load_state_dict(given.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*decay\.rate, .* decay= of that one"):
+        old.load_state_dict(layer.state_dict())
+    assert old.load_state_dict(layer.state_dict(), strict=False)[1] == ["decay.rate"]
     missing = layer.load_state_dict(old.state_dict(), strict=False)
     assert missing.missing_keys == ["decay.rate"]
     make("exact", None).load_state_dict(old.state_dict())
@@ -255,8 +262,9 @@ def test_parameter_groups():
     assert any(p is stored["weight"] for p in groups["model"]["params"])
     count = sum(len(group["params"]) for group in groups.values())
     assert count == len(list(layer.parameters()))
-    with pytest.raises(ValueError, match="decay_lr_scale must be a number > 0, got -1"):
-        parameter_groups(layer, 1.0, decay_lr_scale=-1)
+    for scale in (-1, float("inf")):
+        with pytest.raises(ValueError, match=r"decay_lr_scale must be a finite number > 0, got"):
+            parameter_groups(layer, 1.0, decay_lr_scale=scale)
 
 
 @pytest.mark.parametrize(

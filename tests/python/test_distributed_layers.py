@@ -10,6 +10,7 @@ from helpers import error
 from ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +20,7 @@ from torch_spe import (
     SPETransformerDecoderLayer,
     SPETransformerEncoderLayer,
 )
-from torch_spe.distributed import SPESequenceParallel, agreement, exchange
+from torch_spe.distributed import SPESequenceParallel, agreement, exchange, linear_attention
 from torch_spe.noise import draw_seed
 
 pytestmark = pytest.mark.cpu_only
@@ -421,5 +422,13 @@ def test_of_one_rank(tmp_path):
         with pytest.raises(ValueError, match="must have one dimension, that of the sequence"):
             SPESequenceParallel()._apply(make({}), init_device_mesh("cpu", (1, 1)))
         compare_layers(["default", "sine"], ["causal", "packed"])
+        mesh = init_device_mesh("cpu", (1,))
+        x = distribute_tensor(torch.randn(2, 6, DIM), mesh, [Shard(1)])
+        layer = parallel(make({}))
+        with pytest.raises(TypeError, match=r"query must be this rank's piece .* its to_local\(\)"):
+            layer(x, x, x)
+        q = distribute_tensor(torch.randn(2, 6, 2, 4), mesh, [Shard(1)])
+        with pytest.raises(TypeError, match="linear_attention: q must be this rank's piece"):
+            linear_attention(q, q, q)
     finally:
         dist.destroy_process_group()

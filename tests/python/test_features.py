@@ -244,5 +244,5 @@ def test_parameter_groups():
     positions = parameter_groups(shared, 1.0)[1]["params"]
     assert len(positions) == len({id(p) for p in positions}) == 4 + 2
     assert [g["name"] for g in parameter_groups(torch.nn.Linear(2, 2), 1.0)] == ["model"]
-    with pytest.raises(ValueError, match="lr must be a number > 0, got 0"):
+    with pytest.raises(ValueError, match="lr must be a finite number > 0, got 0"):
         parameter_groups(layers, 0)

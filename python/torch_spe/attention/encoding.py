@@ -48,7 +48,8 @@ def draw_encoder(
         seed = call.state.seed
     else:
         seed = layer.seed if layer._fixes_noise() else call.seed
-        if seed is None and (call.places.each or call.cu_seqlens is not None):
+        many = call.places.each or call.cu_seqlens is not None
+        if seed is None and many and layer._draws():
             seed = draw_seed(None, q.device).item()  # of several draws
     trained = used = position.num_realizations
     if trained is not None:

@@ -122,7 +122,7 @@ def check_packed(
     if cu_seqlens is None:
         return
     check_tensor(OWNER, "cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in (
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (
         torch.int32, torch.int64
     ):  # fmt: skip
         raise ValueError(

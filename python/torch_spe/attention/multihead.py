@@ -34,9 +34,9 @@ from torch_spe.checks import (
     check_tensor,
 )
 from torch_spe.decay import Decay
-from torch_spe.feature_maps import FeatureMap, check_feature_map
+from torch_spe.feature_maps import FeatureMap, check_feature_map, draws_rows
 from torch_spe.filters import SPEFilter
-from torch_spe.initialization import reset_modules
+from torch_spe.initialization import explain_names, reset_modules
 from torch_spe.positions import Position
 from torch_spe.positions.registry import find_preset, make_position
 
@@ -278,13 +278,18 @@ class SPEMultiheadAttention(HeadProjections):
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        unexpected, errors = arguments[-2:]
         own = getattr(self.position, "bandwidths", None)
         if self.decay is not None and own is None and f"{prefix}position.bandwidths" in state_dict:
-            errors = arguments[-1]
             errors.append(
                 f"SPEMultiheadAttention: {prefix}position.bandwidths is that of a layer made with "
                 "position='sine', the default before version 0.2: make this one with it"
             )
+        if self.decay is None:
+            explain_names(
+                unexpected, f"{prefix}decay.", "which a layer with a decay has: load into one "
+                "made with the decay= of that one, by default 'learned'"
+            )  # fmt: skip
 
     def reset_parameters(self) -> None:
         """Draw all parameters as the constructor does, a shared position's included."""
@@ -521,6 +526,15 @@ class SPEMultiheadAttention(HeadProjections):
     def _fixes_noise(self) -> bool:
         """Say whether the noise is that of the seed."""
         return self.resample == "never" or (self.resample == "train" and not self.training)
+
+    def _draws(self) -> bool:
+        """Say whether a call draws anything: noise, or rows of the feature map."""
+        position = self.position
+        draws_code = (
+            position is not None and position.num_realizations is not None
+            and not position.keeps_features and not self._fixes_noise()
+        )  # fmt: skip
+        return draws_code or draws_rows(self.feature_map)
 
     def train(self, mode: bool = True) -> SPEMultiheadAttention:
         """Set the mode, as any module; what was kept for the fixed noise is dropped."""

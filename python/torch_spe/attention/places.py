@@ -70,7 +70,7 @@ def find_places(
     if position.ndim == 1:
         positions = without_dimension(positions, length)
     if state is not None:
-        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(OWNER, state, sequences, device)
         if position.ndim > 1:
             raise ValueError(
@@ -149,6 +149,8 @@ def starts_of_sequences(
     """Return the first position of each sequence, or None where one is given for all."""
     if ndim > 1:
         return None
+    if isinstance(start, Tensor) and start.dim() == 0 and torch.compiler.is_compiling():
+        start = start.expand(batch)  # a graph cannot look at its value
     if isinstance(start, Tensor) and start.dim() == 1:
         got = tuple(start.shape)
         right = got == (batch,) and not start.is_complex() and start.dtype != torch.bool

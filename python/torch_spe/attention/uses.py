@@ -48,7 +48,7 @@ def start_state(
         (position,) = check_starts(OWNER, cast(Any, start), 1)
     else:
         position = position.to(weight.device)
-    seed = layer.seed if layer._fixes_noise() else int(draw_seed(None, weight.device).item())
+    seed = int(draw_seed(None, weight.device).item()) if layer._draws() else layer.seed
     # A call without tokens knows the sizes, whatever the layer is made of.
     x = [weight.new_empty(batch, 0, size) for size in (layer.embed_dim, layer.kdim, layer.vdim)]
     q, k, v = layer._project(*x)

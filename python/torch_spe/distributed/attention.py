@@ -12,6 +12,7 @@ from torch_spe.distributed.both_sides import attend_to_both_sides
 from torch_spe.distributed.bounds import cut_bounds
 from torch_spe.distributed.exchange import (
     check_group,
+    check_local,
     check_not_traced,
     sequence_start,
     state_before,
@@ -92,6 +93,7 @@ def linear_attention(
         >>> dist.destroy_process_group()
     """
     check_group("linear_attention", group)
+    check_local("linear_attention", q=q, k=k, v=v)
     of_keys: dict[str, Any] = {
         "feature_map": feature_map, "denominator_k": denominator_k,
         "denominator_feature_map": denominator_feature_map,

@@ -57,7 +57,7 @@ class LocalBounds:
         return self._place(right, self.last, self.goes_on)
 
     def _place(self, piece: Piece, row: Tensor, is_joined: Tensor) -> Piece:
-        rows = len(self.local) - 1
+        rows = self.local.shape[0] - 1
 
         def place(x: Tensor) -> Tensor:  # [1, ...] -> [S, ...]
             return x.new_zeros(rows, *x.shape[1:]).index_add(0, row, _where(is_joined, x))
@@ -66,7 +66,7 @@ class LocalBounds:
 
     def lengthen_last(self, count: int) -> Tensor:  # [S + 1]
         """Return the bounds with `count` tokens more in the last sequence."""
-        index = torch.arange(len(self.local), device=self.local.device)
+        index = torch.arange(self.local.shape[0], device=self.local.device)
         return self.local + count * (index > self.last)
 
 
@@ -84,7 +84,7 @@ def cut_bounds(cu_seqlens: Tensor, start: int, length: int) -> LocalBounds:
     """
     owner = "linear_attention"
     check_tensor(owner, "cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{owner}: cu_seqlens must have shape [S + 1] with S >= 1, got "
             f"{tuple(cu_seqlens.shape)}"
@@ -99,7 +99,7 @@ def cut_bounds(cu_seqlens: Tensor, start: int, length: int) -> LocalBounds:
     ends = bounds[1:].contiguous()
     places = torch.tensor([start, max(end - 1, start)], device=bounds.device)
     # Without tokens the first one is that of the next rank, which there may not be.
-    first, last = torch.searchsorted(ends, places, right=True).clamp(max=len(ends) - 1).split(1)
+    first, last = torch.searchsorted(ends, places, right=True).clamp(max=ends.shape[0] - 1).split(1)
     if length == 0:
         nothing, all_pass = first.new_zeros(1, dtype=torch.bool), first.new_ones(1) > 0
         local = torch.zeros_like(bounds)

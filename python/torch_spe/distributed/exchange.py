@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.tensor import DTensor
 
 __all__ = ["sequence_start"]
 
@@ -73,6 +74,16 @@ def check_not_traced(owner: str) -> None:
             f"{owner}: torch.jit.trace is not supported where a sequence is cut over ranks: use "
             "torch.compile"
         )
+
+
+def check_local(owner: str, **tensors: Tensor) -> None:
+    """Raise TypeError for DTensors: what is given is the rank's own piece."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{owner}: {name} must be this rank's piece of the sequence, a plain tensor, got a "
+                f"DTensor of placements {tensor.placements}: give its to_local()"
+            )
 
 
 def gather_integers(

@@ -27,6 +27,7 @@ from torch_spe.distributed.attention import linear_attention
 from torch_spe.distributed.bounds import LocalBounds, cut_bounds
 from torch_spe.distributed.exchange import (
     check_group,
+    check_local,
     check_not_traced,
     first_token,
     gather,
@@ -34,7 +35,7 @@ from torch_spe.distributed.exchange import (
     integer,
     sum_of_states,
 )
-from torch_spe.feature_maps import FeatureMap, PositiveFeatures
+from torch_spe.feature_maps import draws_rows
 from torch_spe.noise import draw_seed
 
 __all__ = ["SPESequenceParallel"]
@@ -194,6 +195,7 @@ class SequenceRanks:
         query, key = named.get("query"), named.get("key")
         if not isinstance(query, Tensor) or not isinstance(key, Tensor):
             return arguments, keywords  # the layer says what is wrong
+        check_local(OWNER, query=query, key=key)
         if named.get("state") is not None:
             raise ValueError(f"{OWNER}: state must be None where a sequence is cut over ranks")
         if query.is_nested:
@@ -243,7 +245,7 @@ class SequenceRanks:
         """Return the rank's first token or row of a grid, and the seed of the call."""
         rank = dist.get_rank(self.group)
         # All ranks draw, so that their generators move on alike.
-        seed = draw_seed(None, device) if _draws(layer) else None
+        seed = draw_seed(None, device) if layer._draws() else None
         if self.equal_lengths and seed is None:
             return rank * rows, None
         seed_or_0 = integer(0) if seed is None else seed  # ranks may disagree, which is found later
@@ -290,7 +292,7 @@ class SequenceRanks:
                 places = dataclasses.replace(places, between=self._steps_between(places, place))
         return dataclasses.replace(
             call, places=places, seed=place.seed,
-            map_seed=place.seed if _draws_features(layer.feature_map) else None,
+            map_seed=place.seed if draws_rows(layer.feature_map) else None,
             operator=functools.partial(self._attend, place),
         )  # fmt: skip
 
@@ -388,24 +390,6 @@ def _(
     number: Tensor, causal: bool, given: Sequence[bool], shape: Sequence[int], dtype: torch.dtype
 ) -> None:
     pass
-
-
-def _draws(layer: SPEMultiheadAttention) -> bool:
-    """Say whether a call draws anything."""
-    position = layer.position
-    draws_code = (
-        position is not None and position.num_realizations is not None
-        and not position.keeps_features and not layer._fixes_noise()
-    )  # fmt: skip
-    return draws_code or _draws_features(layer.feature_map)
-
-
-def _draws_features(feature_map: FeatureMap) -> bool:
-    """Say whether a feature map is drawn at every call."""
-    return isinstance(feature_map, PositiveFeatures) and (
-        feature_map.resample == "always"
-        or (feature_map.resample == "train" and feature_map.training)
-    )
 
 
 def _add_to_start(start: Any, offset: int, ndim: int) -> Any:
