@@ -217,17 +217,27 @@ def compare_grids():
     """Rows of a grid on each rank."""
     ends = {2: (3, 5), 4: (1, 2, 2, 5)}[dist.get_world_size()]
     begin, end = (0, *ends)[dist.get_rank()], ends[dist.get_rank()]
-    for options in ({"position": "exact", "ndim": 2}, {"position": "conv", "kernel_size": 3,
-                                                       "ndim": 2}):  # fmt: skip
+    for options in ({"position": "exact"}, {"position": "sine"},
+                    {"position": "conv", "kernel_size": 3}):  # fmt: skip
+        options["ndim"] = 2
         reference = make(options).eval()
         layer = parallel(copy.deepcopy(reference))
         torch.manual_seed(2)
         whole = torch.randn(2, 5, 4, DIM, dtype=torch.float64)
-        x = whole[:, begin:end]
+        x = whole[:, begin:end].clone().requires_grad_()
+        whole.requires_grad_()
+        expected, out = reference(whole, whole, whole)[0], layer(x, x, x)[0]
+        expected.square().sum().backward()
+        out.square().sum().backward()
+        assert error(x.grad, whole.grad[:, begin:end]) < 1e-11
+        for p, q in zip(layer.parameters(), reference.parameters(), strict=True):
+            if q.grad is not None:
+                dist.all_reduce(p.grad)
+                assert error(p.grad, q.grad) < 1e-11
         flat = x.flatten(1, 2)
         with torch.no_grad():
-            expected = reference(whole, whole, whole)[0][:, begin:end]
-            assert error(layer(x, x, x)[0], expected) < 1e-12
+            expected = expected[:, begin:end]
+            assert error(out, expected) < 1e-12
             got = layer(flat, flat, flat, grid=(end - begin, 4))[0]
             assert error(got, expected.flatten(1, 2)) < 1e-12
             with pytest.raises(ValueError, match="positions or grid must be given"):
