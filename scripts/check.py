@@ -10,7 +10,6 @@ machines of continuous integration differ by a factor of two, and end what takes
 left out counts as skipped.
 """
 
-import functools
 import os
 import shutil
 import subprocess
@@ -149,24 +148,35 @@ def more_cuda_tests(name, executor, report, **variables):
     return count(name, succeeded, report)
 
 
-def older_gpu_tests(report):
+def older_gpu_tests(name, report):
     """What nvcc makes of the CUDA kernels for compute_80; `make test` runs those for compute_90."""
-    return more_cuda_tests("compute_80", "virtual_gpu", report, TORCH_SPE_VIRTUAL_GPU="80")
+    return more_cuda_tests(name, "virtual_gpu", report, TORCH_SPE_VIRTUAL_GPU="80")
 
 
-def sanitized_emulation_tests(report):
+def sanitized_emulation_tests(name, report):
     """The emulated kernels under AddressSanitizer and UBSan."""
     return more_cuda_tests(
-        *("sanitized CUDA", "emulated", report),
+        *(name, "emulated", report),
         TORCH_SPE_EMULATION="libtorch_spe_emulated_sanitized.so",
         TORCH_SPE_SCHEDULES="random:2",
         **sanitize.preloaded(),
     )
 
 
-def sanitizers(_report):
+def sanitizers(name, _report):
     """The C++ tests and random calls under AddressSanitizer and UBSan."""
-    return check("sanitizers", sys.executable, "scripts/sanitize.py")
+    return check(name, sys.executable, "scripts/sanitize.py")
+
+
+def more_parts(level):
+    """What --long and --all add after the Python tests: names, and functions of name and report."""
+    if not level:
+        return []
+    parts = [("sanitized CUDA", sanitized_emulation_tests)]
+    parts += [(name, older_processor_tests) for name in lower_instruction_sets()]
+    if level == "all" and has_nvcc():
+        parts.append(("compute_80", older_gpu_tests))
+    return [*parts, ("sanitizers", sanitizers)]
 
 
 def may_begin():
@@ -207,17 +217,9 @@ def main(arguments):
             check("ruff format", *ruff, "format", "--check", "."),
             check("ruff check", *ruff, "check", "."),
         ]
-        more = []
-        if level:
-            more.append(("sanitized CUDA", sanitized_emulation_tests))
-            for name in lower_instruction_sets():
-                more.append((name, functools.partial(older_processor_tests, name)))
-        if level == "all" and has_nvcc():
-            more.append(("compute_80", older_gpu_tests))
-        if level:
-            more.append(("sanitizers", sanitizers))
-        for name, part in more:
-            results.append(part(Path(reports) / f"{name}.xml") if may_begin() else left_out(name))
+        for name, part in more_parts(level):
+            report = Path(reports) / f"{name}.xml"
+            results.append(part(name, report) if may_begin() else left_out(name))
     print(f"\n{'':14}{'passed':>8}{'failed':>8}{'skipped':>9}")
     for result in results:
         print(f"{result.name:14}{result.passed:8}{result.failed:8}{result.skipped:9}")

@@ -1,4 +1,4 @@
-"""What modules have in common: parameters that are drawn again, and an error for scripting."""
+"""What modules have in common: parameters drawn again, errors for scripting and for loading."""
 
 from __future__ import annotations
 

@@ -173,6 +173,7 @@ def test_without_noise_nothing_is_drawn_in_training():
     out = vmap(lambda x: layer(x[None], state=layer.initial_state(1))[0][0])(x)
     assert error(out, expected) < 1e-5
     noisy = SPEMultiheadAttention(DIM, HEADS, position="paper").train()
+    before = torch.get_rng_state()
     noisy.initial_state(2)
     assert not torch.equal(torch.get_rng_state(), before)
 

@@ -211,7 +211,7 @@ def test_a_wheel_is_built_installed_and_run(tmp_path):
     output = subprocess.run(
         [sys.executable, "scripts/make_wheel.py", "--out", tmp_path],
         cwd=ROOT,
-        env={"TORCH_SPE_INSTRUCTION_SETS": "baseline", **os.environ},
+        env={"TORCH_SPE_INSTRUCTION_SETS": "native", **os.environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -80,7 +80,7 @@ def linear_attention(
 
     Raises:
         RuntimeError: there is no process group.
-        TypeError: the group is none.
+        TypeError: the group is none, or an input a DTensor.
         ValueError: what the function for one rank raises. A call that only some ranks refuse leaves
             the others waiting.
 
